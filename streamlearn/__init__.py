@@ -1,0 +1,3 @@
+"""streamlearn: online continual learning from Kafka topics, with live figures of what is remembered."""
+
+__version__ = "0.1.0"

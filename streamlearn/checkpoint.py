@@ -1,0 +1,268 @@
+"""Checkpoints: directories that either exist or do not, each with the stream's positions inside.
+
+A save, in order: (1) the dead letters before its positions are acknowledged (the loop's part), (2) every file is written
+and synced under a temporary name, files that never change are linked from the parent, (3) MANIFEST.json with every
+file's hash is written last, (4) the directory is synced, renamed and its parent synced, (5) positions are reported to
+the broker (the loop's part), (6) old checkpoints are removed. A crash between any two leaves the previous one in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamlearn import __version__
+from streamlearn.data import StreamlearnError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"ckpt-(\d{12})")
+FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
+    """A checkpoint that verification refuses."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A durable checkpoint and what its manifest says."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Its name, `ckpt-` and a sequence number."""
+        return self.path.name
+
+    @property
+    def sequence(self) -> int:
+        """Its place in the order of saving."""
+        return int(self.path.name.removeprefix("ckpt-"))
+
+    @property
+    def created(self) -> float:
+        """When it was saved, Unix seconds."""
+        return datetime.fromisoformat(self.manifest["created"]).timestamp()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its files, linked ones included."""
+        return sum(entry["size"] for entry in self.manifest["files"].values())
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `status` shows of it."""
+        return {
+            "id": self.id,
+            "step": self.manifest["step"],
+            "created": self.manifest["created"],
+            "bytes": self.num_bytes,
+        }
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content; raises `Broken` where it does not match the manifest."""
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise Broken(f"{self.path}: has no {name}", code=74)
+        try:
+            content = (self.path / name).read_bytes()
+        except OSError as error:
+            raise Broken(f"{self.path / name}: {error.strerror}", code=74) from error
+        if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise Broken(f"{self.path / name}: does not match its hash in {MANIFEST}", code=74)
+        return content
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's tree."""
+        tree: dict[str, Any] = json.loads(self.read(name))
+        return tree
+
+    def verify(self) -> None:
+        """Read every file; raises `Broken` at the first that does not match."""
+        for name in self.manifest["files"]:
+            self.read(name)
+
+
+class Store:
+    """The checkpoints of one state directory."""
+
+    def __init__(self, state_dir: Path, *, keep: int = 3, hourly: int = 24) -> None:
+        self.root = state_dir / "checkpoints"
+        self.keep = keep
+        self.hourly = hourly
+        self.corrupt = 0  # refused since the start
+
+    def list(self) -> list[Checkpoint]:
+        """Return the checkpoints whose manifest can be read, newest first."""
+        return [checkpoint for checkpoint, _ in self._all() if checkpoint is not None]
+
+    def find(self, name: str) -> Checkpoint:
+        """Return a checkpoint by id, sequence number or `latest`; raises `StreamlearnError` if there is none."""
+        found = self.list()
+        if name == "latest" and found:
+            return found[0]
+        for checkpoint in found:
+            if name in {checkpoint.id, str(checkpoint.sequence)}:
+                return checkpoint
+        known = ", ".join(checkpoint.id for checkpoint in found[:5]) or "none"
+        raise StreamlearnError(f"{self.root}: no checkpoint {name}; there are: {known}")
+
+    def newest_sound(self) -> Checkpoint | None:
+        """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
+
+        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent.
+        """
+        self._sweep()
+        broken = 0
+        for checkpoint, path in self._all():
+            try:
+                if checkpoint is None:
+                    raise Broken(f"{path / MANIFEST}: cannot be read")  # noqa: TRY301 - both ends of one short story
+                checkpoint.verify()
+            except Broken as error:
+                broken += 1
+                self.corrupt += 1
+                log.error("%s; falling back to the one before it", error)  # noqa: TRY400 - the line says all there is
+                path.rename(self.root / f".corrupt-{path.name}")
+            else:
+                return checkpoint
+        if broken or any(self._corrupt()):
+            kept = ", ".join(path.name for path in self._corrupt())
+            raise StreamlearnError(
+                f"{self.root}: no sound checkpoint is left ({kept}); move them away to start afresh", code=78
+            )
+        return None
+
+    def save(self, files: Mapping[str, bytes | None], info: Mapping[str, Any]) -> Checkpoint:
+        """Write a checkpoint and return it; a file given as None is linked from the newest one.
+
+        Raises `StreamlearnError` (74) when it cannot be written; nothing is left behind then.
+        """
+        self._make_root()
+        newest = next(iter(self.list()), None)
+        sequence = max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
+        final = self.root / f"ckpt-{sequence:012d}"
+        temporary = self.root / f".tmp-{final.name}"
+        try:
+            temporary.mkdir(mode=0o700)
+            entries = {name: self._put(temporary, name, content, newest) for name, content in sorted(files.items())}
+            manifest = {
+                "format": FORMAT,
+                "id": final.name,
+                "parent": newest.id if newest else None,
+                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "version": __version__,
+                **info,
+                "files": entries,
+            }
+            _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+            _sync_directory(temporary)
+            temporary.rename(final)
+            _sync_directory(self.root)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
+        self.prune()
+        return Checkpoint(final, manifest)
+
+    def restore(self, name: str) -> Checkpoint:
+        """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
+        old = self.find(name)
+        old.verify()
+        info = {key: value for key, value in old.manifest.items() if key not in {"format", "id", "parent", "created", "version", "files"}}
+        return self.save({file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.id})
+
+    def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
+        """Remove all but the newest `keep` and the newest of each of the last `hourly` hours; return what went."""
+        keep, hourly = keep or self.keep, self.hourly if hourly is None else hourly
+        hours: dict[int, Checkpoint] = {}
+        checkpoints = self.list()
+        for checkpoint in checkpoints[keep:]:
+            hours.setdefault(int(checkpoint.created // 3600), checkpoint)
+        kept = {c.id for c in checkpoints[:keep]} | {c.id for c in list(hours.values())[:hourly] if hourly}
+        gone = [checkpoint for checkpoint in checkpoints if checkpoint.id not in kept]
+        if not dry_run:
+            for checkpoint in gone:
+                doomed = self.root / f".del-{checkpoint.id}"
+                checkpoint.path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        return gone
+
+    def _all(self) -> Iterator[tuple[Checkpoint | None, Path]]:
+        if not self.root.is_dir():
+            return
+        for path in sorted((p for p in self.root.iterdir() if NAME.fullmatch(p.name)), reverse=True):
+            yield _load(path), path
+
+    def _corrupt(self) -> Iterator[Path]:
+        return self.root.glob(".corrupt-*") if self.root.is_dir() else iter(())
+
+    def _make_root(self) -> None:
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StreamlearnError(f"{self.root}: cannot be made: {error.strerror}", code=77) from error
+
+    def _sweep(self) -> None:
+        if self.root.is_dir():
+            for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    @staticmethod
+    def _put(directory: Path, name: str, content: bytes | None, parent: Checkpoint | None) -> dict[str, Any]:
+        if content is not None:
+            _write(directory / name, content)
+            return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert parent is not None
+        os.link(parent.path / name, directory / name)
+        entry: dict[str, Any] = parent.manifest["files"][name]
+        return entry
+
+
+def _load(path: Path) -> Checkpoint | None:
+    try:
+        file = path / MANIFEST
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            return None
+        manifest = json.loads(file.read_bytes())
+        names = manifest["files"]
+        if manifest["format"] != FORMAT or manifest["id"] != path.name or not all(FILE.fullmatch(name) for name in names):
+            return None
+        manifest["step"], datetime.fromisoformat(manifest["created"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Checkpoint(path, manifest)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a new file and return when it is on the disk; an error of `fsync` is an error of the checkpoint."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,83 @@
+"""The `streamlearn` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from streamlearn import __version__
+from streamlearn.cli import checkpoints, data, lifecycle, reports, settings
+from streamlearn.cli.common import JsonOption, print_error, print_json
+from streamlearn.data import StreamlearnError
+
+app = typer.Typer(
+    name="streamlearn",
+    help="Learns task after task from Kafka topics without forgetting, and shows it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help answers in half the time
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and end, where asked."""
+    if value:
+        typer.echo(f"streamlearn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Learns task after task from Kafka topics without forgetting, and shows it."""
+    del version
+    if debug:
+        os.environ["STREAMLEARN_DEBUG"] = "1"
+
+
+@app.command("version")
+def version_command(json_: JsonOption = False) -> None:
+    """Show the versions of streamlearn and of what it stands on."""
+    import platform
+    from importlib.metadata import version
+
+    versions = {"streamlearn": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "kafka-python", "prometheus-client")}
+    if json_:
+        print_json(versions)
+    else:
+        for name, number in versions.items():
+            typer.echo(f"{name} {number}")
+
+
+lifecycle.add_to(app)
+data.add_to(app)
+reports.add_to(app)
+app.add_typer(checkpoints.app, name="checkpoint")
+app.add_typer(settings.app, name="config")
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line and an exit code."""
+    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("STREAMLEARN_DEBUG"))
+    try:
+        app()
+    except StreamlearnError as error:
+        if debug:
+            raise
+        print_error(f"streamlearn: {error}")
+        sys.exit(error.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        print_error(f"streamlearn: {type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
+        sys.exit(1)

@@ -1,0 +1,113 @@
+"""`streamlearn checkpoint`: everything here works on files, except `create`, which asks the daemon."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from streamlearn.checkpoint import Broken, Store
+from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json
+from streamlearn.data import StreamlearnError
+from streamlearn.service.client import Client, is_locked
+
+app = typer.Typer(help="Create, list, show, verify, restore and prune checkpoints.", no_args_is_help=True)
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, its number, or `latest`.")]
+
+
+@app.command()
+def create(state: StateOption = None, json_: JsonOption = False) -> None:
+    """Have the daemon save now; returns when the checkpoint is durable."""
+    found = Client(find_state(state), timeout=600).command("checkpoint")
+    if json_:
+        print_json(found)
+    else:
+        typer.echo(found["id"])
+
+
+@app.command("list")
+def list_(state: StateOption = None, json_: JsonOption = False) -> None:
+    """List the checkpoints, newest first."""
+    found = Store(find_state(state)).list()
+    rows = [{**c.summary(), "average_accuracy": c.manifest.get("average_accuracy"), "parent": c.manifest["parent"]} for c in found]
+    if json_:
+        print_json(rows)
+        return
+    typer.echo(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9}")
+    for row in rows:
+        accuracy = percent(row["average_accuracy"])
+        typer.echo(f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}")
+
+
+@app.command()
+def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOption = False) -> None:
+    """Show a checkpoint: where the stream stood, what the accuracy was, and its files."""
+    found = Store(find_state(state)).find(id_)
+    tree = {**dict(found.manifest), "positions": found.read_json("offsets.json")}
+    if json_:
+        print_json(tree)
+        return
+    for key in ("id", "parent", "created", "step", "batches", "version"):
+        typer.echo(f"{key:<10} {tree[key]}")
+    typer.echo(f"{'accuracy':<10} {percent(tree['average_accuracy'])}")
+    for topic, entry in tree["positions"]["topics"].items():
+        for partition, position in entry["partitions"].items():
+            typer.echo(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
+    for name, entry in tree["files"].items():
+        typer.echo(f"{'file':<10} {name} {entry['size']} bytes")
+
+
+@app.command()
+def verify(
+    id_: Annotated[str | None, typer.Argument(metavar="[ID]", help="Default: the newest.")] = None,
+    state: StateOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Verify every checkpoint.")] = False,
+) -> None:
+    """Compare every file with its hash; 74 where one does not match."""
+    store = Store(find_state(state))
+    broken = 0
+    for checkpoint in store.list() if everything else [store.find(id_ or "latest")]:
+        try:
+            checkpoint.verify()
+            typer.echo(f"{checkpoint.id}: sound")
+        except Broken as error:
+            broken += 1
+            print_error(f"{checkpoint.id}: broken: {error}")
+    if broken:
+        raise typer.Exit(74)
+
+
+@app.command()
+def restore(id_: IdArgument, state: StateOption = None) -> None:
+    """Make an older checkpoint the newest, as a new one; the daemon must be stopped, and goes on from there."""
+    from streamlearn.daemon import locked
+
+    directory = find_state(state)
+    if is_locked(directory):
+        raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)
+    with locked(directory):
+        store = Store(directory)
+        store.keep = max(store.keep, len(store.list()) + 1)  # restoring removes nothing
+        before = next(iter(store.list()), None)
+        restored = store.restore(id_)
+    typer.echo(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
+    if before is not None:
+        old, new = (c.read_json("status.json")["positions"] for c in (before, restored))
+        for topic, partitions in old.items():
+            for partition, offset in partitions.items():
+                again = offset - new.get(topic, {}).get(partition, 0)
+                if again:
+                    typer.echo(f"{topic}[{partition}]: {again} records will be learned again")
+
+
+@app.command()
+def prune(
+    state: StateOption = None,
+    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest to keep.")] = 3,
+    hourly: Annotated[int, typer.Option(min=0, help="How many older ones to keep, one for each hour.")] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove old checkpoints; never the newest."""
+    for checkpoint in Store(find_state(state)).prune(keep_last, hourly, dry_run=dry_run):
+        typer.echo(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")

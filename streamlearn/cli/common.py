@@ -1,0 +1,64 @@
+"""What several commands share: finding the state directory, reading a configuration, printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from streamlearn.data import StreamlearnError
+
+if TYPE_CHECKING:
+    from streamlearn.config import Config
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option("--state", envvar="STREAMLEARN_STATE_DIR", help="State directory; else that of ./streamlearn.yaml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+
+
+def load_config(path: Path) -> Config:
+    """Return a configuration, its warnings printed; raises `StreamlearnError` (78)."""
+    from streamlearn.config import load
+    from streamlearn.strategies.recipes import RECIPES
+
+    config = load(path, RECIPES, os.environ)
+    for warning in config.warnings(RECIPES):
+        print_error(f"warning: {warning}")
+    return config
+
+
+def find_state(state: Path | None) -> Path:
+    """Return the state directory that a command is about; raises `StreamlearnError` (2) when nothing names one."""
+    if state is not None:
+        return state
+    here = Path("streamlearn.yaml")
+    if here.is_file():
+        return load_config(here).state_dir
+    raise StreamlearnError("which daemon? give --state DIR, set STREAMLEARN_STATE_DIR, or stand beside a streamlearn.yaml", code=2)
+
+
+def print_json(tree: Any) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(tree, indent=2) + "\n")
+
+
+def print_error(line: str) -> None:
+    """Print a line on stderr."""
+    sys.stderr.write(line + "\n")
+
+
+def percent(value: float | None) -> str:
+    """Return a ratio for people; a dash where it is undefined."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def megabytes(num_bytes: int) -> str:
+    """Return a size for people."""
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,206 @@
+"""`topics`, `produce`, `predict`."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_json
+from streamlearn.data import StreamlearnError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from streamlearn.data import Label
+    from streamlearn.producer import Samples
+    from streamlearn.stream.log import Log, Sink
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
+ServersOption = Annotated[str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")]
+EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (topics, produce, predict):
+        app.command()(command)
+
+
+def topics(config: ConfigOption = None, servers: ServersOption = None, embedded: EmbeddedOption = None, json_: JsonOption = False) -> None:
+    """List topics with their partitions and records."""
+    log, _ = _open(config, servers, embedded)
+    log.connect()
+    try:
+        infos = log.topics()
+        bounds = log.bounds([(name, p) for name, info in infos.items() for p in info.partitions])
+    finally:
+        log.close()
+    rows = {
+        name: {str(p): {"begin": bounds[name, p].begin, "end": bounds[name, p].end} for p in info.partitions}
+        for name, info in sorted(infos.items())
+    }
+    if json_:
+        print_json(rows)
+        return
+    typer.echo(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
+    for name, partitions in rows.items():
+        typer.echo(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
+
+
+def produce(
+    source: Annotated[list[str], typer.Argument(help="A .npz, .csv or .jsonl file (several: a task each), or `digits`.")],
+    config: ConfigOption = None,
+    servers: ServersOption = None,
+    embedded: EmbeddedOption = None,
+    topic: Annotated[list[str] | None, typer.Option("--topic", help="A topic for each task; default: the configuration's, or task-1, task-2 ...")] = None,
+    tasks: Annotated[int, typer.Option("--tasks", min=1, help="How many tasks.")] = 1,
+    by: Annotated[Literal["classes", "permutation", "rotation", "file"], typer.Option(help="What makes a task.")] = "classes",
+    groups: Annotated[str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")] = None,
+    probe: Annotated[str | None, typer.Option(help="A file whose samples are probes; `test` is the same source's test split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a task.")] = None,
+    shuffle: Annotated[bool, typer.Option(help="In random order within a task.")] = True,
+    seed: Annotated[int, typer.Option(help="Of shuffling and permutations.")] = 0,
+    codec: Annotated[Literal["json", "msgpack", "batch"], typer.Option(help="How samples are written.")] = "batch",
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a batch record.")] = 100,
+    partitions: Annotated[int, typer.Option(min=1, help="Of topics that are created.")] = 1,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Samples a second.")] = None,
+    markers: Annotated[bool, typer.Option(help="Mark each task's end.")] = True,
+) -> None:
+    """Publish labelled samples to topics, one topic a task, one task after the other."""
+    from streamlearn import producer
+
+    split = (lambda read: _tasks(read, tasks, by, groups, seed))
+    parts = [producer.read(name) for name in source] if by == "file" else split(_one(source))
+    probes = None
+    if probe is not None:
+        held = [producer.read(n, "test") for n in source] if by == "file" else split(_probe(source[0], probe))
+        probes = dict(enumerate(held))
+    names = _names(topic, config, len(parts))
+    _, sink = _open(config, servers, embedded)
+    how = producer.Publishing(codec, batch, partitions, markers, rate)
+    try:
+        with _progress() as advance:
+            for index, (name, part) in enumerate(zip(names, parts, strict=True)):
+                chosen = producer.shuffled(part, seed + index) if shuffle else part
+                if limit is not None:
+                    chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit])
+                producer.publish(
+                    sink, name, chosen, how, probe=probes[index] if probes else None, progress=advance(name, len(chosen))
+                )
+                typer.echo(f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else ""))
+    finally:
+        sink.close()
+
+
+def predict(
+    file: Annotated[Path, typer.Argument(help="A .npz with x and, to be scored, y.")],
+    checkpoint: Annotated[str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")] = "latest",
+    state: StateOption = None,
+    task: Annotated[str | None, typer.Option(help="The task, in scenarios task and domain.")] = None,
+    split: Annotated[str, typer.Option(help="Of a file that has x_train and x_test.")] = "test",
+    classes: Annotated[str | None, typer.Option(help="Only samples of these classes: 0,1.")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Predict with a saved model, from its model.safetensors and model.json alone."""
+    import numpy as np
+
+    from streamlearn import producer
+    from streamlearn.checkpoint import Store
+    from streamlearn.predict import Model, accuracy
+
+    with np.load(file, allow_pickle=False) as arrays:
+        labelled = any(name in arrays for name in ("y", f"y_{split}"))
+        samples = producer.read(str(file), split) if labelled else producer.Samples(arrays["x"], [])
+    if classes is not None:
+        samples = producer.by_classes(samples, [classes.split(",")])[0]
+    directory = Path(checkpoint) if Path(checkpoint).is_dir() else Store(find_state(state)).find(checkpoint).path
+    predicted, sure = Model(directory).predict(samples.x, task)
+    tree: dict[str, Any] = {"samples": len(predicted), "accuracy": accuracy(predicted, samples.y) if samples.y else None}
+    if json_:
+        print_json({**tree, "predictions": predicted, "probabilities": [round(float(p), 6) for p in sure]})
+    elif samples.y:
+        typer.echo(f"accuracy {percent(tree['accuracy'])} on {len(predicted)} samples")
+    else:
+        for label in predicted:
+            typer.echo(label)
+
+
+def _open(config: Path | None, servers: str | None, embedded: Path | None) -> tuple[Log, Sink]:
+    if sum(option is not None for option in (config, servers, embedded)) > 1:
+        raise StreamlearnError("give one of --config, --bootstrap-servers and --embedded", code=2)
+    if servers is not None:
+        from streamlearn.config import Kafka
+        from streamlearn.stream.kafka import KafkaLog, KafkaSink
+
+        kafka = Kafka.model_validate({"bootstrap_servers": servers})
+        return KafkaLog(kafka, "streamlearn.cli"), KafkaSink(kafka)
+    if embedded is not None:
+        from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+
+        return EmbeddedLog(embedded), EmbeddedSink(embedded)
+    path = config or Path("streamlearn.yaml")
+    if not path.is_file():
+        raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
+    from streamlearn.daemon import open_log
+
+    return open_log(load_config(path))
+
+
+def _names(topic: list[str] | None, config: Path | None, count: int) -> list[str]:
+    names = topic
+    if names is None and config is not None:
+        names = load_config(config).stream.topics
+    if names is None:
+        return [f"task-{n + 1}" for n in range(count)]
+    if len(names) < count:
+        raise StreamlearnError(f"{count} tasks, but {len(names)} topics: {', '.join(names)}", code=2)
+    return names[:count]
+
+
+def _one(source: list[str]) -> Samples:
+    from streamlearn import producer
+
+    if len(source) != 1:
+        raise StreamlearnError("several files: each is a task with --by file", code=2)
+    return producer.read(source[0])
+
+
+def _probe(source: str, probe: str) -> Samples:
+    from streamlearn import producer
+
+    return producer.read(source, "test") if probe == "test" else producer.read(probe, "test")
+
+
+def _tasks(samples: Samples, tasks: int, by: str, groups: str | None, seed: int) -> list[Samples]:
+    from streamlearn import producer
+
+    if by == "permutation":
+        return producer.by_permutation(samples, tasks, seed)
+    if by == "rotation":
+        return producer.by_rotation(samples, tasks)
+    chosen: list[list[Label]] = (
+        [list(group.split(",")) for group in groups.split("/")] if groups else producer.equal_groups(samples, tasks)
+    )
+    return producer.by_classes(samples, chosen)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Give a bar for each topic, on a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _name, _total: lambda _done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+
+        def bar(name: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(name, total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield bar

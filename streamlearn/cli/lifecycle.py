@@ -1,0 +1,287 @@
+"""`run`, `start`, `stop`, `status`, `pause`, `resume`."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from streamlearn.cli.common import (
+    ConfigArgument,
+    JsonOption,
+    StateOption,
+    find_state,
+    load_config,
+    megabytes,
+    percent,
+    print_json,
+)
+from streamlearn.data import StreamlearnError
+from streamlearn.service.client import Client, is_locked, read_hints
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STOPPED = 3
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (run, start, stop, status, pause, resume):
+        app.command()(command)
+
+
+def run(
+    config: ConfigArgument,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live table.")] = False,
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Learn in the foreground until stopped: a live table on a terminal, JSON log lines otherwise."""
+    pipe = os.fdopen(ready_fd, "w", buffering=1) if ready_fd is not None else None
+
+    def tell(event: dict[str, Any]) -> None:
+        if pipe is not None:
+            try:
+                pipe.write(json.dumps(event) + "\n")
+            except BrokenPipeError:
+                pass  # who started us has gone
+
+    try:
+        loaded = load_config(config)
+        from streamlearn import daemon, logs
+
+        logs.set_up(loaded.log.level, loaded.log.format)
+        live = sys.stdout.isatty() and not quiet and ready_fd is None
+        daemon.run(loaded, tell=tell, watch=_live_table if live else None)
+    except StreamlearnError as error:
+        tell({"event": "failed", "error": str(error), "code": error.code})
+        raise
+
+
+def start(
+    config: ConfigArgument,
+    wait: Annotated[Literal["ready", "running"], typer.Option(help="What to wait for.")] = "running",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 120.0,
+) -> None:
+    """Learn in the background; returns when the daemon runs, or with its error and exit code."""
+    loaded = load_config(config)
+    if is_locked(loaded.state_dir):
+        raise StreamlearnError(f"{loaded.state_dir}: another daemon runs here (its LOCK is held)", code=73)
+    try:
+        loaded.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log_file = os.open(loaded.state_dir / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise StreamlearnError(f"{loaded.state_dir}: cannot be used: {error.strerror}", code=77) from error
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
+    child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True, pass_fds=(writing,)
+    )
+    os.close(writing)
+    os.close(log_file)
+    event = _await_event(reading, {wait, "failed"}, timeout)
+    if event is None:
+        if (code := child.poll()) is not None:
+            raise StreamlearnError(f"the daemon ended at once; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1))
+        raise StreamlearnError(f"not {wait} after {timeout:.0f} s; it goes on as process {child.pid}", code=75)
+    if event["event"] == "failed":
+        child.wait(10)
+        raise StreamlearnError(event["error"], code=event["code"])
+    child.returncode = 0  # it is no longer ours to wait for
+    typer.echo(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
+
+
+def stop(
+    state: StateOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the last checkpoint.")] = 30.0,
+    force: Annotated[bool, typer.Option("--force", help="After the timeout, kill it; what was not saved is learned again.")] = False,
+) -> None:
+    """Save a last checkpoint and end the daemon; returns when the state directory is free."""
+    directory = find_state(state)
+    if not is_locked(directory):
+        typer.echo("not running")
+        return
+    hints = read_hints(directory)
+    try:
+        Client(directory, timeout=min(timeout, 10)).command("stop")
+    except StreamlearnError:
+        if hints is None or not hints.is_alive:
+            raise
+        os.kill(hints.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while is_locked(directory):
+        if time.monotonic() > deadline:
+            if not force or hints is None or not hints.is_alive:
+                raise StreamlearnError(f"still running after {timeout:.0f} s; --force kills it", code=75)
+            os.kill(hints.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            force = False
+        time.sleep(0.05)
+    typer.echo("stopped")
+
+
+def pause(state: StateOption = None) -> None:
+    """Stop learning, but stay: probes, metrics and checkpoints go on."""
+    typer.echo(Client(find_state(state)).command("pause")["state"])
+
+
+def resume(state: StateOption = None) -> None:
+    """Go on learning."""
+    typer.echo(Client(find_state(state)).command("resume")["state"])
+
+
+def status(
+    state: StateOption = None,
+    json_: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """Show what is learned and what was forgotten; without a daemon (exit code 3), as of the last checkpoint."""
+    directory = find_state(state)
+    if watch:
+        _watch(directory)
+        return
+    tree = read_status(directory)
+    if json_:
+        print_json(tree)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(render(tree))
+    else:
+        print_plain(tree)
+    if tree["pid"] is None:
+        raise typer.Exit(STOPPED)
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """Return the daemon's status, or without one that of the last checkpoint, its `pid` None."""
+    if is_locked(directory):
+        tree: dict[str, Any] = Client(directory).get("/status")
+        return tree
+    from streamlearn.checkpoint import Store
+
+    for checkpoint in Store(directory).list():
+        tree = checkpoint.read_json("status.json")
+        return {**tree, "checkpoint": checkpoint.summary()}
+    raise StreamlearnError(f"{directory}: no daemon runs here, and there is no checkpoint", code=STOPPED)
+
+
+def print_plain(tree: dict[str, Any]) -> None:
+    """Print a status without decoration."""
+    typer.echo(headline(tree))
+    if tree.get("problem"):
+        typer.echo(f"problem: {tree['problem']}")
+    for task in tree.get("tasks", []):
+        probe = task["probe"]
+        typer.echo(
+            f"{task['name']:<20} {task['state']:<9} samples {task['samples']['consumed']:>7}  "
+            f"accuracy {percent(probe['accuracy']):>7}  best {percent(probe['best']):>7}  forgetting {percent(probe['forgetting']):>7}"
+        )
+    if "samples" in tree:
+        typer.echo(figures(tree))
+
+
+def headline(tree: dict[str, Any]) -> str:
+    """Return the one line that says who learns what."""
+    known = [f"{key} {tree[key]}" for key in ("strategy", "device", "step") if tree.get(key) is not None]
+    pid = f" (process {tree['pid']})" if tree["pid"] is not None else ""
+    return f"{tree['name']}: {tree['state']}{pid}" + "".join(f", {part}" for part in known)
+
+
+def figures(tree: dict[str, Any]) -> str:
+    """Return the lines of figures below the tasks."""
+    counts = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in tree["samples"].items())
+    lag = sum(count for partitions in tree["lag"].values() for count in partitions.values())
+    saved = tree["checkpoint"]
+    last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
+    return (
+        f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
+        f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {percent(tree['forward_transfer'])}\n"
+        f"samples: {counts}; lag {lag} records\ncheckpoint: {last}"
+    )
+
+
+def render(tree: dict[str, Any]) -> Table:
+    """Return a status as a table for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=headline(tree), caption=figures(tree) if "samples" in tree else None, title_justify="left", caption_justify="left")
+    for column, justify in (("task", "left"), ("state", "left"), ("samples", "right"), ("probe", "right"),
+                            ("accuracy", "right"), ("best", "right"), ("forgetting", "right")):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # the literals are in the tuple
+    for task in tree.get("tasks", []):
+        probe = task["probe"]
+        table.add_row(
+            task["name"], task["state"], str(task["samples"]["consumed"]), str(probe["size"]),
+            percent(probe["accuracy"]), percent(probe["best"]), percent(probe["forgetting"]),
+        )  # fmt: skip
+    if tree.get("problem"):
+        table.add_section()
+        table.add_row(f"[red]{tree['problem']}")
+    return table
+
+
+def _watch(directory: Path) -> None:
+    from rich.live import Live
+
+    try:
+        with Live(render(read_status(directory)), refresh_per_second=2) as live:
+            while True:
+                time.sleep(1)
+                live.update(render(read_status(directory)))
+    except KeyboardInterrupt:
+        return
+
+
+def _live_table(desk: Any) -> Any:
+    """Return a context in which the daemon's status is drawn below its log lines."""
+    import threading
+    from contextlib import contextmanager
+
+    from rich.live import Live
+
+    @contextmanager
+    def drawn() -> Any:
+        ended = threading.Event()
+        with Live(render(desk.status()), refresh_per_second=4) as live:
+            def draw() -> None:
+                while not ended.wait(0.5):
+                    live.update(render(desk.status()))
+
+            thread = threading.Thread(target=draw, name="table", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+                live.update(render(desk.status()))
+
+    return drawn()
+
+
+def _await_event(reading: int, wanted: set[str], timeout: float) -> dict[str, Any] | None:
+    """Return the first wanted event that the child writes, or None when it ended or the time is over."""
+    deadline = time.monotonic() + timeout
+    buffered = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([reading], [], [], left)[0]:
+            break
+        if not (content := os.read(reading, 4096)):
+            return None
+        *lines, buffered = (buffered + content).split(b"\n")
+        for line in lines:
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] in wanted:
+                return event
+    return None
+
+

@@ -1,0 +1,39 @@
+"""`report`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from streamlearn.cli.common import StateOption, find_state
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (report, demo):
+        app.command()(command)
+
+
+def report(
+    state: StateOption = None,
+    checkpoint: Annotated[str, typer.Option(help="An id, its number, or `latest`.")] = "latest",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")] = Path("report"),
+) -> None:
+    """Write an HTML page and pictures: what was learned, and what was forgotten."""
+    from streamlearn.checkpoint import Store
+    from streamlearn.report import Curves, write
+
+    saved = Store(find_state(state)).find(checkpoint)
+    page = write(output, [Curves.of(saved)])
+    typer.echo(str(page))
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")] = Path("demo"),
+) -> None:
+    """Learn five tasks of handwritten digits three ways, and show what forgetting is, and its cure."""
+    from streamlearn.demo import run
+
+    run(output)

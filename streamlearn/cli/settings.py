@@ -1,0 +1,37 @@
+"""`streamlearn config`: check a file, show what is in force, give editors the schema."""
+
+from __future__ import annotations
+
+import typer
+
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_json
+
+app = typer.Typer(help="Check a configuration, show the values in force, or the JSON Schema.", no_args_is_help=True)
+
+
+@app.command()
+def check(config: ConfigArgument) -> None:
+    """Print every error with its key, value and what is accepted; 78 where there is one."""
+    load_config(config)
+    typer.echo(f"{config}: fine")
+
+
+@app.command()
+def show(config: ConfigArgument, json_: JsonOption = False) -> None:
+    """Print the values in force, secrets redacted."""
+    tree = load_config(config).effective()
+    if json_:
+        print_json(tree)
+    else:
+        from streamlearn.config import dump
+
+        typer.echo(dump(tree), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the file."""
+    from streamlearn.config import schema as make_schema
+    from streamlearn.strategies.recipes import RECIPES
+
+    print_json(make_schema(RECIPES))

@@ -1,0 +1,578 @@
+"""Configuration: one YAML file into frozen models, every error at once, each with its key, value and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from streamlearn.data import Label, StreamlearnError
+
+ENV_PREFIX = "STREAMLEARN__"
+REDACTED = "***"
+
+
+class RecipeSchema(Protocol):
+    """What configuration needs to know of a strategy's recipe: the slots it fills and the parameters it takes."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the slots it fills."""
+
+    @property
+    def parameters(self) -> type[BaseModel]:
+        """A model made from the recipe's signature."""
+
+
+class Section(BaseModel):
+    """A part of the file: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Sasl(Section):
+    """Credentials; the password comes from the environment or a file, never from the YAML."""
+
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    username: str
+    password: SecretStr | None = None
+    password_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _has_password(self) -> Sasl:
+        if self.password is None and self.password_file is None:
+            raise PydanticCustomError(
+                "password",
+                "no password: set STREAMLEARN__KAFKA__SASL__PASSWORD in the environment, or password_file",
+            )
+        return self
+
+    def secret(self) -> str:
+        """Return the password; raises `StreamlearnError` (77) when its file cannot be read."""
+        if self.password is not None:
+            return self.password.get_secret_value()
+        try:
+            return Path(str(self.password_file)).read_text().rstrip("\n")
+        except OSError as error:
+            raise StreamlearnError(f"kafka.sasl.password_file: {error}", code=77) from error
+
+
+class Kafka(Section):
+    """How to reach the brokers; security keys are named as kafka-python names them."""
+
+    bootstrap_servers: list[str] = Field(min_length=1)
+    client_id: str = "streamlearn"
+    group_id: str | None = Field(None, description="only reports positions, for lag graphs; default streamlearn.<name>")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    ssl_cafile: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_password: SecretStr | None = None
+    ssl_check_hostname: bool = True
+    sasl: Sasl | None = None
+    isolation_level: Literal["read_committed", "read_uncommitted"] = "read_committed"
+    metadata_refresh_seconds: float = Field(10.0, gt=0, description="how soon new topics and partitions are found")
+    replication_factor: int = Field(-1, description="of topics created here (dead letters); -1 is the broker's default")
+
+    @field_validator("bootstrap_servers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sasl_matches(self) -> Kafka:
+        if self.security_protocol.startswith("SASL") and self.sasl is None:
+            raise PydanticCustomError("sasl", "security_protocol {p} needs a sasl section", {"p": self.security_protocol})
+        return self
+
+
+class Embedded(Section):
+    """Topics in one SQLite file, for trying everything with nothing installed."""
+
+    path: Path = Path("state/topics.sqlite")
+
+
+class Queue(Section):
+    """Bounds on what the reader may have waiting for the learner."""
+
+    samples: int = Field(20_000, ge=1)
+    megabytes: float = Field(256.0, gt=0)
+
+
+class TaskEnd(Section):
+    """The rule that ends a task when no marker does: exactly one of these."""
+
+    next_topic: bool = False
+    records: int | None = Field(None, ge=1, description="samples after which the task ends")
+    idle: float | None = Field(None, gt=0, description="seconds without a record, once caught up")
+
+    @model_validator(mode="after")
+    def _one(self) -> TaskEnd:
+        if (self.records is not None) + (self.idle is not None) + self.next_topic != 1:
+            raise PydanticCustomError("one_rule", "exactly one of next_topic, records: N, idle: SECONDS is accepted")
+        return self
+
+
+class DeadLetter(Section):
+    """Where samples that cannot be used go."""
+
+    topic: str | None = Field(None, description="default: <name>.dlq")
+
+
+class Stream(Section):
+    """Which topics are tasks, in which order, and when a task ends."""
+
+    source: Literal["kafka", "embedded"] | None = Field(None, description="default: kafka where configured")
+    topics: list[str] | None = Field(None, min_length=1, description="tasks in this order")
+    pattern: str | None = Field(None, description="a regular expression that must match a topic's whole name")
+    order: Literal["name", "first_record"] = "name"
+    task_end: TaskEnd = TaskEnd(next_topic=True)
+    on_finished: Literal["wait", "exit"] = "wait"
+    codec: Literal["json", "msgpack", "batch"] = Field("json", description="of records without a content-type header")
+    batch_size: int = Field(100, ge=1)
+    linger: float | None = Field(None, gt=0, description="seconds after which a short batch is learned all the same")
+    max_record_bytes: int = Field(16 << 20, ge=1)
+    on_offset_out_of_range: Literal["stop", "earliest", "latest", "exit"] = "stop"
+    startup_timeout: float | None = Field(None, gt=0, description="seconds to wait for a broker; default: for ever")
+    queue: Queue = Queue()
+    dead_letter: DeadLetter = DeadLetter()
+
+    @field_validator("task_end", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"next_topic": True} if value == "next_topic" else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        import re
+
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from error
+        return value
+
+    @model_validator(mode="after")
+    def _topics_or_pattern(self) -> Stream:
+        if (self.topics is None) == (self.pattern is None):
+            raise PydanticCustomError("topics", "exactly one of topics (a list) and pattern (a regular expression) is needed")
+        if self.topics is not None and len(set(self.topics)) != len(self.topics):
+            raise PydanticCustomError("topics", "a topic is listed twice")
+        return self
+
+
+class Input(Section):
+    """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
+
+    shape: list[int] = Field(min_length=1)
+    dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
+    scale: float = Field(1.0, gt=0, description="the model sees x / scale")
+
+    @field_validator("shape")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if any(size < 1 for size in value):
+            raise PydanticCustomError("shape", "every dimension must be at least 1")
+        return value
+
+
+class ScenarioSpec(Section):
+    """Which outputs compete for a sample: those of its task, those of its domain, or every class seen so far."""
+
+    kind: Literal["task", "domain", "class"] = "class"
+    active: Literal["seen", "all"] = Field("seen", description="class: only classes seen so far, or all from the start")
+    tasks: dict[str, list[Label]] = Field(default_factory=dict, description="declared classes of each task, by topic")
+
+
+class Holdout(Section):
+    """Which samples are kept for the probes and never trained on."""
+
+    by: Literal["value", "key"] = "value"
+    fraction: float = Field(0.1, ge=0, lt=1)
+    max: int | None = Field(1000, ge=1, description="samples of a task's probe; null: no bound")
+
+
+class Optimizer(Section):
+    """The solver's optimizer; always the fused kernel."""
+
+    name: Literal["adam", "sgd", "adamw"] = "adam"
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class LearnerSpec(Section):
+    """How a batch is learned."""
+
+    updates_per_batch: int = Field(10, ge=1)
+    optimizer: Optimizer = Optimizer()
+    average: float | None = Field(0.998, gt=0, lt=1, description="decay of the weights' moving average; null: none")
+    max_norm: float | None = Field(None, gt=0, description="clip the gradient's norm")
+
+
+class Model(Section):
+    """`mlp`, `resnet`, or `package.module:function` with parameters of its own under `options`."""
+
+    name: str = "mlp"
+    hidden: list[int] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
+    width: int = Field(16, ge=1, description="resnet: channels of the first stage")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a model of your own")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in {"mlp", "resnet"} and value.count(":") != 1:
+            raise PydanticCustomError("model", "accepted: mlp, resnet, package.module:function")
+        return value
+
+
+class Memory(Section):
+    """A bound on the samples that are kept: the reservoir of the current task, and the memories of past ones."""
+
+    max_bytes: int = Field(2 << 30, ge=1)
+
+
+class Probes(Section):
+    """When held-out samples are evaluated."""
+
+    every: int = Field(20, ge=1, description="batches between evaluations")
+    minimum: int = Field(20, ge=1, description="samples from which on the open task's probe is shown")
+
+
+class Checkpoints(Section):
+    """When the state is saved, besides at every task's end and at the stop."""
+
+    every_batches: int | None = Field(None, ge=1)
+    every_seconds: float | None = Field(30.0, gt=0)
+    keep: int = Field(3, ge=1)
+    hourly: int = Field(24, ge=0, description="older checkpoints kept, one for each hour")
+
+
+class Service(Section):
+    """The read-only HTTP listener."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(9464, ge=0, le=65535, description="0: any free port, shown in status")
+    liveness_timeout: float = Field(60.0, gt=0)
+
+
+class Log(Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
+
+
+class Config(Section):
+    """The whole file."""
+
+    name: str = Field("streamlearn", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    state_dir: Path = Path("state/streamlearn")
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
+    threads: int = Field(1, ge=1)
+    shutdown_grace: float = Field(25.0, gt=0)
+    input: Input
+    classes: list[Label] | int = Field(description="the labels, or how many there may be")
+    grow_head: bool = False
+    scenario: ScenarioSpec = ScenarioSpec()
+    stream: Stream
+    kafka: Kafka | None = None
+    embedded: Embedded = Embedded()
+    holdout: Holdout = Holdout()
+    model: Model = Model()
+    strategy: dict[str, dict[str, Any]] = Field({"generative": {}, "si": {}}, validate_default=True)
+    learner: LearnerSpec = LearnerSpec()
+    memory: Memory = Memory()
+    probes: Probes = Probes()
+    checkpoint: Checkpoints = Checkpoints()
+    service: Service = Service()
+    log: Log = Log()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_word(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("scenario", mode="before")
+    @classmethod
+    def _scenario_word(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("classes")
+    @classmethod
+    def _classes(cls, value: list[Label] | int) -> list[Label] | int:
+        if isinstance(value, int) and value < 1:
+            raise PydanticCustomError("classes", "a number of classes must be at least 1")
+        if isinstance(value, list) and (not value or len(set(value)) != len(value)):
+            raise PydanticCustomError("classes", "a list of classes must name each once, and at least one")
+        return value
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _strategy(cls, value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        return _check_strategy(_as_recipes(value), (info.context or {}).get("recipes", {}))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.source == "kafka" and self.kafka is None:
+            raise PydanticCustomError("kafka", "stream.source is kafka, but there is no kafka section with bootstrap_servers")
+        if self.scenario.kind == "domain" and not self.scenario.tasks:
+            raise PydanticCustomError("scenario", "scenario domain needs scenario.tasks: the classes of each task in order")
+        if isinstance(self.classes, list):
+            unknown = sorted({str(c) for known in self.scenario.tasks.values() for c in known} - {str(c) for c in self.classes})
+            if unknown:
+                raise PydanticCustomError("tasks", "scenario.tasks names classes that are not in classes: {u}", {"u": ", ".join(unknown)})
+        if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
+            raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
+        return self
+
+    @property
+    def source(self) -> str:
+        """`kafka` or `embedded`."""
+        return self.stream.source or ("kafka" if self.kafka is not None else "embedded")
+
+    @property
+    def dead_letter_topic(self) -> str:
+        """The topic that takes what cannot be used."""
+        return self.stream.dead_letter.topic or f"{self.name}.dlq"
+
+    @property
+    def group_id(self) -> str:
+        """The consumer group under whose name positions are reported."""
+        return (self.kafka.group_id if self.kafka else None) or f"streamlearn.{self.name}"
+
+    def warnings(self, recipes: Mapping[str, RecipeSchema]) -> list[str]:
+        """Return what is allowed and probably not meant."""
+        slots = {slot for name in self.strategy for slot in recipes[name].slots}
+        found = []
+        if slots == {"penalty"} and self.scenario.kind == "class":
+            names = " + ".join(self.strategy)
+            found.append(f"strategy {names}: importance alone does not protect class-incremental learning; add replay")
+        if self.kafka is not None and self.kafka.security_protocol == "SASL_PLAINTEXT":
+            found.append("kafka.security_protocol SASL_PLAINTEXT: credentials travel without encryption")
+        if self.kafka is not None and not self.kafka.ssl_check_hostname:
+            found.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
+        return found
+
+    def effective(self) -> dict[str, Any]:
+        """Return the values in force as a JSON tree, secrets redacted."""
+        tree: dict[str, Any] = json.loads(self.model_dump_json())
+        return _redact(tree)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the effective values."""
+        return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()
+
+    def shaping(self) -> dict[str, Any]:
+        """Return, by dotted key, the values that shape the state: those a checkpoint must agree with."""
+        tree = self.effective()
+        keys = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy")
+        chosen = {key: tree[key] for key in keys}
+        chosen["stream.codec"] = tree["stream"]["codec"]
+        chosen["stream.batch_size"] = tree["stream"]["batch_size"]
+        chosen["learner.optimizer.name"] = tree["learner"]["optimizer"]["name"]
+        return dict(_flatten(chosen))
+
+
+def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, str]) -> Config:
+    """Return the configuration in a YAML file, with environment overrides (`STREAMLEARN__KAFKA__...`) laid over it.
+
+    Raises `StreamlearnError` (78) whose message has a line for every error, with key, value and what is accepted.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=78) from error
+    try:
+        tree = yaml.safe_load(text)
+        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise StreamlearnError(f"{path}: not YAML: {' '.join(str(error).split())}", code=78) from error
+    if not isinstance(tree, dict):
+        raise StreamlearnError(f"{path}: expected keys and values, got {type(tree).__name__}", code=78)
+    problems = [
+        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use the environment or {key[-1]}_file"
+        for key in (("kafka", "sasl", "password"), ("kafka", "ssl_password"))
+        if _get(tree, key) is not None
+    ]
+    _overlay(tree, environ)
+    try:
+        config = Config.model_validate(tree, context={"recipes": recipes})
+    except ValidationError as error:
+        problems += [_describe(path, details, lines) for details in error.errors()]
+    if problems:
+        raise StreamlearnError("\n".join(problems), code=78)
+    return config
+
+
+def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
+    """Return the JSON Schema of the file, recipes and their parameters included, for editors."""
+    tree = Config.model_json_schema()
+    names = sorted(recipes)
+    tree["properties"]["strategy"] = {
+        "description": "a recipe, or recipes with their parameters",
+        "anyOf": [
+            {"enum": names},
+            {"type": "array", "items": {"enum": names}},
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    name: {"anyOf": [recipes[name].parameters.model_json_schema(), {"type": "null"}]} for name in names
+                },
+            },
+        ],
+    }
+    for key, word in (("model", {"type": "string"}), ("scenario", {"enum": ["task", "domain", "class"]})):
+        tree["properties"][key] = {"anyOf": [tree["properties"][key], word]}
+    stream = tree["$defs"]["Stream"]["properties"]
+    stream["task_end"] = {"anyOf": [stream["task_end"], {"const": "next_topic"}]}
+    kafka = tree["$defs"]["Kafka"]["properties"]
+    kafka["bootstrap_servers"] = {"anyOf": [kafka["bootstrap_servers"], {"type": "string"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
+
+
+def _as_recipes(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    if isinstance(value, dict) and value:
+        return {str(name): parameters or {} for name, parameters in value.items()}
+    raise PydanticCustomError("strategy", "expected a recipe's name, a list of names, or names with parameters")
+
+
+def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema]) -> dict[str, dict[str, Any]]:
+    errors: list[InitErrorDetails] = []
+    complete: dict[str, dict[str, Any]] = {}
+    owner: dict[str, str] = {}
+    for name, parameters in chosen.items():
+        if name not in recipes:
+            message = PydanticCustomError("recipe", "no such recipe; accepted: {names}", {"names": ", ".join(sorted(recipes))})
+            errors.append({"type": message, "loc": (name,), "input": name})
+            continue
+        for slot in recipes[name].slots:
+            if slot in owner:
+                text = "slot {slot} is already filled by {other}; a strategy takes one recipe for each slot"
+                message = PydanticCustomError("slot", text, {"slot": slot, "other": owner[slot]})
+                errors.append({"type": message, "loc": (name,), "input": name})
+            owner[slot] = name
+        try:
+            complete[name] = recipes[name].parameters.model_validate(parameters).model_dump()
+        except ValidationError as error:
+            for details in error.errors():
+                kind = PydanticCustomError("parameter", "{why}", {"why": _expected(details, recipes[name].parameters)})
+                errors.append({"type": kind, "loc": (name, *details["loc"]), "input": details["input"]})
+    if errors:
+        raise ValidationError.from_exception_data("strategy", errors)
+    return complete
+
+
+def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int]) -> str:
+    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(("list[", "union[", "function-")))
+    if key[-1:] in {("int",), ("str",)}:
+        key = key[:-1]
+    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    where = f"{path}:{line}" if line is not None else str(path)
+    value = "" if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel)) else f" is {_show(key, details['input'])};"
+    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {_expected(details, _model_at(key[:-1]))}"
+
+
+def _expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
+    if details["type"] == "extra_forbidden" and model is not None:
+        accepted = sorted(model.model_fields)
+        close = difflib.get_close_matches(str(details["loc"][-1]), accepted, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"no such key{hint}; accepted: {', '.join(accepted)}"
+    return details["msg"]
+
+
+def _model_at(key: Sequence[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = Config
+    for part in key:
+        info = model.model_fields.get(part)
+        if info is None:
+            return None
+        kinds = get_args(info.annotation) if get_origin(info.annotation) is types.UnionType else (info.annotation,)
+        found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not found:
+            return None
+        model = found[0]
+    return model
+
+
+def _show(key: Sequence[str], value: Any) -> str:
+    return REDACTED if key and "password" in key[-1] else repr(value)
+
+
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
+    for name, text in sorted(environ.items()):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        *parents, last = name.removeprefix(ENV_PREFIX).lower().split("__")
+        node = tree
+        for part in parents:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        # a password is text whatever it looks like
+        node[last] = text if "password" in last else yaml.safe_load(text)
+
+
+def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    lines = {}
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            below = (*key, str(name.value))
+            lines[below] = name.start_mark.line + 1
+            lines |= _line_numbers(value, below)
+    return lines
+
+
+def _get(tree: Any, key: Sequence[str]) -> Any:
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _redact(tree: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _redact(value)
+        if isinstance(value, dict)
+        else (REDACTED if "password" in key and not key.endswith("_file") and value is not None else value)
+        for key, value in tree.items()
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat
+
+
+def dump(tree: Mapping[str, Any]) -> str:
+    """Return a tree of values as YAML."""
+    return yaml.safe_dump(dict(tree), sort_keys=False)

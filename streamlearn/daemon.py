@@ -1,0 +1,329 @@
+"""The process: composes everything from a configuration, owns the lock, answers signals, and ends with an exit code."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import queue
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamlearn import __version__
+from streamlearn.checkpoint import Store
+from streamlearn.data import Progress, StreamlearnError
+from streamlearn.metrics import Metrics
+from streamlearn.service.api import control as control_routes
+from streamlearn.service.api import read_only
+from streamlearn.service.client import process_start_time
+from streamlearn.service.server import Server, bind_control, bind_tcp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from streamlearn.config import Config
+    from streamlearn.job import Job
+    from streamlearn.stream.log import Log, Sink
+    from streamlearn.stream.reader import Stream
+
+log = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 0.1
+CONTACT_SECONDS = 30.0
+COMMAND_SECONDS = 600.0
+
+
+class Desk:
+    """Where people's wishes and the loop meet: the loop's `Control`, and the routes' `Backend`."""
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.config = config
+        self.stopping = False
+        self.paused = False
+        self.metrics = metrics
+        self.servers: list[Server] = []
+        self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
+        self._bell = threading.Event()
+        self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
+        self._checks: dict[str, Any] = {"restored": {"ok": False}}
+        self._published = 0.0
+        self._turned = time.monotonic()
+        self._on_ready: Callable[[], None] | None = None
+        metrics.record_state("starting", ready=False)
+
+    # -- for the loop
+
+    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        self._turned = time.monotonic()
+        job.state = "draining" if self.stopping else "paused" if self.paused else "running"
+        while not self._asked.empty():
+            self._save(self._asked.get(), job, stream)
+        if dead := [server for server in self.servers if not server.alive]:
+            raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
+        if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
+            self.publish(job, stream)
+
+    def wait(self, seconds: float) -> None:
+        self._bell.wait(seconds)
+        self._bell.clear()
+
+    def publish(self, job: Job, stream: Stream) -> None:
+        """Show where the job stands."""
+        self._published = time.monotonic()
+        self._checks = self._check(job, stream)
+        ready = all(check["ok"] for check in self._checks.values())
+        job.publish(stream)
+        self.metrics.record_state(job.state, ready=ready)
+        self._status = {**job.status(stream), "ready": ready}
+        if ready and self._on_ready is not None:
+            self._on_ready()
+            self._on_ready = None
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Have something called once, when every readiness condition first holds."""
+        self._on_ready = call
+
+    # -- for signals and routes, from any thread
+
+    def stop(self) -> None:
+        """Have the loop end after the batch it is at, and hold it to its grace period."""
+        if not self.stopping:
+            self.stopping = True
+            self._bell.set()
+            threading.Thread(target=self._hold_to_grace, name="grace", daemon=True).start()
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    def liveness(self) -> tuple[bool, dict[str, Any]]:
+        age = time.monotonic() - self._turned
+        return age < self.config.service.liveness_timeout, {"seconds_since_last_turn": round(age, 3)}
+
+    def readiness(self) -> tuple[bool, dict[str, Any]]:
+        checks = {**self._checks, "not_draining": {"ok": not self.stopping}}
+        return all(check["ok"] for check in checks.values()), checks
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        return self.metrics.expose(accept)
+
+    def command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        result = "failure"
+        try:
+            answer = self._command(name, arguments)
+            result = "success"
+        finally:
+            self.metrics.count("control_requests", 1, name, result)
+        return answer
+
+    def _command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments:
+            raise StreamlearnError(f"{name}: takes no arguments, got {', '.join(arguments)}", code=2)
+        if name == "stop":
+            self.stop()
+        elif name in {"pause", "resume"}:
+            self.paused = name == "pause"
+            self._bell.set()
+        else:
+            asked: Future[dict[str, Any]] = Future()
+            self._asked.put(asked)
+            self._bell.set()
+            try:
+                return asked.result(timeout=COMMAND_SECONDS)
+            except FutureTimeout as error:
+                raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
+        return {"state": "draining" if self.stopping else "paused" if self.paused else "running"}
+
+    @staticmethod
+    def _save(asked: Future[dict[str, Any]], job: Job, stream: Stream) -> None:
+        if (checkpoint := job.save(stream, "manual")) is not None:
+            asked.set_result(checkpoint.summary())
+        else:
+            asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
+
+    def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
+        contact = stream.status.last_contact
+        silent = None if contact is None else time.time() - contact
+        return {
+            "restored": {"ok": True},
+            "broker": {"ok": stream.status.connected and silent is not None and silent < CONTACT_SECONDS},
+            "stream": {"ok": stream.status.problem is None, "problem": stream.status.problem},
+            "checkpoint": {"ok": job.save_failed is None},
+            "not_draining": {"ok": not self.stopping},
+        }
+
+    def _hold_to_grace(self) -> None:
+        time.sleep(self.config.shutdown_grace)
+        log.error("still not drained after %.0f s (shutdown_grace): ending without a new checkpoint", self.config.shutdown_grace)
+        logging.shutdown()
+        os._exit(1)
+
+
+def run(
+    config: Config,
+    *,
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
+    watch: Callable[[Desk], AbstractContextManager[None]] | None = None,
+) -> None:
+    """Learn until stopped; returns after the last checkpoint is durable.
+
+    `tell` is called with `{"event": "running" | "ready", ...}`; `watch` makes a context in which the loop runs.
+    Raises `StreamlearnError` whose code is the process's exit code.
+    """
+    metrics = Metrics()
+    desk = Desk(config, metrics)
+    with ExitStack() as stack:
+        stack.enter_context(locked(config.state_dir))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: desk.stop())
+        listener = bind_tcp(config.service.host, config.service.port)
+        socket_, path = bind_control(config.state_dir)
+        stack.callback(path.unlink, missing_ok=True)
+        host, port = listener.getsockname()[:2]
+        desk.servers = [Server(read_only(desk), listener, "http"), Server(control_routes(desk), socket_, "control")]
+        for server in desk.servers:
+            server.start()
+            stack.callback(server.stop)
+        cause = take_over(config.state_dir, path, f"http://{host}:{port}")
+
+        from streamlearn.tensors import prepare  # torch is imported only now: lock, ports and sockets are quick to refuse
+
+        prepare(config.threads)
+        from streamlearn.job import Job
+
+        metrics.record_state("restoring", ready=False)
+        job = Job.make(config, Store(config.state_dir, keep=config.checkpoint.keep, hourly=config.checkpoint.hourly), metrics)
+        job.restore()
+        announce(job, cause)
+        stream = make_stream(job)
+        stream.start()
+        stack.callback(stream.stop)
+        desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))
+        tell({"event": "running", "pid": os.getpid(), "http": f"http://{host}:{port}"})
+        log.info("learning from %s on %s; metrics on http://%s:%d/metrics", config.source, job.learner.world.device, host, port)
+        if watch is not None:
+            stack.enter_context(watch(desk))
+        learn(job, stream, desk)
+        end_well(config.state_dir)
+
+
+def learn(job: Job, stream: Stream, desk: Desk) -> None:
+    """Run the loop; save what was learned however it ends, and check that every sample is accounted for."""
+    from streamlearn import loop
+
+    try:
+        loop.run(job, stream, desk)
+    finally:
+        job.state = "draining"
+        desk.publish(job, stream)
+        if job.progress.positions != job.saved:
+            job.save(stream, "shutdown")
+        if missing := job.progress.unaccounted():
+            log.error("samples unaccounted for: %s", missing)
+        totals = dict(job.progress.totals())
+        log.info("stopped at step %d: %s", job.learner.step, totals, extra={"step": job.learner.step})
+        desk.publish(job, stream)
+
+
+def make_stream(job: Job) -> Stream:
+    """Return the stream that a job reads, from where it stands; the reader gets a copy of the progress."""
+    from streamlearn.stream.assembler import Assembler, Rules
+    from streamlearn.stream.codec import Codec
+    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.holdout import HoldOut
+    from streamlearn.stream.reader import Stream
+
+    config = job.config
+    source, sink = open_log(config)
+    dead_letters = DeadLetters(sink, config.dead_letter_topic)
+    spec = config.stream
+    rules = Rules(
+        Codec.from_config(config), HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
+        spec.batch_size, spec.task_end.records,
+    )  # fmt: skip
+    copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
+    refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0
+    job.metrics.know(spec.topics or [])
+    return Stream(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
+
+
+def open_log(config: Config) -> tuple[Log, Sink]:
+    """Return reader and writer of the configured source; Kafka is contacted later, by the reader."""
+    if config.source == "kafka":
+        from streamlearn.stream.kafka import KafkaLog, KafkaSink
+
+        assert config.kafka is not None
+        return KafkaLog(config.kafka, config.group_id), KafkaSink(config.kafka)
+    from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+
+    return EmbeddedLog(config.embedded.path), EmbeddedSink(config.embedded.path)
+
+
+def announce(job: Job, cause: str) -> None:
+    """Show versions and configuration in the metrics."""
+    versions = {
+        "version": __version__,
+        "python_version": platform.python_version(),
+        "torch_version": version("torch"),
+        "kafka_client_version": version("kafka-python"),
+    }
+    model = {
+        "model": job.config.model.name,
+        "strategy": " + ".join(job.config.strategy),
+        "config_sha256": job.config.digest(),
+    }
+    job.metrics.announce(versions, model, job.started, cause)
+
+
+@contextmanager
+def locked(state_dir: Path) -> Iterator[None]:
+    """Hold a state directory for as long as the context lasts; raises `StreamlearnError` 73 if another process does."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(state_dir / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StreamlearnError(f"{state_dir}: cannot be used: {error.strerror}", code=77) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StreamlearnError(f"{state_dir}: another daemon runs here (its LOCK is held)", code=73) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take_over(state_dir: Path, socket_path: Path, http: str) -> str:
+    """Write down who holds the state directory; return how its last holder ended: first, clean or crash."""
+    path = state_dir / "daemon.json"
+    try:
+        cause = "clean" if json.loads(path.read_text()).get("ended") else "crash"
+    except (OSError, ValueError):
+        cause = "first"
+    hints = {"pid": os.getpid(), "start_time": process_start_time(os.getpid()), "socket": str(socket_path), "http": http, "version": __version__}
+    replace(path, hints)
+    return cause
+
+
+def end_well(state_dir: Path) -> None:
+    """Note that this process ended as it should."""
+    path = state_dir / "daemon.json"
+    replace(path, {**json.loads(path.read_text()), "ended": time.time()})
+
+
+def replace(path: Path, tree: dict[str, Any]) -> None:
+    """Write a small JSON file so that a reader sees the old or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(tree))
+    temporary.chmod(0o600)
+    temporary.replace(path)

@@ -1,0 +1,267 @@
+"""The nouns that every layer shares: labels, positions, batches, tasks, and what a turn of the loop applies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+Label = int | str
+Partition = tuple[str, int]
+
+OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
+"""How a consumed sample can end; until then it is queued. Their sum is the number consumed."""
+
+REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
+"""Why a sample can be rejected: a closed set, so that it can be a metric's label."""
+
+
+class StreamlearnError(Exception):
+    """An expected failure: one line for the user, and the exit code that operators act on.
+
+    Codes follow sysexits: 1 failure, 69 broker unavailable, 73 state locked, 74 input/output, 75 temporary,
+    77 permission or authentication, 78 configuration.
+    """
+
+    def __init__(self, message: str, *, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """The next record that is not used up, and how many of its samples, in order and of any outcome, are done."""
+
+    offset: int
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where learning stands in every partition; immutable, and never goes backwards.
+
+    `topic_ids` and `cluster_id` tell a topic from another one that was created later under its name.
+    """
+
+    at: Mapping[Partition, Position] = field(default_factory=dict)
+    topic_ids: Mapping[str, str] = field(default_factory=dict)
+    cluster_id: str | None = None
+
+    def advance(self, later: Positions) -> Positions:
+        """Return these positions moved on to `later`; raises `StreamlearnError` if one would go backwards."""
+        for partition, position in later.at.items():
+            if (known := self.at.get(partition)) is not None and position < known:
+                raise StreamlearnError(f"{partition[0]}[{partition[1]}]: position would go back from {known} to {position}")
+        return Positions(
+            {**self.at, **later.at}, {**self.topic_ids, **later.topic_ids}, later.cluster_id or self.cluster_id
+        )
+
+    def by_topic(self) -> dict[str, dict[str, int]]:
+        """Return `{topic: {partition: next_offset}}`, as shown to people and reported to the broker."""
+        tree: dict[str, dict[str, int]] = {}
+        for (topic, partition), position in sorted(self.at.items()):
+            tree.setdefault(topic, {})[str(partition)] = position.offset
+        return tree
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON tree from which `from_json` makes equal positions."""
+        topics: dict[str, Any] = {}
+        for (topic, partition), position in sorted(self.at.items()):
+            entry = topics.setdefault(topic, {"topic_id": self.topic_ids.get(topic), "partitions": {}})
+            entry["partitions"][str(partition)] = {"offset": position.offset, "skip": position.skip}
+        return {"cluster_id": self.cluster_id, "topics": topics}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Positions:
+        """Return the positions that `to_json` described."""
+        at = {
+            (topic, int(partition)): Position(value["offset"], value["skip"])
+            for topic, entry in tree["topics"].items()
+            for partition, value in entry["partitions"].items()
+        }
+        ids = {topic: entry["topic_id"] for topic, entry in tree["topics"].items() if entry["topic_id"] is not None}
+        return cls(at, ids, tree["cluster_id"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an update eats.
+
+    `x [B, ...]` in the dtype it arrived in, or scaled floats; `y [B]` output indices; `task [B]` task indices, kept on
+    the host so that routing never waits for the device; `weight [B]` the samples' shares of the loss (None before the
+    update has joined replay to it); `soft [R, C]` target distributions of the last R samples, at `temperature`.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: Tensor
+    weight: Tensor | None = None
+    soft: Tensor | None = None
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def join(self, replayed: Batch | None, share: float) -> Batch:
+        """Return these samples followed by the replayed ones, which together have `share` of the loss."""
+        import torch
+
+        own = 1.0 if replayed is None else 1.0 - share
+        weight = torch.full((len(self),), own / len(self), device=self.x.device)
+        if replayed is None:
+            return replace(self, weight=weight)
+        rest = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
+        return Batch(
+            torch.cat([self.x, replayed.x]),
+            torch.cat([self.y, replayed.y]),
+            torch.cat([self.task, replayed.task]),
+            torch.cat([weight, rest]),
+            replayed.soft,
+            replayed.temperature,
+        )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples kept for a task's probe: `x [n, ...]` as they arrived, `y [n]` output indices."""
+
+    task: int
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass
+class Found:
+    """What the reader met on the way to a batch; it takes effect when that batch is learned, never earlier."""
+
+    consumed: Counter[str] = field(default_factory=Counter)  # samples by topic
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples by (topic, outcome), never "trained"
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples by (topic, reason)
+    records: Counter[Partition] = field(default_factory=Counter)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+    gaps: Counter[tuple[str, str]] = field(default_factory=Counter)  # offsets lost, by (topic, reason)
+    held_out: list[HeldOut] = field(default_factory=list)
+    labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
+    markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
+
+    def __bool__(self) -> bool:
+        return bool(self.consumed or self.records or self.gaps)
+
+
+@dataclass
+class Task:
+    """One topic's worth of experience, from its first sample to its end."""
+
+    index: int
+    name: str
+    state: str = "active"  # active | refining | ended
+    labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance
+    counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
+    ends: dict[int, int] | None = None  # end offset of each partition, once fixed
+    marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON tree from which `from_json` makes an equal task."""
+        ends = None if self.ends is None else {str(p): end for p, end in self.ends.items()}
+        return {**vars(self), "labels": list(self.labels), "counts": dict(self.counts), "ends": ends}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Task:
+        """Return the task that `to_json` described."""
+        ends = None if tree["ends"] is None else {int(p): end for p, end in tree["ends"].items()}
+        return cls(**{**tree, "counts": Counter(tree["counts"]), "ends": ends})
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What one turn of the loop applies: everything between two sets of positions, in the order of these fields."""
+
+    positions: Positions = field(default_factory=Positions)
+    found: Found = field(default_factory=Found)
+    begins: Task | None = None
+    batch: Batch | None = None
+    refines: bool = False  # the batch is a further pass over the reservoir, not new experience
+    closes: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
+    ends: str | None = None  # how the current task's end was found: marker | count | next_topic | idle
+    consolidates: bool = False  # refinement is over; what was learned is made to last
+    newest: float | None = None  # timestamp of the newest record in it, Unix seconds
+
+
+@dataclass
+class Progress:
+    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels and totals. All state."""
+
+    positions: Positions = field(default_factory=Positions)
+    tasks: list[Task] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)  # in order of first appearance; append-only
+    ledger: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
+
+    @property
+    def current(self) -> Task | None:
+        """The task that is being learned, if one is."""
+        return self.tasks[-1] if self.tasks and self.tasks[-1].state != "ended" else None
+
+    def meet(self, found: Found) -> None:
+        """Note the labels of a delivery, so that its own batch can be learned with them."""
+        for index, label in found.labels:
+            task = self.tasks[index]
+            if label not in task.labels:
+                task.labels.append(label)
+            if label not in self.labels:
+                self.labels.append(label)
+
+    def apply(self, delivery: Delivery, outcome: str) -> None:
+        """Move on past a delivery whose batch, where it has one, ended as `outcome` (trained or skipped)."""
+        self.positions = self.positions.advance(delivery.positions)
+        found = delivery.found
+        for topic, count in found.consumed.items():
+            self.ledger.setdefault(topic, Counter())["consumed"] += count
+        for (topic, kind), count in found.outcomes.items():
+            self.ledger.setdefault(topic, Counter())[kind] += count
+        if (task := self.current) is None:
+            return
+        if delivery.batch is not None and not delivery.refines:
+            self.ledger.setdefault(task.name, Counter())[outcome] += len(delivery.batch)
+            task.counts[outcome] += len(delivery.batch)
+        for kind in ("held_out", "rejected", "duplicates"):
+            task.counts[kind] += found.outcomes[task.name, kind]
+        task.counts["consumed"] += found.consumed[task.name] - found.outcomes[task.name, "late"]
+        task.marked.extend(partition for topic, partition in found.markers if topic == task.name)
+        if delivery.closes is not None:
+            task.ends = dict(delivery.closes)
+
+    def totals(self) -> Counter[str]:
+        """Return samples consumed and by outcome, over all topics."""
+        return sum(self.ledger.values(), Counter(dict.fromkeys(("consumed", *OUTCOMES), 0)))
+
+    def unaccounted(self) -> dict[str, int]:
+        """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
+        gaps = {topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES) for topic, count in self.ledger.items()}
+        return {topic: gap for topic, gap in gaps.items() if gap}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON tree from which `from_json` makes equal progress (positions apart: they have a file of theirs)."""
+        return {
+            "tasks": [task.to_json() for task in self.tasks],
+            "labels": self.labels,
+            "ledger": {topic: dict(count) for topic, count in self.ledger.items()},
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any], positions: Positions) -> Progress:
+        """Return the progress that `to_json` described."""
+        ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
+        return cls(positions, [Task.from_json(task) for task in tree["tasks"]], list(tree["labels"]), ledger)
+
+
+def natural_key(name: str) -> Sequence[tuple[int, int, str]]:
+    """Return a sort key that compares digits as numbers: `task-2` comes before `task-10`."""
+    import re
+
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]

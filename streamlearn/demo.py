@@ -1,0 +1,136 @@
+"""The demonstration: five digit tasks through the daemon, three ways at once; nothing is simulated, and it ends by itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamlearn import config as configuration
+from streamlearn import producer, report
+from streamlearn.checkpoint import Store
+from streamlearn.data import StreamlearnError
+from streamlearn.service.client import Client
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TASKS = 5
+RUNS: dict[str, tuple[str, Any]] = {
+    "naive": ("one task after the other, no memory", "naive"),
+    "joint": ("keeps and relearns every sample", "joint"),
+    "default": ("remembers by generative replay", {"generative": {}, "si": {}}),
+}
+
+
+def settings(directory: Path, name: str) -> dict[str, Any]:
+    """Return the configuration of one of the runs."""
+    return {
+        "name": f"demo-{name}",
+        "state_dir": str(directory / "state" / name),
+        "embedded": {"path": str(directory / "topics.sqlite")},
+        "input": {"shape": [8, 8], "dtype": "uint8", "scale": 16.0},
+        "classes": 10,
+        "holdout": {"fraction": 0.0, "max": None},  # scikit-learn's digits are few: a fixed quarter is the probe
+        "stream": {"topics": topics(), "batch_size": 10, "on_finished": "exit"},
+        "strategy": RUNS[name][1],
+        "device": "cpu",
+        "learner": {"updates_per_batch": 20},
+        "probes": {"every": 3},
+        "service": {"port": 0},
+    }
+
+
+def topics() -> list[str]:
+    """Return the topics, a task each."""
+    return [f"digits-{2 * n}-{2 * n + 1}" for n in range(TASKS)]
+
+
+def run(output: Path) -> None:
+    """Publish, learn, and write `report.html`, `accuracy.png` and `summary.json` to `output`; prints as it goes.
+
+    Raises `StreamlearnError` when a run fails.
+    """
+    begun = time.monotonic()
+    work = output / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    print(f"Publishing scikit-learn's handwritten digits to {TASKS} topics, two digits each ...", flush=True)  # noqa: T201 - it talks
+    _publish(work)
+    print("Three daemons learn them, one task after the other:", flush=True)  # noqa: T201 - as above
+    processes = {name: _start(work, name) for name in RUNS}
+    try:
+        _follow(work, processes)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.terminate()
+                process.wait(30)
+    curves = [report.Curves.of(Store(work / "state" / name).list()[0], f"{name}: {RUNS[name][0]}") for name in RUNS]
+    report.write(output, curves)
+    report.write_json(output / "summary.json", {name: report.summary(c) for name, c in zip(RUNS, curves, strict=True)})
+    _conclude(output, curves, time.monotonic() - begun)
+
+
+def _publish(work: Path) -> None:
+    from streamlearn.stream.embedded import EmbeddedSink
+
+    train, test = producer.read("digits"), producer.read("digits", "test")
+    groups = producer.equal_groups(train, TASKS)
+    sink = EmbeddedSink(work / "topics.sqlite")
+    tasks, probes = producer.by_classes(train, groups), producer.by_classes(test, groups)
+    for number, (topic, samples, probe) in enumerate(zip(topics(), tasks, probes, strict=True)):
+        how = producer.Publishing(per_record=10)
+        producer.publish(sink, topic, producer.shuffled(samples, number), how, probe=probe)
+    sink.close()
+
+
+def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
+    path = work / f"{name}.yaml"
+    path.write_text(configuration.dump(settings(work, name)))
+    with (work / f"{name}.log").open("wb") as log:
+        command = [sys.executable, "-m", "streamlearn", "run", str(path)]
+        return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - our own interpreter and module
+
+
+def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Print a line for each task that a run has finished; raise when one fails."""
+    told: dict[str, int] = dict.fromkeys(processes, 0)
+    print(f"\n{'':<8}" + "".join(f"{topic.removeprefix('digits-'):>8}" for topic in topics()) + f"{'average':>10}", flush=True)  # noqa: T201 - as above
+    while True:
+        running = [name for name, process in processes.items() if process.poll() is None]
+        for name in processes:
+            rows = _rows(work / "state" / name)
+            for row in rows[told[name] :]:
+                known = [value for value in row if value is not None]
+                cells = "".join(f"{'' if value is None else f'{100 * value:.0f} %':>8}" for value in row)
+                print(f"{name:<8}{cells:<{8 * TASKS}}{100 * sum(known) / len(known):>8.1f} %", flush=True)  # noqa: T201 - as above
+            told[name] = len(rows)
+        for name, process in processes.items():
+            if process.returncode:
+                lines = (work / f"{name}.log").read_text().splitlines()
+                raise StreamlearnError(f"the {name} run failed: {lines[-1] if lines else 'no output'}", code=process.returncode)
+        if not running:
+            return
+        time.sleep(0.3)
+
+
+def _rows(state: Path) -> list[list[float | None]]:
+    """Return the rows of the accuracy matrix so far, from the daemon, or after its end from its last checkpoint."""
+    try:
+        matrix: list[list[float | None]] = Client(state, timeout=2).get("/status").get("matrix", [])
+    except StreamlearnError:
+        found = Store(state).list()
+        matrix = found[0].read_json("status.json")["matrix"] if found else []
+    return matrix
+
+
+def _conclude(output: Path, curves: Sequence[report.Curves], seconds: float) -> None:
+    print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")  # noqa: T201 - as above
+    for curve in curves:
+        accuracy, lost = curve.status["average_accuracy"], curve.status["average_forgetting"]
+        print(f"{curve.name:<44}{100 * accuracy:>16.1f} %{100 * lost:>10.1f} %")  # noqa: T201 - as above
+    print(f"\n{seconds:.0f} s. Look at {output / 'report.html'} and {output / 'accuracy.png'}.")  # noqa: T201 - as above

@@ -1,0 +1,323 @@
+"""A running job: everything learned and where the stream stands; how it is saved, restored and described."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from streamlearn import __version__, state
+from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError
+from streamlearn.evaluation.matrix import AccuracyMatrix
+from streamlearn.evaluation.probes import Probes
+from streamlearn.learner import Learner, make_learner
+from streamlearn.scenario import Scenario
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from streamlearn.checkpoint import Checkpoint, Store
+    from streamlearn.config import Config
+    from streamlearn.metrics import Metrics
+    from streamlearn.stream.reader import Stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What the loop works on."""
+
+    config: Config
+    scenario: Scenario
+    learner: Learner
+    probes: Probes
+    store: Store
+    metrics: Metrics
+    matrix: AccuracyMatrix = field(default_factory=AccuracyMatrix)
+    progress: Progress = field(default_factory=Progress)
+    checkpoint: Checkpoint | None = None
+    saved: Positions = field(default_factory=Positions)  # those of the newest checkpoint
+    newest: dict[str, float] = field(default_factory=dict)  # timestamp of the newest applied record, by topic
+    state: str = "starting"
+    started: float = field(default_factory=time.time)
+    save_failed: float | None = None  # when a save last failed, monotonic
+    _saved_at: float = field(default_factory=time.monotonic)
+    _saved_batches: int = 0
+
+    @classmethod
+    def make(cls, config: Config, store: Store, metrics: Metrics) -> Job:
+        """Return an untrained job; raises `StreamlearnError` (78) when the configuration cannot be built."""
+        scenario = Scenario.from_config(config)
+        try:
+            learner = make_learner(config, scenario)
+        except ValueError as error:
+            raise StreamlearnError(str(error), code=78) from error
+        probes = Probes(config.holdout.max, config.memory.max_bytes, config.seed)
+        return cls(config, scenario, learner, probes, store, metrics)
+
+    # -- evaluation
+
+    def evaluate(self, after: int | None = None) -> None:
+        """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix."""
+        begun = time.perf_counter()
+        results = self.probes.evaluate(self.learner, self.config.probes.minimum)
+        if after is not None and self.scenario.kind != "class" and (probe := self.probes.of(after)) is not None:
+            before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
+            untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
+            self.matrix.transfer[after] = (before, untrained)
+        trained = self.progress.totals()["trained"]
+        self.matrix.record(results, self.learner.batches, trained, after)
+        self.metrics.histograms["probe_duration_seconds"].observe(time.perf_counter() - begun)
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, time.time())
+
+    # -- checkpoints
+
+    def checkpoint_due(self) -> bool:
+        """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
+        spec = self.config.checkpoint
+        if self.progress.positions == self.saved or not self.progress.positions.at:
+            return False
+        waited = time.monotonic() - self._saved_at
+        if self.save_failed is not None and time.monotonic() - self.save_failed < (spec.every_seconds or 30.0):
+            return False
+        by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
+        return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
+
+    def save(self, stream: Stream, trigger: str) -> Checkpoint | None:
+        """Save everything, then report the positions; return None where it failed, which is logged and counted."""
+        begun = time.perf_counter()
+        try:
+            stream.settle()  # the dead letters before these positions are acknowledged first
+            files, info = self._snapshot()
+            snapshot = time.perf_counter()
+            checkpoint = self.store.save(files, info)
+        except StreamlearnError as error:
+            log.error("checkpoint failed: %s", error, extra={"trigger": trigger})  # noqa: TRY400 - the line says all
+            self.metrics.count("checkpoints", 1, "failure", trigger)
+            self.metrics.count("errors", 1, "checkpoint", type(error).__name__)
+            self.save_failed = time.monotonic()
+            return None
+        seconds = self.metrics.histograms["checkpoint_duration_seconds"]
+        seconds.labels("snapshot").observe(snapshot - begun)
+        seconds.labels("write").observe(time.perf_counter() - snapshot)
+        self.metrics.count("checkpoints", 1, "success", trigger)
+        self._follow(checkpoint)
+        stream.report(self.progress.positions)
+        log.info("saved %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step})
+        return checkpoint
+
+    def restore(self) -> bool:
+        """Take over the newest sound checkpoint; return False where there is none.
+
+        Raises `StreamlearnError` (78) when it does not fit the configuration, with a line for each difference.
+        """
+        checkpoint = self.store.newest_sound()
+        self.metrics.count("checkpoint_corrupt", self.store.corrupt)
+        if checkpoint is None:
+            return False
+        self._check_fit(checkpoint)
+        files = {
+            name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
+            for name in checkpoint.manifest["files"]
+            if name.endswith(state.SUFFIX)
+        }
+        rest = checkpoint.read_json("state.json")
+        self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
+        groups = state.unpack(files, rest["groups"])
+        self.probes.load_state_dict(groups.pop("probes"))
+        self.matrix.load_state_dict(rest["matrix"])
+        self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
+        sizes = self.learner.strategy.replay.sizes()
+        for key in ("drawn", "evicted"):
+            self.metrics.start_from(key, int(sizes.get(key, 0)))
+        self._follow(checkpoint)
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, checkpoint.created)
+        here = environment(self.config)
+        if (there := checkpoint.manifest["environment"]) != here:
+            changed = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
+            log.warning("going on in another environment, so not bit-equal: %s", changed)
+        log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
+        return True
+
+    def _snapshot(self) -> tuple[dict[str, bytes | None], dict[str, Any]]:
+        groups = {**self.learner.state_dict(), "probes": self.probes.state_dict()}
+        tensors, rest, immutable = state.pack(groups)
+        linkable = set(self.checkpoint.manifest["files"]) if self.checkpoint is not None else set()
+        # what the store links is its newest, which is this one unless another process has written there
+        newest = next(iter(self.store.list()), None)
+        if newest is None or self.checkpoint is None or newest.id != self.checkpoint.id:
+            linkable = set()
+        files: dict[str, bytes | None] = {
+            name: None if name in immutable and name in linkable else state.to_bytes(content)
+            for name, content in tensors.items()
+        }
+        files["model.json"] = _json(self.describe_model())
+        files["state.json"] = _json({"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()})
+        files["offsets.json"] = _json(self.progress.positions.to_json())
+        files["status.json"] = _json({**self.status(None), "state": "stopped", "pid": None})
+        info = {
+            "step": self.learner.step,
+            "batches": self.learner.batches,
+            "average_accuracy": self.matrix.average_accuracy,
+            "config_sha256": self.config.digest(),
+            "shaping": self.config.shaping(),
+            "environment": environment(self.config),
+        }
+        return files, info
+
+    def _check_fit(self, checkpoint: Checkpoint) -> None:
+        ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
+        lines = [
+            f"{key}: the checkpoint has {theirs.get(key)!r}, the configuration {ours.get(key)!r}"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key)
+        ]
+        begun = [task["name"] for task in checkpoint.read_json("state.json")["progress"]["tasks"]]
+        listed = self.config.stream.topics
+        if listed is not None and listed[: len(begun)] != begun:
+            lines.append(f"stream.topics: {begun} have begun, in this order, and may not move; the configuration has {listed}")
+        if lines:
+            text = "; ".join(lines)
+            raise StreamlearnError(f"{checkpoint.path}: does not fit the configuration: {text}", code=78)
+
+    def _follow(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.saved = self.progress.positions
+        self.save_failed = None
+        self._saved_at = time.monotonic()
+        self._saved_batches = self.learner.batches
+        gauges = self.metrics.gauges
+        gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
+        gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)
+        gauges.set("checkpoints_kept", len(self.store.list()))
+
+    # -- description
+
+    def describe_model(self) -> dict[str, Any]:
+        """Return what is needed, besides `model.safetensors`, to use the model elsewhere."""
+        progress, config = self.progress, self.config
+        return {
+            "format": 1,
+            "model": config.model.model_dump(),
+            "input": config.input.model_dump(),
+            "seed": config.seed,
+            "num_outputs": int(self.learner.allowed.shape[1]),
+            "scenario": self.scenario.kind,
+            "labels": self.scenario.names(progress.labels),
+            "tasks": {
+                task.name: {
+                    "labels": list(self.scenario.declared.get(task.name, task.labels)),
+                    "outputs": [n for n, on in enumerate(self.scenario.mask(task, progress.labels)) if on],
+                    "probe_accuracy": self.matrix.now.get(task.index),
+                }
+                for task in progress.tasks
+            },
+            "strategy": config.strategy,
+            "step": self.learner.step,
+        }
+
+    def status(self, stream: Stream | None) -> dict[str, Any]:
+        """Return what `status --json` shows; figures that are undefined are None."""
+        queued = stream.queued if stream is not None else 0
+        totals = self.progress.totals()
+        samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued}
+        ends = stream.status.ends if stream is not None else {}
+        lag: dict[str, dict[str, int]] = {}
+        for (topic, partition), end in sorted(ends.items()):
+            position = self.progress.positions.at.get((topic, partition))
+            lag.setdefault(topic, {})[str(partition)] = max(0, end - (position.offset if position else 0))
+        problem = stream.status.problem if stream is not None else None
+        return {
+            "name": self.config.name,
+            "version": __version__,
+            "state": self.state,
+            "pid": os.getpid(),
+            "started": self.started,
+            "problem": problem,
+            "strategy": " + ".join(self.config.strategy),
+            "scenario": self.scenario.kind,
+            "model": self.config.model.name,
+            "device": str(self.learner.world.device),
+            "seed": self.config.seed,
+            "source": self.config.source,
+            "step": self.learner.step,
+            "batches": self.learner.batches,
+            "samples": {"consumed": sum(samples.values()), **samples},
+            "unaccounted": self.progress.unaccounted(),
+            "topics": {name: dict(count) for name, count in self.progress.ledger.items()},
+            "labels": self.scenario.names(self.progress.labels),
+            "tasks": [self._describe_task(task.index) for task in self.progress.tasks],
+            "matrix": self.matrix.matrix(),
+            "average_accuracy": self.matrix.average_accuracy,
+            "backward_transfer": self.matrix.backward_transfer,
+            "forward_transfer": self.matrix.forward_transfer,
+            "average_forgetting": self.matrix.average_forgetting,
+            "positions": self.progress.positions.by_topic(),
+            "lag": lag,
+            "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
+        }
+
+    def _describe_task(self, index: int) -> dict[str, Any]:
+        task = self.progress.tasks[index]
+        counts = Counter(task.counts)
+        return {
+            "name": task.name,
+            "index": index,
+            "state": task.state,
+            "labels": list(task.labels),
+            "samples": {kind: counts[kind] for kind in ("consumed", *OUTCOMES)},
+            "probe": {
+                "size": self.probes.sizes.get(index, 0),
+                "accuracy": self.matrix.now.get(index),
+                "best": self.matrix.best(index),
+                "forgetting": self.matrix.forgetting(index),
+            },
+        }
+
+    def publish(self, stream: Stream) -> None:
+        """Bring all gauges up to date."""
+        metrics, now = self.metrics, time.time()
+        committed = {p: position.offset for p, position in self.saved.at.items()}
+        metrics.record_stream(stream.status, self.progress, committed, stream.queued)
+        names = {task.index: task.name for task in self.progress.tasks}
+        metrics.record_memory(self.learner.strategy.replay.sizes(), names)
+        metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
+        applied = self.progress.positions.at
+        behind = Counter[str]()
+        for place, end in stream.status.ends.items():
+            behind[place[0]] += max(0, end - (applied[place].offset if place in applied else 0))
+        ages = {(t,): (now - self.newest[t] if n else 0.0) for t, n in behind.items() if t in self.newest}
+        metrics.gauges.replace("consumer_lag_seconds", ages)
+        metrics.gauges.set("state_dir_free_bytes", shutil.disk_usage(self.config.state_dir).free)
+        metrics.gauges.set("train_learning_rate", self.config.learner.optimizer.lr if self.learner.step else None)
+        metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
+        device = self.learner.world.device
+        if device.type == "cuda":
+            metrics.gauges.set("device_memory_allocated_bytes", torch.cuda.memory_allocated(device), str(device))
+            metrics.gauges.set("device_memory_reserved_bytes", torch.cuda.memory_reserved(device), str(device))
+            metrics.gauges.set("device_memory_total_bytes", torch.cuda.mem_get_info(device)[1], str(device))
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Return what bit-equality depends on besides configuration and stream."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "flush_denormal": True,
+        "device": config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+
+
+def _json(tree: Mapping[str, Any]) -> bytes:
+    return json.dumps(tree, allow_nan=False).encode()

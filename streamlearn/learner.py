@@ -1,0 +1,406 @@
+"""THE update: how a batch changes the model. Begins, refines and ends tasks; owns parameters, optimizer and reservoir."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from streamlearn.data import Batch, Delivery
+from streamlearn.memory import ALL, Reservoir
+from streamlearn.models import registry
+from streamlearn.strategies.parts import Closing, World
+from streamlearn.strategies.recipes import compose
+from streamlearn.tensors import averaging_rate, choose_device, clones, copy_into, finite_norm, padded_all, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from streamlearn.config import Config, LearnerSpec
+    from streamlearn.data import Label, Task
+    from streamlearn.scenario import Scenario
+    from streamlearn.strategies.parts import Network, State, Strategy
+
+EVALUATION_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class LearnStats:
+    """What a batch did, on the host: the only values that the loop waits for, once a batch."""
+
+    task: int
+    samples: int
+    steps: int  # optimizer steps asked for
+    applied: int  # of them, those whose gradient was finite
+    clipped: int
+    loss: float | None  # mean over the applied updates
+    accuracy: float  # before the first update: test, then train
+    gradient_norm: float  # of the last update
+
+    @property
+    def outcome(self) -> str:
+        """How the batch's samples ended: `trained`, or `skipped` where no update was applied."""
+        return "trained" if self.applied else "skipped"
+
+
+class Learner:
+    """A model that learns batch after batch, task after task."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        spec: LearnerSpec,
+        world: World,
+        scenario: Scenario,
+        *,
+        batch_size: int,
+        synchronize: bool = True,
+    ) -> None:
+        self.strategy = strategy
+        self.spec = spec
+        self.world = world
+        self.scenario = scenario
+        self.batch_size = batch_size
+        self.synchronize = synchronize  # benchmarks look at statistics less often
+        self.step = 0  # optimizer steps
+        self.task_steps = 0  # of them, in the current task
+        self.batches = 0
+        self.task = -1  # index of the current task
+        self.cursor: int | None = None  # refinement batches done, while refining
+        needed = [part.samples_needed for part in strategy.parts.values()]
+        if strategy.refine_epochs:
+            needed.append(ALL)
+        self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
+        self.params = list(strategy.network.module.parameters())
+        self.optimizer = make_optimizer(spec, self.params)
+        self.averaged: Network = self._copy_network()
+        self.initial = clones(self.params)  # for forward transfer
+        self.task_start = clones(self.params)  # the same
+        self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
+        self.outputs: list[list[int]] = []  # met in each task
+        self._draws = seeded(world.seed, "learner")
+        self._stats = torch.zeros(6, device=world.device)
+
+    # -- learning
+
+    def learn(self, batch: Batch) -> LearnStats:
+        """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
+        there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
+        self._stats.zero_()
+        for number in range(self.spec.updates_per_batch):
+            self.update(there, first=number == 0)
+        if self.cursor is None:
+            self.reservoir.add(batch.x, batch.y)  # after the updates: a batch never replays itself
+        else:
+            self.cursor += 1
+        self.batches += 1
+        return self._read_stats(batch)
+
+    def update(self, batch: Batch, *, first: bool = True) -> None:
+        """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
+        s = self.strategy
+        mixed = batch.join(s.replay.sample(batch), s.replay.share)
+        logits = s.network.forward(mixed.x, mixed.task)
+        loss = self.loss(logits, mixed)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
+        norm, finite = finite_norm(grads)
+        s.penalty.pull(self.params, grads, finite)  # toward what past tasks need, in closed form
+        s.constraint.project(self.params, grads, self.gradient_of)
+        clipped = self._clip(grads)
+        self.optimizer.found_inf = (~finite).float()  # the fused kernels then leave everything as it was
+        self.optimizer.step()
+        s.penalty.settle(self.params, self.spec.optimizer.lr)  # the implicit step, where chosen
+        s.constraint.hold(self.params)  # what must not move has not moved
+        s.penalty.accumulate(self.params)  # path integrals
+        s.replay.observe(mixed, finite)  # a generator learns too
+        self._update_average(finite)
+        self._note(loss, norm, finite, clipped, hits=self._hits(logits, batch) if first else None)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.task_steps += 1
+
+    def loss(self, logits: Tensor, mixed: Batch) -> Tensor:
+        """Return the weighted cross-entropy over the outputs that compete; soft targets count T^2 (Hinton et al. 2015)."""
+        forbidden = self._forbidden(mixed.task)
+        hard = len(mixed) - (0 if mixed.soft is None else len(mixed.soft))
+        masked = logits.masked_fill(forbidden, -torch.inf)
+        losses = functional.cross_entropy(masked[:hard], mixed.y[:hard], reduction="none")
+        if mixed.soft is not None:
+            log_probabilities = functional.log_softmax(masked[hard:] / mixed.temperature, 1)
+            # before the product: 0 * -inf is NaN
+            terms = mixed.soft * log_probabilities.masked_fill(forbidden[hard:], 0.0)
+            losses = torch.cat([losses, -(mixed.temperature**2) * terms.sum(1)])
+        assert mixed.weight is not None
+        return torch.dot(losses, mixed.weight)
+
+    def gradient_of(self, batch: Batch) -> list[Tensor]:
+        """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
+        joined = batch.join(None, 0.0)
+        loss = self.loss(self.strategy.network.forward(joined.x, joined.task), joined)
+        return list(torch.autograd.grad(loss, self.params, allow_unused=False))
+
+    # -- tasks
+
+    def begin_task(self, task: Task) -> None:
+        """Prepare for a task: its samples so far are none."""
+        self.task = task.index
+        self.task_steps = 0
+        self.cursor = None
+        self.reservoir.clear()
+        self.task_start = clones(self._evaluated())
+        for part in self.strategy.parts.values():
+            part.begin_task(task.index, self.params)
+        self._renew()
+
+    def activate(self, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
+        """Take over which outputs compete in each task; the head grows where labels need it."""
+        size = self.scenario.num_outputs(labels)
+        if size > self.allowed.shape[1]:
+            self._grow(size)
+        masks = [self.scenario.mask(task, labels) for task in tasks]
+        self.allowed = torch.tensor(masks, dtype=torch.bool, device=self.world.device).reshape(len(tasks), size)
+        found = [[self.scenario.output(label, task.name, labels) for label in task.labels] for task in tasks]
+        self.outputs = [[output for output in row if output is not None] for row in found]
+
+    def refine(self) -> Iterator[Delivery]:
+        """Yield the rest of a task after its last record: `refine_epochs` passes over the reservoir, then its end.
+
+        The order of each pass is a function of seed, task and epoch, so that a restart goes on at the cursor.
+        """
+        if self.cursor is None:
+            self.cursor = 0
+            self.reservoir.sealed = True
+            if self.strategy.refine_epochs:
+                for part in self.strategy.parts.values():
+                    part.begin_refine(self.params)
+        size = len(self.reservoir)
+        batches = -(-size // self.batch_size)
+        for number in range(self.cursor, self.strategy.refine_epochs * batches):
+            epoch, place = divmod(number, batches)
+            order = torch.randperm(size, generator=seeded(self.world.seed, f"refine-{self.task}-{epoch}"))
+            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+            y = self.reservoir.y[chosen]
+            yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), refines=True)
+        yield Delivery(consolidates=True)
+
+    def end_task(self) -> None:
+        """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
+        if self.spec.average is not None:
+            copy_into(self.params, list(self.averaged.module.parameters()))
+        closing = Closing(
+            self.task, self.reservoir.x, self.reservoir.y, self.params, self.strategy.network.module,
+            self.allowed, self.outputs, self._draws,
+        )  # fmt: skip
+        for part in self.strategy.parts.values():
+            part.end_task(closing)
+        self.cursor = None
+        self.reservoir.clear()
+        self._renew()
+
+    # -- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor, task: int, params: Sequence[Tensor] | None = None) -> tuple[float, float]:
+        """Return accuracy and mean loss on samples of a task, with the averaged weights or the given parameters."""
+        network = self.averaged
+        if params is not None:
+            network = self._copy_network()
+            copy_into(list(network.module.parameters()), params)
+        hits = torch.zeros((), device=self.world.device)
+        total = torch.zeros((), device=self.world.device)
+        for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+            tasks = torch.full((len(some_y),), task)
+            target = some_y.to(self.world.device)
+            logits = network.forward(self.world.scale(some_x), tasks)
+            masked = logits.masked_fill(self._forbidden(tasks), -torch.inf)
+            hits += (masked.argmax(1) == target).sum()
+            total += functional.cross_entropy(masked, target, reduction="sum")
+        return float(hits) / len(y), float(total) / len(y)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that probes see: the averaged weights, where there is an average."""
+        return self.averaged.module
+
+    # -- state
+
+    def state_dict(self) -> dict[str, State]:
+        """Return everything needed to go on bit-equal, in named groups of tensors and values."""
+        moments = {
+            str(n): dict(self.optimizer.state[param]) for n, param in enumerate(self.params) if param in self.optimizer.state
+        }
+        transfer = self.scenario.kind != "class"
+        return {
+            "model": dict(self.model.state_dict()),
+            "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
+            "optimizer": moments,
+            "reservoir": self.reservoir.state_dict(),
+            "transfer": {
+                "initial": {str(n): value for n, value in enumerate(self.initial)} if transfer else {},
+                "task_start": {str(n): value for n, value in enumerate(self.task_start)} if transfer else {},
+            },
+            "learner": {
+                "step": self.step,
+                "task_steps": self.task_steps,
+                "batches": self.batches,
+                "task": self.task,
+                "cursor": self.cursor,
+                "num_outputs": self.allowed.shape[1],
+                "draws": self._draws.get_state(),
+            },
+            **{name: part.state_dict() for name, part in self.strategy.parts.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, State], tasks: Sequence[Task], labels: Sequence[Label]) -> None:
+        """Take over what `state_dict` returned; `tasks` and `labels` are those met so far."""
+        own = state["learner"]
+        if own["num_outputs"] > self.allowed.shape[1]:
+            self._grow(own["num_outputs"])
+        for name, part in self.strategy.parts.items():
+            part.load_state_dict(state[name])
+        self.strategy.network.module.load_state_dict(state["live"] or state["model"])
+        self.params = list(self.strategy.network.module.parameters())
+        self.optimizer = make_optimizer(self.spec, self.params)
+        for n, param in enumerate(self.params):
+            if moments := state["optimizer"].get(str(n)):
+                self.optimizer.state[param] = {key: value.to(self.world.device, copy=True) for key, value in moments.items()}
+        self.averaged = self._copy_network()
+        if self.spec.average is not None:
+            self.averaged.module.load_state_dict(state["model"])
+        self.reservoir.load_state_dict(state["reservoir"])
+        if state["transfer"]["initial"]:
+            for name in ("initial", "task_start"):
+                values = state["transfer"][name]
+                setattr(self, name, [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))])
+        self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
+        self.task, self.cursor = own["task"], own["cursor"]
+        self._draws.set_state(own["draws"])
+        self.activate(tasks, labels)
+
+    # -- inside
+
+    def _forbidden(self, task: Tensor) -> Tensor:
+        """Return the outputs that do not compete, `[B, C]` or, where one row serves all, `[1, C]`."""
+        if len(self.allowed) == 1:
+            return ~self.allowed
+        return ~self.allowed[task.to(self.world.device, non_blocking=True)]
+
+    def _clip(self, grads: Sequence[Tensor]) -> Tensor | None:
+        if self.spec.max_norm is None:
+            return None
+        norm, _ = finite_norm(grads)
+        scale = (self.spec.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(list(grads), scale)  # noqa: SLF001 - torch's own optimizers are built on these
+        return norm > self.spec.max_norm
+
+    @torch.no_grad()
+    def _update_average(self, finite: Tensor) -> None:
+        if self.spec.average is None:
+            return
+        rate = averaging_rate(self.spec.average, self.task_steps) * finite
+        for mean, param in zip(self.averaged.module.parameters(), self.params, strict=True):
+            mean.lerp_(param, rate)
+
+    @torch.no_grad()
+    def _hits(self, logits: Tensor, batch: Batch) -> Tensor:
+        masked = logits[: len(batch)].masked_fill(self._forbidden(batch.task), -torch.inf)
+        return (masked.argmax(1) == batch.y).sum()
+
+    @torch.no_grad()
+    def _note(self, loss: Tensor, norm: Tensor, finite: Tensor, clipped: Tensor | None, hits: Tensor | None) -> None:
+        stats = self._stats
+        stats[0] += torch.where(finite, loss.detach(), 0.0)
+        stats[1] += finite
+        stats[2] = norm
+        if clipped is not None:
+            stats[3] += clipped & finite
+        if hits is not None:
+            stats[4] += hits
+
+    def _read_stats(self, batch: Batch) -> LearnStats:
+        loss, applied, norm, clipped, hits, _ = self._stats.tolist() if self.synchronize else [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        return LearnStats(
+            self.task, len(batch), self.spec.updates_per_batch, int(applied), int(clipped),
+            loss / applied if applied else None, hits / len(batch), norm,
+        )  # fmt: skip
+
+    def _evaluated(self) -> list[Tensor]:
+        return list(self.averaged.module.parameters())
+
+    def _copy_network(self) -> Network:
+        if self.spec.average is None and not hasattr(self, "averaged"):
+            return self.strategy.network
+        network = copy.deepcopy(self.strategy.network)
+        network.module.requires_grad_(requires_grad=False).eval()
+        return network
+
+    def _renew(self) -> None:
+        """Follow parts that have replaced or added parameters."""
+        params = list(self.strategy.network.module.parameters())
+        if len(params) != len(self.params) or any(a is not b for a, b in zip(params, self.params, strict=True)):
+            self._follow(params)
+
+    def _grow(self, size: int) -> None:
+        registry.grow_head(self.strategy.network.module, size, self.world.seed)
+        self._follow(list(self.strategy.network.module.parameters()))
+        for part in self.strategy.parts.values():
+            part.grow(self.params, size)
+        self.allowed = padded_all([self.allowed], [self.allowed.new_zeros(len(self.allowed), size)])[0]
+
+    def _follow(self, params: list[Tensor]) -> None:
+        """Carry optimizer state, average and remembered parameters over to parameters whose shapes have grown."""
+        moments = [dict(self.optimizer.state.get(param, {})) for param in self.params]
+        average = self._evaluated()
+        self.params = params
+        self.optimizer = make_optimizer(self.spec, params)
+        for param, old in zip(params, moments, strict=True):
+            if old:
+                grown = {key: padded_all([value], [param])[0] if value.dim() else value for key, value in old.items()}
+                self.optimizer.state[param] = grown
+        if self.spec.average is not None:
+            self.averaged = self._copy_network()
+            copy_into(self._evaluated(), padded_all(average, params, copy_rest=True))
+        self.initial = padded_all(self.initial, params, copy_rest=True)
+        self.task_start = padded_all(self.task_start, params, copy_rest=True)
+
+
+def make_optimizer(spec: LearnerSpec, params: Sequence[Tensor]) -> Any:
+    """Return the optimizer that a configuration names, fused."""
+    o = spec.optimizer
+    if o.name == "sgd":
+        return torch.optim.SGD(params, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True)
+    kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
+    return kind(params, lr=o.lr, weight_decay=o.weight_decay, fused=True)
+
+
+def scaling(divisor: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function from samples as they arrived to what the network sees: float32, on the device, divided."""
+
+    def scale(x: Tensor) -> Tensor:
+        there = x.to(device, torch.float32)
+        return there if divisor == 1 else there / divisor
+
+    return scale
+
+
+def make_learner(config: Config, scenario: Scenario) -> Learner:
+    """Return the learner that a configuration describes, untrained.
+
+    Raises `StreamlearnError` (78) when model or strategy cannot be built, `ValueError` when the device is not there.
+    """
+    device = choose_device(config.device)
+    spec = config.model.model_dump()
+
+    def build_network(num_outputs: int) -> nn.Module:
+        return registry.build(spec, config.input.shape, num_outputs, config.seed).to(device)
+
+    world = World(
+        config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
+        scaling(config.input.scale, device), build_network,
+    )  # fmt: skip
+    return Learner(compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size)

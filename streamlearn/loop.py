@@ -1,0 +1,92 @@
+"""THE loop: delivery -> update -> probe -> metrics -> checkpoint. One turn learns at most one batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from streamlearn.data import Delivery
+    from streamlearn.job import Job
+    from streamlearn.stream.reader import Stream
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+class Control(Protocol):
+    """What people ask of the loop, between two turns."""
+
+    stopping: bool
+    paused: bool
+
+    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        """Answer what was asked, and show where the job stands."""
+
+    def wait(self, seconds: float) -> None:
+        """Return when something was asked, or the time is over."""
+
+
+def run(job: Job, stream: Stream, control: Control) -> None:
+    """Learn until told to stop, or until nothing further can come."""
+    if job.progress.current is not None and job.progress.current.state == "refining":
+        stream.splice(job.learner.refine())  # where the last process left it
+    while not (control.stopping or stream.finished):
+        delivery = None
+        if control.paused:
+            control.wait(POLL_SECONDS)
+        elif (delivery := stream.next(POLL_SECONDS)) is not None:
+            turn(job, stream, delivery)
+        if job.checkpoint_due():
+            job.save(stream, "interval")
+        control.serve(job, stream, idle=delivery is None)
+
+
+def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
+    """Apply one delivery: everything between two sets of positions."""
+    progress, learner = job.progress, job.learner
+    if delivery.begins is not None:
+        progress.tasks.append(delivery.begins)
+        learner.begin_task(delivery.begins)
+        log.info("task %s begins", delivery.begins.name, extra={"task": delivery.begins.name})
+
+    progress.meet(delivery.found)
+    if delivery.begins is not None or delivery.found.labels:
+        learner.activate(progress.tasks, progress.labels)
+
+    task, stats = progress.current, None
+    if delivery.batch is not None:
+        begun = time.perf_counter()
+        stats = learner.learn(delivery.batch)
+        job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - begun)
+        if stats.applied < stats.steps:
+            log.warning("%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps)
+
+    progress.apply(delivery, stats.outcome if stats is not None else "trained")
+    job.probes.collect(delivery.found.held_out)
+    if task is not None and delivery.newest is not None:
+        job.newest[task.name] = delivery.newest
+    job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
+
+    if delivery.closes is not None:
+        job.save(stream, "task_end")  # before the short last batch: a restart must not decide again where the task ends
+
+    if delivery.ends is not None and task is not None:
+        task.state = "refining"
+        log.info("task %s has ended (%s)", task.name, delivery.ends, extra={"task": task.name})
+        stream.splice(learner.refine())  # usually no batches, then the delivery that consolidates
+
+    if delivery.consolidates and task is not None:
+        learner.end_task()
+        task.state = "ended"
+        job.probes.seal(task.index)
+        job.evaluate(after=task.index)
+        job.metrics.gauges.set("importance_norm", learner.strategy.penalty.figures().get("norm"))
+        if learner.strategy.penalty.figures():
+            job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
+        job.save(stream, "task_end")
+        log.info("accuracy %s, forgetting %s", job.matrix.average_accuracy, job.matrix.average_forgetting, extra={"task": task.name})
+    elif delivery.batch is not None and learner.batches % job.config.probes.every == 0:
+        job.evaluate()

@@ -1,0 +1,357 @@
+"""Every Prometheus series, declared in one place. What is unknown is absent; a help text is the series' definition.
+
+Counters start at 0 in each process, as Prometheus expects; totals over restarts are state, and shown by `status`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+
+from streamlearn.data import REASONS
+
+if TYPE_CHECKING:
+    from streamlearn.data import Delivery, Partition, Progress
+    from streamlearn.evaluation.matrix import AccuracyMatrix
+    from streamlearn.learner import LearnStats
+    from streamlearn.stream.reader import StreamStatus
+
+PREFIX = "streamlearn_"
+STATES = ("starting", "restoring", "running", "paused", "draining", "failed")
+TRIGGERS = ("interval", "task_end", "shutdown", "manual")
+MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
+MAX_MATRIX_TASKS = 50
+LOSS_SMOOTHING = 0.9
+
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "up_ready": ("1 when every readiness condition holds, else 0.", ()),
+    "state": ("Lifecycle state: one series a state, 1 for the current one.", ("state",)),
+    "heartbeat_timestamp_seconds": ("Unix time of the last turn of an internal loop.", ("loop",)),
+    "start_timestamp_seconds": ("Unix time when this process started.", ()),
+    "consumer_unread_records": ("Log end less the reader's next offset: what waits in the log.", ("topic", "partition")),
+    "consumer_position_offset": ("Next offset to be applied to the model.", ("topic", "partition")),
+    "consumer_log_end_offset": ("The log's end when it was last asked for.", ("topic", "partition")),
+    "consumer_lag_records": ("Log end less the next offset to be applied.", ("topic", "partition")),
+    "consumer_lag_seconds": ("Age of the newest applied record while the topic has lag, else 0.", ("topic",)),
+    "consumer_committed_offset": ("Next offset of the last durable checkpoint.", ("topic", "partition")),
+    "consumer_assigned_partitions": ("Partitions that are read now.", ()),
+    "consumer_paused": ("1 while reading is paused, by back-pressure or by an operator.", ()),
+    "broker_connected": ("1 while the log answers.", ()),
+    "broker_last_contact_timestamp_seconds": ("Unix time of the log's last answer.", ()),
+    "train_loss": ("Training loss of the current task, exponentially smoothed over batches.", ("task",)),
+    "train_prequential_accuracy_ratio": (
+        "Accuracy on each batch before it is learned, exponentially smoothed over batches.",
+        ("task",),
+    ),
+    "train_gradient_norm": ("Norm of the loss's gradient at the last step, before penalty, projection and clipping.", ()),
+    "train_learning_rate": ("Learning rate of the last step.", ()),
+    "train_batch_queue_samples": ("Samples read and not yet learned.", ()),
+    "train_batch_queue_capacity_samples": ("Bound on the samples read ahead.", ()),
+    "tasks_seen": ("Tasks begun.", ()),
+    "task_active": ("1 for the task that is being learned, 0 for those that have ended.", ("task",)),
+    "replay_buffer_samples": ("Stored samples of past tasks.", ("task",)),
+    "replay_buffer_capacity_samples": ("Bound on the stored samples.", ()),
+    "replay_buffer_bytes": ("Bytes of the stored samples.", ()),
+    "importance_norm": ("L2 norm of the importance weights of all past tasks.", ()),
+    "importance_last_update_timestamp_seconds": ("Unix time when importances were last consolidated.", ()),
+    "probe_accuracy_ratio": ("Accuracy on the task's held-out probe, at the last evaluation.", ("task",)),
+    "probe_accuracy_after_task_ratio": (
+        "Accuracy matrix R[i,j]: on the probe of task j (task) after task i (trained_task) was learned.",
+        ("trained_task", "task"),
+    ),
+    "probe_accuracy_best_ratio": ("Best accuracy measured so far on the task's probe.", ("task",)),
+    "probe_loss": ("Mean cross-entropy on the task's probe, at the last evaluation.", ("task",)),
+    "probe_samples": ("Samples in the task's probe.", ("task",)),
+    "probe_last_success_timestamp_seconds": ("Unix time of the last complete evaluation.", ()),
+    "average_accuracy_ratio": ("ACC: mean probe accuracy over the tasks seen, at the last evaluation.", ()),
+    "backward_transfer": ("BWT: mean over earlier tasks of accuracy now less accuracy when the task ended.", ()),
+    "forward_transfer": (
+        "FWT: mean over later tasks of accuracy before the task began less accuracy untrained; absent in scenario class.",
+        (),
+    ),
+    "forgetting_ratio": ("Best accuracy after any earlier task less accuracy now.", ("task",)),
+    "average_forgetting_ratio": ("Mean forgetting over the tasks before the newest.", ()),
+    "checkpoint_last_success_timestamp_seconds": ("Unix time of the last durable checkpoint.", ()),
+    "checkpoint_last_size_bytes": ("Bytes of the last durable checkpoint, linked files included.", ()),
+    "checkpoints_kept": ("Durable checkpoints on disk.", ()),
+    "checkpoint_records_since": ("Offsets applied since the last durable checkpoint.", ()),
+    "state_dir_free_bytes": ("Free bytes on the file system of the state directory.", ()),
+    "device_memory_allocated_bytes": ("Bytes of tensors on the device.", ("device",)),
+    "device_memory_reserved_bytes": ("Bytes reserved by torch's caching allocator.", ("device",)),
+    "device_memory_total_bytes": ("Memory of the device.", ("device",)),
+}
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "restarts": ("Starts from a state directory, by how the previous process ended.", ("cause",)),
+    "records_consumed": ("Records applied, whatever became of their samples.", ("topic", "partition")),
+    "samples_consumed": ("Samples of those records; an undecodable record counts as one.", ("topic",)),
+    "consumed_bytes": ("Key and value bytes of those records.", ("topic",)),
+    "samples_trained": ("Samples learned.", ("task",)),
+    "samples_held_out": ("Samples kept for the probe, never learned.", ("task",)),
+    "samples_late": ("Samples that came after their task had ended.", ("topic",)),
+    "samples_rejected": ("Samples that cannot be used, now in the dead-letter topic.", ("topic", "reason")),
+    "samples_duplicate": ("Samples of records that had already been applied.", ("topic",)),
+    "samples_skipped": ("Samples of batches none of whose updates was finite.", ("reason",)),
+    "records_skipped_offsets": ("Offsets never seen, because the log had lost them.", ("topic", "reason")),
+    "train_steps": ("Optimizer steps applied.", ("task",)),
+    "train_steps_skipped": ("Optimizer steps dropped.", ("reason",)),
+    "train_gradient_clipped": ("Optimizer steps whose gradient was clipped.", ()),
+    "task_boundaries": ("Task ends, by how they were found.", ("source",)),
+    "replay_samples_drawn": ("Samples drawn from stored ones into batches.", ()),
+    "replay_samples_evicted": ("Stored samples that made room.", ()),
+    "probe_failures": ("Evaluations that gave a value that is not finite.", ("task",)),
+    "checkpoints": ("Attempts to save.", ("result", "trigger")),
+    "checkpoint_corrupt": ("Checkpoints refused by verification.", ()),
+    "errors": ("Errors handled.", ("component", "kind")),
+    "dlq_records": ("Samples sent to the dead-letter topic.", ("result",)),
+    "control_requests": ("Requests that change something.", ("command", "result")),
+    "metrics_labels_dropped": ("Label values beyond the limit, counted under `other` or left out.", ("metric",)),
+}
+
+HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
+    "record_delay_seconds": (
+        "Time from a batch's newest record to its being learned.",
+        (),
+        (0.1, 0.3, 1, 3, 10, 30, 60, 300, 900, 3600),
+    ),
+    "train_batch_duration_seconds": (
+        "Duration of learning one batch, all its updates.",
+        (),
+        (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
+    ),
+    "probe_duration_seconds": ("Duration of one evaluation of all probes.", (), (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)),
+    "checkpoint_duration_seconds": (
+        "Duration of a save, by phase: snapshot and write; learning waits for both.",
+        ("phase",),
+        (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    ),
+}
+
+
+class Gauges:
+    """A collector of gauges that are absent until they are known, and again when they no longer are."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in GAUGES}
+
+    def set(self, name: str, value: float | None, *labels: str) -> None:
+        """Set one child, or remove it where the value is None or not finite."""
+        if value is None or not math.isfinite(value):
+            self._values[name] = {key: old for key, old in self._values[name].items() if key != labels}
+        else:
+            self._values[name] = {**self._values[name], labels: float(value)}
+
+    def replace(self, name: str, children: Mapping[tuple[str, ...], float | None]) -> None:
+        """Set a whole family; children that are not named are removed."""
+        self._values[name] = {k: float(v) for k, v in children.items() if v is not None and math.isfinite(v)}
+
+    def collect(self) -> Iterator[Metric]:
+        """Give every family that has a child."""
+        for name, (text, labels) in GAUGES.items():
+            if children := self._values[name]:
+                family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+                for key, value in children.items():
+                    family.add_metric(key, value)
+                yield family
+
+
+class Metrics:
+    """The series of one daemon, fed by its loop; a scrape only reads."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()
+        self.registry = registry or CollectorRegistry()
+        self.gauges = Gauges()
+        self.registry.register(self.gauges)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        self.counters = {n: Counter(PREFIX + n, text, labels, registry=self.registry) for n, (text, labels) in COUNTERS.items()}
+        self.histograms = {
+            name: Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+            for name, (text, labels, buckets) in HISTOGRAMS.items()
+        }
+        self._known: dict[str, set[str]] = {"task": set(), "topic": set()}
+        self._smoothed: dict[tuple[str, str], float] = {}
+        self._seen = {"drawn": 0, "evicted": 0, "dead letters": 0}
+        for trigger in TRIGGERS:
+            for result in ("success", "failure"):
+                self.counters["checkpoints"].labels(result, trigger)
+        for reason in ("nonfinite",):
+            self.counters["train_steps_skipped"].labels(reason)
+            self.counters["samples_skipped"].labels(reason)
+        for result in ("success", "failure"):
+            self.counters["dlq_records"].labels(result)
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Return the exposition and its content type, Prometheus text or OpenMetrics."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self.registry), content_type
+
+    def count(self, name: str, amount: float, *labels: str) -> None:
+        """Add to a counter; the cardinality guard folds label values beyond its limit into `other`."""
+        kinds = COUNTERS[name][1]
+        allowed = [self._guard(name, kind, value) for kind, value in zip(kinds, labels, strict=True)]
+        counter = self.counters[name].labels(*allowed) if kinds else self.counters[name]
+        if amount:
+            counter.inc(amount)
+
+    def announce(self, versions: Mapping[str, str], model: Mapping[str, str], started: float, cause: str) -> None:
+        """Say what runs, since when, and how the process before it ended."""
+        Info(PREFIX + "build", "Versions of what runs.", registry=self.registry).info(dict(versions))
+        Info(PREFIX + "model", "What is learned, and how.", registry=self.registry).info(dict(model))
+        self.gauges.set("start_timestamp_seconds", started)
+        self.count("restarts", 1, cause)
+
+    def know(self, topics: Iterable[str]) -> None:
+        """Let the counters of topics exist at 0, so that a first increase is seen."""
+        for topic in topics:
+            for name in ("samples_consumed", "consumed_bytes", "samples_late", "samples_duplicate"):
+                self.count(name, 0, topic)
+            for reason in REASONS:
+                self.count("samples_rejected", 0, topic, reason)
+            for name in ("samples_trained", "samples_held_out", "train_steps"):
+                self.count(name, 0, topic)
+
+    def record_delivery(self, delivery: Delivery, stats: LearnStats | None, task: str, now: float) -> None:
+        """Count what a turn of the loop applied."""
+        found = delivery.found
+        for (topic, partition), records in found.records.items():
+            self.count("records_consumed", records, topic, str(partition))
+        for topic, num_bytes in found.num_bytes.items():
+            self.count("consumed_bytes", num_bytes, topic)
+        for topic, samples in found.consumed.items():
+            self.count("samples_consumed", samples, topic)
+        for (topic, outcome), samples in found.outcomes.items():
+            if outcome in {"held_out", "late"}:
+                self.count(f"samples_{outcome}", samples, topic)
+            elif outcome == "duplicates":
+                self.count("samples_duplicate", samples, topic)
+        for (topic, reason), samples in found.rejected.items():
+            self.count("samples_rejected", samples, topic, reason)
+        for (topic, reason), offsets in found.gaps.items():
+            self.count("records_skipped_offsets", offsets, topic, reason)
+        if delivery.ends is not None:
+            self.count("task_boundaries", 1, delivery.ends)
+        if stats is None:
+            return
+        if not delivery.refines:
+            if stats.outcome == "trained":
+                self.count("samples_trained", stats.samples, task)
+            else:
+                self.count("samples_skipped", stats.samples, "nonfinite")
+            if delivery.newest is not None:
+                self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest))
+        self.count("train_steps", stats.applied, task)
+        self.count("train_steps_skipped", stats.steps - stats.applied, "nonfinite")
+        self.count("train_gradient_clipped", stats.clipped)
+        self.gauges.set("train_gradient_norm", stats.gradient_norm)
+        self._smooth("train_loss", task, stats.loss)
+        self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy)
+
+    def record_evaluation(self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], now: float) -> None:
+        """Show the newest evaluation and all figures made of the matrix."""
+        names = {task.index: task.name for task in progress.tasks if self._may_show("task", task.name)}
+        tasks = [task for task in matrix.now if task in names]
+        self.gauges.replace("probe_accuracy_ratio", {(names[t],): matrix.now[t] for t in tasks})
+        self.gauges.replace("probe_loss", {(names[t],): matrix.loss.get(t) for t in tasks})
+        self.gauges.replace("probe_accuracy_best_ratio", {(names[t],): matrix.best(t) for t in tasks})
+        self.gauges.replace("forgetting_ratio", {(names[t],): matrix.forgetting(t) for t in tasks})
+        self.gauges.replace("probe_samples", {(names[t],): size for t, size in sizes.items() if t in names})
+        ended = matrix.ended
+        rows = ended if len(ended) <= MAX_MATRIX_TASKS else ended[-1:]
+        cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.rows[i].items() if j in names}
+        diagonal = {(names[i], names[i]): matrix.rows[i].get(i) for i in ended if i in names}
+        self.gauges.replace("probe_accuracy_after_task_ratio", {**diagonal, **cells})
+        self.gauges.set("average_accuracy_ratio", matrix.average_accuracy)
+        self.gauges.set("backward_transfer", matrix.backward_transfer)
+        self.gauges.set("forward_transfer", matrix.forward_transfer)
+        self.gauges.set("average_forgetting_ratio", matrix.average_forgetting)
+        for task, loss in matrix.loss.items():
+            if not math.isfinite(loss):
+                self.count("probe_failures", 1, names.get(task, "other"))
+        if matrix.now:
+            self.gauges.set("probe_last_success_timestamp_seconds", now)
+
+    def record_stream(self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int) -> None:
+        """Show where the reader and the applied positions stand."""
+        applied = {p: position.offset for p, position in progress.positions.at.items()}
+        shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
+        lag = {p: max(0, end - applied.get(p, 0)) for p, end in status.ends.items()}
+        self.gauges.replace("consumer_position_offset", {shown[p]: o for p, o in applied.items() if p in shown})
+        self.gauges.replace("consumer_committed_offset", {shown[p]: o for p, o in committed.items() if p in shown})
+        self.gauges.replace("consumer_log_end_offset", {shown[p]: o for p, o in status.ends.items() if p in shown})
+        self.gauges.replace("consumer_lag_records", {shown[p]: o for p, o in lag.items() if p in shown})
+        unread = {shown[p]: max(0, end - status.read.get(p, 0)) for p, end in status.ends.items() if p in shown}
+        self.gauges.replace("consumer_unread_records", unread)
+        self.gauges.set("checkpoint_records_since", sum(o - committed.get(p, 0) for p, o in applied.items()))
+        self.gauges.set("consumer_assigned_partitions", status.assigned)
+        self.gauges.set("broker_connected", status.connected)
+        self.gauges.set("broker_last_contact_timestamp_seconds", status.last_contact)
+        self.gauges.set("train_batch_queue_samples", queued)
+        self.gauges.set("tasks_seen", len(progress.tasks))
+        active = {(t.name,): t.state != "ended" for t in progress.tasks if self._may_show("task", t.name)}
+        self.gauges.replace("task_active", active)
+
+    def record_memory(self, sizes: Mapping[str, object], names: Mapping[int, str]) -> None:
+        """Show what replay stores."""
+        samples = sizes.get("samples")
+        if isinstance(samples, Mapping):
+            self.gauges.replace("replay_buffer_samples", {(names[t],): n for t, n in samples.items() if t in names})
+        for name, key in (("replay_buffer_capacity_samples", "capacity"), ("replay_buffer_bytes", "bytes")):
+            value = sizes.get(key)
+            self.gauges.set(name, value if isinstance(value, int) else None)
+        for name, key in (("replay_samples_drawn", "drawn"), ("replay_samples_evicted", "evicted")):
+            value = sizes.get(key)
+            if isinstance(value, int):
+                self.catch_up(name, key, value)
+
+    def catch_up(self, name: str, key: str, total: int, *labels: str) -> None:
+        """Add to a counter what a running total has gained since it was last looked at."""
+        self.count(name, max(0, total - self._seen[key]), *labels)
+        self._seen[key] = total
+
+    def start_from(self, key: str, total: int) -> None:
+        """Say that a running total that was restored from state does not count in this process."""
+        self._seen[key] = total
+
+    def record_state(self, state: str, *, ready: bool) -> None:
+        """Show the lifecycle state, and whether every readiness condition holds."""
+        self.gauges.replace("state", {(name,): name == state for name in STATES})
+        self.gauges.set("up_ready", ready)
+        self.gauges.set("consumer_paused", state == "paused")
+
+    def _smooth(self, name: str, task: str, value: float | None) -> None:
+        if value is None or not math.isfinite(value) or not self._may_show("task", task):
+            return
+        old = self._smoothed.get((name, task), value)
+        self._smoothed[name, task] = LOSS_SMOOTHING * old + (1 - LOSS_SMOOTHING) * value
+        self.gauges.set(name, self._smoothed[name, task], task)
+
+    def _may_show(self, kind: str, value: str) -> bool:
+        known = self._known[kind]
+        if value not in known and len(known) < MAX_CHILDREN:
+            known.add(value)
+        return value in known
+
+    def _guard(self, metric: str, kind: str, value: str) -> str:
+        if kind not in self._known or self._may_show(kind, value):
+            return value
+        if metric != "metrics_labels_dropped":
+            self.counters["metrics_labels_dropped"].labels(metric).inc()
+        return "other"
+
+

@@ -1,0 +1,55 @@
+"""Builds the model that a configuration names, the same one for the same seed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from streamlearn.data import StreamlearnError
+from streamlearn.models.mlp import MLP
+from streamlearn.models.resnet import ResNet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def build(spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, seed: int) -> nn.Module:
+    """Return `mlp`, `resnet`, or what `package.module:function(input_shape, num_outputs, **options)` returns.
+
+    `spec` is the configuration's `model` section. Raises `StreamlearnError` (78) when the model cannot be built.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if spec["name"] == "mlp":
+                return MLP(input_shape, num_outputs, spec["hidden"])
+            if spec["name"] == "resnet":
+                return ResNet(input_shape, num_outputs, spec["width"])
+            module, _, function = spec["name"].partition(":")
+            model = getattr(importlib.import_module(module), function)(list(input_shape), num_outputs, **spec["options"])
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise StreamlearnError(f"model {spec['name']}: {error}", code=78) from error
+    if not isinstance(model, nn.Module):
+        raise StreamlearnError(f"model {spec['name']}: expected a torch.nn.Module, got {type(model).__name__}", code=78)
+    return model
+
+
+@torch.no_grad()
+def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
+    """Give the model's `head` more outputs; the old rows keep their values, the new ones are seeded.
+
+    Raises `StreamlearnError` (78) when the model has no linear layer named `head`.
+    """
+    head = getattr(model, "head", None)
+    if not isinstance(head, nn.Linear):
+        raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + num_outputs)
+        grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None).to(head.weight.device)
+    grown.weight[: head.out_features] = head.weight
+    if head.bias is not None:
+        grown.bias[: head.out_features] = head.bias
+    model.head = grown

@@ -1,0 +1,77 @@
+"""Variational autoencoders (Kingma & Welling 2014), plain and class-conditional (Sohn et al. 2015): the generators."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with two hidden layers; a label, where conditional, enters both as an embedding.
+
+    `likelihood`: `bernoulli` for values in [0, 1], `gaussian` (unit variance) for any others.
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, *, conditional: bool, hidden: int, latent: int, likelihood: str
+    ) -> None:
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.latent = latent
+        self.bernoulli = likelihood == "bernoulli"
+        size = math.prod(input_shape)
+        self.encode_in = nn.Linear(size, hidden)
+        self.encode_hidden = nn.Linear(hidden, hidden)
+        self.encode_out = nn.Linear(hidden, 2 * latent)
+        self.decode_in = nn.Linear(latent, hidden)
+        self.decode_hidden = nn.Linear(hidden, hidden)
+        self.decode_out = nn.Linear(hidden, size)
+        self.encode_class = nn.Embedding(num_classes, hidden) if conditional else None
+        self.decode_class = nn.Embedding(num_classes, hidden) if conditional else None
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the decoder's output before its nonlinearity, `[B, prod(shape)]`."""
+        h = self.decode_in(z)
+        if self.decode_class is not None:
+            h = h + self.decode_class(y)
+        out: Tensor = self.decode_out(functional.relu(self.decode_hidden(functional.relu(h))))
+        return out
+
+    def generate(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return samples `[B, *shape]` for latent values `z [B, latent]` and classes `y [B]`."""
+        out = self.decode(z, y)
+        return (torch.sigmoid(out) if self.bernoulli else out).reshape(-1, *self.input_shape)
+
+    def loss(self, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        """Return each sample's negative evidence lower bound in nats, `[B]`; `noise [B, latent]` is standard normal."""
+        x = x.flatten(1)
+        h = self.encode_in(x)
+        if self.encode_class is not None:
+            h = h + self.encode_class(y)
+        mean, log_variance = self.encode_out(functional.relu(self.encode_hidden(functional.relu(h)))).chunk(2, dim=1)
+        out = self.decode(mean + torch.exp(0.5 * log_variance) * noise, y)
+        if self.bernoulli:
+            reconstruction = functional.binary_cross_entropy_with_logits(out, x.clamp(0, 1), reduction="none").sum(1)
+        else:
+            reconstruction = 0.5 * (out - x).square().sum(1)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        total: Tensor = reconstruction + divergence
+        return total
+
+    @torch.no_grad()
+    def grow(self, num_classes: int) -> None:
+        """Make room for more classes; those there keep their embeddings, new ones begin at zero."""
+        for name in ("encode_class", "decode_class"):
+            old = getattr(self, name)
+            if old is not None and old.num_embeddings < num_classes:
+                grown = nn.Embedding(num_classes, old.embedding_dim).to(old.weight.device)
+                grown.weight.zero_()
+                grown.weight[: old.num_embeddings] = old.weight
+                setattr(self, name, grown)

@@ -1,0 +1,81 @@
+"""Uses a saved model: reads `model.safetensors` and `model.json`, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from streamlearn import state
+from streamlearn.data import StreamlearnError
+from streamlearn.models import registry
+from streamlearn.tensors import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from streamlearn.data import Label
+
+CHUNK = 512
+
+
+class Model:
+    """A model as it was saved, with its labels."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self.description: dict[str, Any] = json.loads((directory / "model.json").read_bytes())
+            content = (directory / "model.safetensors").read_bytes()
+        except OSError as error:
+            raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
+        prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
+        tree = self.description
+        self.module = registry.build(tree["model"], tree["input"]["shape"], tree["num_outputs"], tree["seed"]).eval()
+        self.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
+
+    def outputs(self, task: str | None) -> list[int]:
+        """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
+        tasks = self.description["tasks"]
+        if self.description["scenario"] == "class":
+            return sorted({output for entry in tasks.values() for output in entry["outputs"]})
+        if task not in tasks:
+            raise StreamlearnError(f"this model needs --task, one of: {', '.join(tasks)}", code=2)
+        found: list[int] = tasks[task]["outputs"]
+        return found
+
+    def labels(self, task: str | None) -> list[Label]:
+        """Return the labels in output order."""
+        if self.description["scenario"] == "domain":
+            found: list[Label] = self.description["tasks"][task]["labels"]
+            return found
+        known: list[Label] = self.description["labels"]
+        return known
+
+    @torch.no_grad()
+    def predict(self, x: np.ndarray, task: str | None = None) -> tuple[list[Label], np.ndarray]:
+        """Return the most likely labels of `x [n, ...]`, as it would arrive in a record, and their probabilities."""
+        shape = self.description["input"]["shape"]
+        if list(x.shape[1:]) != shape:
+            raise StreamlearnError(f"x has shape {list(x.shape[1:])}; the model expects {shape}")
+        outputs, labels = self.outputs(task), self.labels(task)
+        forbidden = torch.ones(self.description["num_outputs"], dtype=torch.bool)
+        forbidden[outputs] = False
+        scale = self.description["input"]["scale"]
+        chosen, sure = [], []
+        for part in torch.from_numpy(np.ascontiguousarray(x)).split(CHUNK):
+            scaled = part.to(torch.float32) if scale == 1 else part.to(torch.float32) / scale
+            logits = self.module(scaled).masked_fill(forbidden, -torch.inf)
+            best = functional.softmax(logits, 1).max(1)
+            chosen.append(best.indices)
+            sure.append(best.values)
+        indices = torch.cat(chosen).tolist()
+        return [labels[index] for index in indices], torch.cat(sure).numpy()
+
+
+def accuracy(predicted: Sequence[Label], y: Sequence[Label]) -> float:
+    """Return the share of predictions that are right."""
+    return sum(a == b for a, b in zip(predicted, y, strict=True)) / len(y)

@@ -1,0 +1,226 @@
+"""Publishes tasks to topics: labelled samples from files or a named example set, split into tasks."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from streamlearn.data import Label
+    from streamlearn.stream.log import Headers, Sink
+
+DIGITS_TEST = 0.25
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled samples: `x [n, ...]`, and n labels."""
+
+    x: np.ndarray
+    y: list[Label]
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, chosen: np.ndarray) -> Samples:
+        """Return those with these indices, in this order."""
+        return Samples(self.x[chosen], [self.y[index] for index in chosen.tolist()])
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """How tasks are written."""
+
+    codec: str = "batch"
+    per_record: int = 100  # samples in a batch record
+    partitions: int = 1
+    markers: bool = True
+    rate: float | None = None  # samples a second
+
+
+def read(source: str, split: str = "train") -> Samples:
+    """Return the samples of a `.npz`, `.csv` or `.jsonl` file, or of the example set `digits`.
+
+    An `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`; a `.csv` has the label in its last column;
+    a `.jsonl` has an object with `x` and `y` on each line. Raises `StreamlearnError`, naming file and line.
+    """
+    if source == "digits":
+        return _digits(split)
+    path = Path(source)
+    readers: dict[str, Callable[[Path, str], Samples]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}
+    if (reader := readers.get(path.suffix)) is None:
+        raise StreamlearnError(f"{source}: expected a .npz, .csv or .jsonl file, or the example set: digits", code=2)
+    try:
+        return reader(path, split)
+    except OSError as error:
+        raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
+
+
+def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
+    """Return a task for each group of classes; raises `StreamlearnError` for a class that no sample has."""
+    labels = np.array([str(label) for label in samples.y])
+    tasks = []
+    for group in groups:
+        chosen = np.isin(labels, [str(label) for label in group])
+        if not chosen.any():
+            raise StreamlearnError(f"no sample has a class of {', '.join(map(str, group))}", code=2)
+        tasks.append(samples.take(np.flatnonzero(chosen)))
+    return tasks
+
+
+def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
+    """Return the classes in order, cut into `count` groups as equal as can be."""
+    classes = sorted(set(samples.y), key=lambda label: (isinstance(label, str), label))
+    if not 1 <= count <= len(classes):
+        raise StreamlearnError(f"{len(classes)} classes cannot make {count} tasks", code=2)
+    return [[classes[index] for index in part] for part in np.array_split(np.arange(len(classes)), count)]
+
+
+def by_permutation(samples: Samples, count: int, seed: int) -> list[Samples]:
+    """Return all samples `count` times, their features in a fixed random order each time (the first as they are)."""
+    flat = samples.x.reshape(len(samples), -1)
+    orders = [np.arange(flat.shape[1])] + [np.random.default_rng([seed, n]).permutation(flat.shape[1]) for n in range(1, count)]
+    return [Samples(np.ascontiguousarray(flat[:, order]).reshape(samples.x.shape), samples.y) for order in orders]
+
+
+def by_rotation(samples: Samples, count: int) -> list[Samples]:
+    """Return all images `count` times, turned by equal steps from 0 up to 180 degrees (nearest pixel)."""
+    if samples.x.ndim != 3:
+        raise StreamlearnError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}", code=2)
+    return [Samples(_rotated(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
+
+
+def shuffled(samples: Samples, seed: int) -> Samples:
+    """Return the samples in a random order that depends on the seed alone."""
+    return samples.take(np.random.default_rng(seed).permutation(len(samples)))
+
+
+def publish(
+    sink: Sink,
+    topic: str,
+    samples: Samples,
+    how: Publishing,
+    *,
+    probe: Samples | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write a task to its topic, its probe first and its marker last; returns when all is acknowledged."""
+    sink.create_topic(topic, how.partitions)
+    partitions = sink.partitions(topic)
+    typed: Headers = ((CONTENT_TYPE, TYPE_OF[how.codec]),)
+    if probe is not None:
+        _write(sink, topic, probe, how, partitions, (*typed, (USE, PROBE)), lambda _: None)
+    _write(sink, topic, samples, how, partitions, typed, progress)
+    if how.markers:
+        for partition in range(partitions):
+            sink.append(topic, partition, None, headers=((CONTROL, TASK_END),))
+    sink.flush()
+
+
+def _write(
+    sink: Sink, topic: str, samples: Samples, how: Publishing, partitions: int, headers: Headers, progress: Callable[[int], None]
+) -> None:
+    size = how.per_record if how.codec == "batch" else 1
+    begun = time.monotonic()
+    for number, start in enumerate(range(0, len(samples), size)):
+        x, y = samples.x[start : start + size], samples.y[start : start + size]
+        value = encode(how.codec, x, y) if how.codec == "batch" else encode(how.codec, x[0], y[0])
+        sink.append(topic, number % partitions, value, headers=headers)
+        progress(len(y))
+        if how.rate is not None:
+            sink.flush()
+            ahead = (start + len(y)) / how.rate - (time.monotonic() - begun)
+            time.sleep(max(0.0, ahead))
+    sink.flush()
+
+
+def _npz(path: Path, split: str) -> Samples:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = ("x", "y") if "x" in arrays else (f"x_{split}", f"y_{split}")
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
+            x, y = (arrays[name] for name in names)
+    except ValueError as error:
+        raise StreamlearnError(f"{path}: cannot be read: {error}", code=74) from error
+    if len(x) != len(y):
+        raise StreamlearnError(f"{path}: {len(x)} samples, but {len(y)} labels", code=74)
+    return Samples(x, y.tolist())
+
+
+def _csv(path: Path, split: str) -> Samples:
+    del split
+    x, y = [], []
+    with path.open(newline="") as file:
+        for row in csv.reader(file):
+            try:
+                x.append([float(value) for value in row[:-1]])
+            except ValueError as error:
+                if x:
+                    raise StreamlearnError(f"{path}:{len(x) + 1}: {error}; expected numbers, then a label", code=74) from error
+                continue  # the header
+            y.append(_label(row[-1]))
+    return Samples(np.asarray(x, np.float32), y)
+
+
+def _jsonl(path: Path, split: str) -> Samples:
+    del split
+    x: list[Any] = []
+    y: list[Label] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                tree = orjson.loads(line)
+                x.append(tree["x"])
+                y.append(tree["y"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise StreamlearnError(f'{path}:{number}: {error}; expected {{"x": ..., "y": ...}}', code=74) from error
+    try:
+        return Samples(np.asarray(x, np.float32), y)
+    except ValueError as error:
+        raise StreamlearnError(f"{path}: x has not the same shape on every line: {error}", code=74) from error
+
+
+def _digits(split: str) -> Samples:
+    """Return scikit-learn's 1,797 handwritten digits, 8 by 8 and 0 to 16; a quarter, evenly over the file, is `test`."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise StreamlearnError("digits: needs scikit-learn: pip install 'streamlearn[demo]'", code=78) from error
+    digits = load_digits()
+    test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST) == 0
+    chosen = test if split == "test" else ~test
+    return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist())
+
+
+def _label(text: str) -> Label:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _rotated(x: np.ndarray, degrees: float) -> np.ndarray:
+    height, width = x.shape[1:]
+    angle = np.deg2rad(degrees)
+    row, column = np.mgrid[:height, :width]
+    up, right = row - (height - 1) / 2, column - (width - 1) / 2
+    from_row = np.rint(np.cos(angle) * up - np.sin(angle) * right + (height - 1) / 2).astype(int)
+    from_column = np.rint(np.sin(angle) * up + np.cos(angle) * right + (width - 1) / 2).astype(int)
+    inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
+    turned = np.zeros_like(x)
+    turned[:, inside] = x[:, from_row[inside], from_column[inside]]
+    return turned

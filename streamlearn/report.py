@@ -1,0 +1,191 @@
+"""Pictures and a page from checkpoints: what was learned and what was forgotten, for people who know neither word."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streamlearn.data import StreamlearnError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from streamlearn.checkpoint import Checkpoint
+
+COLOURS = ("#3b6fb6", "#d1742f", "#3d9a5b", "#b8434e", "#7d5ab5", "#8a6d3b", "#c95f9f", "#6b7280", "#a9a13a", "#2aa1b3")
+
+STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; } p { max-width: 46rem; }
+img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; } th:first-child, td:first-child { text-align: left; }
+.small { color: #5b6675; font-size: .9rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run as a report shows it."""
+
+    name: str
+    status: dict[str, Any]
+    history: list[tuple[int, int, dict[int, float]]]  # batches, samples learned, accuracy by task
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str | None = None) -> Curves:
+        """Return what a checkpoint knows of its run."""
+        status = checkpoint.read_json("status.json")
+        matrix = checkpoint.read_json("state.json")["matrix"]
+        history = [(b, n, {int(task): value for task, value in row.items()}) for b, n, row in matrix["history"]]
+        return cls(name or status["strategy"], status, history)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks' names, with their labels where these are few."""
+        names = []
+        for task in self.status["tasks"]:
+            labels = task["labels"]
+            names.append(task["name"] + (f" ({', '.join(map(str, labels))})" if 0 < len(labels) <= 4 else ""))
+        return names
+
+
+def write(output: Path, runs: Sequence[Curves]) -> Path:
+    """Write `report.html`, `accuracy.png`, `matrix.png` and `forgetting.png`; return the page's path.
+
+    Raises `StreamlearnError` (78) when matplotlib is not installed, and (1) when nothing was evaluated yet.
+    """
+    if not any(run.history for run in runs):
+        raise StreamlearnError("nothing was evaluated yet: there is nothing to show")
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = {"accuracy": _accuracy(runs), "matrix": _matrix(runs), "forgetting": _forgetting(runs)}
+    for name, figure in pictures.items():
+        figure.savefig(output / f"{name}.png", dpi=110)
+    page = output / "report.html"
+    page.write_text(_page(runs, {name: (output / f"{name}.png").read_bytes() for name in pictures}))
+    return page
+
+
+def summary(run: Curves) -> dict[str, Any]:
+    """Return a run's figures."""
+    keys = ("average_accuracy", "average_forgetting", "backward_transfer", "forward_transfer", "matrix")
+    return {key: run.status[key] for key in keys}
+
+
+def _subplots(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise StreamlearnError("pictures need matplotlib: pip install 'streamlearn[demo]'", code=78) from error
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _accuracy(runs: Sequence[Curves]) -> Figure:
+    figure, axes = _subplots(len(runs), 5.2, 3.8)
+    for ax, run in zip(axes, runs, strict=True):
+        for index, name in enumerate(run.tasks):
+            points = [(samples, row[index]) for _, samples, row in run.history if index in row]
+            colour = COLOURS[index % len(COLOURS)]
+            ax.plot([x for x, _ in points], [100 * y for _, y in points], color=colour, label=name, linewidth=2, marker="o", markersize=2.5)
+        ax.set_title(run.name)
+        ax.set_xlabel("samples learned")
+        ax.set_ylim(-3, 103)
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy on held-out samples, %")
+    axes[-1].legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def _matrix(runs: Sequence[Curves]) -> Figure:
+    figure, axes = _subplots(len(runs), 4.4, 4.0)
+    for ax, run in zip(axes, runs, strict=True):
+        matrix = run.status["matrix"]
+        values = [[float("nan") if cell is None else 100 * cell for cell in row] for row in matrix]
+        if values:
+            ax.imshow(values, vmin=0, vmax=100, cmap="Blues")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                if value == value:  # noqa: PLR0124 - a cell that was not measured is not a number
+                    ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value > 55 else "#1d2430")
+        names = [task["name"] for task in run.status["tasks"]][: len(matrix)]
+        ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_title(run.name)
+        ax.set_xlabel("accuracy on")
+    axes[0].set_ylabel("after learning")
+    return figure
+
+
+def _forgetting(runs: Sequence[Curves]) -> Figure:
+    figure, (ax,) = _subplots(1, 6.5, 3.4)
+    count = max(len(run.tasks) for run in runs)
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        lost = [task["probe"]["forgetting"] for task in run.status["tasks"]]
+        places = [index + number * width for index, value in enumerate(lost) if value is not None]
+        ax.bar(places, [100 * value for value in lost if value is not None], width, label=run.name, color=COLOURS[number % len(COLOURS)])
+    ax.set_xticks([index + 0.4 - width / 2 for index in range(count)], max((run.tasks for run in runs), key=len), fontsize=8)
+    ax.set_ylabel("forgotten, percentage points")
+    ax.axhline(0, color="#1d2430", linewidth=0.8)
+    ax.grid(axis="y", alpha=0.25)
+    if len(runs) > 1:
+        ax.legend(fontsize=8)
+    return figure
+
+
+def _page(runs: Sequence[Curves], pictures: dict[str, bytes]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(run.name)}</td><td>{_percent(run.status['average_accuracy'])}</td>"
+        f"<td>{_percent(run.status['average_forgetting'])}</td><td>{_points(run.status['backward_transfer'])}</td>"
+        f"<td>{_points(run.status['forward_transfer'])}</td><td>{run.status['samples']['trained']:,}</td></tr>"
+        for run in runs
+    )
+    images = {name: f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' for name, data in pictures.items()}
+    details = "".join(f"<h3>{html.escape(run.name)}</h3>{_task_table(run)}" for run in runs)
+    title = "What was learned, and what was forgotten"
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
+<p>A model learned one task after the other, from a stream in which each task came once. After every few batches it was
+asked about samples of <em>every</em> task so far that it had never been taught. A model without memory is good at what
+came last, and has lost the rest.</p>
+<table><tr><th></th><th>average accuracy</th><th>average forgetting</th><th>backward transfer</th><th>forward transfer</th><th>samples learned</th></tr>{rows}</table>
+<p class="small"><b>Average accuracy</b>: the mean over all tasks seen, now. <b>Forgetting</b>: how far a task has fallen below the best it
+reached after an earlier task. <b>Backward transfer</b>: how far later tasks moved the earlier ones; negative is harm.
+<b>Forward transfer</b>: what was known of a task before it began; undefined where new classes cannot be guessed.
+A dash means: not defined, or not measured yet.</p>
+<h2>Accuracy along the stream</h2><p>One line a task, from the moment it began. A line that falls is a task being forgotten.</p>{images["accuracy"]}
+<h2>The accuracy matrix</h2><p>Each row is the moment after a task was learned; each column is what was asked. The diagonal is what was
+just learned; below it stands what is still known of earlier tasks.</p>{images["matrix"]}
+<h2>What each task lost</h2>{images["forgetting"]}{details}
+<p class="small">Made by streamlearn {html.escape(runs[0].status["version"])} from {", ".join(html.escape((run.status["checkpoint"] or {}).get("id", "the last checkpoint")) for run in runs)}.</p></html>
+"""
+
+
+def _task_table(run: Curves) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{task['samples']['consumed']:,}</td><td>{task['probe']['size']:,}</td>"
+        f"<td>{_percent(task['probe']['accuracy'])}</td><td>{_percent(task['probe']['best'])}</td><td>{_points(task['probe']['forgetting'])}</td></tr>"
+        for name, task in zip(run.tasks, run.status["tasks"], strict=True)
+    )
+    return f"<table><tr><th>task</th><th>samples</th><th>held out</th><th>accuracy now</th><th>best</th><th>forgotten</th></tr>{rows}</table>"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:+.1f}"
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON file for programs."""
+    path.write_text(json.dumps(tree, indent=2) + "\n")

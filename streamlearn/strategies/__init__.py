@@ -1,0 +1,1 @@
+"""Continual-learning methods: mathematics on tensors, in four slots."""

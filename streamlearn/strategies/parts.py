@@ -1,0 +1,149 @@
+"""The four slots of a strategy and their null objects: naive is what remains when every slot holds its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streamlearn.data import Batch
+
+State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can hold
+GradientOf = Callable[["Batch"], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class World:
+    """What a part may know when it is made."""
+
+    seed: int
+    device: torch.device
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    max_bytes: int
+    scale: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
+    build_network: Callable[[int], nn.Module]  # number of outputs -> an untrained network on the device
+
+
+@dataclass(frozen=True)
+class Closing:
+    """A read-only view of a task at its end."""
+
+    task: int
+    x: Tensor  # the reservoir, as the samples arrived
+    y: Tensor
+    params: Sequence[Tensor]
+    network: nn.Module
+    allowed: Tensor  # [T, C]: which outputs compete in each task
+    outputs: Sequence[Sequence[int]]  # the outputs met in each task so far
+    generator: torch.Generator  # for draws that belong to the task's end
+
+
+class Part:
+    """What every slot has; all of it defaults to nothing."""
+
+    samples_needed: int = 0  # of the finished task: 0, a number, or memory.ALL
+
+    def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
+        """Prepare for a task whose parameters are these."""
+
+    def begin_refine(self, params: Sequence[Tensor]) -> None:
+        """Prepare for further passes over the reservoir."""
+
+    def end_task(self, closing: Closing) -> None:
+        """Make what was learned last."""
+
+    def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
+        """Follow parameters whose shapes have grown."""
+
+    def state_dict(self) -> State:
+        """Return everything needed to go on bit-equal."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over what `state_dict` returned."""
+
+
+class Network(Part):
+    """Slot one: from samples and their tasks to logits. The default is one net for all tasks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        """Return logits `[B, C]` for `x [B, ...]`; `task [B]` lives on the host."""
+        del task  # class masks do the rest
+        logits: Tensor = self.module(x)
+        return logits
+
+
+class Replay(Part):
+    """Slot two: past samples that join a batch. The default has none."""
+
+    share: float = 0.0  # of the loss, that goes to the replayed samples
+
+    def sample(self, batch: Batch) -> Batch | None:
+        """Return samples of past tasks to learn beside `batch`, scaled and on the device, or None."""
+        del batch
+        return None
+
+    def observe(self, mixed: Batch, finite: Tensor) -> None:
+        """Learn from the batch that the solver has just learned; `finite` is false where its update was dropped."""
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what is stored: samples by task, capacity, bytes, drawn and evicted; empty where nothing is."""
+        return {}
+
+
+class Penalty(Part):
+    """Slot three: a pull toward what past tasks need. The default does not pull."""
+
+    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor], finite: Tensor) -> None:
+        """Add the penalty's gradient to the data gradients `grads`, in place."""
+
+    def settle(self, params: Sequence[Tensor], rate: float) -> None:
+        """Take the penalty's implicit (proximal) step, where that was chosen."""
+
+    def accumulate(self, params: Sequence[Tensor]) -> None:
+        """Note how the parameters moved."""
+
+    def figures(self) -> dict[str, float]:
+        """Return the norm of the importances, for metrics; empty before a task has ended."""
+        return {}
+
+
+class Constraint(Part):
+    """Slot four: limits on the step. The default has none."""
+
+    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+        """Change `grads` in place so that the step respects past tasks."""
+
+    def hold(self, params: Sequence[Tensor]) -> None:
+        """Put back what must not have moved."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One object for each slot. The update calls them at fixed lines; the order is written there, once."""
+
+    network: Network
+    replay: Replay = field(default_factory=Replay)
+    penalty: Penalty = field(default_factory=Penalty)
+    constraint: Constraint = field(default_factory=Constraint)
+    refine_epochs: int = 0
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The slots by name."""
+        return {
+            "network": self.network,
+            "replay": self.replay,
+            "penalty": self.penalty,
+            "constraint": self.constraint,
+        }

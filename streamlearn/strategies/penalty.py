@@ -1,0 +1,101 @@
+"""The quadratic pull of selective synaptic plasticity, in closed form, whatever the importance.
+
+T penalties of strength/2 * sum_k b_k (theta - theta_k)^2 collapse exactly into two vectors, `precision = sum b_k` and
+`weighted_anchor = sum b_k theta_k`: their gradient is strength * (precision * theta - weighted_anchor), and neither
+memory nor time grows with the number of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamlearn.strategies.importance import Importance
+from streamlearn.strategies.parts import Closing, Penalty, State, World
+from streamlearn.tensors import padded_all
+
+
+class ImportancePenalty(Penalty):
+    """Pulls every parameter toward where past tasks left it, by what it is worth to them.
+
+    `anchor`: `all` keeps a parabola for each task (Huszar 2018), `last` re-centres all on the newest (online EWC and SI,
+    Schwarz et al. 2018). `decay` fades older importances. `proximal`: the implicit step
+    theta <- (theta' + rate * strength * weighted_anchor) / (1 + rate * strength * precision), stable at any strength.
+    """
+
+    def __init__(
+        self, world: World, importance: Importance, strength: float, *, anchor: str, decay: float, proximal: bool
+    ) -> None:
+        self.device = world.device
+        self.importance = importance
+        self.strength = strength
+        self.anchor = anchor
+        self.decay = decay
+        self.proximal = proximal
+        self.samples_needed = importance.samples_needed
+        self.precision: list[Tensor] = []  # empty until a task has ended
+        self.weighted_anchor: list[Tensor] = []
+
+    def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
+        del task
+        self.importance.begin_task(params)
+
+    @torch.no_grad()
+    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor], finite: Tensor) -> None:
+        self.importance.note(grads, finite)
+        if not self.precision or self.proximal:
+            return
+        torch._foreach_sub_(list(grads), self.weighted_anchor, alpha=self.strength)  # noqa: SLF001 - as in tensors.py
+        torch._foreach_addcmul_(list(grads), self.precision, list(params), self.strength)  # noqa: SLF001 - as above
+
+    @torch.no_grad()
+    def settle(self, params: Sequence[Tensor], rate: float) -> None:
+        if self.precision and self.proximal:
+            pull = rate * self.strength
+            for param, precision, anchor in zip(params, self.precision, self.weighted_anchor, strict=True):
+                param.add_(anchor, alpha=pull).div_(1 + pull * precision)
+
+    def accumulate(self, params: Sequence[Tensor]) -> None:
+        self.importance.accumulate(params)
+
+    @torch.no_grad()
+    def end_task(self, closing: Closing) -> None:
+        new = self.importance.consolidate(closing)
+        old = self.precision or [torch.zeros_like(value) for value in new]
+        anchors = self.weighted_anchor or [torch.zeros_like(value) for value in new]
+        self.precision = [self.decay * before + value for before, value in zip(old, new, strict=True)]
+        if self.anchor == "last":
+            self.weighted_anchor = [b * param for b, param in zip(self.precision, closing.params, strict=True)]
+        else:
+            self.weighted_anchor = [
+                self.decay * before + value * param
+                for before, value, param in zip(anchors, new, closing.params, strict=True)
+            ]
+
+    def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
+        del num_outputs
+        self.importance.grow(params)
+        if self.precision:
+            self.precision = padded_all(self.precision, params)
+            self.weighted_anchor = padded_all(self.weighted_anchor, params)
+
+    def figures(self) -> dict[str, float]:
+        if not self.precision:
+            return {}
+        return {"norm": float(torch.linalg.vector_norm(torch.stack([p.norm() for p in self.precision])))}
+
+    def state_dict(self) -> State:
+        return {
+            "importance": self.importance.state_dict(),
+            "precision": {str(n): value for n, value in enumerate(self.precision)},
+            "weighted_anchor": {str(n): value for n, value in enumerate(self.weighted_anchor)},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        self.importance.load_state_dict(state["importance"])
+        self.precision, self.weighted_anchor = (
+            [state[key][str(n)].to(self.device, copy=True) for n in range(len(state[key]))]
+            for key in ("precision", "weighted_anchor")
+        )

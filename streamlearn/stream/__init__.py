@@ -1,0 +1,1 @@
+"""The stream: logs (Kafka, embedded, memory), what their records mean, and batches as a function of the log alone."""

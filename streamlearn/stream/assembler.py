@@ -1,0 +1,281 @@
+"""Records to batches: a batch is the next `batch_size` trainable samples in offset order, whatever sizes were polled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions
+from streamlearn.stream.codec import Rejected
+from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from streamlearn.data import Label, Partition, Progress, Task
+    from streamlearn.scenario import Scenario
+    from streamlearn.stream.codec import Chunk, Codec
+    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.holdout import HoldOut
+    from streamlearn.stream.log import Record
+
+TRAIN, HELD_OUT, REJECTED = 0, 1, 2
+FLUSH_SAMPLES = 2000
+
+
+@dataclass
+class Rules:
+    """What turns records into samples and samples into batches."""
+
+    codec: Codec
+    holdout: HoldOut
+    scenario: Scenario
+    dead_letters: DeadLetters
+    batch_size: int
+    records: int | None = None  # end a task after so many samples
+
+
+@dataclass
+class _Pending:
+    """Trainable samples that wait for their batch to fill."""
+
+    x: list[np.ndarray] = field(default_factory=list)
+    y: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+
+
+class Assembler:
+    """Eats records in the order they are read and gives deliveries; a function of those records and its progress alone.
+
+    It runs ahead of the learner on a copy of the progress, so nothing here is state: everything travels in deliveries.
+    """
+
+    def __init__(self, rules: Rules, progress: Progress) -> None:
+        self.rules = rules
+        self.progress = progress
+        for task in progress.tasks:  # one that is being refined takes no more samples
+            task.state = "active" if task.state == "active" else "ended"
+        self.task: Task | None = progress.current
+        self.cluster_id: str | None = None
+        self.queued = 0  # samples consumed that no delivery carries yet
+        self._pending = _Pending()
+        self._found = Found()
+        self._scanned: dict[Partition, Position] = {}
+        self._newest: float | None = None
+        self._ids: dict[str, str] = dict(progress.positions.topic_ids)
+        self._partitions: tuple[int, ...] = ()
+
+    def follow(self, topic: str, topic_id: str | None, partitions: tuple[int, ...]) -> None:
+        """Say which partitions the current task has; new ones may be added while it runs."""
+        if topic_id is not None:
+            self._ids[topic] = topic_id
+        if self.task is not None and topic == self.task.name:
+            self._partitions = partitions
+
+    def scanned(self, partition: Partition) -> Position | None:
+        """Return up to where a partition was read, or None if nothing was read since the start."""
+        return self._scanned.get(partition)
+
+    def topic_id(self, topic: str) -> str | None:
+        """Return the id of the topic that was read so far under this name."""
+        return self._ids.get(topic)
+
+    def begin(self, task: Task) -> Delivery:
+        """Return the delivery that begins a task."""
+        self.task = replace(task, labels=list(task.labels), counts=Counter(), marked=[])
+        self.progress.tasks.append(self.task)
+        return Delivery(begins=task)
+
+    def feed(self, record: Record) -> Iterator[Delivery]:
+        """Take one record; yield what it completes."""
+        partition = (record.topic, record.partition)
+        expected = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
+        chunk = None if record.header(CONTROL) == TASK_END else self.rules.codec.decode(record)
+        skip = expected.skip if record.offset == expected.offset else 0
+        learns = chunk is not None and record.offset >= expected.offset and not self._is_late(record)
+        codes, outputs = self._sort(record, chunk, skip) if chunk is not None and learns else (None, None)
+        # nothing above changes what was counted: a dead letter that cannot be sent leaves the record unread
+        self._found.records[partition] += 1
+        self._found.num_bytes[record.topic] += len(record.key or b"") + len(record.value or b"")
+        self._newest = max(record.timestamp, self._newest or 0.0)
+        if chunk is not None and record.offset < expected.offset:
+            self._count(record.topic, "duplicates", len(chunk))
+            return
+        self._scanned[partition] = Position(record.offset + 1)
+        if chunk is None:
+            yield from self._mark(partition)
+        elif codes is None or outputs is None:
+            self._count(record.topic, "late", len(chunk) - skip)
+        else:
+            yield from self._samples(record, chunk, codes, outputs, skip)
+
+    def flush(self) -> Delivery | None:
+        """Return what was found so far where no sample waits for its batch, or None if there is nothing to say."""
+        return None if self._pending.size or not self._found else self._deliver()
+
+    def short(self) -> Delivery | None:
+        """Return the waiting samples as a short batch (`linger`), or None if none waits."""
+        return self._deliver() if self._pending.size else None
+
+    def close(self, ends: dict[int, int]) -> Delivery:
+        """Return the delivery that fixes the current task's end offsets."""
+        assert self.task is not None
+        self.task.ends = ends
+        return Delivery(closes=ends)
+
+    def reach(self, reached: dict[Partition, int]) -> None:
+        """Take the log's word that nothing lies below these offsets: transactions and compaction leave holes."""
+        for partition, offset in reached.items():
+            if self._scanned.get(partition, Position(0)) < Position(offset):
+                self._scanned[partition] = Position(offset)
+
+    def lost(self, partition: Partition, offset: int, count: int, reason: str) -> None:
+        """Go on at `offset`, with so many offsets never seen."""
+        self._found.gaps[partition[0], reason] += count
+        self._scanned[partition] = Position(offset)
+
+    def end(self, how: str) -> Delivery:
+        """Return the task's last, short batch together with its end."""
+        assert self.task is not None
+        delivery = self._deliver(ends=how)
+        self.task.state = "ended"
+        self.task = None
+        return delivery
+
+    def _samples(
+        self, record: Record, chunk: Chunk, codes: np.ndarray, outputs: np.ndarray, skip: int
+    ) -> Iterator[Delivery]:
+        partition, after = (record.topic, record.partition), Position(record.offset + 1)
+        start = skip
+        while start < len(chunk):
+            stop = self._cut(codes, start)
+            self._take(record.topic, chunk, codes, outputs, slice(start, stop))
+            self._scanned[partition] = after if stop == len(chunk) else Position(record.offset, stop)
+            start = stop
+            if self._is_counted_out():
+                yield self.end("count")
+                if start < len(chunk):
+                    self._count(record.topic, "late", len(chunk) - start)
+                    self._scanned[partition] = after
+                return
+            if self._pending.size == self.rules.batch_size:
+                yield self._deliver()
+        if not self._pending.size and self.queued >= FLUSH_SAMPLES:
+            yield self._deliver()
+
+    def _is_late(self, record: Record) -> bool:
+        task = self.task
+        if task is None or record.topic != task.name or record.partition in task.marked:
+            return True
+        return task.ends is not None and record.offset >= task.ends.get(record.partition, 0)
+
+    def _sort(self, record: Record, chunk: Chunk, skip: int) -> tuple[np.ndarray, np.ndarray]:
+        """Decide each sample's outcome and output, `codes [n]` and `outputs [n]`, and send the dead letters."""
+        assert self.task is not None
+        codes = np.full(len(chunk), TRAIN, np.uint8)
+        outputs = np.zeros(len(chunk), np.int64)
+        probe = record.header(USE) == PROBE
+        known: dict[Label, int | None] = {}
+        for index in range(skip, len(chunk)):
+            if index not in chunk.bad:
+                label = chunk.y[index]
+                if label not in known:
+                    known[label] = self._output(label)
+                if (output := known[label]) is None:
+                    chunk.bad[index] = Rejected("label_range", f"label {label!r:.80} has no output; {self._accepted()}")
+                else:
+                    outputs[index] = output
+                    if probe or self.rules.holdout.takes(chunk.x[index], label, record.key):
+                        codes[index] = HELD_OUT
+            if index in chunk.bad:
+                codes[index] = REJECTED
+        room = len(chunk) if self.rules.records is None else self.rules.records - self.task.counts["consumed"]
+        for index in np.flatnonzero(codes[: skip + room] == REJECTED).tolist():
+            self.rules.dead_letters.send(record, index, chunk.bad[index])
+        return codes, outputs
+
+    def _output(self, label: Label) -> int | None:
+        assert self.task is not None
+        labels = self.progress.labels
+        output = self.rules.scenario.output(label, self.task.name, labels)
+        if output is not None:
+            if label not in self.task.labels:
+                self.task.labels.append(label)
+                self._found.labels.append((self.task.index, label))
+            if label not in labels:
+                labels.append(label)
+        return output
+
+    def _accepted(self) -> str:
+        assert self.task is not None
+        scenario = self.rules.scenario
+        declared = scenario.declared.get(self.task.name)
+        if declared is not None or not isinstance(scenario.classes, int):
+            return f"accepted: {', '.join(map(repr, declared or scenario.classes))}"[:200]  # type: ignore[arg-type]  # a list here
+        return f"all {scenario.classes} outputs are taken (grow_head is off)"
+
+    def _cut(self, codes: np.ndarray, start: int) -> int:
+        """Return where the batch fills, or the task's count is reached, or the chunk ends."""
+        assert self.task is not None
+        room = self.rules.batch_size - self._pending.size
+        trainable = np.flatnonzero(codes[start:] == TRAIN)
+        stop = len(codes) if len(trainable) < room else start + int(trainable[room - 1]) + 1
+        if self.rules.records is not None:
+            stop = min(stop, start + self.rules.records - self.task.counts["consumed"])
+        return stop
+
+    def _take(self, topic: str, chunk: Chunk, codes: np.ndarray, outputs: np.ndarray, span: slice) -> None:
+        assert self.task is not None
+        part, x, y = codes[span], chunk.x[span], outputs[span]
+        keep = part == TRAIN
+        if keep.any():
+            self._pending.x.append(x[keep])
+            self._pending.y.append(y[keep])
+            self._pending.size += int(keep.sum())
+        self._found.consumed[topic] += len(part)
+        self.task.counts["consumed"] += len(part)
+        self.queued += len(part)
+        if (held := part == HELD_OUT).any():
+            self._found.held_out.append(HeldOut(self.task.index, x[held], y[held]))
+            self._found.outcomes[topic, "held_out"] += int(held.sum())
+        for offset in np.flatnonzero(part == REJECTED).tolist():
+            self._found.outcomes[topic, "rejected"] += 1
+            self._found.rejected[topic, chunk.bad[span.start + offset].reason] += 1
+
+    def _count(self, topic: str, outcome: str, count: int) -> None:
+        self._found.consumed[topic] += count
+        self._found.outcomes[topic, outcome] += count
+        self.queued += count
+
+    def _is_counted_out(self) -> bool:
+        limit = self.rules.records
+        return limit is not None and self.task is not None and self.task.counts["consumed"] >= limit
+
+    def _mark(self, partition: Partition) -> Iterator[Delivery]:
+        task = self.task
+        if task is None or partition[0] != task.name or partition[1] in task.marked:
+            return  # a marker of a task that has ended
+        task.marked.append(partition[1])
+        self._found.markers.append(partition)
+        if set(self._partitions) <= set(task.marked):
+            yield self.end("marker")
+
+    def _deliver(self, ends: str | None = None) -> Delivery:
+        batch = None
+        if self._pending.size:
+            assert self.task is not None
+            x = torch.from_numpy(np.concatenate(self._pending.x))
+            y = torch.from_numpy(np.concatenate(self._pending.y))
+            batch = Batch(x, y, torch.full((len(y),), self.task.index, dtype=torch.int64))
+        topics = {topic for topic, _ in self._scanned}
+        ids = {topic: topic_id for topic, topic_id in self._ids.items() if topic in topics}
+        delivery = Delivery(
+            positions=Positions(dict(self._scanned), ids, self.cluster_id), found=self._found, batch=batch, ends=ends, newest=self._newest
+        )
+        self.queued = 0
+        self._pending, self._found, self._newest = _Pending(), Found(), None
+        return delivery

@@ -1,0 +1,181 @@
+"""Record bytes to samples and back: JSON for people, MessagePack as the normal form, batch records as the fast path.
+
+JSON          {"x": [...], "y": 3}
+MessagePack   {"x": <bin>, "dtype": "uint8", "shape": [28, 28], "y": 3}, or "x" as nested lists
+batch         MessagePack {"x": <bin>, "dtype": "uint8", "shape": [N, 28, 28], "y": <bin of int64> or [labels]}
+
+All may name their "task", which must then be the topic's. Binary data is little-endian and in C order.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+import orjson
+
+from streamlearn.stream.log import CONTENT_TYPE, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streamlearn.config import Config
+    from streamlearn.data import Label
+
+CONTENT_TYPES = {
+    b"application/json": "json",
+    b"application/msgpack": "msgpack",
+    b"application/vnd.streamlearn.batch": "batch",
+}
+TYPE_OF = {codec: content_type for content_type, codec in CONTENT_TYPES.items()}
+
+
+class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """A sample cannot be used; `reason` is one of `data.REASONS`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class Chunk:
+    """The samples of one record: `x [n, ...]`, their labels, and those that were rejected, by index.
+
+    A record that cannot be decoded is a chunk of one rejected sample.
+    """
+
+    x: np.ndarray
+    y: list[Any]
+    bad: dict[int, Rejected] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+class Codec:
+    """Decodes records into samples of a fixed shape and dtype."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, default: str, max_record_bytes: int) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.default = default
+        self.max_record_bytes = max_record_bytes
+        self._empty = np.zeros((1, *self.shape), self.dtype)
+
+    @classmethod
+    def from_config(cls, config: Config) -> Codec:
+        """Return the codec that a configuration describes."""
+        return cls(config.input.shape, config.input.dtype, config.stream.codec, config.stream.max_record_bytes)
+
+    def decode(self, record: Record) -> Chunk:
+        """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
+        try:
+            tree = self._parse(record)
+            if "y" not in tree or tree["y"] is None:
+                raise Rejected("missing_label", "no label: expected a field y")
+            if "x" not in tree:
+                raise Rejected("schema", f"no field x; found {', '.join(map(repr, list(tree)[:8])) or 'nothing'}")
+            if tree.get("task", record.topic) != record.topic:
+                raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
+            if tree["codec"] == "batch":
+                return self._batch(tree)
+            x = self._binary(tree, self.shape) if isinstance(tree["x"], bytes) else self._nested(tree["x"])
+            chunk = Chunk(x[np.newaxis], [tree["y"]])
+        except Rejected as rejected:
+            return Chunk(self._empty, [None], {0: rejected})
+        self._check(chunk)
+        return chunk
+
+    def _parse(self, record: Record) -> dict[str, Any]:
+        if record.value is None:
+            raise Rejected("decode", "a tombstone: expected a value")
+        if len(record.value) > self.max_record_bytes:
+            raise Rejected("oversize", f"{len(record.value)} bytes; expected at most {self.max_record_bytes}")
+        content_type = record.header(CONTENT_TYPE)
+        codec = self.default if content_type is None else CONTENT_TYPES.get(content_type.split(b";")[0].strip().lower())
+        if codec is None:
+            raise Rejected("decode", f"content type {content_type!r:.80}; expected {', '.join(TYPE_OF)}")
+        try:
+            tree = orjson.loads(record.value) if codec == "json" else msgpack.unpackb(record.value, strict_map_key=True)
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            raise Rejected("decode", f"not {codec}: {error!s:.160}") from error
+        if not isinstance(tree, dict):
+            raise Rejected("schema", f"expected an object with x and y, got {type(tree).__name__}")
+        return {**tree, "codec": codec}
+
+    def _batch(self, tree: dict[str, Any]) -> Chunk:
+        if not isinstance(tree["x"], bytes):
+            raise Rejected("schema", "x of a batch record: expected binary data")
+        shape = tree.get("shape")
+        if not isinstance(shape, list) or tuple(shape[1:]) != self.shape or not _is_count(shape[0]):
+            raise Rejected("shape", f"shape is {shape!r:.80}; expected [N, {', '.join(map(str, self.shape))}]")
+        x = self._binary(tree, tuple(shape))
+        y = tree["y"]
+        if isinstance(y, bytes):
+            if len(y) != 8 * len(x):
+                raise Rejected("schema", f"y holds {len(y)} bytes; expected {8 * len(x)}: int64 for {len(x)} samples")
+            labels = np.frombuffer(y, "<i8").tolist()
+        elif isinstance(y, list) and len(y) == len(x):
+            labels = y
+        else:
+            raise Rejected("schema", f"y: expected {len(x)} labels")
+        chunk = Chunk(x, labels)
+        self._check(chunk)
+        return chunk
+
+    def _binary(self, tree: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+        dtype = tree.get("dtype", self.dtype.name)
+        if dtype != self.dtype.name:
+            raise Rejected("schema", f"dtype is {dtype!r:.40}; expected {self.dtype.name}")
+        if tuple(tree.get("shape", shape)) != shape:
+            raise Rejected("shape", f"shape is {tree['shape']!r:.80}; expected {list(shape)}")
+        if len(tree["x"]) != (expected := math.prod(shape) * self.dtype.itemsize):
+            raise Rejected("shape", f"x holds {len(tree['x'])} bytes; expected {expected}")
+        return np.frombuffer(tree["x"], self.dtype.newbyteorder("<")).astype(self.dtype, copy=False).reshape(shape)
+
+    def _nested(self, x: Any) -> np.ndarray:
+        try:
+            array = np.asarray(x)
+        except (ValueError, OverflowError) as error:
+            raise Rejected("shape", f"x is ragged: {error!s:.120}") from error
+        if array.dtype.kind not in "iuf" and array.size:
+            raise Rejected("schema", "x: expected numbers only")
+        if array.shape != self.shape:
+            raise Rejected("shape", f"x has shape {list(array.shape)}; expected {list(self.shape)}")
+        if self.dtype.kind in "iu":
+            limits = np.iinfo(self.dtype)
+            if array.dtype.kind == "f" or array.min() < limits.min or array.max() > limits.max:
+                raise Rejected("schema", f"x: expected integers from {limits.min} to {limits.max}")
+        with np.errstate(over="ignore"):  # what overflows is infinite, and rejected as such
+            return array.astype(self.dtype)
+
+    def _check(self, chunk: Chunk) -> None:
+        if self.dtype.kind == "f":
+            finite = np.isfinite(chunk.x).reshape(len(chunk), -1).all(axis=1)
+            for index in np.flatnonzero(~finite).tolist():
+                chunk.bad[index] = Rejected("nonfinite", "x holds a value that is not finite")
+        for index, label in enumerate(chunk.y):
+            if label is None:
+                chunk.bad[index] = Rejected("missing_label", "no label")
+            elif type(label) is not int and type(label) is not str:
+                chunk.bad[index] = Rejected("schema", f"y is {label!r:.80}; expected an integer or a string")
+
+
+def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
+    """Return the bytes of a sample (`json`, `msgpack`) or of many (`batch`, where `x` is `[N, ...]`)."""
+    if codec == "json":
+        return orjson.dumps({"x": x.tolist(), "y": y})
+    dtype = x.dtype.newbyteorder("<")
+    labels: Any = y
+    if codec == "batch" and all(type(label) is int for label in y):  # type: ignore[union-attr]  # a batch has many
+        labels = np.asarray(y, "<i8").tobytes()
+    tree = {"x": x.astype(dtype).tobytes(), "dtype": x.dtype.name, "shape": list(x.shape), "y": labels}
+    return bytes(msgpack.packb(tree))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0

@@ -1,0 +1,227 @@
+"""Topics in one SQLite file: the default where no broker is configured, so that everything runs with nothing installed.
+
+Partitions, offsets, keys, headers and timestamps mean what they mean in Kafka; several processes read and write at once.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgpack
+
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from streamlearn.data import Partition
+
+POLL_SECONDS = 0.05  # SQLite cannot wake a reader in another process, so a waiting one looks this often
+FETCH_RECORDS = 500
+FETCH_BYTES = 8 << 20
+WRITE_RECORDS = 500
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS log (cluster_id TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS topics (name TEXT PRIMARY KEY, topic_id TEXT NOT NULL, partitions INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS records (
+    topic TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
+    timestamp REAL NOT NULL, key BLOB, value BLOB, headers BLOB,
+    PRIMARY KEY (topic, partition, offset)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS committed (
+    grp TEXT NOT NULL, topic TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
+    PRIMARY KEY (grp, topic, partition));
+"""
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """Return a connection to the file, made where it is missing; raises `StreamlearnError` (77 or 74) if it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        if database.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+            raise StreamlearnError(f"{path}: this file system cannot hold SQLite's write-ahead log", code=74)
+        database.execute("PRAGMA synchronous=NORMAL")
+        with _Transaction(database):
+            for statement in filter(str.strip, SCHEMA.split(";")):
+                database.execute(statement)
+            if database.execute("SELECT count(*) FROM log").fetchone()[0] == 0:
+                database.execute("INSERT INTO log VALUES (?)", (str(uuid.uuid4()),))
+    except PermissionError as error:
+        raise StreamlearnError(f"{path}: {error.strerror}", code=77) from error
+    except (OSError, sqlite3.Error) as error:
+        code = 77 if "readonly" in str(error) or "unable to open" in str(error) else 74
+        raise StreamlearnError(f"{path}: cannot be used for embedded topics: {error}", code=code) from error
+    return database
+
+
+class _Transaction:
+    """A write transaction that takes its lock at the start, so that offsets are given out by one writer at a time."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self.database = database
+
+    def __enter__(self) -> None:
+        self.database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+class EmbeddedLog:
+    """One reader of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cluster_id: str | None = None
+        self._database: sqlite3.Connection | None = None
+        self._at: dict[Partition, int] = {}
+        self._paused = False
+        self._version = -1
+
+    def connect(self) -> None:
+        self._database = open_database(self.path)
+        self.cluster_id = self._database.execute("SELECT cluster_id FROM log").fetchone()[0]
+
+    @property
+    def database(self) -> sqlite3.Connection:
+        """The open file."""
+        if self._database is None:
+            raise StreamlearnError(f"{self.path}: not connected")
+        return self._database
+
+    def topics(self) -> dict[str, TopicInfo]:
+        rows = self.database.execute("SELECT name, topic_id, partitions FROM topics").fetchall()
+        return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
+
+    def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
+        query = "SELECT min(offset), max(offset) FROM records WHERE topic = ? AND partition = ?"
+        found = {partition: self.database.execute(query, partition).fetchone() for partition in partitions}
+        return {p: Bounds(0, 0) if low is None else Bounds(low, high + 1) for p, (low, high) in found.items()}
+
+    def assign(self, offsets: Mapping[Partition, int]) -> None:
+        self._at = dict(offsets)
+        self._version = -1
+
+    def poll(self, timeout: float) -> list[Record]:
+        deadline = time.monotonic() + timeout
+        while not (found := self._take()):
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            time.sleep(min(POLL_SECONDS, left))
+        return found
+
+    def position(self, partition: Partition) -> int:
+        return self._at[partition]
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._version = -1
+
+    def first_timestamp(self, topic: TopicInfo) -> float | None:
+        query = "SELECT min(timestamp) FROM records WHERE topic = ? AND offset = 0"
+        found: float | None = self.database.execute(query, (topic.name,)).fetchone()[0]
+        return found
+
+    def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
+        rows = [(group, topic, partition, offset) for (topic, partition), offset in offsets.items()]
+        with _Transaction(self.database):
+            self.database.executemany("INSERT OR REPLACE INTO committed VALUES (?, ?, ?, ?)", rows)
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _take(self) -> list[Record]:
+        version = self.database.execute("PRAGMA data_version").fetchone()[0]
+        if self._paused or version == self._version:
+            return []
+        found: list[Record] = []
+        room = FETCH_BYTES
+        query = (
+            "SELECT offset, timestamp, key, value, headers FROM records"
+            " WHERE topic = ? AND partition = ? AND offset >= ? ORDER BY offset LIMIT ?"
+        )
+        for (topic, partition), start in self._at.items():
+            for offset, timestamp, key, value, headers in self.database.execute(
+                query, (topic, partition, start, FETCH_RECORDS)
+            ):
+                pairs = tuple((name, bytes(data)) for name, data in msgpack.unpackb(headers)) if headers else ()
+                found.append(Record(topic, partition, offset, timestamp, key, value, pairs))
+                self._at[topic, partition] = offset + 1
+                room -= len(value or b"")
+                if room <= 0:
+                    return found
+        if not found:
+            self._version = version  # nothing more until another connection writes
+        return found
+
+
+class EmbeddedSink:
+    """A writer to the file; records are gathered and written in transactions."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = open_database(path)
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[str, int, bytes | None, bytes | None, Headers]] = []
+        self._known: dict[str, int] = {}
+
+    def create_topic(self, name: str, partitions: int) -> bool:
+        with self._lock, _Transaction(self._database):
+            added = self._database.execute(
+                "INSERT OR IGNORE INTO topics VALUES (?, ?, ?)", (name, str(uuid.uuid4()), partitions)
+            )
+            return added.rowcount == 1
+
+    def partitions(self, topic: str) -> int:
+        with self._lock:
+            row = self._database.execute("SELECT partitions FROM topics WHERE name = ?", (topic,)).fetchone()
+        if row is None:
+            raise StreamlearnError(f"no topic {topic}")
+        return int(row[0])
+
+    def append(
+        self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
+    ) -> None:
+        with self._lock:
+            self._waiting.append((topic, partition, key, value, headers))
+            if len(self._waiting) >= WRITE_RECORDS:
+                self._write()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._write()
+
+    def close(self) -> None:
+        self.flush()
+        self._database.close()
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        last = "SELECT coalesce(max(offset), -1) FROM records WHERE topic = ? AND partition = ?"
+        try:
+            with _Transaction(self._database):
+                ends: dict[Partition, int] = {}
+                for topic, partition, key, value, headers in self._waiting:
+                    place = (topic, partition)
+                    offset = ends[place] if place in ends else self._database.execute(last, place).fetchone()[0] + 1
+                    packed = msgpack.packb(headers) if headers else None
+                    self._database.execute(
+                        "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        (topic, partition, offset, time.time(), key, value, packed),
+                    )
+                    ends[place] = offset + 1
+        except sqlite3.Error as error:
+            raise StreamlearnError(f"embedded topics: cannot be written: {error}", code=74) from error
+        self._waiting.clear()

@@ -1,0 +1,117 @@
+"""A log in memory, for tests and benchmarks: the same meaning as Kafka's, without a broker."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from streamlearn.data import Partition
+
+
+class MemoryStore:
+    """The topics themselves, shared by any number of `MemoryLog` readers; also a `Sink`."""
+
+    def __init__(self) -> None:
+        self.records: dict[Partition, list[Record]] = {}
+        self.infos: dict[str, TopicInfo] = {}
+        self.committed: dict[Partition, int] = {}
+        self.changed = threading.Condition()
+
+    def create_topic(self, name: str, partitions: int) -> bool:
+        with self.changed:
+            if name in self.infos:
+                return False
+            self.infos[name] = TopicInfo(name, str(uuid.uuid4()), tuple(range(partitions)))
+            self.records.update({(name, p): [] for p in range(partitions)})
+            return True
+
+    def partitions(self, topic: str) -> int:
+        if topic not in self.infos:
+            raise StreamlearnError(f"no topic {topic}")
+        return len(self.infos[topic].partitions)
+
+    def append(
+        self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
+    ) -> None:
+        with self.changed:
+            log = self.records[topic, partition]
+            log.append(Record(topic, partition, len(log), time.time(), key, value, headers))
+            self.changed.notify_all()
+
+    def flush(self) -> None:
+        """Nothing is ever unacknowledged here."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class MemoryLog:
+    """One reader of a `MemoryStore`."""
+
+    def __init__(self, store: MemoryStore, max_poll_records: int = 500) -> None:
+        self.store = store
+        self.max_poll_records = max_poll_records
+        self.cluster_id: str | None = "memory"
+        self._at: dict[Partition, int] = {}
+        self._paused = False
+
+    def connect(self) -> None:
+        """Always there."""
+
+    def topics(self) -> dict[str, TopicInfo]:
+        with self.store.changed:
+            return dict(self.store.infos)
+
+    def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
+        with self.store.changed:
+            return {partition: Bounds(0, len(self.store.records[partition])) for partition in partitions}
+
+    def assign(self, offsets: Mapping[Partition, int]) -> None:
+        self._at = dict(offsets)
+
+    def poll(self, timeout: float) -> list[Record]:
+        with self.store.changed:
+            found = self._take()
+            if not found and timeout > 0:
+                self.store.changed.wait(timeout)
+                found = self._take()
+            return found
+
+    def position(self, partition: Partition) -> int:
+        return self._at[partition]
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def first_timestamp(self, topic: TopicInfo) -> float | None:
+        with self.store.changed:
+            firsts = [self.store.records[topic.name, p][:1] for p in topic.partitions]
+            return min((record.timestamp for first in firsts for record in first), default=None)
+
+    def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
+        del group
+        self.store.committed.update(offsets)
+
+    def close(self) -> None:
+        self._at = {}
+
+    def _take(self) -> list[Record]:
+        found: list[Record] = []
+        if self._paused:
+            return found
+        for partition, offset in self._at.items():
+            records = self.store.records[partition][offset : offset + self.max_poll_records - len(found)]
+            found += records
+            self._at[partition] = offset + len(records)
+        return found

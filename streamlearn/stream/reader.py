@@ -1,0 +1,402 @@
+"""The reader: one thread owns the log, decides which topic is the current task, and fills a bounded queue of deliveries."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
+from streamlearn.stream.log import BrokerUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from streamlearn.config import Stream as StreamSpec
+    from streamlearn.data import Partition
+    from streamlearn.stream.assembler import Assembler
+    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.log import Bounds, Log, Record, TopicInfo
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
+CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
+MAX_BACKOFF = 30.0
+
+
+@dataclass
+class StreamStatus:
+    """What the reader knows of its log, for status and metrics; written by the reader thread alone."""
+
+    connected: bool = False
+    last_contact: float | None = None  # Unix seconds
+    ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets
+    read: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
+    assigned: int = 0
+    paused: bool = False
+    problem: str | None = None  # why reading stands still
+
+
+class Stream:
+    """Deliveries in order, from any log. `next`, `splice` and `report` belong to the loop; the rest runs in its own thread."""
+
+    def __init__(
+        self,
+        source: Log,
+        assembler: Assembler,
+        spec: StreamSpec,
+        dead_letters: DeadLetters,
+        group: str,
+        refresh_seconds: float = 10.0,
+    ) -> None:
+        self.source = source
+        self.assembler = assembler
+        self.spec = spec
+        self.dead_letters = dead_letters
+        self.group = group
+        self.refresh_seconds = refresh_seconds
+        self.status = StreamStatus()
+        self.finished = False  # nothing further will ever come, and everything was given out
+        self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._spliced: Iterator[Delivery] = iter(())
+        self._waiting_samples = 0
+        self._waiting_bytes = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+        self._exhausted = False
+        self._commits: dict[Partition, int] = {}
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._topics: dict[str, TopicInfo] = {}
+        self._bounds: dict[Partition, Bounds] = {}
+        self._checked = self._refreshed = -1e9
+        self._last_record = time.monotonic()
+        self._linger_since: float | None = None
+
+    # -- for the loop
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def next(self, timeout: float) -> Delivery | None:
+        """Return the next delivery, or None when none came in time; raises what the reader died of."""
+        if (spliced := next(self._spliced, None)) is not None:
+            return spliced
+        try:
+            delivery = self._queue.get(timeout=timeout)
+        except queue.Empty:
+            if self._error is not None:
+                raise self._error from None
+            self.finished = self._exhausted and self._queue.empty()
+            return None
+        samples, num_bytes = _weight(delivery)
+        with self._lock:
+            self._waiting_samples -= samples
+            self._waiting_bytes -= num_bytes
+        return delivery
+
+    def splice(self, deliveries: Iterable[Delivery]) -> None:
+        """Give these out before anything else, each made when it is its turn: refinement is not a second loop."""
+        self._spliced = iter(deliveries)
+
+    def settle(self) -> None:
+        """Return when every dead letter is acknowledged; a checkpoint begins only after it."""
+        self.dead_letters.flush()
+
+    def report(self, positions: Positions) -> None:
+        """Have positions reported to the log, soon, for lag graphs."""
+        with self._lock:
+            self._commits = {partition: position.offset for partition, position in positions.at.items()}
+
+    @property
+    def queued(self) -> int:
+        """Samples consumed and not yet given out."""
+        return self._waiting_samples + self.assembler.queued
+
+    def stop(self) -> None:
+        """End the thread and let go of the log."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=15)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the reader thread runs."""
+        return self._thread.is_alive()
+
+    # -- the reader thread
+
+    def _run(self) -> None:
+        try:
+            self._read_on()
+        except BaseException as error:  # noqa: BLE001 - a thread has no caller: the loop raises it
+            self._error = error
+            self.status.problem = str(error)
+        finally:
+            try:
+                if self.status.connected and self._commits:
+                    self._commit()
+                    self.source.poll(POLL_SECONDS)  # a client sends only while it polls
+                self.source.close()
+            except Exception:
+                log.exception("closing the log failed")
+
+    def _read_on(self) -> None:
+        backoff, since = 1.0, time.monotonic()
+        while not self._stopping.is_set():
+            try:
+                self.source.connect()
+                self.assembler.cluster_id = self.source.cluster_id
+                self.dead_letters.prepare()
+                self._restore()
+                backoff = 1.0
+                while not self._stopping.is_set():
+                    self._turn()
+                    since = time.monotonic()
+            except BrokerUnavailable as error:
+                if self.status.connected or self.status.last_contact is None:
+                    log.warning("%s; waiting for it", error)
+                self.status.connected = False
+                self.status.problem = str(error)
+                limit = self.spec.startup_timeout
+                if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
+                    raise
+                self._stopping.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+                backoff = min(2 * backoff, MAX_BACKOFF)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now - self._checked >= CHECK_SECONDS:
+            self._check(now)
+        self._commit()
+        if self.status.problem is not None:
+            self._stopping.wait(POLL_SECONDS)
+            return
+        self._balance()
+        records = self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
+        for record in records:
+            for delivery in self.assembler.feed(record):
+                self._put(delivery)
+        self._after_poll(records)
+
+    def _after_poll(self, records: list[Record]) -> None:
+        if records:
+            self._last_record = time.monotonic()
+            for record in records:
+                self.status.read[record.topic, record.partition] = record.offset + 1
+        self._end_if_reached(polled=bool(records))
+        linger = self.spec.linger
+        if linger is not None and self.assembler.queued:
+            self._linger_since = self._linger_since or time.monotonic()
+            if time.monotonic() - self._linger_since >= linger:
+                self._put(self.assembler.short())
+        if not records:
+            self._put(self.assembler.flush())
+        if not self.assembler.queued:
+            self._linger_since = None
+
+    def _put(self, delivery: Delivery | None) -> None:
+        if delivery is None:
+            return
+        samples, num_bytes = _weight(delivery)
+        with self._lock:
+            self._waiting_samples += samples
+            self._waiting_bytes += num_bytes
+        self._queue.put(delivery)
+
+    def _balance(self) -> None:
+        """Pause over the high mark, resume under half of it; polling goes on, so the connection is kept."""
+        bounds = self.spec.queue
+        fill = max(self._waiting_samples / bounds.samples, self._waiting_bytes / (bounds.megabytes * 1e6))
+        if not self.status.paused and fill >= 1:
+            self.source.pause()
+            self.status.paused = True
+        elif self.status.paused and fill < 0.5:
+            self.source.resume()
+            self.status.paused = False
+
+    def _commit(self) -> None:
+        with self._lock:
+            commits, self._commits = self._commits, {}
+        if commits:
+            try:
+                self.source.commit(self.group, commits)
+            except StreamlearnError as error:
+                log.warning("positions could not be reported: %s", error)
+
+    # -- which topics
+
+    def _restore(self) -> None:
+        self._refreshed = self._checked = -1e9
+        self.status.read.clear()
+        self._check(time.monotonic())
+
+    def _check(self, now: float) -> None:
+        """Ask the log what `poll` keeps silent about: topics, ids, bounds; then choose, assign and close."""
+        if now - self._refreshed >= self.refresh_seconds or self.assembler.task is None:
+            self._topics = self.source.topics()
+            self._refreshed = now
+        names = self._matching()
+        partitions = [(name, p) for name in names for p in self._topics[name].partitions]
+        self._bounds = self.source.bounds(partitions)
+        self._checked = now
+        self.status.connected = True
+        self.status.last_contact = time.time()
+        self.status.problem = self._trouble()
+        if self.status.problem is not None:
+            return
+        self._choose(names)
+        self._assign()
+        self.status.ends = {p: bounds.end for p, bounds in self._bounds.items() if p in self.status.read}
+        self._close_if_passed(names)
+
+    def _matching(self) -> list[str]:
+        """Return the tasks' topics that exist, in order: those begun first, in the order they were begun."""
+        begun = [task.name for task in self.assembler.progress.tasks]
+        if self.spec.topics is not None:
+            return [name for name in self.spec.topics if name in self._topics]
+        pattern = re.compile(self.spec.pattern or "")
+        found = [
+            name
+            for name in self._topics
+            if pattern.fullmatch(name) and not name.startswith("__") and not name.endswith(".dlq")
+            and name != self.dead_letters.topic and name not in begun
+        ]  # fmt: skip
+        if self.spec.order == "first_record":
+            stamps = {name: self.source.first_timestamp(self._topics[name]) for name in found}
+            found.sort(key=lambda name: (stamps[name] or float("inf"), natural_key(name)))
+        else:
+            found.sort(key=natural_key)
+        return [name for name in begun if name in self._topics] + found
+
+    def _has_records(self, name: str) -> bool:
+        bounds = [self._bounds[name, p] for p in self._topics[name].partitions if (name, p) in self._bounds]
+        return any(b.end > b.begin for b in bounds)
+
+    def _later(self, names: list[str]) -> list[str]:
+        begun = {task.name for task in self.assembler.progress.tasks}
+        return [name for name in names if name not in begun]
+
+    def _choose(self, names: list[str]) -> None:
+        """Begin the next task when none is current and its topic has a record."""
+        if self.assembler.task is not None:
+            return
+        tasks = self.assembler.progress.tasks
+        later = self._later(names)
+        if self.spec.topics is not None:
+            upcoming = self.spec.topics[len(tasks)] if len(tasks) < len(self.spec.topics) else None
+            later = [name for name in later if name == upcoming]
+            over = upcoming is None
+        else:
+            later = [name for name in later if self._has_records(name)]
+            over = bool(tasks) and not later
+        if self.spec.on_finished == "exit" and over:
+            self._exhausted = True
+        if not later or not self._has_records(later[0]):
+            return
+        name = later[0]
+        if self.spec.order == "name" and self.spec.pattern and tasks and natural_key(name) < natural_key(tasks[-1].name):
+            log.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
+        declared = self.assembler.rules.scenario.declared.get(name, [])
+        task = Task(len(tasks), name, labels=list(declared) if self.assembler.rules.scenario.kind == "domain" else [])
+        self._put(self.assembler.begin(task))
+        self._last_record = time.monotonic()
+
+    def _assign(self) -> None:
+        offsets: dict[Partition, int] = {}
+        for task in self.assembler.progress.tasks:
+            if (info := self._topics.get(task.name)) is None or self._is_other(info):
+                continue
+            self.assembler.follow(task.name, info.topic_id, info.partitions)
+            for p in info.partitions:
+                place = (task.name, p)
+                known = self.assembler.progress.positions.at.get(place)
+                scanned = self.assembler.scanned(place)
+                begin = self._bounds[place].begin if place in self._bounds else 0
+                offsets[place] = scanned.offset if scanned else known.offset if known else begin
+        if set(offsets) != set(self.status.read):
+            self.source.assign(offsets)
+            self.status.read = {place: self.status.read.get(place, offset) for place, offset in offsets.items()}
+        self.status.assigned = len(offsets)
+
+    def _is_other(self, info: TopicInfo) -> bool:
+        known = self.assembler.topic_id(info.name)
+        return known is not None and info.topic_id is not None and known != info.topic_id
+
+    def _trouble(self) -> str | None:
+        """Return why the current task cannot be read on, or None; jumps over what retention took, where configured."""
+        task = self.assembler.task
+        if task is None:
+            return None
+        if (info := self._topics.get(task.name)) is None:
+            return f"topic {task.name} is gone"
+        if self._is_other(info):
+            return self._refuse(f"topic {task.name} was deleted and created again: its id is {info.topic_id}")
+        for p in info.partitions:
+            place = (task.name, p)
+            position = self.assembler.scanned(place) or self.assembler.progress.positions.at.get(place)
+            if position is None or place not in self._bounds:
+                continue
+            bounds = self._bounds[place]
+            if position.offset > bounds.end:
+                return self._refuse(f"{task.name}[{p}] ends at {bounds.end}, before our position {position.offset}")
+            if position.offset < bounds.begin:
+                where = f"{task.name}[{p}] begins at {bounds.begin}, past our position {position.offset}"
+                if self.spec.on_offset_out_of_range not in {"earliest", "latest"}:
+                    return self._refuse(where)
+                target = bounds.begin if self.spec.on_offset_out_of_range == "earliest" else bounds.end
+                log.error("%s: going on at %d, %d offsets are lost", where, target, target - position.offset)
+                self.assembler.lost(place, target, target - position.offset, "retention")
+                self.status.read.pop(place, None)
+        return None
+
+    def _refuse(self, problem: str) -> str:
+        if self.spec.on_offset_out_of_range == "exit":
+            raise StreamlearnError(problem)
+        if self.status.problem != problem:
+            log.error("%s: reading stops here (stream.on_offset_out_of_range)", problem)
+        return problem
+
+    def _close_if_passed(self, names: list[str]) -> None:
+        """Fix the current task's end offsets, once, when a later topic has shown a record."""
+        task = self.assembler.task
+        if task is None or task.ends is not None or not self.spec.task_end.next_topic:
+            return
+        if any(self._has_records(name) for name in self._later(names)):
+            ends = {p: self._bounds[task.name, p].end for p in self._topics[task.name].partitions}
+            self._put(self.assembler.close(ends))
+
+    def _end_if_reached(self, *, polled: bool) -> None:
+        task = self.assembler.task
+        if task is None:
+            return
+        if task.ends is not None:
+            reached = {(task.name, p): self.source.position((task.name, p)) for p in task.ends}
+            if all(reached[task.name, p] >= end for p, end in task.ends.items()):
+                self.assembler.reach({(task.name, p): end for p, end in task.ends.items()})
+                self._put(self.assembler.end("next_topic"))
+                self._checked = -1e9
+            return
+        idle = self.spec.task_end.idle
+        if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
+            return
+        ends = {p: bounds.end for p, bounds in self._bounds.items() if p[0] == task.name}
+        caught_up = all(self.source.position(p) >= end for p, end in ends.items())
+        if caught_up and time.monotonic() - self._last_record >= idle:
+            self._put(self.assembler.end("idle"))
+            self._checked = -1e9
+
+
+def _weight(delivery: Delivery) -> tuple[int, int]:
+    """Return a delivery's samples and bytes."""
+    samples = delivery.found.consumed.total()
+    held = sum(part.x.nbytes for part in delivery.found.held_out)
+    return samples, held + (delivery.batch.x.nbytes if delivery.batch is not None else 0)

