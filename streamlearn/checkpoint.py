@@ -16,7 +16,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
@@ -24,6 +23,7 @@ from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +107,13 @@ class Store:
         self.hourly = hourly
         self.corrupt = 0  # refused since the start
 
-    def list(self) -> list[Checkpoint]:
+    def all(self) -> list[Checkpoint]:
         """Return the checkpoints whose manifest can be read, newest first."""
         return [checkpoint for checkpoint, _ in self._all() if checkpoint is not None]
 
     def find(self, name: str) -> Checkpoint:
         """Return a checkpoint by id, sequence number or `latest`; raises `StreamlearnError` if there is none."""
-        found = self.list()
+        found = self.all()
         if name == "latest" and found:
             return found[0]
         for checkpoint in found:
@@ -154,8 +154,10 @@ class Store:
         Raises `StreamlearnError` (74) when it cannot be written; nothing is left behind then.
         """
         self._make_root()
-        newest = next(iter(self.list()), None)
-        sequence = max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
+        newest = next(iter(self.all()), None)
+        sequence = (
+            max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
+        )
         final = self.root / f"ckpt-{sequence:012d}"
         temporary = self.root / f".tmp-{final.name}"
         try:
@@ -184,14 +186,18 @@ class Store:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
         old = self.find(name)
         old.verify()
-        info = {key: value for key, value in old.manifest.items() if key not in {"format", "id", "parent", "created", "version", "files"}}
+        info = {
+            key: value
+            for key, value in old.manifest.items()
+            if key not in {"format", "id", "parent", "created", "version", "files"}
+        }
         return self.save({file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.id})
 
     def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
         """Remove all but the newest `keep` and the newest of each of the last `hourly` hours; return what went."""
         keep, hourly = keep or self.keep, self.hourly if hourly is None else hourly
         hours: dict[int, Checkpoint] = {}
-        checkpoints = self.list()
+        checkpoints = self.all()
         for checkpoint in checkpoints[keep:]:
             hours.setdefault(int(checkpoint.created // 3600), checkpoint)
         kept = {c.id for c in checkpoints[:keep]} | {c.id for c in list(hours.values())[:hourly] if hourly}
@@ -241,7 +247,11 @@ def _load(path: Path) -> Checkpoint | None:
             return None
         manifest = json.loads(file.read_bytes())
         names = manifest["files"]
-        if manifest["format"] != FORMAT or manifest["id"] != path.name or not all(FILE.fullmatch(name) for name in names):
+        if (
+            manifest["format"] != FORMAT
+            or manifest["id"] != path.name
+            or not all(FILE.fullmatch(name) for name in names)
+        ):
             return None
         manifest["step"], datetime.fromisoformat(manifest["created"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -264,5 +274,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

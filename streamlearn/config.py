@@ -6,9 +6,8 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -24,6 +23,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from streamlearn.data import Label, StreamlearnError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 ENV_PREFIX = "STREAMLEARN__"
 REDACTED = "***"
@@ -99,7 +101,9 @@ class Kafka(Section):
     @model_validator(mode="after")
     def _sasl_matches(self) -> Kafka:
         if self.security_protocol.startswith("SASL") and self.sasl is None:
-            raise PydanticCustomError("sasl", "security_protocol {p} needs a sasl section", {"p": self.security_protocol})
+            raise PydanticCustomError(
+                "sasl", "security_protocol {p} needs a sasl section", {"p": self.security_protocol}
+            )
         return self
 
 
@@ -173,7 +177,9 @@ class Stream(Section):
     @model_validator(mode="after")
     def _topics_or_pattern(self) -> Stream:
         if (self.topics is None) == (self.pattern is None):
-            raise PydanticCustomError("topics", "exactly one of topics (a list) and pattern (a regular expression) is needed")
+            raise PydanticCustomError(
+                "topics", "exactly one of topics (a list) and pattern (a regular expression) is needed"
+            )
         if self.topics is not None and len(set(self.topics)) != len(self.topics):
             raise PydanticCustomError("topics", "a topic is listed twice")
         return self
@@ -334,13 +340,21 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.source == "kafka" and self.kafka is None:
-            raise PydanticCustomError("kafka", "stream.source is kafka, but there is no kafka section with bootstrap_servers")
+            raise PydanticCustomError(
+                "kafka", "stream.source is kafka, but there is no kafka section with bootstrap_servers"
+            )
         if self.scenario.kind == "domain" and not self.scenario.tasks:
-            raise PydanticCustomError("scenario", "scenario domain needs scenario.tasks: the classes of each task in order")
+            raise PydanticCustomError(
+                "scenario", "scenario domain needs scenario.tasks: the classes of each task in order"
+            )
         if isinstance(self.classes, list):
-            unknown = sorted({str(c) for known in self.scenario.tasks.values() for c in known} - {str(c) for c in self.classes})
+            unknown = sorted(
+                {str(c) for known in self.scenario.tasks.values() for c in known} - {str(c) for c in self.classes}
+            )
             if unknown:
-                raise PydanticCustomError("tasks", "scenario.tasks names classes that are not in classes: {u}", {"u": ", ".join(unknown)})
+                raise PydanticCustomError(
+                    "tasks", "scenario.tasks names classes that are not in classes: {u}", {"u": ", ".join(unknown)}
+                )
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
             raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
         return self
@@ -467,7 +481,9 @@ def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema])
     owner: dict[str, str] = {}
     for name, parameters in chosen.items():
         if name not in recipes:
-            message = PydanticCustomError("recipe", "no such recipe; accepted: {names}", {"names": ", ".join(sorted(recipes))})
+            message = PydanticCustomError(
+                "recipe", "no such recipe; accepted: {names}", {"names": ", ".join(sorted(recipes))}
+            )
             errors.append({"type": message, "loc": (name,), "input": name})
             continue
         for slot in recipes[name].slots:
@@ -493,7 +509,11 @@ def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...],
         key = key[:-1]
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = f"{path}:{line}" if line is not None else str(path)
-    value = "" if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel)) else f" is {_show(key, details['input'])};"
+    value = (
+        ""
+        if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
+        else f" is {_show(key, details['input'])};"
+    )
     return f"{where}: {'.'.join(key) or '(top level)'}:{value} {_expected(details, _model_at(key[:-1]))}"
 
 

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
@@ -30,6 +29,7 @@ from streamlearn.service.server import Server, bind_control, bind_tcp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from streamlearn.config import Config
     from streamlearn.job import Job
@@ -163,7 +163,10 @@ class Desk:
 
     def _hold_to_grace(self) -> None:
         time.sleep(self.config.shutdown_grace)
-        log.error("still not drained after %.0f s (shutdown_grace): ending without a new checkpoint", self.config.shutdown_grace)
+        log.error(
+            "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint",
+            self.config.shutdown_grace,
+        )
         logging.shutdown()
         os._exit(1)
 
@@ -195,13 +198,17 @@ def run(
             stack.callback(server.stop)
         cause = take_over(config.state_dir, path, f"http://{host}:{port}")
 
-        from streamlearn.tensors import prepare  # torch is imported only now: lock, ports and sockets are quick to refuse
+        from streamlearn.tensors import (
+            prepare,
+        )  # torch is imported only now: lock, ports and sockets are quick to refuse
 
         prepare(config.threads)
         from streamlearn.job import Job
 
         metrics.record_state("restoring", ready=False)
-        job = Job.make(config, Store(config.state_dir, keep=config.checkpoint.keep, hourly=config.checkpoint.hourly), metrics)
+        job = Job.make(
+            config, Store(config.state_dir, keep=config.checkpoint.keep, hourly=config.checkpoint.hourly), metrics
+        )
         job.restore()
         announce(job, cause)
         stream = make_stream(job)
@@ -209,7 +216,13 @@ def run(
         stack.callback(stream.stop)
         desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))
         tell({"event": "running", "pid": os.getpid(), "http": f"http://{host}:{port}"})
-        log.info("learning from %s on %s; metrics on http://%s:%d/metrics", config.source, job.learner.world.device, host, port)
+        log.info(
+            "learning from %s on %s; metrics on http://%s:%d/metrics",
+            config.source,
+            job.learner.world.device,
+            host,
+            port,
+        )
         if watch is not None:
             stack.enter_context(watch(desk))
         learn(job, stream, desk)
@@ -310,7 +323,13 @@ def take_over(state_dir: Path, socket_path: Path, http: str) -> str:
         cause = "clean" if json.loads(path.read_text()).get("ended") else "crash"
     except (OSError, ValueError):
         cause = "first"
-    hints = {"pid": os.getpid(), "start_time": process_start_time(os.getpid()), "socket": str(socket_path), "http": http, "version": __version__}
+    hints = {
+        "pid": os.getpid(),
+        "start_time": process_start_time(os.getpid()),
+        "socket": str(socket_path),
+        "http": http,
+        "version": __version__,
+    }
     replace(path, hints)
     return cause
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import numpy as np
     from torch import Tensor
@@ -57,7 +57,9 @@ class Positions:
         """Return these positions moved on to `later`; raises `StreamlearnError` if one would go backwards."""
         for partition, position in later.at.items():
             if (known := self.at.get(partition)) is not None and position < known:
-                raise StreamlearnError(f"{partition[0]}[{partition[1]}]: position would go back from {known} to {position}")
+                raise StreamlearnError(
+                    f"{partition[0]}[{partition[1]}]: position would go back from {known} to {position}"
+                )
         return Positions(
             {**self.at, **later.at}, {**self.topic_ids, **later.topic_ids}, later.cluster_id or self.cluster_id
         )
@@ -242,7 +244,9 @@ class Progress:
 
     def unaccounted(self) -> dict[str, int]:
         """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
-        gaps = {topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES) for topic, count in self.ledger.items()}
+        gaps = {
+            topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES) for topic, count in self.ledger.items()
+        }
         return {topic: gap for topic, gap in gaps.items() if gap}
 
     def to_json(self) -> dict[str, Any]:
@@ -260,7 +264,7 @@ class Progress:
         return cls(positions, [Task.from_json(task) for task in tree["tasks"]], list(tree["labels"]), ledger)
 
 
-def natural_key(name: str) -> Sequence[tuple[int, int, str]]:
+def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key that compares digits as numbers: `task-2` comes before `task-10`."""
     import re
 

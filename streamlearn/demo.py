@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import config as configuration
@@ -17,6 +16,7 @@ from streamlearn.service.client import Client
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 TASKS = 5
 RUNS: dict[str, tuple[str, Any]] = {
@@ -58,9 +58,9 @@ def run(output: Path) -> None:
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    print(f"Publishing scikit-learn's handwritten digits to {TASKS} topics, two digits each ...", flush=True)  # noqa: T201 - it talks
+    print(f"Publishing scikit-learn's handwritten digits to {TASKS} topics, two digits each ...", flush=True)
     _publish(work)
-    print("Three daemons learn them, one task after the other:", flush=True)  # noqa: T201 - as above
+    print("Three daemons learn them, one task after the other:", flush=True)
     processes = {name: _start(work, name) for name in RUNS}
     try:
         _follow(work, processes)
@@ -69,7 +69,7 @@ def run(output: Path) -> None:
             if process.poll() is None:
                 process.terminate()
                 process.wait(30)
-    curves = [report.Curves.of(Store(work / "state" / name).list()[0], f"{name}: {RUNS[name][0]}") for name in RUNS]
+    curves = [report.Curves.of(Store(work / "state" / name).all()[0], f"{name}: {RUNS[name][0]}") for name in RUNS]
     report.write(output, curves)
     report.write_json(output / "summary.json", {name: report.summary(c) for name, c in zip(RUNS, curves, strict=True)})
     _conclude(output, curves, time.monotonic() - begun)
@@ -99,7 +99,10 @@ def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
 def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
     """Print a line for each task that a run has finished; raise when one fails."""
     told: dict[str, int] = dict.fromkeys(processes, 0)
-    print(f"\n{'':<8}" + "".join(f"{topic.removeprefix('digits-'):>8}" for topic in topics()) + f"{'average':>10}", flush=True)  # noqa: T201 - as above
+    print(
+        f"\n{'':<8}" + "".join(f"{topic.removeprefix('digits-'):>8}" for topic in topics()) + f"{'average':>10}",
+        flush=True,
+    )
     while True:
         running = [name for name, process in processes.items() if process.poll() is None]
         for name in processes:
@@ -107,12 +110,14 @@ def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
             for row in rows[told[name] :]:
                 known = [value for value in row if value is not None]
                 cells = "".join(f"{'' if value is None else f'{100 * value:.0f} %':>8}" for value in row)
-                print(f"{name:<8}{cells:<{8 * TASKS}}{100 * sum(known) / len(known):>8.1f} %", flush=True)  # noqa: T201 - as above
+                print(f"{name:<8}{cells:<{8 * TASKS}}{100 * sum(known) / len(known):>8.1f} %", flush=True)
             told[name] = len(rows)
         for name, process in processes.items():
             if process.returncode:
                 lines = (work / f"{name}.log").read_text().splitlines()
-                raise StreamlearnError(f"the {name} run failed: {lines[-1] if lines else 'no output'}", code=process.returncode)
+                raise StreamlearnError(
+                    f"the {name} run failed: {lines[-1] if lines else 'no output'}", code=process.returncode
+                )
         if not running:
             return
         time.sleep(0.3)
@@ -123,14 +128,14 @@ def _rows(state: Path) -> list[list[float | None]]:
     try:
         matrix: list[list[float | None]] = Client(state, timeout=2).get("/status").get("matrix", [])
     except StreamlearnError:
-        found = Store(state).list()
+        found = Store(state).all()
         matrix = found[0].read_json("status.json")["matrix"] if found else []
     return matrix
 
 
 def _conclude(output: Path, curves: Sequence[report.Curves], seconds: float) -> None:
-    print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")  # noqa: T201 - as above
+    print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")
     for curve in curves:
         accuracy, lost = curve.status["average_accuracy"], curve.status["average_forgetting"]
-        print(f"{curve.name:<44}{100 * accuracy:>16.1f} %{100 * lost:>10.1f} %")  # noqa: T201 - as above
-    print(f"\n{seconds:.0f} s. Look at {output / 'report.html'} and {output / 'accuracy.png'}.")  # noqa: T201 - as above
+        print(f"{curve.name:<44}{100 * accuracy:>16.1f} %{100 * lost:>10.1f} %")
+    print(f"\n{seconds:.0f} s. Look at {output / 'report.html'} and {output / 'accuracy.png'}.")

@@ -112,7 +112,11 @@ class Job:
         self.metrics.count("checkpoints", 1, "success", trigger)
         self._follow(checkpoint)
         stream.report(self.progress.positions)
-        log.info("saved %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step})
+        log.info(
+            "saved %s",
+            checkpoint.id,
+            extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step},
+        )
         return checkpoint
 
     def restore(self) -> bool:
@@ -153,7 +157,7 @@ class Job:
         tensors, rest, immutable = state.pack(groups)
         linkable = set(self.checkpoint.manifest["files"]) if self.checkpoint is not None else set()
         # what the store links is its newest, which is this one unless another process has written there
-        newest = next(iter(self.store.list()), None)
+        newest = next(iter(self.store.all()), None)
         if newest is None or self.checkpoint is None or newest.id != self.checkpoint.id:
             linkable = set()
         files: dict[str, bytes | None] = {
@@ -161,7 +165,9 @@ class Job:
             for name, content in tensors.items()
         }
         files["model.json"] = _json(self.describe_model())
-        files["state.json"] = _json({"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()})
+        files["state.json"] = _json(
+            {"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()}
+        )
         files["offsets.json"] = _json(self.progress.positions.to_json())
         files["status.json"] = _json({**self.status(None), "state": "stopped", "pid": None})
         info = {
@@ -184,7 +190,9 @@ class Job:
         begun = [task["name"] for task in checkpoint.read_json("state.json")["progress"]["tasks"]]
         listed = self.config.stream.topics
         if listed is not None and listed[: len(begun)] != begun:
-            lines.append(f"stream.topics: {begun} have begun, in this order, and may not move; the configuration has {listed}")
+            lines.append(
+                f"stream.topics: {begun} have begun, in this order, and may not move; the configuration has {listed}"
+            )
         if lines:
             text = "; ".join(lines)
             raise StreamlearnError(f"{checkpoint.path}: does not fit the configuration: {text}", code=78)
@@ -198,7 +206,7 @@ class Job:
         gauges = self.metrics.gauges
         gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
         gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)
-        gauges.set("checkpoints_kept", len(self.store.list()))
+        gauges.set("checkpoints_kept", len(self.store.all()))
 
     # -- description
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional
 from streamlearn.data import Batch, Delivery
 from streamlearn.memory import ALL, Reservoir
 from streamlearn.models import registry
+from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
 from streamlearn.tensors import averaging_rate, choose_device, clones, copy_into, finite_norm, padded_all, seeded
@@ -75,8 +76,9 @@ class Learner:
         if strategy.refine_epochs:
             needed.append(ALL)
         self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
-        self.params = list(strategy.network.module.parameters())
-        self.optimizer = make_optimizer(spec, self.params)
+        self.params: list[Tensor] = list(strategy.network.module.parameters())
+        o = spec.optimizer
+        self.optimizer = Optimizer(self.params, o.name, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         self.averaged: Network = self._copy_network()
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
@@ -106,21 +108,20 @@ class Learner:
         mixed = batch.join(s.replay.sample(batch), s.replay.share)
         logits = s.network.forward(mixed.x, mixed.task)
         loss = self.loss(logits, mixed)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
         norm, finite = finite_norm(grads)
         s.penalty.pull(self.params, grads, finite)  # toward what past tasks need, in closed form
         s.constraint.project(self.params, grads, self.gradient_of)
         clipped = self._clip(grads)
-        self.optimizer.found_inf = (~finite).float()  # the fused kernels then leave everything as it was
-        self.optimizer.step()
+        self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
         s.penalty.settle(self.params, self.spec.optimizer.lr)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
         self._update_average(finite)
         self._note(loss, norm, finite, clipped, hits=self._hits(logits, batch) if first else None)
-        self.optimizer.zero_grad()
+        self.strategy.network.module.zero_grad()
         self.step += 1
         self.task_steps += 1
 
@@ -231,14 +232,11 @@ class Learner:
 
     def state_dict(self) -> dict[str, State]:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
-        moments = {
-            str(n): dict(self.optimizer.state[param]) for n, param in enumerate(self.params) if param in self.optimizer.state
-        }
         transfer = self.scenario.kind != "class"
         return {
             "model": dict(self.model.state_dict()),
             "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
-            "optimizer": moments,
+            "optimizer": self.optimizer.state_dict(),
             "reservoir": self.reservoir.state_dict(),
             "transfer": {
                 "initial": {str(n): value for n, value in enumerate(self.initial)} if transfer else {},
@@ -265,10 +263,8 @@ class Learner:
             part.load_state_dict(state[name])
         self.strategy.network.module.load_state_dict(state["live"] or state["model"])
         self.params = list(self.strategy.network.module.parameters())
-        self.optimizer = make_optimizer(self.spec, self.params)
-        for n, param in enumerate(self.params):
-            if moments := state["optimizer"].get(str(n)):
-                self.optimizer.state[param] = {key: value.to(self.world.device, copy=True) for key, value in moments.items()}
+        self.optimizer.follow(self.params)
+        self.optimizer.load_state_dict(state["optimizer"])
         self.averaged = self._copy_network()
         if self.spec.average is not None:
             self.averaged.module.load_state_dict(state["model"])
@@ -295,7 +291,7 @@ class Learner:
             return None
         norm, _ = finite_norm(grads)
         scale = (self.spec.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(list(grads), scale)  # noqa: SLF001 - torch's own optimizers are built on these
+        torch._foreach_mul_(list(grads), scale)
         return norm > self.spec.max_norm
 
     @torch.no_grad()
@@ -323,7 +319,9 @@ class Learner:
             stats[4] += hits
 
     def _read_stats(self, batch: Batch) -> LearnStats:
-        loss, applied, norm, clipped, hits, _ = self._stats.tolist() if self.synchronize else [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        loss, applied, norm, clipped, hits, _ = (
+            self._stats.tolist() if self.synchronize else [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+        )
         return LearnStats(
             self.task, len(batch), self.spec.updates_per_batch, int(applied), int(clipped),
             loss / applied if applied else None, hits / len(batch), norm,
@@ -341,7 +339,7 @@ class Learner:
 
     def _renew(self) -> None:
         """Follow parts that have replaced or added parameters."""
-        params = list(self.strategy.network.module.parameters())
+        params: list[Tensor] = list(self.strategy.network.module.parameters())
         if len(params) != len(self.params) or any(a is not b for a, b in zip(params, self.params, strict=True)):
             self._follow(params)
 
@@ -354,28 +352,14 @@ class Learner:
 
     def _follow(self, params: list[Tensor]) -> None:
         """Carry optimizer state, average and remembered parameters over to parameters whose shapes have grown."""
-        moments = [dict(self.optimizer.state.get(param, {})) for param in self.params]
         average = self._evaluated()
         self.params = params
-        self.optimizer = make_optimizer(self.spec, params)
-        for param, old in zip(params, moments, strict=True):
-            if old:
-                grown = {key: padded_all([value], [param])[0] if value.dim() else value for key, value in old.items()}
-                self.optimizer.state[param] = grown
+        self.optimizer.follow(params)
         if self.spec.average is not None:
             self.averaged = self._copy_network()
             copy_into(self._evaluated(), padded_all(average, params, copy_rest=True))
         self.initial = padded_all(self.initial, params, copy_rest=True)
         self.task_start = padded_all(self.task_start, params, copy_rest=True)
-
-
-def make_optimizer(spec: LearnerSpec, params: Sequence[Tensor]) -> Any:
-    """Return the optimizer that a configuration names, fused."""
-    o = spec.optimizer
-    if o.name == "sgd":
-        return torch.optim.SGD(params, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, fused=True)
-    kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
-    return kind(params, lr=o.lr, weight_decay=o.weight_decay, fused=True)
 
 
 def scaling(divisor: float, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -403,4 +387,6 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
         config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
         scaling(config.input.scale, device), build_network,
     )  # fmt: skip
-    return Learner(compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size)
+    return Learner(
+        compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size
+    )

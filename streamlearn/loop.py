@@ -87,6 +87,11 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         if learner.strategy.penalty.figures():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
         job.save(stream, "task_end")
-        log.info("accuracy %s, forgetting %s", job.matrix.average_accuracy, job.matrix.average_forgetting, extra={"task": task.name})
+        log.info(
+            "accuracy %s, forgetting %s",
+            job.matrix.average_accuracy,
+            job.matrix.average_forgetting,
+            extra={"task": task.name},
+        )
     elif delivery.batch is not None and learner.batches % job.config.probes.every == 0:
         job.evaluate()

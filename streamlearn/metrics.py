@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -42,7 +42,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "state": ("Lifecycle state: one series a state, 1 for the current one.", ("state",)),
     "heartbeat_timestamp_seconds": ("Unix time of the last turn of an internal loop.", ("loop",)),
     "start_timestamp_seconds": ("Unix time when this process started.", ()),
-    "consumer_unread_records": ("Log end less the reader's next offset: what waits in the log.", ("topic", "partition")),
+    "consumer_unread_records": (
+        "Log end less the reader's next offset: what waits in the log.",
+        ("topic", "partition"),
+    ),
     "consumer_position_offset": ("Next offset to be applied to the model.", ("topic", "partition")),
     "consumer_log_end_offset": ("The log's end when it was last asked for.", ("topic", "partition")),
     "consumer_lag_records": ("Log end less the next offset to be applied.", ("topic", "partition")),
@@ -57,7 +60,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Accuracy on each batch before it is learned, exponentially smoothed over batches.",
         ("task",),
     ),
-    "train_gradient_norm": ("Norm of the loss's gradient at the last step, before penalty, projection and clipping.", ()),
+    "train_gradient_norm": (
+        "Norm of the loss's gradient at the last step, before penalty, projection and clipping.",
+        (),
+    ),
     "train_learning_rate": ("Learning rate of the last step.", ()),
     "train_batch_queue_samples": ("Samples read and not yet learned.", ()),
     "train_batch_queue_capacity_samples": ("Bound on the samples read ahead.", ()),
@@ -133,7 +139,11 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
         (),
         (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
     ),
-    "probe_duration_seconds": ("Duration of one evaluation of all probes.", (), (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)),
+    "probe_duration_seconds": (
+        "Duration of one evaluation of all probes.",
+        (),
+        (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+    ),
     "checkpoint_duration_seconds": (
         "Duration of a save, by phase: snapshot and write; learning waits for both.",
         ("phase",),
@@ -155,8 +165,8 @@ class Gauges:
         else:
             self._values[name] = {**self._values[name], labels: float(value)}
 
-    def replace(self, name: str, children: Mapping[tuple[str, ...], float | None]) -> None:
-        """Set a whole family; children that are not named are removed."""
+    def replace(self, name: str, children: Mapping[Any, float | None]) -> None:
+        """Set a whole family, by tuples of label values; children that are not named are removed."""
         self._values[name] = {k: float(v) for k, v in children.items() if v is not None and math.isfinite(v)}
 
     def collect(self) -> Iterator[Metric]:
@@ -179,7 +189,9 @@ class Metrics:
         self.registry.register(self.gauges)
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self.counters = {n: Counter(PREFIX + n, text, labels, registry=self.registry) for n, (text, labels) in COUNTERS.items()}
+        self.counters = {
+            n: Counter(PREFIX + n, text, labels, registry=self.registry) for n, (text, labels) in COUNTERS.items()
+        }
         self.histograms = {
             name: Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
             for name, (text, labels, buckets) in HISTOGRAMS.items()
@@ -262,7 +274,9 @@ class Metrics:
         self._smooth("train_loss", task, stats.loss)
         self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy)
 
-    def record_evaluation(self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], now: float) -> None:
+    def record_evaluation(
+        self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], now: float
+    ) -> None:
         """Show the newest evaluation and all figures made of the matrix."""
         names = {task.index: task.name for task in progress.tasks if self._may_show("task", task.name)}
         tasks = [task for task in matrix.now if task in names]
@@ -275,7 +289,7 @@ class Metrics:
         rows = ended if len(ended) <= MAX_MATRIX_TASKS else ended[-1:]
         cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.rows[i].items() if j in names}
         diagonal = {(names[i], names[i]): matrix.rows[i].get(i) for i in ended if i in names}
-        self.gauges.replace("probe_accuracy_after_task_ratio", {**diagonal, **cells})
+        self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
         self.gauges.set("average_accuracy_ratio", matrix.average_accuracy)
         self.gauges.set("backward_transfer", matrix.backward_transfer)
         self.gauges.set("forward_transfer", matrix.forward_transfer)
@@ -286,7 +300,9 @@ class Metrics:
         if matrix.now:
             self.gauges.set("probe_last_success_timestamp_seconds", now)
 
-    def record_stream(self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int) -> None:
+    def record_stream(
+        self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int
+    ) -> None:
         """Show where the reader and the applied positions stand."""
         applied = {p: position.offset for p, position in progress.positions.at.items()}
         shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
@@ -353,5 +369,3 @@ class Metrics:
         if metric != "metrics_labels_dropped":
             self.counters["metrics_labels_dropped"].labels(metric).inc()
         return "other"
-
-

@@ -91,7 +91,9 @@ def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
 def by_permutation(samples: Samples, count: int, seed: int) -> list[Samples]:
     """Return all samples `count` times, their features in a fixed random order each time (the first as they are)."""
     flat = samples.x.reshape(len(samples), -1)
-    orders = [np.arange(flat.shape[1])] + [np.random.default_rng([seed, n]).permutation(flat.shape[1]) for n in range(1, count)]
+    orders = [np.arange(flat.shape[1])] + [
+        np.random.default_rng([seed, n]).permutation(flat.shape[1]) for n in range(1, count)
+    ]
     return [Samples(np.ascontiguousarray(flat[:, order]).reshape(samples.x.shape), samples.y) for order in orders]
 
 
@@ -130,7 +132,13 @@ def publish(
 
 
 def _write(
-    sink: Sink, topic: str, samples: Samples, how: Publishing, partitions: int, headers: Headers, progress: Callable[[int], None]
+    sink: Sink,
+    topic: str,
+    samples: Samples,
+    how: Publishing,
+    partitions: int,
+    headers: Headers,
+    progress: Callable[[int], None],
 ) -> None:
     size = how.per_record if how.codec == "batch" else 1
     begun = time.monotonic()
@@ -170,7 +178,9 @@ def _csv(path: Path, split: str) -> Samples:
                 x.append([float(value) for value in row[:-1]])
             except ValueError as error:
                 if x:
-                    raise StreamlearnError(f"{path}:{len(x) + 1}: {error}; expected numbers, then a label", code=74) from error
+                    raise StreamlearnError(
+                        f"{path}:{len(x) + 1}: {error}; expected numbers, then a label", code=74
+                    ) from error
                 continue  # the header
             y.append(_label(row[-1]))
     return Samples(np.asarray(x, np.float32), y)

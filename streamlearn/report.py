@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from dataclasses import dataclass
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from streamlearn.data import StreamlearnError
@@ -25,8 +26,34 @@ STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; } p { max-width: 46rem; }
 img { max-width: 100%; } table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #dde3ea; }
+th:first-child, td:first-child { text-align: left; }
 .small { color: #5b6675; font-size: .9rem; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>What was learned, and what was forgotten</title><style>$style</style>
+<h1>What was learned, and what was forgotten</h1>
+<p>A model learned one task after the other, from a stream in which each task came once. After every few batches it was
+asked about samples of <em>every</em> task so far that it had never been taught. A model without memory is good at what
+came last, and has lost the rest.</p>
+$overview
+<p class="small"><b>Average accuracy</b>: the mean over all tasks seen, now. <b>Forgetting</b>: how far a task has fallen
+below the best it reached after an earlier task. <b>Backward transfer</b>: how far later tasks moved the earlier ones;
+negative is harm. <b>Forward transfer</b>: what was known of a task before it began; undefined where new classes cannot be
+guessed. A dash means: not defined, or not measured yet.</p>
+<h2>Accuracy along the stream</h2>
+<p>One line a task, from the moment it began. A line that falls is a task being forgotten.</p>
+$accuracy
+<h2>The accuracy matrix</h2>
+<p>Each row is the moment after a task was learned; each column is what was asked. The diagonal is what was just learned;
+below it stands what is still known of earlier tasks.</p>
+$matrix
+<h2>What each task lost</h2>
+$forgetting
+$details
+<p class="small">Made by streamlearn $version from $sources.</p></html>
 """
 
 
@@ -94,7 +121,15 @@ def _accuracy(runs: Sequence[Curves]) -> Figure:
         for index, name in enumerate(run.tasks):
             points = [(samples, row[index]) for _, samples, row in run.history if index in row]
             colour = COLOURS[index % len(COLOURS)]
-            ax.plot([x for x, _ in points], [100 * y for _, y in points], color=colour, label=name, linewidth=2, marker="o", markersize=2.5)
+            ax.plot(
+                [x for x, _ in points],
+                [100 * y for _, y in points],
+                color=colour,
+                label=name,
+                linewidth=2,
+                marker="o",
+                markersize=2.5,
+            )
         ax.set_title(run.name)
         ax.set_xlabel("samples learned")
         ax.set_ylim(-3, 103)
@@ -131,8 +166,16 @@ def _forgetting(runs: Sequence[Curves]) -> Figure:
     for number, run in enumerate(runs):
         lost = [task["probe"]["forgetting"] for task in run.status["tasks"]]
         places = [index + number * width for index, value in enumerate(lost) if value is not None]
-        ax.bar(places, [100 * value for value in lost if value is not None], width, label=run.name, color=COLOURS[number % len(COLOURS)])
-    ax.set_xticks([index + 0.4 - width / 2 for index in range(count)], max((run.tasks for run in runs), key=len), fontsize=8)
+        ax.bar(
+            places,
+            [100 * value for value in lost if value is not None],
+            width,
+            label=run.name,
+            color=COLOURS[number % len(COLOURS)],
+        )
+    ax.set_xticks(
+        [index + 0.4 - width / 2 for index in range(count)], max((run.tasks for run in runs), key=len), fontsize=8
+    )
     ax.set_ylabel("forgotten, percentage points")
     ax.axhline(0, color="#1d2430", linewidth=0.8)
     ax.grid(axis="y", alpha=0.25)
@@ -142,48 +185,55 @@ def _forgetting(runs: Sequence[Curves]) -> Figure:
 
 
 def _page(runs: Sequence[Curves], pictures: dict[str, bytes]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(run.name)}</td><td>{_percent(run.status['average_accuracy'])}</td>"
-        f"<td>{_percent(run.status['average_forgetting'])}</td><td>{_points(run.status['backward_transfer'])}</td>"
-        f"<td>{_points(run.status['forward_transfer'])}</td><td>{run.status['samples']['trained']:,}</td></tr>"
-        for run in runs
+    images = {
+        name: f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        for name, data in pictures.items()
+    }
+    sources = ", ".join((run.status["checkpoint"] or {}).get("id", "the last checkpoint") for run in runs)
+    return Template(PAGE).substitute(
+        images,
+        style=STYLE,
+        overview=_table(
+            ["", "average accuracy", "average forgetting", "backward transfer", "forward transfer", "samples learned"],
+            [
+                [
+                    run.name,
+                    _percent(run.status["average_accuracy"]),
+                    _percent(run.status["average_forgetting"]),
+                    _points(run.status["backward_transfer"]),
+                    _points(run.status["forward_transfer"]),
+                    f"{run.status['samples']['trained']:,}",
+                ]
+                for run in runs
+            ],
+        ),
+        details="".join(f"<h3>{html.escape(run.name)}</h3>{_task_table(run)}" for run in runs),
+        version=html.escape(runs[0].status["version"]),
+        sources=html.escape(sources),
     )
-    images = {name: f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">' for name, data in pictures.items()}
-    details = "".join(f"<h3>{html.escape(run.name)}</h3>{_task_table(run)}" for run in runs)
-    title = "What was learned, and what was forgotten"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>
-<p>A model learned one task after the other, from a stream in which each task came once. After every few batches it was
-asked about samples of <em>every</em> task so far that it had never been taught. A model without memory is good at what
-came last, and has lost the rest.</p>
-<table><tr><th></th><th>average accuracy</th><th>average forgetting</th><th>backward transfer</th><th>forward transfer</th><th>samples learned</th></tr>{rows}</table>
-<p class="small"><b>Average accuracy</b>: the mean over all tasks seen, now. <b>Forgetting</b>: how far a task has fallen below the best it
-reached after an earlier task. <b>Backward transfer</b>: how far later tasks moved the earlier ones; negative is harm.
-<b>Forward transfer</b>: what was known of a task before it began; undefined where new classes cannot be guessed.
-A dash means: not defined, or not measured yet.</p>
-<h2>Accuracy along the stream</h2><p>One line a task, from the moment it began. A line that falls is a task being forgotten.</p>{images["accuracy"]}
-<h2>The accuracy matrix</h2><p>Each row is the moment after a task was learned; each column is what was asked. The diagonal is what was
-just learned; below it stands what is still known of earlier tasks.</p>{images["matrix"]}
-<h2>What each task lost</h2>{images["forgetting"]}{details}
-<p class="small">Made by streamlearn {html.escape(runs[0].status["version"])} from {", ".join(html.escape((run.status["checkpoint"] or {}).get("id", "the last checkpoint")) for run in runs)}.</p></html>
-"""
 
 
 def _task_table(run: Curves) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{task['samples']['consumed']:,}</td><td>{task['probe']['size']:,}</td>"
-        f"<td>{_percent(task['probe']['accuracy'])}</td><td>{_percent(task['probe']['best'])}</td><td>{_points(task['probe']['forgetting'])}</td></tr>"
-        for name, task in zip(run.tasks, run.status["tasks"], strict=True)
-    )
-    return f"<table><tr><th>task</th><th>samples</th><th>held out</th><th>accuracy now</th><th>best</th><th>forgotten</th></tr>{rows}</table>"
+    rows = []
+    for name, task in zip(run.tasks, run.status["tasks"], strict=True):
+        probe = task["probe"]
+        figures = [_percent(probe["accuracy"]), _percent(probe["best"]), _points(probe["forgetting"])]
+        rows.append([name, f"{task['samples']['consumed']:,}", f"{probe['size']:,}", *figures])
+    return _table(["task", "samples", "held out", "accuracy now", "best", "forgotten"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "\N{EN DASH}" if value is None else f"{100 * value:.1f} %"
 
 
 def _points(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:+.1f}"
+    return "\N{EN DASH}" if value is None else f"{100 * value:+.1f}"
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -63,9 +63,13 @@ class Scenario:
         if self.kind == "class" and self.active == "all":
             return [True] * size
         chosen = labels if self.kind == "class" else self.declared.get(task.name, task.labels)
-        outputs = {self.output(label, task.name, labels) for label in chosen} if self.kind == "task" else {
-            labels.index(label) if isinstance(self.classes, int) else self.classes.index(label) for label in chosen
-        }
+        outputs = (
+            {self.output(label, task.name, labels) for label in chosen}
+            if self.kind == "task"
+            else {
+                labels.index(label) if isinstance(self.classes, int) else self.classes.index(label) for label in chosen
+            }
+        )
         return [n in outputs for n in range(size)]
 
     def names(self, labels: Sequence[Label]) -> list[Label]:

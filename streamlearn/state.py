@@ -7,8 +7,7 @@ place, so that the next checkpoint can link it. The rest of the tree is JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from streamlearn.data import StreamlearnError
 from streamlearn.memory import Immutable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SUFFIX = ".safetensors"
 Tree = dict[str, Any]

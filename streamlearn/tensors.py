@@ -23,7 +23,10 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device: {name} is not here; accepted: auto, cpu" + "".join(f", cuda:{n}" for n in range(torch.cuda.device_count())))
+        raise ValueError(
+            f"device: {name} is not here; accepted: auto, cpu"
+            + "".join(f", cuda:{n}" for n in range(torch.cuda.device_count()))
+        )
     return device
 
 
@@ -63,7 +66,7 @@ def padded_all(old: Sequence[Tensor], like: Sequence[Tensor], *, copy_rest: bool
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Write the values of `sources` into `targets`."""
-    torch._foreach_copy_(list(targets), list(sources))  # noqa: SLF001 - torch's public optimizers are built on these
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def finite_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

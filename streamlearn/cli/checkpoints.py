@@ -29,15 +29,20 @@ def create(state: StateOption = None, json_: JsonOption = False) -> None:
 @app.command("list")
 def list_(state: StateOption = None, json_: JsonOption = False) -> None:
     """List the checkpoints, newest first."""
-    found = Store(find_state(state)).list()
-    rows = [{**c.summary(), "average_accuracy": c.manifest.get("average_accuracy"), "parent": c.manifest["parent"]} for c in found]
+    found = Store(find_state(state)).all()
+    rows = [
+        {**c.summary(), "average_accuracy": c.manifest.get("average_accuracy"), "parent": c.manifest["parent"]}
+        for c in found
+    ]
     if json_:
         print_json(rows)
         return
     typer.echo(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9}")
     for row in rows:
         accuracy = percent(row["average_accuracy"])
-        typer.echo(f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}")
+        typer.echo(
+            f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}"
+        )
 
 
 @app.command()
@@ -67,7 +72,7 @@ def verify(
     """Compare every file with its hash; 74 where one does not match."""
     store = Store(find_state(state))
     broken = 0
-    for checkpoint in store.list() if everything else [store.find(id_ or "latest")]:
+    for checkpoint in store.all() if everything else [store.find(id_ or "latest")]:
         try:
             checkpoint.verify()
             typer.echo(f"{checkpoint.id}: sound")
@@ -88,8 +93,8 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
         raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)
     with locked(directory):
         store = Store(directory)
-        store.keep = max(store.keep, len(store.list()) + 1)  # restoring removes nothing
-        before = next(iter(store.list()), None)
+        store.keep = max(store.keep, len(store.all()) + 1)  # restoring removes nothing
+        before = next(iter(store.all()), None)
         restored = store.restore(id_)
     typer.echo(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
     if before is not None:

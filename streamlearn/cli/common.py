@@ -41,7 +41,9 @@ def find_state(state: Path | None) -> Path:
     here = Path("streamlearn.yaml")
     if here.is_file():
         return load_config(here).state_dir
-    raise StreamlearnError("which daemon? give --state DIR, set STREAMLEARN_STATE_DIR, or stand beside a streamlearn.yaml", code=2)
+    raise StreamlearnError(
+        "which daemon? give --state DIR, set STREAMLEARN_STATE_DIR, or stand beside a streamlearn.yaml", code=2
+    )
 
 
 def print_json(tree: Any) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from streamlearn.stream.log import Log, Sink
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
-ServersOption = Annotated[str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")]
+ServersOption = Annotated[
+    str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")
+]
 EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
 
 
@@ -30,7 +32,12 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def topics(config: ConfigOption = None, servers: ServersOption = None, embedded: EmbeddedOption = None, json_: JsonOption = False) -> None:
+def topics(
+    config: ConfigOption = None,
+    servers: ServersOption = None,
+    embedded: EmbeddedOption = None,
+    json_: JsonOption = False,
+) -> None:
     """List topics with their partitions and records."""
     log, _ = _open(config, servers, embedded)
     log.connect()
@@ -52,15 +59,26 @@ def topics(config: ConfigOption = None, servers: ServersOption = None, embedded:
 
 
 def produce(
-    source: Annotated[list[str], typer.Argument(help="A .npz, .csv or .jsonl file (several: a task each), or `digits`.")],
+    source: Annotated[
+        list[str], typer.Argument(help="A .npz, .csv or .jsonl file (several: a task each), or `digits`.")
+    ],
     config: ConfigOption = None,
     servers: ServersOption = None,
     embedded: EmbeddedOption = None,
-    topic: Annotated[list[str] | None, typer.Option("--topic", help="A topic for each task; default: the configuration's, or task-1, task-2 ...")] = None,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option("--topic", help="A topic for each task; default: the configuration's, or task-1, task-2 ..."),
+    ] = None,
     tasks: Annotated[int, typer.Option("--tasks", min=1, help="How many tasks.")] = 1,
-    by: Annotated[Literal["classes", "permutation", "rotation", "file"], typer.Option(help="What makes a task.")] = "classes",
-    groups: Annotated[str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")] = None,
-    probe: Annotated[str | None, typer.Option(help="A file whose samples are probes; `test` is the same source's test split.")] = None,
+    by: Annotated[
+        Literal["classes", "permutation", "rotation", "file"], typer.Option(help="What makes a task.")
+    ] = "classes",
+    groups: Annotated[
+        str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="A file whose samples are probes; `test` is the same source's test split.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a task.")] = None,
     shuffle: Annotated[bool, typer.Option(help="In random order within a task.")] = True,
     seed: Annotated[int, typer.Option(help="Of shuffling and permutations.")] = 0,
@@ -73,7 +91,9 @@ def produce(
     """Publish labelled samples to topics, one topic a task, one task after the other."""
     from streamlearn import producer
 
-    split = (lambda read: _tasks(read, tasks, by, groups, seed))
+    def split(samples: Samples) -> list[Samples]:
+        return _tasks(samples, tasks, by, groups, seed)
+
     parts = [producer.read(name) for name in source] if by == "file" else split(_one(source))
     probes = None
     if probe is not None:
@@ -89,16 +109,25 @@ def produce(
                 if limit is not None:
                     chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit])
                 producer.publish(
-                    sink, name, chosen, how, probe=probes[index] if probes else None, progress=advance(name, len(chosen))
+                    sink,
+                    name,
+                    chosen,
+                    how,
+                    probe=probes[index] if probes else None,
+                    progress=advance(name, len(chosen)),
                 )
-                typer.echo(f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else ""))
+                typer.echo(
+                    f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else "")
+                )
     finally:
         sink.close()
 
 
 def predict(
     file: Annotated[Path, typer.Argument(help="A .npz with x and, to be scored, y.")],
-    checkpoint: Annotated[str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")] = "latest",
+    checkpoint: Annotated[
+        str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")
+    ] = "latest",
     state: StateOption = None,
     task: Annotated[str | None, typer.Option(help="The task, in scenarios task and domain.")] = None,
     split: Annotated[str, typer.Option(help="Of a file that has x_train and x_test.")] = "test",
@@ -119,7 +148,10 @@ def predict(
         samples = producer.by_classes(samples, [classes.split(",")])[0]
     directory = Path(checkpoint) if Path(checkpoint).is_dir() else Store(find_state(state)).find(checkpoint).path
     predicted, sure = Model(directory).predict(samples.x, task)
-    tree: dict[str, Any] = {"samples": len(predicted), "accuracy": accuracy(predicted, samples.y) if samples.y else None}
+    tree: dict[str, Any] = {
+        "samples": len(predicted),
+        "accuracy": accuracy(predicted, samples.y) if samples.y else None,
+    }
     if json_:
         print_json({**tree, "predictions": predicted, "probabilities": [round(float(p), 6) for p in sure]})
     elif samples.y:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -28,6 +28,8 @@ from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client, is_locked, read_hints
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
 STOPPED = 3
@@ -49,10 +51,8 @@ def run(
 
     def tell(event: dict[str, Any]) -> None:
         if pipe is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # who started us has gone
                 pipe.write(json.dumps(event) + "\n")
-            except BrokenPipeError:
-                pass  # who started us has gone
 
     try:
         loaded = load_config(config)
@@ -90,7 +90,9 @@ def start(
     event = _await_event(reading, {wait, "failed"}, timeout)
     if event is None:
         if (code := child.poll()) is not None:
-            raise StreamlearnError(f"the daemon ended at once; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1))
+            raise StreamlearnError(
+                f"the daemon ended at once; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1)
+            )
         raise StreamlearnError(f"not {wait} after {timeout:.0f} s; it goes on as process {child.pid}", code=75)
     if event["event"] == "failed":
         child.wait(10)
@@ -102,7 +104,9 @@ def start(
 def stop(
     state: StateOption = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the last checkpoint.")] = 30.0,
-    force: Annotated[bool, typer.Option("--force", help="After the timeout, kill it; what was not saved is learned again.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="After the timeout, kill it; what was not saved is learned again.")
+    ] = False,
 ) -> None:
     """Save a last checkpoint and end the daemon; returns when the state directory is free."""
     directory = find_state(state)
@@ -168,7 +172,7 @@ def read_status(directory: Path) -> dict[str, Any]:
         return tree
     from streamlearn.checkpoint import Store
 
-    for checkpoint in Store(directory).list():
+    for checkpoint in Store(directory).all():
         tree = checkpoint.read_json("status.json")
         return {**tree, "checkpoint": checkpoint.summary()}
     raise StreamlearnError(f"{directory}: no daemon runs here, and there is no checkpoint", code=STOPPED)
@@ -183,7 +187,8 @@ def print_plain(tree: dict[str, Any]) -> None:
         probe = task["probe"]
         typer.echo(
             f"{task['name']:<20} {task['state']:<9} samples {task['samples']['consumed']:>7}  "
-            f"accuracy {percent(probe['accuracy']):>7}  best {percent(probe['best']):>7}  forgetting {percent(probe['forgetting']):>7}"
+            f"accuracy {percent(probe['accuracy']):>7}  best {percent(probe['best']):>7}  "
+            f"forgetting {percent(probe['forgetting']):>7}"
         )
     if "samples" in tree:
         typer.echo(figures(tree))
@@ -213,7 +218,12 @@ def render(tree: dict[str, Any]) -> Table:
     """Return a status as a table for a terminal."""
     from rich.table import Table
 
-    table = Table(title=headline(tree), caption=figures(tree) if "samples" in tree else None, title_justify="left", caption_justify="left")
+    table = Table(
+        title=headline(tree),
+        caption=figures(tree) if "samples" in tree else None,
+        title_justify="left",
+        caption_justify="left",
+    )
     for column, justify in (("task", "left"), ("state", "left"), ("samples", "right"), ("probe", "right"),
                             ("accuracy", "right"), ("best", "right"), ("forgetting", "right")):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]  # the literals are in the tuple
@@ -252,6 +262,7 @@ def _live_table(desk: Any) -> Any:
     def drawn() -> Any:
         ended = threading.Event()
         with Live(render(desk.status()), refresh_per_second=4) as live:
+
             def draw() -> None:
                 while not ended.wait(0.5):
                     live.update(render(desk.status()))
@@ -283,5 +294,3 @@ def _await_event(reading: int, wanted: set[str], timeout: float) -> dict[str, An
             if event["event"] in wanted:
                 return event
     return None
-
-

@@ -29,7 +29,9 @@ def build(spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int,
             if spec["name"] == "resnet":
                 return ResNet(input_shape, num_outputs, spec["width"])
             module, _, function = spec["name"].partition(":")
-            model = getattr(importlib.import_module(module), function)(list(input_shape), num_outputs, **spec["options"])
+            model = getattr(importlib.import_module(module), function)(
+                list(input_shape), num_outputs, **spec["options"]
+            )
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise StreamlearnError(f"model {spec['name']}: {error}", code=78) from error
     if not isinstance(model, nn.Module):

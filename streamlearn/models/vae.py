@@ -20,7 +20,14 @@ class VAE(nn.Module):
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, *, conditional: bool, hidden: int, latent: int, likelihood: str
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        *,
+        conditional: bool,
+        hidden: int,
+        latent: int,
+        likelihood: str,
     ) -> None:
         super().__init__()
         self.input_shape = tuple(input_shape)

@@ -63,7 +63,9 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise StreamlearnError(f"service: {host}:{port} cannot be taken: {error.strerror}; 0 takes any free port", code=78) from error
+        raise StreamlearnError(
+            f"service: {host}:{port} cannot be taken: {error.strerror}; 0 takes any free port", code=78
+        ) from error
     return listener
 
 

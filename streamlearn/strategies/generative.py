@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from streamlearn.data import Batch
 from streamlearn.models.vae import VAE
+from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, Replay, State, World
 from streamlearn.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all, seeded
 
@@ -65,8 +66,8 @@ class GenerativeReplay(Replay):
                 hidden=spec.hidden, latent=spec.latent, likelihood=spec.likelihood,
             ).to(self.world.device)  # fmt: skip
 
-    def _optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self._params, lr=self.spec.lr, fused=True)
+    def _optimizer(self) -> Optimizer:
+        return Optimizer(self._params, "adam", self.spec.lr)
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
@@ -94,11 +95,11 @@ class GenerativeReplay(Replay):
         loss = (self.generator.loss(mixed.x, mixed.y, noise) * mixed.weight).sum()
         loss.backward()
         params = self._params
-        _, sound = finite_norm([p.grad for p in params if p.grad is not None])
+        grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
+        _, sound = finite_norm(grads)
         applied = sound & finite
-        self.optimizer.found_inf = (~applied).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(grads, applied)
+        self.generator.zero_grad()
         if self.spec.average is not None:
             rate = averaging_rate(self.spec.average, self.steps) * applied
             with torch.no_grad():
@@ -122,14 +123,8 @@ class GenerativeReplay(Replay):
     def grow(self, params: list[Tensor], num_outputs: int) -> None:  # type: ignore[override]  # a list is a sequence
         del params
         self.num_outputs = num_outputs
-        moments = [dict(self.optimizer.state.get(param, {})) for param in self._params]
         self.generator.grow(num_outputs)
-        self.optimizer = self._optimizer()
-        for param, old in zip(self._params, moments, strict=True):
-            if old:
-                names = ("exp_avg", "exp_avg_sq")
-                grown = dict(zip(names, padded_all([old[n] for n in names], [param, param]), strict=True))
-                self.optimizer.state[param] = {"step": old["step"], **grown}
+        self.optimizer.follow(self._params)
         self.average = padded_all(self.average, self._params, copy_rest=True)
         # the scholar knows nothing of the new outputs, and is never asked for them: its masks are made wider
         if self.scholar is not None:
@@ -151,7 +146,7 @@ class GenerativeReplay(Replay):
             "steps": self.steps,
             "generator": dict(self.generator.state_dict()),
             "average": {str(n): mean for n, mean in enumerate(self.average)},
-            "optimizer": {str(n): dict(self.optimizer.state.get(p, {})) for n, p in enumerate(self._params)},
+            "optimizer": self.optimizer.state_dict(),
             "noise": self._noise.get_state(),
             "choice": self._choice.get_state(),
         }
@@ -171,9 +166,7 @@ class GenerativeReplay(Replay):
         self.generator.load_state_dict(state["generator"])
         self.average = [state["average"][str(n)].to(self.world.device) for n in range(len(self._params))]
         self.optimizer = self._optimizer()
-        for n, param in enumerate(self._params):
-            if moments := state["optimizer"].get(str(n)):
-                self.optimizer.state[param] = {name: value.to(self.world.device) for name, value in moments.items()}
+        self.optimizer.load_state_dict(state["optimizer"])
         self._noise.set_state(state["noise"])
         self._choice.set_state(state["choice"])
         if (frozen := state.get("scholar")) is not None:
@@ -185,7 +178,10 @@ class GenerativeReplay(Replay):
             self._remember(frozen["pairs"].tolist())
 
     def _freeze(self, generator: VAE, solver: nn.Module) -> None:
-        self.scholar = (generator.requires_grad_(requires_grad=False).eval(), solver.requires_grad_(requires_grad=False).eval())
+        self.scholar = (
+            generator.requires_grad_(requires_grad=False).eval(),
+            solver.requires_grad_(requires_grad=False).eval(),
+        )
 
     def _remember(self, pairs: list[tuple[int, int]]) -> None:
         self.pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.strategies.parts import Closing, State, World
 from streamlearn.tensors import clones, padded_all, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from streamlearn.strategies.parts import Closing, State, World
 
 CHUNK = 256
 
@@ -77,8 +80,7 @@ class Fisher:
                 logits = closing.network(scaled).masked_fill(forbidden, -torch.inf)
                 probabilities = torch.softmax(logits, 1)
             for label, weight in self._labels(probabilities, y.to(logits.device), closing):
-                for sum_, part in zip(total, squares(closing.network, scaled, label, weight, forbidden), strict=True):
-                    sum_ += part
+                torch._foreach_add_(total, squares(closing.network, scaled, label, weight, forbidden))
         closing.network.train(training)
         return [sum_ / len(closing.y) for sum_ in total]
 
@@ -134,9 +136,9 @@ class PathIntegral:
     @torch.no_grad()
     def accumulate(self, params: Sequence[Tensor]) -> None:
         # before - after, so that path += gradient * way down
-        torch._foreach_sub_(self._before, list(params))  # noqa: SLF001 - torch's own optimizers are built on these
-        torch._foreach_addcmul_(self.path, self._gradient, self._before)  # noqa: SLF001 - as above
-        torch._foreach_copy_(self._before, list(params))  # noqa: SLF001 - as above
+        torch._foreach_sub_(self._before, list(params))
+        torch._foreach_addcmul_(self.path, self._gradient, self._before)
+        torch._foreach_copy_(self._before, list(params))
 
     @torch.no_grad()
     def consolidate(self, closing: Closing) -> list[Tensor]:
@@ -162,8 +164,6 @@ class PathIntegral:
             [state[key][str(n)].to(self.device, copy=True) for n in range(size)] for key in ("path", "start", "before")
         )
         self._gradient = zeros(self.path)
-
-
 
 
 def _has_closed_form(network: nn.Module) -> bool:
@@ -209,8 +209,6 @@ def _squares_by_sample(network: nn.Module, x: Tensor, y: Tensor, weight: Tensor,
     total = [torch.zeros_like(params[name]) for name in names]
     for xs, ys, ws in zip(x.split(16), y.split(16), weight.split(16), strict=True):
         by_name = gradients(params, xs, ys)
-        for sum_, name in zip(total, names, strict=True):
-            sum_ += torch.einsum("b...,b->...", by_name[name].square(), ws)
+        parts = [torch.einsum("b...,b->...", by_name[name].square(), ws) for name in names]
+        torch._foreach_add_(total, parts)
     return total
-
-

@@ -7,14 +7,18 @@ memory nor time grows with the number of tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from streamlearn.strategies.importance import Importance
 from streamlearn.strategies.parts import Closing, Penalty, State, World
 from streamlearn.tensors import padded_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streamlearn.strategies.importance import Importance
 
 
 class ImportancePenalty(Penalty):
@@ -47,8 +51,8 @@ class ImportancePenalty(Penalty):
         self.importance.note(grads, finite)
         if not self.precision or self.proximal:
             return
-        torch._foreach_sub_(list(grads), self.weighted_anchor, alpha=self.strength)  # noqa: SLF001 - as in tensors.py
-        torch._foreach_addcmul_(list(grads), self.precision, list(params), self.strength)  # noqa: SLF001 - as above
+        torch._foreach_sub_(list(grads), self.weighted_anchor, alpha=self.strength)
+        torch._foreach_addcmul_(list(grads), self.precision, list(params), self.strength)
 
     @torch.no_grad()
     def settle(self, params: Sequence[Tensor], rate: float) -> None:

@@ -6,7 +6,6 @@ No torch is imported here before a recipe is called: checking a configuration ne
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from streamlearn.strategies.parts import Part, Strategy, World
 
     Slots = dict[str, Part]

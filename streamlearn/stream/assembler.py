@@ -274,7 +274,11 @@ class Assembler:
         topics = {topic for topic, _ in self._scanned}
         ids = {topic: topic_id for topic, topic_id in self._ids.items() if topic in topics}
         delivery = Delivery(
-            positions=Positions(dict(self._scanned), ids, self.cluster_id), found=self._found, batch=batch, ends=ends, newest=self._newest
+            positions=Positions(dict(self._scanned), ids, self.cluster_id),
+            found=self._found,
+            batch=batch,
+            ends=ends,
+            newest=self._newest,
         )
         self.queued = 0
         self._pending, self._found, self._newest = _Pending(), Found(), None

@@ -74,19 +74,21 @@ class Codec:
     def decode(self, record: Record) -> Chunk:
         """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
         try:
-            tree = self._parse(record)
-            if "y" not in tree or tree["y"] is None:
-                raise Rejected("missing_label", "no label: expected a field y")
-            if "x" not in tree:
-                raise Rejected("schema", f"no field x; found {', '.join(map(repr, list(tree)[:8])) or 'nothing'}")
-            if tree.get("task", record.topic) != record.topic:
-                raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
-            if tree["codec"] == "batch":
-                return self._batch(tree)
-            x = self._binary(tree, self.shape) if isinstance(tree["x"], bytes) else self._nested(tree["x"])
-            chunk = Chunk(x[np.newaxis], [tree["y"]])
+            return self._samples(self._parse(record), record)
         except Rejected as rejected:
             return Chunk(self._empty, [None], {0: rejected})
+
+    def _samples(self, tree: dict[str, Any], record: Record) -> Chunk:
+        if "y" not in tree or tree["y"] is None:
+            raise Rejected("missing_label", "no label: expected a field y")
+        if "x" not in tree:
+            raise Rejected("schema", f"no field x; found {', '.join(map(repr, list(tree)[:8])) or 'nothing'}")
+        if tree.get("task", record.topic) != record.topic:
+            raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
+        if tree["codec"] == "batch":
+            return self._batch(tree)
+        x = self._binary(tree, self.shape) if isinstance(tree["x"], bytes) else self._nested(tree["x"])
+        chunk = Chunk(x[np.newaxis], [tree["y"]])
         self._check(chunk)
         return chunk
 

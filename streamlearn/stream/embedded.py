@@ -9,7 +9,6 @@ import sqlite3
 import threading
 import time
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -19,6 +18,7 @@ from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from streamlearn.data import Partition
 

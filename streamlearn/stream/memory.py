@@ -64,7 +64,7 @@ class MemoryLog:
         self._paused = False
 
     def connect(self) -> None:
-        """Always there."""
+        """Do nothing: it is always there."""
 
     def topics(self) -> dict[str, TopicInfo]:
         with self.store.changed:

@@ -303,7 +303,12 @@ class Stream:
         if not later or not self._has_records(later[0]):
             return
         name = later[0]
-        if self.spec.order == "name" and self.spec.pattern and tasks and natural_key(name) < natural_key(tasks[-1].name):
+        if (
+            self.spec.order == "name"
+            and self.spec.pattern
+            and tasks
+            and natural_key(name) < natural_key(tasks[-1].name)
+        ):
             log.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
         declared = self.assembler.rules.scenario.declared.get(name, [])
         task = Task(len(tasks), name, labels=list(declared) if self.assembler.rules.scenario.kind == "domain" else [])

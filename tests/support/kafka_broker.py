@@ -11,7 +11,10 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 VERSION = "4.3.1"
 CLUSTER_ID = "c3RyZWFtbGVhcm4tdGVzdA"
@@ -84,11 +87,13 @@ class KafkaBroker:
         """End it as a power cut would."""
         self.stop(signal.SIGKILL)
 
-    def __enter__(self) -> KafkaBroker:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.kill()
 
     def _run(self, *arguments: str) -> None:

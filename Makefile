@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first, with uv.
+.PHONY: demo test test-slow lint fmt bench kafka clean
+SHELL := /bin/bash
+
+PYTHON ?= 3.11
+UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
+IN := .venv/bin
+
+demo: .venv/.demo
+	$(IN)/streamlearn demo --output demo
+
+test: .venv/.dev
+	$(IN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: .venv/.dev
+	$(IN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/.dev
+	$(IN)/ruff check .
+	$(IN)/ruff format --check .
+	$(IN)/mypy
+
+fmt: .venv/.dev
+	$(IN)/ruff check --fix .
+	$(IN)/ruff format .
+
+bench: .venv/.dev
+	$(IN)/python -m benchmarks $(ARGS)
+
+kafka: .venv/.dev  # the broker that the tests use, on localhost:9092, until Ctrl-C
+	$(IN)/python -m tests.support.kafka_broker
+
+clean:
+	rm -rf .venv .cache demo state .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.cache/uv/bin/uv:  # only where the machine has no uv
+	python3 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet uv
+
+.venv/bin/python: | $(filter .cache/%,$(UV))
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+
+.venv/.demo: pyproject.toml | .venv/bin/python
+	$(UV) pip install --quiet --python .venv -e '.[demo]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(UV) pip install --quiet --python .venv -e '.[dev]'
+	touch $@ .venv/.demo

@@ -1,0 +1,92 @@
+"""Optimizers: torch's own fused kernels, on lists of tensors.
+
+The functions behind `torch.optim.Adam` and its kin are called directly. The classes import torch's compiler at their first
+step, which takes four seconds at every start of a daemon that never compiles anything; and here a step takes a flag.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from streamlearn.tensors import clones, padded_all, zeros
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Optimizer:
+    """`adam` (Kingma & Ba 2015), `adamw` (Loshchilov & Hutter 2019) or `sgd`; betas 0.9 and 0.999, epsilon 1e-8."""
+
+    def __init__(
+        self, params: Sequence[Tensor], name: str, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        self.params = list(params)
+        self.name = name
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        kept = {"sgd": ["momentum"] if momentum else []}.get(name, ["mean", "square"])
+        self.moments = {moment: zeros(self.params) for moment in kept}
+        self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], finite: Tensor) -> None:
+        """Take a step; where `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were."""
+        found_inf = (~finite).float()
+        if self.name == "sgd":
+            sgd(
+                self.params,
+                list(grads),
+                list(self.moments.get("momentum", [None] * len(self.params))),
+                fused=True,
+                foreach=False,
+                found_inf=found_inf,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                lr=self.lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+            return
+        adam(
+            self.params,
+            list(grads),
+            self.moments["mean"],
+            self.moments["square"],
+            [],
+            self.steps,
+            fused=True,
+            foreach=False,
+            found_inf=found_inf,
+            decoupled_weight_decay=self.name == "adamw",
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def follow(self, params: Sequence[Tensor]) -> None:
+        """Go on with parameters whose shapes have grown: new entries have no past."""
+        self.params = list(params)
+        self.moments = {moment: padded_all(values, self.params) for moment, values in self.moments.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on bit-equal."""
+        named = {"steps": self.steps, **self.moments}
+        return {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, for the same parameters."""
+        device = self.params[0].device
+        named = {key: clones([values[str(n)].to(device) for n in range(len(values))]) for key, values in state.items()}
+        self.steps = named.pop("steps")
+        self.moments = named
