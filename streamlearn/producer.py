@@ -127,7 +127,7 @@ def publish(
     _write(sink, topic, samples, how, partitions, typed, progress)
     if how.markers:
         for partition in range(partitions):
-            sink.append(topic, partition, None, headers=((CONTROL, TASK_END),))
+            sink.append(topic, partition, TASK_END, headers=((CONTROL, TASK_END),))  # Kafka wants a key or a value
     sink.flush()
 
 

@@ -6,6 +6,7 @@ created anew: `topics` and `bounds` ask, and raise.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,16 @@ class KafkaLog:
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         if not partitions:
             return {}
+        try:
+            return self._bounds(partitions)
+        except KeyError:  # the client has yet to learn of a topic that was made a moment ago
+            found: dict[Partition, Bounds] = {}
+            for partition in partitions:
+                with contextlib.suppress(KeyError):
+                    found |= self._bounds([partition])
+            return found
+
+    def _bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         asked = {TopicPartition(*partition): partition for partition in partitions}
         begins = self._ask(self._consumer.beginning_offsets, list(asked))
         ends = self._ask(self._consumer.end_offsets, list(asked))

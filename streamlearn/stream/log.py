@@ -76,7 +76,7 @@ class Log(Protocol):
         """Return all topics, freshly asked for."""
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        """Return begin and end of each partition."""
+        """Return begin and end of each partition; one that is too new to be known may be missing."""
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
         """Read exactly these partitions from now on, each from its offset."""

@@ -206,6 +206,8 @@ class Stream:
     def _put(self, delivery: Delivery | None) -> None:
         if delivery is None:
             return
+        if delivery.ends is not None:
+            self._checked = -1e9  # the next task is chosen at once
         samples, num_bytes = _weight(delivery)
         with self._lock:
             self._waiting_samples += samples
@@ -388,7 +390,6 @@ class Stream:
             if all(reached[task.name, p] >= end for p, end in task.ends.items()):
                 self.assembler.reach({(task.name, p): end for p, end in task.ends.items()})
                 self._put(self.assembler.end("next_topic"))
-                self._checked = -1e9
             return
         idle = self.spec.task_end.idle
         if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
@@ -397,7 +398,6 @@ class Stream:
         caught_up = all(self.source.position(p) >= end for p, end in ends.items())
         if caught_up and time.monotonic() - self._last_record >= idle:
             self._put(self.assembler.end("idle"))
-            self._checked = -1e9
 
 
 def _weight(delivery: Delivery) -> tuple[int, int]:

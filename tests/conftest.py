@@ -1,0 +1,33 @@
+"""Fixtures: one Apache Kafka for the session, started only when a test asks for it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from streamlearn.config import Kafka
+from streamlearn.tensors import prepare
+from tests.support.kafka_broker import KafkaBroker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+prepare(1)  # the floating-point mode of the daemon
+
+
+@pytest.fixture(scope="session")
+def bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the address of a broker that all tests share; topics are told apart by name."""
+    if address := os.environ.get("STREAMLEARN_TEST_KAFKA"):
+        yield address
+        return
+    with KafkaBroker(tmp_path_factory.mktemp("kafka")) as broker:
+        yield broker.address
+
+
+@pytest.fixture
+def kafka(bootstrap: str) -> Kafka:
+    """Say how to reach it."""
+    return Kafka.model_validate({"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1})

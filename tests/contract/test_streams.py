@@ -1,0 +1,343 @@
+"""What a stream means, the same over memory, embedded topics and Apache Kafka: every test runs over all three."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from streamlearn.config import Kafka
+from streamlearn.config import Stream as StreamSpec
+from streamlearn.data import Delivery, Positions, Progress
+from streamlearn.scenario import Scenario
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import TYPE_OF, Codec, encode
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.kafka import KafkaLog, KafkaSink
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.reader import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from streamlearn.stream.log import Log, Record, Sink
+
+TYPED = ((CONTENT_TYPE, TYPE_OF["json"]),)
+SECONDS = 30
+
+
+@dataclass
+class World:
+    """A log under test, a prefix of its own for topic names, and the streams that were made."""
+
+    open_log: Callable[[], Log]
+    sink: Sink
+    prefix: str
+    streams: list[Stream] = field(default_factory=list)
+
+    def name(self, topic: str) -> str:
+        """Return a topic's real name."""
+        return f"{self.prefix}-{topic}"
+
+    def topic(self, topic: str, labels: list[Any], *, marker: bool = True, partitions: int = 1) -> str:
+        """Publish a topic of one-number samples, whose x is their place, in turn to its partitions."""
+        name = self.name(topic)
+        self.sink.create_topic(name, partitions)
+        for index, label in enumerate(labels):
+            self.send(name, float(index), label, partition=index % partitions)
+        if marker:
+            self.mark(name, partitions)
+        self.sink.flush()
+        return name
+
+    def send(
+        self, name: str, x: float, label: Any, *, partition: int = 0, headers: tuple[tuple[str, bytes], ...] = ()
+    ) -> None:
+        """Publish one sample."""
+        value = encode("json", np.array([x], np.float32), label)
+        self.sink.append(name, partition, value, headers=(*TYPED, *headers))
+
+    def mark(self, name: str, partitions: int = 1) -> None:
+        """Publish a task's end."""
+        for partition in range(partitions):
+            self.sink.append(name, partition, TASK_END, headers=((CONTROL, TASK_END),))
+        self.sink.flush()
+
+    def stream(
+        self, progress: Progress | None = None, *, fraction: float = 0.0, classes: Any = 10, **spec: Any
+    ) -> Stream:
+        """Return a started stream."""
+        full = StreamSpec.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
+        dead = DeadLetters(self.sink, self.name("dlq"))
+        codec = Codec([1], "float32", "json", full.max_record_bytes)
+        rules = Rules(
+            codec,
+            HoldOut("value", fraction),
+            Scenario("class", "seen", classes),
+            dead,
+            full.batch_size,
+            full.task_end.records,
+        )
+        made = Stream(self.open_log(), Assembler(rules, progress or Progress()), full, dead, f"g-{self.prefix}", 0.2)
+        self.streams.append(made)
+        made.start()
+        return made
+
+    def read_all(self, topic: str) -> list[Record]:
+        """Return every record of a topic's first partition."""
+        log = self.open_log()
+        log.connect()
+        place = (self.name(topic), 0)
+        log.assign({place: 0})
+        end, found = log.bounds([place])[place].end, list[Any]()
+        deadline = time.monotonic() + SECONDS
+        while log.position(place) < end and time.monotonic() < deadline:
+            found += log.poll(0.2)
+        log.close()
+        return found
+
+
+@pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """One of the three logs."""
+    prefix = f"x{uuid.uuid4().hex[:8]}"
+    if request.param == "memory":
+        store = MemoryStore()
+        made = World(lambda: MemoryLog(store, 3), store, prefix)
+    elif request.param == "embedded":
+        path = tmp_path / "topics.sqlite"
+        made = World(lambda: EmbeddedLog(path), EmbeddedSink(path), prefix)
+    else:
+        kafka: Kafka = request.getfixturevalue("kafka")
+        made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
+    yield made
+    for stream in made.streams:
+        stream.stop()
+    made.sink.close()
+
+
+def until(stream: Stream, holds: Callable[[list[Delivery]], bool], progress: Progress | None = None) -> list[Delivery]:
+    """Apply deliveries as the loop does until something holds; return them."""
+    progress = progress if progress is not None else Progress()
+    found: list[Delivery] = []
+    deadline = time.monotonic() + SECONDS
+    while not holds(found):
+        assert time.monotonic() < deadline, f"not reached: {found}"
+        if (delivery := stream.next(0.2)) is not None:
+            found.append(delivery)
+            apply(progress, delivery)
+        elif stream.finished:
+            break
+    return found
+
+
+def apply(progress: Progress, delivery: Delivery) -> None:
+    """Do with a delivery what the loop does, without a model."""
+    if delivery.begins is not None:
+        progress.tasks.append(delivery.begins)
+    progress.meet(delivery.found)
+    progress.apply(delivery, "trained")
+    if delivery.ends is not None and progress.current is not None:
+        progress.current.state = "ended"
+
+
+def everything(stream: Stream, progress: Progress | None = None) -> list[Delivery]:
+    """Return every delivery until the stream is finished."""
+    return until(stream, lambda _: False, progress)
+
+
+def places(deliveries: list[Delivery]) -> list[list[int]]:
+    """Return the places of the samples in each batch."""
+    return [delivery.batch.x.flatten().int().tolist() for delivery in deliveries if delivery.batch is not None]
+
+
+def test_batches_are_the_next_samples_in_offset_order(world: World) -> None:
+    """A batch is `batch_size` samples in order whatever was polled; the last one of a task may be short."""
+    a, b = world.topic("a", [0, 1] * 5), world.topic("b", [2, 3])
+    progress = Progress()
+    found = everything(world.stream(topics=[a, b]), progress)
+    assert places(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1]]
+    assert [delivery.begins.name for delivery in found if delivery.begins is not None] == [a, b]
+    assert [delivery.ends for delivery in found if delivery.ends is not None] == ["marker", "marker"]
+    assert progress.labels == [0, 1, 2, 3]
+    assert progress.positions.by_topic() == {a: {"0": 11}, b: {"0": 3}}
+    assert progress.unaccounted() == {}
+
+
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_any_restart_gives_the_same_batches(world: World, cut: int) -> None:
+    """A stream that is made anew from the progress of any delivery goes on with the very next sample."""
+    topics = [world.topic("a", [0, 1] * 5), world.topic("b", [2, 3])]
+    expected = places(everything(world.stream(topics=topics)))
+    progress = Progress()
+    first = world.stream(topics=topics)
+    begun = until(first, lambda found: len(found) >= cut, progress)
+    first.stop()
+    copied = Progress.from_json(progress.to_json(), Positions.from_json(progress.positions.to_json()))
+    rest = everything(world.stream(copied, topics=topics), progress)
+    assert places(begun) + places(rest) == expected
+    assert progress.totals()["consumed"] == progress.totals()["trained"] == 12
+
+
+def test_next_topic_ends_a_task_where_it_ended_then(world: World) -> None:
+    """Once a later topic has a record, the current one's end offsets are fixed; what comes after is late."""
+    a = world.topic("a", [0, 1, 0], marker=False)
+    stream = world.stream(topics=[a, world.name("b")], task_end="next_topic", on_finished="wait")
+    progress = Progress()
+    until(stream, lambda found: bool(found and found[0].begins), progress)
+    b = world.topic("b", [2], marker=False)
+    found = until(stream, lambda found: any(d.ends for d in found), progress)
+    assert [dict(d.closes) for d in found if d.closes is not None] == [{0: 3}]
+    assert [d.ends for d in found if d.ends] == ["next_topic"]
+    world.send(a, 9.0, 1)
+    world.mark(b)
+    until(stream, lambda _: progress.totals()["late"] == 1, progress)
+    assert progress.ledger[a]["late"] == 1
+
+
+def test_a_count_ends_a_task(world: World) -> None:
+    """`records: N` ends a task after N samples of any outcome; the rest is late."""
+    a, b = world.topic("a", [0] * 7, marker=False), world.topic("b", [1] * 5, marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[a, b], task_end={"records": 5}, on_finished="wait")
+    until(stream, lambda _: progress.totals()["consumed"] == 12, progress)
+    assert [task.counts["trained"] for task in progress.tasks] == [5, 5]
+    assert progress.totals()["late"] == 2
+
+
+def test_silence_ends_a_task(world: World) -> None:
+    """`idle: SECONDS` ends a task when nothing has come for so long."""
+    a = world.topic("a", [0, 1, 0], marker=False)
+    found = everything(world.stream(topics=[a], task_end={"idle": 0.5}))
+    assert [delivery.ends for delivery in found if delivery.ends is not None] == ["idle"]
+    assert places(found) == [[0, 1, 2]]
+
+
+def test_garbage_goes_to_the_dead_letters_unchanged(world: World) -> None:
+    """What cannot be used is a dead letter with its bytes, its headers and its reason; it costs no other sample."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    world.send(a, 0.0, 0)
+    garbage = {
+        b"\xff\xfe": "decode",
+        b'{"x": [1, 2], "y": 1}': "shape",
+        b'{"x": [1]}': "missing_label",
+        b'{"x": ["a"], "y": 1}': "schema",
+        b'{"x": [1e60], "y": 1}': "nonfinite",
+        b'{"x": [1], "y": 1.5}': "schema",
+    }
+    for value in garbage:
+        world.sink.append(a, 0, value, key=b"k", headers=(("mine", b"1"),))
+    world.send(a, 1.0, 1)
+    world.mark(a)
+    progress = Progress()
+    stream = world.stream(topics=[a])
+    assert places(everything(stream, progress)) == [[0, 1]]
+    stream.settle()
+    assert progress.totals()["rejected"] == len(garbage)
+    assert progress.unaccounted() == {}
+    letters = world.read_all("dlq")
+    assert {letter.value: letter.header("streamlearn.errors.reason") for letter in letters} == {
+        value: reason.encode() for value, reason in garbage.items()
+    }
+    assert [letter.key for letter in letters] == [f"{a}-0-{n}-0".encode() for n in range(1, len(garbage) + 1)]
+    assert {letter.header("mine") for letter in letters} == {b"1"}
+    assert {letter.header("streamlearn.errors.key") for letter in letters} == {b"k"}
+
+
+def test_one_bad_sample_rejects_itself_and_not_its_record(world: World) -> None:
+    """A label beyond the classes inside a batch record costs one sample."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    value = encode("batch", np.arange(5, dtype=np.float32)[:, None], [0, 1, 2, 0, 1])
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.mark(a)
+    progress = Progress()
+    assert places(everything(world.stream(topics=[a], classes=2), progress)) == [[0, 1, 3, 4]]
+    assert progress.totals()["rejected"] == 1
+
+
+def test_a_probe_header_holds_a_sample_out(world: World) -> None:
+    """A sample that was published as a probe is never trained on."""
+    a = world.topic("a", [0, 1], marker=False)
+    world.send(a, 7.0, 1, headers=((USE, PROBE),))
+    world.mark(a)
+    progress = Progress()
+    found = everything(world.stream(topics=[a]), progress)
+    held = [part for delivery in found for part in delivery.found.held_out]
+    assert [part.x.flatten().tolist() for part in held] == [[7.0]]
+    assert places(found) == [[0, 1]]
+
+
+def test_a_hash_holds_a_fraction_out_and_duplicates_with_it(world: World) -> None:
+    """Equal samples share their fate, so that a duplicate never leaks from the probe into training."""
+    a = world.topic("a", [0, 1] * 20 + [0, 1] * 20, marker=True)
+    progress = Progress()
+    everything(world.stream(topics=[a], fraction=0.3), progress)
+    held = progress.totals()["held_out"]
+    assert 0 < held < 80
+    assert held + progress.totals()["trained"] == 80
+
+
+def test_several_partitions_are_one_task(world: World) -> None:
+    """A task ends when every partition has delivered its marker, and every sample is learned once."""
+    a = world.topic("a", list(range(9)), partitions=3)
+    progress = Progress()
+    found = everything(world.stream(topics=[a]), progress)
+    assert sorted(place for batch in places(found) for place in batch) == list(range(9))
+    assert progress.positions.by_topic() == {a: {"0": 4, "1": 4, "2": 4}}
+
+
+def test_a_pattern_orders_topics_as_people_do(world: World) -> None:
+    """Digits are compared as numbers, and dead-letter topics never match."""
+    names = [world.topic(f"t-{n}", [n]) for n in (10, 2, 1)]
+    found = everything(world.stream(pattern=f"{world.prefix}-t.*"))
+    assert [d.begins.name for d in found if d.begins is not None] == [names[2], names[1], names[0]]
+
+
+def test_a_topic_found_later_is_learned_too(world: World) -> None:
+    """New topics are found while running."""
+    progress = Progress()
+    stream = world.stream(pattern=f"{world.prefix}-t.*", on_finished="wait")
+    world.topic("t-1", [0])
+    until(stream, lambda found: any(d.ends for d in found), progress)
+    world.topic("t-2", [1])
+    until(stream, lambda found: any(d.ends for d in found), progress)
+    assert [task.name for task in progress.tasks] == [world.name("t-1"), world.name("t-2")]
+
+
+def test_a_small_queue_pauses_the_reader_and_loses_nothing(world: World) -> None:
+    """The queue is bounded: a slow learner stops the reader, and still sees every sample in order."""
+    a = world.topic("a", [0, 1] * 100)
+    stream = world.stream(topics=[a], queue={"samples": 8})
+    deadline = time.monotonic() + SECONDS
+    while not stream.status.paused:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert [place for batch in places(everything(stream)) for place in batch] == list(range(200))
+
+
+def test_a_short_batch_is_learned_after_its_linger(world: World) -> None:
+    """`linger` trades the promise of equal batches for freshness; every record still counts once."""
+    a = world.topic("a", [0, 1], marker=False)
+    found = until(world.stream(topics=[a], linger=0.3), lambda found: bool(places(found)))
+    assert places(found) == [[0, 1]]
+
+
+def test_positions_are_reported(world: World) -> None:
+    """A report of positions is no more than that: reading goes on as before."""
+    a = world.topic("a", [0] * 8)
+    stream = world.stream(topics=[a], on_finished="wait")
+    progress = Progress()
+    until(stream, lambda found: bool(places(found)), progress)
+    stream.report(progress.positions)
+    until(stream, lambda found: any(d.ends for d in found), progress)
+    assert progress.totals()["trained"] == 8

@@ -1,0 +1,72 @@
+"""`kill -9` at any point changes nothing: the final state is bit-equal to an undisturbed run's."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from streamlearn.checkpoint import Store
+from streamlearn.config import Kafka
+from streamlearn.stream.kafka import KafkaSink
+from tests.support import jobs
+from tests.support.kafka_broker import KafkaBroker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SEED = random.randrange(10_000)
+
+
+def killed_to_end(config: Path, kills: int, chance: random.Random, longest: float) -> None:
+    """Run a job, killing it at random moments of its learning, and then let it end."""
+    for _ in range(kills):
+        with jobs.Daemon(config) as daemon:
+            daemon.until(lambda status: status["state"] == "running")
+            time.sleep(chance.uniform(0, longest))
+            assert daemon.process.poll() in {None, 0}, daemon.tail()
+            daemon.kill()
+
+
+@pytest.mark.parametrize(
+    "strategy", [{"generative": {"hidden": 64, "latent": 16}, "si": {}}, {"er": {"budget": 200}, "ewc": {}}]
+)
+def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, object]) -> None:
+    """Three kills over embedded topics leave every tensor, the matrix and the totals as an undisturbed run has them."""
+    print(f"seed {SEED}")
+    undisturbed = jobs.write_config(tmp_path / "a", strategy=strategy)
+    killed = jobs.write_config(tmp_path / "b", strategy=strategy)
+    for directory in ("a", "b"):
+        jobs.publish_embedded(tmp_path / directory / "topics.sqlite", 300)
+    expected = jobs.run_to_end(undisturbed)
+    killed_to_end(killed, 3, random.Random(SEED), 1.0)
+    actual = jobs.run_to_end(killed)
+    assert jobs.differences(expected, actual) == []
+    assert jobs.accounted(actual.read_json("status.json"))
+    assert actual.read_json("status.json")["samples"]["trained"] == 5 * 300
+
+
+@pytest.mark.kafka
+def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
+    """Three kills of the daemon and one of the broker itself leave every tensor as an undisturbed run has them."""
+    print(f"seed {SEED}")
+    with KafkaBroker(tmp_path / "kafka") as broker:
+        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        jobs.publish(sink, 300)
+        sink.close()
+        expected = jobs.run_to_end(jobs.kafka_config(tmp_path / "a", broker.address, ""))
+        killed = jobs.kafka_config(tmp_path / "b", broker.address, "")
+        chance = random.Random(SEED)
+        killed_to_end(killed, 3, chance, 1.0)
+        with jobs.Daemon(killed) as daemon:
+            daemon.until(lambda status: status["state"] == "running" or status.get("pid") is None)
+            time.sleep(chance.uniform(0, 0.5))
+            broker.kill()
+            time.sleep(1)
+            broker.start()
+            assert daemon.finish() == 0, daemon.tail()
+        actual = Store(daemon.state).all()[0]
+    assert jobs.differences(expected, actual) == []
+    assert jobs.accounted(actual.read_json("status.json"))

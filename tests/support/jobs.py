@@ -1,0 +1,232 @@
+"""Real daemons in tests: a configuration, a process, what it answers, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+
+from streamlearn import producer, state
+from streamlearn.checkpoint import Checkpoint, Store
+from streamlearn.data import StreamlearnError
+from streamlearn.service.client import Client, read_hints
+from streamlearn.stream.embedded import EmbeddedSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from streamlearn.stream.log import Sink
+
+DATA = Path(os.environ.get("STREAMLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+TOPICS = ["t1", "t2", "t3", "t4", "t5"]
+DEADLINE = 240
+
+
+def need(present: object, what: str) -> None:
+    """Fail where something is missing and CI is set; skip with one line otherwise."""
+    if not present:
+        if os.environ.get("CI"):
+            pytest.fail(f"{what} is missing, and CI must not skip what needs it")
+        pytest.skip(f"{what} is missing")
+
+
+def mnist() -> Path:
+    """Return the MNIST file, or fail or skip."""
+    path = DATA / "mnist.npz"
+    need(path.is_file(), str(path))
+    return path
+
+
+def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree with another laid over it."""
+    out = dict(base)
+    for key, value in over.items():
+        known = out.get(key)
+        out[key] = merged(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
+    return out
+
+
+def settings(directory: Path, **over: Any) -> dict[str, Any]:
+    """Return a configuration of MNIST tasks over embedded topics, small and quick."""
+    base: dict[str, Any] = {
+        "name": "job",
+        "state_dir": str(directory / "state"),
+        "embedded": {"path": str(directory / "topics.sqlite")},
+        "device": "cpu",
+        "input": {"shape": [28, 28], "dtype": "uint8", "scale": 255},
+        "classes": 10,
+        "holdout": {"fraction": 0.0, "max": None},
+        "stream": {"topics": TOPICS, "on_finished": "exit", "batch_size": 50},
+        "model": {"name": "mlp", "hidden": [64, 64]},
+        "learner": {"updates_per_batch": 4},
+        "strategy": over.pop("strategy", {"generative": {"hidden": 64, "latent": 16}, "si": {}}),
+        "checkpoint": {"every_seconds": None, "every_batches": 3},
+        "service": {"port": 0},
+    }
+    return merged(base, over)
+
+
+def write_config(directory: Path, **over: Any) -> Path:
+    """Write such a configuration and return its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "job.yaml"
+    path.write_text(yaml.safe_dump(settings(directory, **over), sort_keys=False))
+    return path
+
+
+def tasks(per_task: int, probe_size: int | None = 200) -> list[tuple[producer.Samples, producer.Samples]]:
+    """Return five MNIST tasks of two digits each, with their probes."""
+    train, test = producer.read(str(mnist())), producer.read(str(mnist()), "test")
+    groups = producer.equal_groups(train, 5)
+    cut: list[tuple[producer.Samples, producer.Samples]] = []
+    for number, (part, probe) in enumerate(
+        zip(producer.by_classes(train, groups), producer.by_classes(test, groups), strict=True)
+    ):
+        chosen = producer.shuffled(part, number)
+        cut.append((first(chosen, per_task), probe if probe_size is None else first(probe, probe_size)))
+    return cut
+
+
+def first(samples: producer.Samples, count: int) -> producer.Samples:
+    """Return the first samples."""
+    return samples.take(np.arange(min(count, len(samples))))
+
+
+def publish(sink: Sink, per_task: int, prefix: str = "", **how: Any) -> None:
+    """Publish the five tasks."""
+    for topic, (samples, probe) in zip(TOPICS, tasks(per_task), strict=True):
+        producer.publish(sink, prefix + topic, samples, producer.Publishing(**{"per_record": 20, **how}), probe=probe)
+
+
+def kafka_config(directory: Path, bootstrap: str, prefix: str, **over: Any) -> Path:
+    """Write a configuration that reads the topics of this prefix from Kafka."""
+    on_kafka = {
+        "kafka": {"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1, "group_id": prefix + directory.name},
+        "stream": {
+            "topics": [prefix + topic for topic in TOPICS],
+            "dead_letter": {"topic": f"{prefix}{directory.name}.dlq"},
+        },
+    }
+    return write_config(directory, **merged(on_kafka, over))
+
+
+def publish_embedded(path: Path, per_task: int, **how: Any) -> None:
+    """Publish the five tasks to embedded topics."""
+    sink = EmbeddedSink(path)
+    publish(sink, per_task, **how)
+    sink.close()
+
+
+class Daemon:
+    """A `streamlearn run` process."""
+
+    def __init__(self, config: Path, state_dir: Path | None = None, **environment: str) -> None:
+        self.config = config
+        self.state = state_dir or Path(yaml.safe_load(config.read_text())["state_dir"])
+        self.log = config.with_suffix(".log")
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "streamlearn", "run", str(config)],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Daemon:  # noqa: PYI034 - nothing inherits from it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+    def status(self) -> dict[str, Any] | None:
+        """Return its status, or None while it does not answer."""
+        hints = read_hints(self.state)
+        if hints is None or hints.pid != self.process.pid:
+            return None
+        try:
+            tree: dict[str, Any] = Client(self.state, timeout=5).get("/status")
+        except StreamlearnError:
+            return None
+        return tree
+
+    @property
+    def http(self) -> str:
+        """The address of its read-only listener."""
+        hints = read_hints(self.state)
+        assert hints is not None
+        return hints.http
+
+    def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE) -> dict[str, Any]:
+        """Return the first status for which something holds; fails when the process ends or the time is over."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (status := self.status()) is not None and holds(status):
+                return status
+            if self.process.poll() is not None:
+                pytest.fail(f"the daemon ended with {self.process.returncode}:\n{self.tail()}")
+            time.sleep(0.05)
+        pytest.fail(f"not reached within {seconds} s; status {self.status()}\n{self.tail()}")
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def finish(self, seconds: float = DEADLINE) -> int:
+        """Return its exit code when it ends by itself."""
+        return self.process.wait(seconds)
+
+    def stop(self) -> int:
+        """Ask it to end, and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def tail(self) -> str:
+        """Return the end of its log."""
+        return self.log.read_text()[-3000:]
+
+
+def run_to_end(config: Path, seconds: float = DEADLINE) -> Checkpoint:
+    """Run a daemon until it ends by itself with 0, and return its last checkpoint."""
+    with Daemon(config) as daemon:
+        code = daemon.finish(seconds)
+        assert code == 0, daemon.tail()
+        return Store(daemon.state).all()[0]
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint, by file and name."""
+    return {
+        f"{name}:{key}": tensor
+        for name in checkpoint.manifest["files"]
+        if name.endswith(".safetensors")
+        for key, tensor in state.from_bytes(name, checkpoint.read(name)).items()
+    }
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """Return what differs between two checkpoints' states, bit by bit; empty where they are equal."""
+    a, b = tensors(one), tensors(other)
+    found = sorted(set(a) ^ set(b))
+    found += [name for name in a if name in b and a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+    x, y = one.read_json("state.json"), other.read_json("state.json")
+    found += [f"state.json:{key}" for key in x if x[key] != y.get(key)]
+    return found
+
+
+def accounted(status: Mapping[str, Any]) -> bool:
+    """Tell whether every consumed sample has exactly one outcome."""
+    samples = dict(status["samples"])
+    return bool(samples.pop("consumed") == sum(samples.values()) and status["unaccounted"] == {})

@@ -1,0 +1,120 @@
+"""Configuration: every error at once, overrides, secrets, and the files that ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from streamlearn.config import Config, load, schema
+from streamlearn.data import StreamlearnError
+from streamlearn.strategies.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"topics": ["a"]}}
+
+
+def written(tmp_path: Path, tree: Any, **environ: str) -> Config:
+    """Load a tree as a file."""
+    path = tmp_path / "job.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return load(path, RECIPES, environ)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_files_are_valid(path: Path) -> None:
+    """Every file under configs/ loads."""
+    assert load(path, RECIPES, {}).name
+
+
+def test_every_recipe_has_a_file() -> None:
+    """A strategy that ships has a configuration that shows it."""
+    assert {name for name in RECIPES if not (ROOT / "configs" / f"{name}.yaml").exists()} == set()
+
+
+def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
+    """Each error names file, line, key, value and what is accepted."""
+    text = "input: {shape: [4], dtyp: uint8}\nclasses: 0\nstream: {topics: [a], batch_size: -1}\n"
+    text += "strategy: {foo: {}}\nextra: 1\n"
+    with pytest.raises(StreamlearnError) as caught:
+        written(tmp_path, text)
+    lines = str(caught.value).splitlines()
+    assert caught.value.code == 78
+    assert len(lines) == 5
+    assert any("job.yaml:1: input.dtyp: is 'uint8'; no such key (did you mean dtype?)" in line for line in lines)
+    assert any(
+        "job.yaml:3: stream.batch_size: is -1; Input should be greater than or equal to 1" in line for line in lines
+    )
+    assert any("strategy.foo" in line and "accepted: er, ewc, generative, joint, naive, si" in line for line in lines)
+
+
+def test_two_recipes_for_one_slot_are_refused(tmp_path: Path) -> None:
+    """A strategy takes one recipe for each slot."""
+    with pytest.raises(StreamlearnError, match="slot penalty is already filled by ewc"):
+        written(tmp_path, {**MINIMAL, "strategy": ["ewc", "si"]})
+
+
+def test_recipe_parameters_are_checked(tmp_path: Path) -> None:
+    """A recipe's signature is its schema."""
+    with pytest.raises(StreamlearnError, match=r"strategy\.er\.budgt.*did you mean budget"):
+        written(tmp_path, {**MINIMAL, "strategy": {"er": {"budgt": 3}}})
+
+
+def test_environment_overrides(tmp_path: Path) -> None:
+    """Double underscores lead into sections; values are read as YAML."""
+    config = written(tmp_path, MINIMAL, STREAMLEARN__LEARNER__UPDATES_PER_BATCH="3", STREAMLEARN__SEED="7", OTHER="1")
+    assert (config.learner.updates_per_batch, config.seed) == (3, 7)
+
+
+def test_a_password_is_never_in_the_file_nor_shown(tmp_path: Path) -> None:
+    """Secrets come from the environment or a file, and are redacted wherever values are shown."""
+    kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": {"username": "me"}}
+    tree = {**MINIMAL, "kafka": kafka}
+    config = written(tmp_path, tree, STREAMLEARN__KAFKA__SASL__PASSWORD="12345")
+    assert config.kafka is not None
+    assert config.kafka.sasl is not None
+    assert config.kafka.sasl.secret() == "12345"
+    assert "12345" not in json.dumps(config.effective())
+    assert "12345" not in repr(config)
+    with pytest.raises(StreamlearnError, match="a secret is not accepted in the file"):
+        written(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {"username": "me", "password": "12345"}}})
+
+
+def test_only_what_shapes_the_state_must_agree(tmp_path: Path) -> None:
+    """Ports, learning rates and log levels may change between starts; the model and the batch may not."""
+    one = written(tmp_path, MINIMAL)
+    free = {
+        "log": {"level": "debug"},
+        "service": {"port": 1},
+        "probes": {"every": 3},
+        "learner": {"updates_per_batch": 3},
+    }
+    assert written(tmp_path, {**MINIMAL, **free}).shaping() == one.shaping()
+    for change in (
+        {"seed": 3},
+        {"model": {"hidden": [7]}},
+        {"strategy": "naive"},
+        {"classes": 4},
+        {"holdout": {"fraction": 0.5}},
+    ):
+        assert written(tmp_path, {**MINIMAL, **change}).shaping() != one.shaping()
+
+
+def test_importance_alone_is_warned_about(tmp_path: Path) -> None:
+    """EWC or SI without replay does not protect class-incremental learning."""
+    assert written(tmp_path, {**MINIMAL, "strategy": "ewc"}).warnings(RECIPES) != []
+    assert written(tmp_path, {**MINIMAL, "strategy": ["er", "ewc"]}).warnings(RECIPES) == []
+    assert written(tmp_path, {**MINIMAL, "strategy": "ewc", "scenario": "task"}).warnings(RECIPES) == []
+
+
+def test_schema_accepts_what_ships() -> None:
+    """The JSON Schema for editors agrees with the files under configs/."""
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(schema(RECIPES))
+    for path in (ROOT / "configs").glob("*.yaml"):
+        errors = [error.message for error in validator.iter_errors(yaml.safe_load(path.read_text()))]
+        assert errors == [], path
