@@ -115,7 +115,7 @@ class Learner:
         s.constraint.project(self.params, grads, self.gradient_of)
         clipped = self._clip(grads)
         self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
-        s.penalty.settle(self.params, self.spec.optimizer.lr)  # the implicit step, where chosen
+        s.penalty.settle(self.params, self.spec.optimizer.lr, finite)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too

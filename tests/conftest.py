@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from streamlearn.config import Kafka
 from streamlearn.tensors import prepare
@@ -14,7 +15,13 @@ from tests.support.kafka_broker import KafkaBroker
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-prepare(1)  # the floating-point mode of the daemon
+
+@pytest.fixture
+def daemon_mode() -> Iterator[None]:
+    """Compute as the daemon does: one thread, denormals flushed (which hypothesis cannot bear, so not everywhere)."""
+    prepare(1)
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -107,8 +107,8 @@ class Penalty(Part):
     def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor], finite: Tensor) -> None:
         """Add the penalty's gradient to the data gradients `grads`, in place."""
 
-    def settle(self, params: Sequence[Tensor], rate: float) -> None:
-        """Take the penalty's implicit (proximal) step, where that was chosen."""
+    def settle(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
+        """Take the penalty's implicit (proximal) step, where that was chosen and the update was not dropped."""
 
     def accumulate(self, params: Sequence[Tensor]) -> None:
         """Note how the parameters moved."""

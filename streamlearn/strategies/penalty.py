@@ -55,11 +55,11 @@ class ImportancePenalty(Penalty):
         torch._foreach_addcmul_(list(grads), self.precision, list(params), self.strength)
 
     @torch.no_grad()
-    def settle(self, params: Sequence[Tensor], rate: float) -> None:
+    def settle(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
         if self.precision and self.proximal:
-            pull = rate * self.strength
+            pull = rate * self.strength * finite  # 0 leaves every bit as it was
             for param, precision, anchor in zip(params, self.precision, self.weighted_anchor, strict=True):
-                param.add_(anchor, alpha=pull).div_(1 + pull * precision)
+                param.add_(pull * anchor).div_(1 + pull * precision)
 
     def accumulate(self, params: Sequence[Tensor]) -> None:
         self.importance.accumulate(params)

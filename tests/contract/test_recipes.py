@@ -1,0 +1,264 @@
+"""Every recipe, found by itself: what any strategy must do, whatever its mathematics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from streamlearn import config as configuration
+from streamlearn import state
+from streamlearn.data import Batch, Task
+from streamlearn.learner import Learner, make_learner
+from streamlearn.scenario import Scenario
+from streamlearn.strategies.parts import Constraint, Penalty, Replay
+from streamlearn.strategies.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("daemon_mode")
+
+BATCH, CLASSES, SIZE = 8, 6, 12
+CHOICES: list[dict[str, Any]] = [{name: {}} for name in RECIPES]
+CHOICES += [
+    {"generative": {}, "si": {}},
+    {"generative": {"variant": "vae", "targets": "hard", "likelihood": "gaussian"}},
+    {"generative": {"average": None}},
+    {"er": {}, "ewc": {"fisher": "sampled", "step": "proximal"}},
+    {"ewc": {"fisher": "empirical", "anchor": "last", "decay": 0.9}},
+    {"si": {"step": "proximal", "anchor": "all"}},
+]
+
+
+def identify(chosen: dict[str, Any]) -> str:
+    """Return a name for a choice."""
+    return "+".join(name + "".join(f"-{value}" for value in parts.values()) for name, parts in chosen.items())
+
+
+every_recipe = pytest.mark.parametrize("chosen", CHOICES, ids=identify)
+
+
+class Run:
+    """A learner with its tasks, fed with two-class tasks that a line can tell apart."""
+
+    def __init__(self, tmp_path: Path, chosen: dict[str, Any], **over: Any) -> None:
+        tree = {
+            "device": "cpu",
+            "input": {"shape": [SIZE]},
+            "classes": CLASSES,
+            "stream": {"topics": ["a", "b", "c"], "batch_size": BATCH},
+            "model": {"hidden": [16]},
+            "learner": {"updates_per_batch": 3},
+            "strategy": chosen,
+            **over,
+        }
+        path = tmp_path / "job.yaml"
+        path.write_text(configuration.dump(tree))
+        config = configuration.load(path, RECIPES, {})
+        self.scenario = Scenario.from_config(config)
+        self.learner: Learner = make_learner(config, self.scenario)
+        self.tasks: list[Task] = []
+        self.labels: list[Any] = []
+
+    def begin(self) -> None:
+        """Begin the next task, of two new labels."""
+        index = len(self.tasks)
+        task = Task(index, "abc"[index], labels=[2 * index, 2 * index + 1])
+        self.tasks.append(task)
+        self.learner.begin_task(task)
+        self.labels += task.labels
+        self.learner.activate(self.tasks, self.labels)
+
+    def learn(self, batches: Sequence[int]) -> None:
+        """Learn the current task's batches of these numbers."""
+        for number in batches:
+            self.learner.learn(self.batch(number))
+
+    def batch(self, number: int, size: int = BATCH) -> Batch:
+        """Return a batch of the current task."""
+        index = len(self.tasks) - 1
+        rng = np.random.default_rng([index, number])
+        y = rng.integers(0, 2, size)
+        x = rng.random((size, SIZE)).astype(np.float32) * 0.3
+        x[np.arange(size), 2 * index + y] += 0.7
+        return Batch(torch.from_numpy(x), torch.from_numpy(y + 2 * index), torch.full((size,), index))
+
+    def end(self) -> None:
+        """Refine and consolidate, as the loop does."""
+        for delivery in self.learner.refine():
+            if delivery.batch is not None:
+                self.learner.learn(delivery.batch)
+        self.learner.end_task()
+        self.tasks[-1].state = "ended"
+
+    def through(self, tasks: int) -> None:
+        """Learn so many whole tasks."""
+        for _ in range(tasks):
+            self.begin()
+            self.learn(range(4))
+            self.end()
+
+    def saved(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return the state as a checkpoint holds it, through bytes."""
+        files, rest, _ = state.pack(self.learner.state_dict())
+        return {name: state.from_bytes(name, state.to_bytes(content)) for name, content in files.items()}, rest
+
+    def load(self, other: Run) -> None:
+        """Take over another run's state, through bytes."""
+        files, rest = other.saved()
+        self.tasks, self.labels = list(other.tasks), list(other.labels)
+        self.learner.load_state_dict(state.unpack(files, rest), self.tasks, self.labels)
+
+    def digest(self) -> dict[str, bytes]:
+        """Return every tensor's bytes."""
+        files, _ = self.saved()
+        return {
+            f"{file}:{key}": value.numpy().tobytes()
+            for file, content in files.items()
+            for key, value in content.items()
+        }
+
+
+@every_recipe
+def test_is_naive_until_the_first_task_ends(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """No strategy changes the model before there is a past to protect: bit-equal to naive."""
+    run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}})
+    for one in (run, naive):
+        one.begin()
+        one.learn(range(5))
+    expected = [param.detach().numpy().tobytes() for param in naive.learner.params]
+    assert [param.detach().numpy().tobytes() for param in run.learner.params] == expected
+
+
+@every_recipe
+@pytest.mark.parametrize("place", ["in the first task", "after a task", "in a later task"])
+def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -> None:
+    """A learner restored from bytes at any point ends with the same bits as one that never stopped."""
+    one = Run(tmp_path, chosen)
+    if place == "in the first task":
+        one.begin()
+        one.learn(range(2))
+    else:
+        one.through(1)
+        if place == "in a later task":
+            one.begin()
+            one.learn(range(2))
+    other = Run(tmp_path, chosen)
+    other.load(one)
+    for run in (one, other):
+        if place == "after a task":
+            run.begin()
+        run.learn(range(2, 5))
+        run.end()
+        run.through(1)
+    assert one.digest() == other.digest()
+
+
+@every_recipe
+def test_saving_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """A run with a hundred saves ends equal to a run with none."""
+    one, other = Run(tmp_path, chosen), Run(tmp_path, chosen)
+    for run in (one, other):
+        for _ in range(2):
+            run.begin()
+            for number in range(4):
+                run.learn([number])
+                if run is other:
+                    run.saved()
+            run.end()
+    assert one.digest() == other.digest()
+
+
+@every_recipe
+def test_evaluation_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """Probing draws no random number and moves no state."""
+    run = Run(tmp_path, chosen)
+    run.through(2)
+    before, batch = run.digest(), run.batch(9)
+    first = run.learner.evaluate(batch.x, batch.y, 1)
+    assert run.learner.evaluate(batch.x, batch.y, 1) == first
+    assert run.digest() == before
+
+
+@every_recipe
+def test_a_gradient_that_is_not_finite_is_dropped(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """A poisoned batch counts as skipped and leaves every parameter, average and importance as it was."""
+    run = Run(tmp_path, chosen)
+    run.through(1)
+    run.begin()
+    run.learn(range(2))
+    before = run.digest()
+    poisoned = run.batch(7)
+    poisoned.x[0, 0] = torch.nan
+    stats = run.learner.learn(poisoned)
+    assert (stats.applied, stats.outcome, stats.loss) == (0, "skipped", None)
+    moved = [name for name, value in run.digest().items() if value != before[name]]
+    assert [name for name in moved if name.startswith(("model", "live", "optimizer"))] == []
+    assert all(np.isfinite(np.frombuffer(run.digest()[name], np.float32)).all() for name in moved if "penalty" in name)
+
+
+@every_recipe
+def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """With `grow_head` a new label past the outputs enlarges model, optimizer, average and parts, and resumes bit-equal."""
+    one = Run(tmp_path, chosen, classes=2, grow_head=True)
+    one.through(2)
+    assert one.learner.allowed.shape == (2, 4)
+    other = Run(tmp_path, chosen, classes=2, grow_head=True)
+    other.load(one)
+    for run in (one, other):
+        run.through(1)
+    assert one.learner.allowed.shape == (3, 6)
+    assert one.digest() == other.digest()
+
+
+@every_recipe
+@pytest.mark.parametrize("kind", ["task", "domain"])
+def test_learns_in_every_scenario(tmp_path: Path, chosen: dict[str, Any], kind: str) -> None:
+    """Task- and domain-incremental learning reach far more than chance on the task just learned, however held back."""
+    declared = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
+    run = Run(
+        tmp_path,
+        chosen,
+        scenario={"kind": kind, "tasks": declared},
+        learner={"updates_per_batch": 20, "optimizer": {"lr": 0.01}},
+    )
+    for index in range(2):
+        run.begin()
+        for number in range(6):
+            batch = run.batch(number)
+            shift = 2 * index if kind == "domain" else 0
+            run.learner.learn(Batch(batch.x, batch.y - shift, batch.task))
+        run.end()
+    batch = run.batch(99, 200)
+    accuracy, _ = run.learner.evaluate(batch.x, batch.y - (2 if kind == "domain" else 0), 1)
+    assert accuracy > 0.65
+
+
+def test_slots_default_to_nothing(tmp_path: Path) -> None:
+    """Naive is what remains when every slot holds its null object."""
+    strategy = Run(tmp_path, {"naive": {}}).learner.strategy
+    assert [type(part) for part in (strategy.replay, strategy.penalty, strategy.constraint)] == [
+        Replay,
+        Penalty,
+        Constraint,
+    ]
+
+
+def test_replay_protects_what_naive_forgets(tmp_path: Path) -> None:
+    """After three tasks naive has lost the first, and replay has kept it."""
+    accuracy = {}
+    for name in ("naive", "er", "joint", "generative"):
+        run = Run(tmp_path, {name: {}}, learner={"updates_per_batch": 20, "optimizer": {"lr": 0.01}})
+        run.through(3)
+        rng = np.random.default_rng(0)
+        y = rng.integers(0, 2, 64)
+        x = rng.random((64, SIZE)).astype(np.float32) * 0.3
+        x[np.arange(64), y] += 0.7
+        accuracy[name], _ = run.learner.evaluate(torch.from_numpy(x), torch.from_numpy(y), 0)
+    assert accuracy["naive"] < 0.3
+    assert min(accuracy["er"], accuracy["joint"]) > 0.8
+    assert accuracy["generative"] > accuracy["naive"] + 0.2

@@ -1,0 +1,74 @@
+"""The accuracy matrix against numbers worked out by hand; what is undefined is None."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from streamlearn.evaluation.matrix import HISTORY, AccuracyMatrix
+
+
+def filled() -> AccuracyMatrix:
+    """Return three tasks' rows: 0.9 / 0.6 0.8 / 0.5 0.7 1.0."""
+    matrix = AccuracyMatrix()
+    matrix.record({0: (0.9, 0.1)}, 10, 100, after=0)
+    matrix.record({0: (0.95, 0.1), 1: (0.5, 0.1)}, 15, 150, after=None)
+    matrix.record({0: (0.6, 0.1), 1: (0.8, 0.1)}, 20, 200, after=1)
+    matrix.record({0: (0.5, 0.1), 1: (0.7, 0.1), 2: (1.0, 0.1)}, 30, 300, after=2)
+    return matrix
+
+
+def test_figures_by_hand() -> None:
+    """ACC, BWT and forgetting follow their definitions: T - 1 below the line, earlier rows only in the maximum."""
+    matrix = filled()
+    assert matrix.matrix() == [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]
+    assert matrix.average_accuracy == pytest.approx((0.5 + 0.7 + 1.0) / 3)
+    assert matrix.backward_transfer == pytest.approx(((0.5 - 0.9) + (0.7 - 0.8)) / 2)
+    assert matrix.forgetting(0) == pytest.approx(0.9 - 0.5)
+    assert matrix.forgetting(1) == pytest.approx(0.8 - 0.7)
+    assert matrix.average_forgetting == pytest.approx((0.4 + 0.1) / 2)
+    assert matrix.best(0) == 0.95
+
+
+def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
+    """While a fourth task runs, what is known now counts, and the third task can be forgotten too."""
+    matrix = filled()
+    matrix.record({0: (0.4, 0.1), 1: (0.7, 0.1), 2: (0.8, 0.1), 3: (0.3, 0.1)}, 35, 350, after=None)
+    assert matrix.average_accuracy == pytest.approx((0.4 + 0.7 + 0.8 + 0.3) / 4)
+    assert matrix.forgetting(2) == pytest.approx(0.2)
+    assert matrix.forgetting(3) is None
+    assert matrix.backward_transfer == pytest.approx(((0.4 - 0.9) + (0.7 - 0.8) + (0.8 - 1.0)) / 3)
+
+
+def test_undefined_is_none() -> None:
+    """Before the first evaluation nothing is known, and one task cannot be forgotten."""
+    matrix = AccuracyMatrix()
+    figures = (matrix.average_accuracy, matrix.backward_transfer, matrix.forward_transfer, matrix.average_forgetting)
+    assert (figures, matrix.matrix(), matrix.best(0), matrix.forgetting(0)) == ((None,) * 4, [], None, None)
+    matrix.record({0: (0.9, 0.1)}, 1, 1, after=0)
+    assert (matrix.backward_transfer, matrix.forgetting(0), matrix.forward_transfer) == (None, None, None)
+
+
+def test_forward_transfer_leaves_the_first_task_out() -> None:
+    """FWT is the mean over later tasks of accuracy before they began less that of the random initialisation."""
+    matrix = AccuracyMatrix()
+    matrix.transfer = {0: (0.5, 0.5), 1: (0.7, 0.5), 2: (0.4, 0.5)}
+    assert matrix.forward_transfer == pytest.approx((0.2 - 0.1) / 2)
+
+
+def test_survives_json() -> None:
+    """The state is JSON, and everything comes back."""
+    matrix, copied = filled(), AccuracyMatrix()
+    copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())))
+    assert copied.state_dict() == matrix.state_dict()
+    assert copied.average_forgetting == matrix.average_forgetting
+
+
+def test_history_is_thinned_but_keeps_its_ends() -> None:
+    """However long the stream, the curve stays small, begins at its beginning and ends at its end."""
+    matrix = AccuracyMatrix()
+    for batch in range(3 * HISTORY):
+        matrix.record({0: (0.5, 0.1)}, batch, batch, after=None)
+    assert len(matrix.history) <= HISTORY
+    assert (matrix.history[0][0], matrix.history[-1][0]) == (0, 3 * HISTORY - 1)

@@ -1,0 +1,107 @@
+"""Codecs: what is encoded is decoded, and nothing that arrives can raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from streamlearn.data import REASONS
+from streamlearn.stream.codec import TYPE_OF, Codec, encode
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.log import CONTENT_TYPE, Record
+
+labels = st.one_of(st.integers(-(2**62), 2**62), st.text(max_size=8))
+
+
+def record(value: bytes | None, codec: str | None = None) -> Record:
+    """Return a record with a value, and a content type where a codec is named."""
+    headers = () if codec is None else ((CONTENT_TYPE, TYPE_OF[codec]),)
+    return Record("t", 0, 0, 0.0, None, value, headers)
+
+
+@given(x=arrays(np.uint8, (2, 3)), y=labels, codec=st.sampled_from(["json", "msgpack"]))
+def test_a_sample_comes_back(x: np.ndarray, y: Any, codec: str) -> None:
+    """Shape, dtype, every value and the label survive."""
+    chunk = Codec([2, 3], "uint8", "json", 1 << 20).decode(record(encode(codec, x, y), codec))
+    assert (chunk.bad, chunk.y) == ({}, [y])
+    np.testing.assert_array_equal(chunk.x[0], x)
+
+
+@given(n=st.integers(1, 5), data=st.data(), dtype=st.sampled_from(["float32", "float64", "int16", "uint8"]))
+def test_a_batch_comes_back(n: int, data: st.DataObject, dtype: str) -> None:
+    """Batch records of any dtype and label type survive, whatever the byte order in memory."""
+    elements = st.floats(-1000, 1000, width=32) if "float" in dtype else None
+    x = data.draw(arrays(np.dtype(dtype), (n, 3), elements=elements))
+    y = data.draw(st.lists(labels, min_size=n, max_size=n))
+    if all(isinstance(label, int) for label in y):
+        y = [label % 2**62 for label in y]
+    big_endian = x.astype(x.dtype.newbyteorder(">"))
+    chunk = Codec([3], dtype, "json", 1 << 20).decode(record(encode("batch", big_endian, y), "batch"))
+    assert (chunk.bad, chunk.y) == ({}, y)
+    np.testing.assert_array_equal(chunk.x, x)
+
+
+@given(value=st.one_of(st.none(), st.binary(max_size=200)), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
+def test_noise_is_rejected_and_never_raises(value: bytes | None, codec: str | None) -> None:
+    """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
+    chunk = Codec([4], "float32", "json", 100).decode(record(value, codec))
+    assert len(chunk) == 1
+    assert chunk.bad[0].reason in REASONS
+
+
+trees = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(), st.text(max_size=5), st.binary(max_size=9)
+    ),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(tree=st.fixed_dictionaries({"x": trees, "y": trees}, optional={"dtype": trees, "shape": trees, "task": trees}),
+       codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
+def test_malformed_trees_never_raise(tree: dict[str, Any], codec: str) -> None:
+    """Well-formed MessagePack with any nonsense inside is samples or rejections, never an exception."""
+    chunk = Codec([2], "float32", "json", 1 << 20).decode(record(msgpack.packb(tree), codec))
+    assert all(rejected.reason in REASONS for rejected in chunk.bad.values())
+    assert chunk.x.shape == (len(chunk), 2)
+
+
+CASES = [
+    (b"{", "decode"), (b"[]", "schema"), (b'{"y": 1}', "schema"), (b'{"x": [1, 2]}', "missing_label"),
+    (b'{"x": [1], "y": 1}', "shape"), (b'{"x": [[1], [2, 3]], "y": 1}', "shape"), (b'{"x": [1, "a"], "y": 1}', "schema"),
+    (b'{"x": [1, 2], "y": true}', "schema"), (b'{"x": [1, 1e300], "y": 1}', "nonfinite"),
+    (b'{"x": [1, 2], "y": 1, "task": "other"}', "unknown_task"), (b'{"x": [1, 2], "y": 1}' + b" " * 300, "oversize"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "reason"), CASES)
+def test_reasons(value: bytes, reason: str) -> None:
+    """Each fault has its reason."""
+    chunk = Codec([2], "float32", "json", 256).decode(record(value))
+    assert chunk.bad[0].reason == reason
+
+
+def test_integers_must_fit() -> None:
+    """A value beyond the dtype is rejected, not wrapped."""
+    chunk = Codec([2], "uint8", "json", 256).decode(record(b'{"x": [1, 256], "y": 1}'))
+    assert chunk.bad[0].reason == "schema"
+
+
+@given(x=arrays(np.float32, 4, elements=st.floats(-9, 9, width=32)), y=st.integers(0, 9), fraction=st.floats(0, 0.99))
+def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: float) -> None:
+    """A sample's fate depends on its decoded value alone, and grows with the fraction."""
+    codec, hold_out = Codec([4], "float32", "json", 1 << 20), HoldOut("value", fraction)
+    fates = set()
+    for name in ("json", "msgpack", "batch"):
+        value = encode("batch", x[None], [y]) if name == "batch" else encode(name, x, y)
+        chunk = codec.decode(record(value, name))
+        fates.add(hold_out.takes(chunk.x[0], chunk.y[0], None))
+    assert len(fates) == 1
+    assert not fates.pop() or HoldOut("value", min(fraction + 0.005, 0.999)).takes(x, y, None)

@@ -1,0 +1,136 @@
+"""Importances against their definitions, computed the slow way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from streamlearn.models.mlp import MLP
+from streamlearn.models.resnet import ResNet
+from streamlearn.strategies.importance import Fisher, PathIntegral
+from streamlearn.strategies.parts import Closing, World
+from streamlearn.strategies.penalty import ImportancePenalty
+
+
+def world(shape: tuple[int, ...]) -> World:
+    """Return a small world."""
+    return World(0, torch.device("cpu"), shape, 3, 1 << 20, lambda x: x, lambda _: nn.Identity())
+
+
+def closing(network: nn.Module, x: Tensor, y: Tensor) -> Closing:
+    """Return a task's end, in which the last output does not compete."""
+    allowed = torch.tensor([[True, True, False]])
+    return Closing(0, x, y, list(network.parameters()), network, allowed, [[0, 1]], torch.Generator().manual_seed(0))
+
+
+def slow_fisher(network: nn.Module, x: Tensor, y: Tensor, *, exact: bool) -> list[Tensor]:
+    """Return the mean of per-sample squared gradients, one sample and label at a time."""
+    total = [torch.zeros_like(param) for param in network.parameters()]
+    for one, label in zip(x, y.tolist(), strict=True):
+        log_probabilities = functional.log_softmax(network(one[None])[:, :2], 1)[0]
+        for output in range(2) if exact else [label]:
+            grads = torch.autograd.grad(log_probabilities[output], list(network.parameters()), retain_graph=True)
+            weight = log_probabilities[output].exp().detach() if exact else 1.0
+            total = [sum_ + weight * grad.square() for sum_, grad in zip(total, grads, strict=True)]
+    return [sum_ / len(x) for sum_ in total]
+
+
+NETWORKS = [
+    pytest.param(lambda: MLP([5], 3, [7, 6]), (5,), id="mlp, in closed form"),
+    pytest.param(lambda: ResNet([8, 8], 3, 4), (8, 8), id="resnet, sample by sample"),
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), NETWORKS)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_fisher_is_the_mean_of_per_sample_squares(build: type[nn.Module], shape: tuple[int, ...], kind: str) -> None:
+    """The Fisher diagonal squares each sample's gradient, never the batch's mean."""
+    torch.manual_seed(0)
+    network, x, y = build(), torch.randn(9, *shape), torch.randint(0, 2, (9,))
+    actual = Fisher(world(shape), kind=kind, samples=9).consolidate(closing(network, x, y))
+    expected = slow_fisher(network, x, y, exact=kind == "exact")
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_sampled_fisher_tends_to_the_exact() -> None:
+    """One label drawn for each of many samples comes near the expectation over labels."""
+    torch.manual_seed(0)
+    network, x, y = MLP([5], 3, [6]), torch.randn(20_000, 5), torch.zeros(20_000, dtype=torch.int64)
+    exact, sampled = (
+        Fisher(world((5,)), kind=kind, samples=1).consolidate(closing(network, x, y))[0]
+        for kind in ("exact", "sampled")
+    )
+    assert float((exact - sampled).norm() / exact.norm()) < 0.05
+
+
+def test_fisher_leaves_the_network_as_it_was() -> None:
+    """No gradient, hook or mode is left behind."""
+    network = MLP([5], 3, [6])
+    Fisher(world((5,)), kind="exact", samples=1).consolidate(
+        closing(network, torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))
+    )
+    assert network.training
+    assert all(param.grad is None for param in network.parameters())
+    assert all(not module._forward_hooks for module in network.modules())
+
+
+def test_path_integral_is_the_loss_that_a_step_saved() -> None:
+    """On a quadratic with small steps, the path integrals of all parameters add up to the drop of the loss."""
+    param = torch.tensor([3.0, -2.0])
+    scale = torch.tensor([1.0, 4.0])
+    importance = PathIntegral(world((1,)), xi=0.1)
+    importance.begin_task([param])
+    begun, finite = float((scale * param.square()).sum() / 2), torch.tensor(data=True)
+    for _ in range(20_000):
+        gradient = scale * param
+        importance.note([gradient], finite)
+        param -= 1e-3 * gradient
+        importance.accumulate([param])
+    assert float(importance.path[0].sum()) == pytest.approx(begun, rel=0.01)
+    network = nn.Linear(1, 1)
+    end = Closing(0, torch.empty(0), torch.empty(0), [param], network, torch.empty(0), [], torch.Generator())
+    moved = torch.tensor([3.0, -2.0]) - param
+    torch.testing.assert_close(importance.consolidate(end)[0], importance.path[0] / (moved.square() + 0.1))
+
+
+@pytest.mark.parametrize("anchor", ["all", "last"])
+def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
+    """The closed form equals autograd on strength/2 * sum of parabolas, one a task or re-centred on the last."""
+    torch.manual_seed(0)
+    penalty = ImportancePenalty(
+        world((5,)), Fisher(world((5,)), kind="exact", samples=8), 3.0, anchor=anchor, decay=0.5, proximal=False
+    )
+    importances, anchors = [], []
+    for _ in range(3):
+        network = MLP([5], 3, [6])
+        end = closing(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
+        importances = [[0.5 * value for value in task] for task in importances]
+        importances.append(penalty.importance.consolidate(end))
+        anchors.append([param.detach().clone() for param in network.parameters()])
+        penalty.end_task(end)
+    params = [param.detach().clone().requires_grad_() for param in MLP([5], 3, [6]).parameters()]
+    centres = anchors if anchor == "all" else [anchors[-1]] * 3
+    loss = sum(
+        (1.5 * b * (param - centre).square()).sum()
+        for task, where in zip(importances, centres, strict=True)
+        for b, param, centre in zip(task, params, where, strict=True)
+    )
+    expected = torch.autograd.grad(loss, params)  # type: ignore[arg-type]  # a sum of tensors is one
+    actual = [torch.zeros_like(param) for param in params]
+    penalty.pull(params, actual, torch.tensor(data=True))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_proximal_step_is_stable_where_the_explicit_one_is_not() -> None:
+    """However large the strength, the implicit step ends between the parameter and its anchor."""
+    penalty = ImportancePenalty(
+        world((1,)), PathIntegral(world((1,)), xi=0.1), 1e12, anchor="last", decay=1.0, proximal=True
+    )
+    penalty.precision, penalty.weighted_anchor = [torch.tensor([2.0, 0.0])], [torch.tensor([2.0, 0.0])]
+    param = torch.tensor([5.0, 5.0])
+    penalty.settle([param], 0.1, torch.tensor(data=True))
+    torch.testing.assert_close(param, torch.tensor([1.0, 5.0]))
