@@ -96,7 +96,7 @@ class Job:
         """Save everything, then report the positions; return None where it failed, which is logged and counted."""
         begun = time.perf_counter()
         try:
-            stream.settle()  # the dead letters before these positions are acknowledged first
+            self._settle(stream)  # the dead letters before these positions are acknowledged first
             files, info = self._snapshot()
             snapshot = time.perf_counter()
             checkpoint = self.store.save(files, info)
@@ -118,6 +118,13 @@ class Job:
             extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step},
         )
         return checkpoint
+
+    def _settle(self, stream: Stream) -> None:
+        try:
+            stream.settle()
+        except StreamlearnError:
+            self.metrics.count("dlq_records", 1, "failure")
+            raise
 
     def restore(self) -> bool:
         """Take over the newest sound checkpoint; return False where there is none.

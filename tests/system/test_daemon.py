@@ -1,0 +1,334 @@
+"""The daemon as its users meet it: processes, signals, exit codes, and figures that agree wherever they are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from streamlearn import producer
+from streamlearn.checkpoint import Store
+from streamlearn.service.client import Client, read_hints
+from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.log import CONTENT_TYPE, Record
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command."""
+    command = [sys.executable, "-m", "streamlearn", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
+    )
+
+
+def scrape(http: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Return every sample of /metrics, by name and labels."""
+    text = urllib.request.urlopen(f"{http}/metrics", timeout=10).read().decode()
+    return {
+        (sample.name.removeprefix("streamlearn_"), tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def get(url: str) -> tuple[int, Any]:
+    """Return the status and JSON of a URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")
+
+
+def waiting(status: Mapping[str, Any]) -> bool:
+    """Tell whether all five tasks are learned and saved, and the daemon waits for more."""
+    tasks = status.get("tasks", [])
+    return len(tasks) == 5 and all(task["state"] == "ended" for task in tasks) and not any_lag(status)
+
+
+def any_lag(status: Mapping[str, Any]) -> bool:
+    """Tell whether anything waits in the log."""
+    return any(count for partitions in status["lag"].values() for count in partitions.values())
+
+
+def check_agreement(daemon: jobs.Daemon, tmp_path: Path) -> dict[str, Any]:
+    """Assert that /metrics, /status, `status --json`, `report` and `predict` show the same; return the status."""
+    status = daemon.until(waiting)
+    metrics = scrape(daemon.http)
+    assert cli("status", "--state", daemon.state, "--json").returncode == 0
+    shown = json.loads(cli("status", "--state", daemon.state, "--json").stdout)
+    for key in (
+        "matrix",
+        "positions",
+        "tasks",
+        "samples",
+        "average_accuracy",
+        "backward_transfer",
+        "average_forgetting",
+    ):
+        assert shown[key] == status[key] == get(f"{daemon.http}/status")[1][key], key
+    names = [task["name"] for task in status["tasks"]]
+    for i, row in enumerate(status["matrix"]):
+        for j, value in enumerate(row):
+            key = ("probe_accuracy_after_task_ratio", (("task", names[j]), ("trained_task", names[i])))
+            assert metrics.get(key) == value
+    for task in status["tasks"]:
+        assert metrics["probe_accuracy_ratio", (("task", task["name"]),)] == task["probe"]["accuracy"]
+        assert metrics["samples_trained_total", (("task", task["name"]),)] == task["samples"]["trained"]
+    assert metrics["average_accuracy_ratio", ()] == status["average_accuracy"]
+    assert metrics["average_forgetting_ratio", ()] == status["average_forgetting"]
+    assert metrics["backward_transfer", ()] == status["backward_transfer"]
+    assert ("forward_transfer", ()) not in metrics
+    assert status["forward_transfer"] is None
+    for topic, partitions in status["positions"].items():
+        for partition, offset in partitions.items():
+            assert metrics["consumer_position_offset", (("partition", partition), ("topic", topic))] == offset
+    assert jobs.accounted(status)
+
+    report = cli("report", "--state", daemon.state, "--output", tmp_path / "report")
+    assert report.returncode == 0, report.stderr
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"{100 * status['average_accuracy']:.1f} %" in page
+    assert (tmp_path / "report" / "accuracy.png").stat().st_size > 5000
+
+    for number, (_, probe) in enumerate(jobs.tasks(1)):
+        np.savez(tmp_path / "probe.npz", x=probe.x, y=np.array(probe.y))
+        done = cli("predict", "--state", daemon.state, tmp_path / "probe.npz", "--json")
+        assert json.loads(done.stdout)["accuracy"] == status["tasks"][number]["probe"]["accuracy"], done.stderr
+    return status
+
+
+DEFAULT = {"generative": {}, "si": {}}
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(
+    ("strategy", "least", "most"), [(DEFAULT, 0.7, 1.0), ("naive", 0.1, 0.25)], ids=["default", "naive"]
+)
+def test_figures_agree_over_kafka(tmp_path: Path, bootstrap: str, strategy: Any, least: float, most: float) -> None:
+    """Split MNIST, 1,000 samples a task, by `streamlearn produce` over Kafka: the default remembers, naive forgets.
+
+    And /metrics, `status --json`, `report` and `predict` show the same figures.
+    """
+    prefix = f"agree{time.time_ns()}-"
+    config = jobs.kafka_config(
+        tmp_path / "job", bootstrap, prefix, stream={"on_finished": "wait", "batch_size": 100}, strategy=strategy,
+        model={"hidden": [400, 400]}, learner={"updates_per_batch": 10},
+    )  # fmt: skip
+    for number, (samples, probe) in enumerate(jobs.tasks(1000)):
+        np.savez(tmp_path / "train.npz", x=samples.x, y=np.array(samples.y))
+        np.savez(tmp_path / "probe.npz", x=probe.x, y=np.array(probe.y))
+        done = cli("produce", tmp_path / "train.npz", "--bootstrap-servers", bootstrap, "--topic", f"{prefix}t{number + 1}",
+                   "--probe", tmp_path / "probe.npz", "--no-shuffle")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    with jobs.Daemon(config) as daemon:
+        status = check_agreement(daemon, tmp_path)
+        assert status["samples"]["trained"] == 5000
+        assert least < status["average_accuracy"] < most
+        assert daemon.stop() == 0
+    topics = cli("topics", "--bootstrap-servers", bootstrap, "--json")
+    assert json.loads(topics.stdout)[f"{prefix}t1"]["0"]["end"] == status["positions"][f"{prefix}t1"]["0"]
+
+
+def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
+    """Control over the socket: pause holds, a checkpoint is durable when it returns, stop saves and frees the lock."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": None})
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 100)
+    started = cli("start", config, "--wait", "ready")
+    assert started.returncode == 0, started.stderr
+    state = tmp_path / "state"
+    try:
+        assert cli("start", config).returncode == 73
+        assert cli("pause", "--state", state).stdout == "paused\n"
+        created = cli("checkpoint", "create", "--state", state, "--json")
+        checkpoint = json.loads(created.stdout)["id"]
+        assert cli("checkpoint", "verify", "--state", state, checkpoint).stdout == f"{checkpoint}: sound\n"
+        held = Client(state).get("/status")
+        assert held["state"] == "paused"
+        time.sleep(0.5)
+        assert Client(state).get("/status")["batches"] == held["batches"]
+        mode = stat.S_IMODE((state / "control.sock").stat().st_mode)
+        assert (mode, stat.S_IMODE(state.stat().st_mode)) == (0o600, 0o700)
+        hints = read_hints(state)
+        assert hints is not None
+        assert get(f"{hints.http}/readyz")[0] == 200
+        assert get(f"{hints.http}/healthz")[0] == 200
+        assert urllib.request.Request(f"{hints.http}/v1/stop", method="POST").full_url
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(urllib.request.Request(f"{hints.http}/v1/stop", data=b"{}"), timeout=5)
+        assert cli("resume", "--state", state).stdout == "running\n"
+        deadline = time.monotonic() + jobs.DEADLINE
+        while not waiting(Client(state).get("/status")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        stopped = cli("stop", "--state", state)
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
+    assert cli("stop", "--state", state).stdout == "not running\n"
+    last = cli("status", "--state", state, "--json")
+    assert last.returncode == 3
+    assert json.loads(last.stdout)["samples"]["trained"] == 500
+    assert json.loads(last.stdout)["pid"] is None
+    assert [task["state"] for task in json.loads(last.stdout)["tasks"]] == ["ended"] * 5
+
+
+def test_garbage_changes_nothing(tmp_path: Path) -> None:
+    """1 % garbage records all end in the dead-letter topic; the tensors are those of a run without them."""
+    clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))
+    for name in ("clean", "dirty"):
+        sink = EmbeddedSink(tmp_path / name / "topics.sqlite")
+        for number, (samples, probe) in enumerate(jobs.tasks(300)):
+            topic = jobs.TOPICS[number]
+            one_each = producer.Publishing(codec="msgpack", markers=False)
+            producer.publish(sink, topic, jobs.first(samples, 100), one_each, probe=probe)
+            for value in (b"\x00garbage", b"{}", b'{"x": [1], "y": 0}') if name == "dirty" else ():
+                sink.append(topic, 0, value, headers=((CONTENT_TYPE, b"application/json"),))
+            producer.publish(sink, topic, samples.take(np.arange(100, 300)), producer.Publishing(codec="msgpack"))
+        sink.close()
+    expected, actual = jobs.run_to_end(clean), jobs.run_to_end(dirty)
+    a, b = jobs.tensors(expected), jobs.tensors(actual)
+    assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
+    status = actual.read_json("status.json")
+    assert (status["samples"]["rejected"], status["samples"]["trained"]) == (15, 1500)
+    assert jobs.accounted(status)
+    assert len(dead_letters(tmp_path / "dirty" / "topics.sqlite")) == 15
+
+
+def dead_letters(path: Path) -> list[Record]:
+    """Return what lies in the dead-letter topic."""
+    from streamlearn.stream.embedded import EmbeddedLog
+
+    log = EmbeddedLog(path)
+    log.connect()
+    log.assign({("job.dlq", 0): 0})
+    found = log.poll(1)
+    log.close()
+    return found
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the single line of an error."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_a_wrong_configuration_is_78(tmp_path: Path) -> None:
+    """One line an error, naming file, key, value and what is accepted."""
+    config = jobs.write_config(tmp_path, learner={"updates_per_batch": 0})
+    done = cli("run", config)
+    assert done.returncode == 78
+    assert "learner.updates_per_batch: is 0; Input should be greater than or equal to 1" in one_line(done)
+    assert cli("config", "check", config).returncode == 78
+
+
+def test_a_busy_port_is_78(tmp_path: Path) -> None:
+    """A port that another process holds is named."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = cli("run", jobs.write_config(tmp_path, service={"port": port}))
+    assert done.returncode == 78
+    assert f"127.0.0.1:{port} cannot be taken" in one_line(done)
+
+
+def test_a_locked_state_directory_is_73(tmp_path: Path) -> None:
+    """One instance a state directory."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
+    with jobs.Daemon(config) as daemon:
+        daemon.until(lambda status: status["state"] == "running")
+        done = cli("run", config)
+        assert done.returncode == 73
+        assert "another daemon runs here" in one_line(done)
+        assert daemon.stop() == 0
+
+
+def test_a_shape_that_does_not_fit_the_checkpoint_is_78(tmp_path: Path) -> None:
+    """What shapes the state must equal the checkpoint's; everything else may change."""
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 50)
+    jobs.run_to_end(jobs.write_config(tmp_path))
+    done = cli("run", jobs.write_config(tmp_path, model={"hidden": [32]}))
+    assert done.returncode == 78
+    assert "model.hidden: the checkpoint has [64, 64], the configuration [32]" in done.stderr.strip().splitlines()[-1]
+    moved = cli("run", jobs.write_config(tmp_path, stream={"topics": ["t2", "t1"]}))
+    assert moved.returncode == 78
+    assert "have begun, in this order, and may not move" in moved.stderr
+    free = jobs.write_config(tmp_path, learner={"updates_per_batch": 2}, log={"level": "debug"})
+    assert jobs.run_to_end(free).sequence >= 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody with fewer rights")
+def test_a_missing_permission_is_77(tmp_path: Path) -> None:
+    """A state directory that may not be written is one line."""
+    config = jobs.write_config(tmp_path / "job", state_dir="/proc/nowhere")
+    done = cli("run", config)
+    assert done.returncode == 77
+    assert "/proc/nowhere: cannot be used" in one_line(done)
+
+
+@pytest.mark.kafka
+def test_a_missing_broker_is_waited_for(tmp_path: Path) -> None:
+    """No broker: one line, live but not ready, and a stop that answers at once; with a timeout, 69."""
+    over: dict[str, Any] = {"kafka": {"bootstrap_servers": "127.0.0.1:1"}}
+    with jobs.Daemon(jobs.write_config(tmp_path / "wait", **over)) as daemon:
+        daemon.until(lambda status: bool(status.get("problem")))
+        assert get(f"{daemon.http}/healthz")[0] == 200
+        code, answer = get(f"{daemon.http}/readyz")
+        assert (code, answer["checks"]["broker"]["ok"]) == (503, False)
+        warnings = [line for line in daemon.log.read_text().splitlines() if '"warning"' in line]
+        assert len(warnings) == 1
+        assert "no broker answers" in warnings[0]
+        assert daemon.stop() == 0
+    done = cli("run", jobs.write_config(tmp_path / "limited", stream={"startup_timeout": 0.1}, **over))
+    assert done.returncode == 69
+
+
+def test_an_idle_daemon_hardly_works(tmp_path: Path) -> None:
+    """With nothing to learn, the whole process uses only a little of a CPU."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 20)
+    with jobs.Daemon(config) as daemon:
+        daemon.until(waiting)
+        used = cpu_seconds(daemon.process.pid)
+        time.sleep(5)
+        share = (cpu_seconds(daemon.process.pid) - used) / 5
+        print(f"{100 * share:.2f} % of a CPU")
+        assert share < 0.1, "the target is 2 %, which benchmarks measure; this finds a loop that spins"
+        assert daemon.stop() == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_sigint_saves(tmp_path: Path) -> None:
+    """Ctrl-C is a stop like any other: the last batch is applied, saved, and accounted for."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": None})
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 1000)
+    with jobs.Daemon(config) as daemon:
+        daemon.until(lambda status: status.get("batches", 0) > 5)
+        daemon.process.send_signal(signal.SIGINT)
+        assert daemon.finish() == 0, daemon.tail()
+        saved = Store(daemon.state).all()[0]
+    assert saved.manifest["batches"] > 5
+    assert jobs.accounted(saved.read_json("status.json"))

@@ -1,0 +1,325 @@
+"""What ships for Prometheus and Grafana, checked by Prometheus itself against the real daemon."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from streamlearn.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, Metrics
+from tests.support import jobs
+from tests.support.kafka_broker import free_port
+from tests.system.test_daemon import scrape, waiting
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+RULES = DEPLOY / "prometheus" / "streamlearn.rules.yml"
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "streamlearn.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+ALERTS = [
+    rule["alert"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"] if "alert" in rule
+]
+
+LABELS = 'job="streamlearn", instance="a:1"'
+FIRING: dict[str, dict[str, str]] = {
+    "Down": {f"up{{{LABELS}}}": "0x60"},
+    "NotReady": {f"streamlearn_up_ready{{{LABELS}}}": "0x60"},
+    "CrashLooping": {f"streamlearn_start_timestamp_seconds{{{LABELS}}}": "1+60x60"},
+    "Stalled": {f'streamlearn_heartbeat_timestamp_seconds{{{LABELS}, loop="consume"}}': "0x60"},
+    "BrokerUnavailable": {f"streamlearn_broker_connected{{{LABELS}}}": "0x60"},
+    "LagGrowing": {f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "2000+10x60"},
+    "LagOld": {
+        f'streamlearn_consumer_lag_seconds{{{LABELS}, topic="t"}}': "700x60",
+        f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x60",
+    },
+    "NoProgress": {
+        f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x60",
+        f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "7x60",
+        f"streamlearn_consumer_paused{{{LABELS}}}": "0x60",
+    },
+    "DataLoss": {f'streamlearn_records_skipped_offsets_total{{{LABELS}, topic="t", reason="retention"}}': "0x30 5x30"},
+    "RejectRatioHigh": {
+        f'streamlearn_samples_rejected_total{{{LABELS}, topic="t", reason="decode"}}': "0+5x60",
+        f'streamlearn_samples_consumed_total{{{LABELS}, topic="t"}}': "0+100x60",
+    },
+    "DlqFailing": {f'streamlearn_dlq_records_total{{{LABELS}, result="failure"}}': "0+1x60"},
+    "NonFinite": {f'streamlearn_train_steps_skipped_total{{{LABELS}, reason="nonfinite"}}': "0+2x60"},
+    "CheckpointStale": {
+        f"streamlearn_checkpoint_last_success_timestamp_seconds{{{LABELS}}}": "0x60",
+        f"streamlearn_checkpoint_records_since{{{LABELS}}}": "9x60",
+    },
+    "CheckpointFailing": {f'streamlearn_checkpoints_total{{{LABELS}, result="failure", trigger="interval"}}': "0+1x60"},
+    "CheckpointCorrupt": {f"streamlearn_checkpoint_corrupt_total{{{LABELS}}}": "0x30 1x30"},
+    "StateDiskFilling": {
+        f"streamlearn_state_dir_free_bytes{{{LABELS}}}": "100x60",
+        f"streamlearn_checkpoint_last_size_bytes{{{LABELS}}}": "50x60",
+    },
+    "Forgetting": {f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.5x60"},
+    "ProbesStale": {
+        f"streamlearn_probe_last_success_timestamp_seconds{{{LABELS}}}": "0x60",
+        f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "0+9x60",
+    },
+    "MemoryGrowth": {f"process_resident_memory_bytes{{{LABELS}}}": "1e9+1e8x600"},
+    "CardinalityGuard": {f'streamlearn_metrics_labels_dropped_total{{{LABELS}, metric="m"}}': "0x30 1x30"},
+    "DeviceMemoryHigh": {
+        f'streamlearn_device_memory_allocated_bytes{{{LABELS}, device="cuda"}}': "95x60",
+        f'streamlearn_device_memory_total_bytes{{{LABELS}, device="cuda"}}': "100x60",
+    },
+}
+
+
+def promtool(*arguments: str | Path) -> None:
+    """Run promtool; fails with what it says."""
+    jobs.need(shutil.which("promtool"), "promtool (Debian: prometheus)")
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_configuration_and_rules_are_valid() -> None:
+    """Promtool accepts what ships, with every lint fatal."""
+    promtool("check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+    promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
+
+
+def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> None:
+    """Each alert fires on its fault, by `promtool test rules`; with healthy series none does."""
+    assert {f"Streamlearn{name}" for name in FIRING} == set(ALERTS)
+    tests: list[dict[str, Any]] = [
+        {
+            "interval": "1m",
+            "input_series": [{"series": series, "values": values} for series, values in inputs.items()],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="Streamlearn{name}", alertstate="firing"}})',
+                    "eval_time": "590m" if name == "MemoryGrowth" else "35m",
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+            ],
+        }
+        for name, inputs in FIRING.items()
+        if name not in {"Stalled", "CheckpointStale", "ProbesStale"}
+    ]
+    tests += [  # these compare with the clock, which starts at 0 in a test
+        {
+            "interval": "1m",
+            "input_series": [{"series": s, "values": re.sub(r"x60$", "x120", v)} for s, v in FIRING[name].items()],
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="Streamlearn{name}", alertstate="firing"}})',
+                    "eval_time": "100m",
+                    "exp_samples": [{"labels": "{}", "value": 1}],
+                }
+            ],
+        }
+        for name in ("Stalled", "CheckpointStale", "ProbesStale")
+    ]
+    healthy = {
+        f"up{{{LABELS}}}": "1x60",
+        f"streamlearn_up_ready{{{LABELS}}}": "1x60",
+        f"streamlearn_broker_connected{{{LABELS}}}": "1x60",
+        f'streamlearn_heartbeat_timestamp_seconds{{{LABELS}, loop="consume"}}': "0+60x60",
+        f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "0x60",
+        f'streamlearn_consumer_lag_seconds{{{LABELS}, topic="t"}}': "0x60",
+        f'streamlearn_samples_consumed_total{{{LABELS}, topic="t"}}': "0+100x60",
+        f'streamlearn_samples_rejected_total{{{LABELS}, topic="t", reason="decode"}}': "0x60",
+        f"streamlearn_checkpoint_last_success_timestamp_seconds{{{LABELS}}}": "0+60x60",
+        f"streamlearn_checkpoint_records_since{{{LABELS}}}": "5x60",
+        f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.05x60",
+    }
+    tests.append(
+        {
+            "interval": "1m",
+            "input_series": [{"series": series, "values": values} for series, values in healthy.items()],
+            "promql_expr_test": [{"expr": "count(ALERTS)", "eval_time": "50m", "exp_samples": []}],
+        }
+    )
+    path = tmp_path / "tests.yml"
+    path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
+    promtool("test", "rules", path)
+
+
+def test_every_alert_has_its_runbook() -> None:
+    """`runbook_url` leads to a section that exists."""
+    text = (ROOT / "docs" / "runbooks.md").read_text()
+    sections = {line.removeprefix("## ").strip() for line in text.splitlines() if line.startswith("## ")}
+    assert set(ALERTS) - sections == set()
+
+
+def plain(query: str) -> str:
+    """Return a query as Prometheus takes it, Grafana's variables filled in."""
+    return re.sub(
+        r"\$(job|instance|topic|task)", ".*", query.replace("$__rate_interval", "1m").replace("$__interval", "1m")
+    )
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_panels_are_well_made(panel: dict[str, Any]) -> None:
+    """Each has a title, a description, a unit, the chosen data source, valid queries that honour job and instance."""
+    assert panel["title"]
+    assert panel["description"]
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["datasource"]["uid"] == "${datasource}"
+    for target in panel["targets"]:
+        promql_parser.parse(plain(target["expr"]))
+        assert 'job=~"$job"' in target["expr"]
+        assert 'instance=~"$instance"' in target["expr"]
+        if "_total" in target["expr"] or "_bucket" in target["expr"]:
+            assert "[$__rate_interval]" in target["expr"]
+
+
+def test_dashboard_is_provisionable() -> None:
+    """It has a stable uid, cannot be edited by accident, and asks for no input on import."""
+    assert (DASHBOARD["uid"], DASHBOARD["editable"], DASHBOARD["id"]) == ("streamlearn-overview", False, None)
+    assert "__inputs" not in DASHBOARD
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def used_metrics(text: str) -> set[str]:
+    """Return the names of our series in a text."""
+    return set(re.findall(r"\bstreamlearn_[a-z_]+[a-z]\b", text))
+
+
+def declared() -> set[str]:
+    """Return every series that metrics.py declares, as exposed."""
+    names = {PREFIX + name for name in GAUGES} | {f"{PREFIX}{name}_total" for name in COUNTERS}
+    names |= {f"{PREFIX}{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    return names | {"streamlearn_build_info", "streamlearn_model_info"}
+
+
+def test_only_declared_series_are_used() -> None:
+    """No alert, rule or panel asks for a series that the daemon cannot have."""
+    panels = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
+    rules = " ".join(rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"])
+    recorded = {name for name in used_metrics(rules) if ":" in name} | {"streamlearn_samples_rejected"}
+    assert used_metrics(panels + rules) - declared() - recorded == set()
+
+
+def test_every_series_is_documented() -> None:
+    """docs/metrics.md names every series that the daemon exports."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    missing = [name for name in (*GAUGES, *COUNTERS, *HISTOGRAMS) if f"`{PREFIX}{name}" not in text]
+    assert missing == []
+
+
+def test_unknown_is_absent() -> None:
+    """A fresh process exposes no gauge that it cannot know, and never NaN."""
+    text, _ = Metrics().expose("")
+    exposed = used_metrics(text.decode())
+    assert exposed & {PREFIX + name for name in GAUGES} == set()
+    metrics = Metrics()
+    metrics.gauges.set("train_loss", math.nan, "t")
+    metrics.gauges.set("average_accuracy_ratio", 0.5)
+    metrics.gauges.set("average_accuracy_ratio", None)
+    assert "NaN" not in metrics.expose("")[0].decode()
+    assert "average_accuracy_ratio" not in metrics.expose("")[0].decode()
+
+
+def test_cardinality_is_bounded() -> None:
+    """Past a hundred topics a counter's new ones are folded into `other`, and that is counted."""
+    metrics = Metrics()
+    for number in range(150):
+        metrics.count("samples_late", 2, f"t{number}")
+    text = metrics.expose("")[0].decode()
+    assert 'streamlearn_samples_late_total{topic="other"} 100.0' in text
+    assert 'streamlearn_metrics_labels_dropped_total{metric="samples_late"} 50.0' in text
+
+
+def test_every_panel_is_answered(tmp_path: Path) -> None:
+    """A real Prometheus that scrapes the real daemon answers every query of every panel with finite values."""
+    jobs.need(shutil.which("prometheus"), "prometheus")
+    config = jobs.write_config(tmp_path / "job", stream={"on_finished": "wait", "batch_size": 20})
+    with jobs.Daemon(config) as daemon:
+        daemon.until(lambda status: status["state"] == "running")
+        port = free_port()
+        settings = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+        settings["global"] = {"scrape_interval": "500ms", "evaluation_interval": "1s"}
+        settings["rule_files"] = [str(RULES)]
+        settings["scrape_configs"][0]["static_configs"][0]["targets"] = [daemon.http.removeprefix("http://")]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(settings))
+        command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+                   f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]  # fmt: skip
+        prometheus = subprocess.Popen(command)
+        try:
+            await_scrapes(port, 2)
+            jobs.publish_embedded(tmp_path / "job" / "topics.sqlite", 300)
+            daemon.until(waiting)
+            await_scrapes(port, int(scrapes(port)) + 4)
+            empty = [
+                f"{panel['title']}: {target['expr']}"
+                for panel in PANELS
+                for target in panel["targets"]
+                if not finite(ask(port, plain(target["expr"])))
+            ]
+            assert empty == []
+            for variable in DASHBOARD["templating"]["list"][1:]:
+                match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+                assert match is not None
+                assert {result["metric"].get(match[2]) for result in ask(port, plain(match[1]))} != set()
+            exposed = {name for name, _ in scrape(daemon.http)}
+            assert {
+                name for name in exposed if name.startswith(("probe", "samples")) and PREFIX + name not in declared()
+            } == set()
+        finally:
+            prometheus.terminate()
+            prometheus.wait(20)
+        assert daemon.stop() == 0
+
+
+def scrapes(port: int) -> float:
+    """Return how often the daemon was scraped in the last minute, 0 while Prometheus does not answer."""
+    try:
+        found = ask(port, "count_over_time(streamlearn_heartbeat_timestamp_seconds[1m])")
+    except OSError:
+        return 0.0
+    return float(found[0]["value"][1]) if found else 0.0
+
+
+def await_scrapes(port: int, count: int) -> None:
+    """Return when the daemon was scraped so often."""
+    deadline = time.monotonic() + 60
+    while scrapes(port) < count:
+        assert time.monotonic() < deadline, "Prometheus does not scrape"
+        time.sleep(0.2)
+
+
+def ask(port: int, query: str) -> list[Any]:
+    """Return the result of an instant query; fails when Prometheus refuses it."""
+    url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        tree = json.loads(answer.read())
+    assert tree["status"] == "success"
+    found: list[Any] = tree["data"]["result"]
+    return found
+
+
+def finite(results: list[Any]) -> bool:
+    """Tell whether there is a result, and all are finite."""
+    return bool(results) and all(math.isfinite(float(result["value"][1])) for result in results)
+
+
+def test_compose_file_is_valid() -> None:
+    """The compose file follows the Compose specification's own schema."""
+    command = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_deployed_configuration_is_valid() -> None:
+    """The job that compose runs loads, and its producer publishes to its topics."""
+    from streamlearn.config import load
+    from streamlearn.strategies.recipes import RECIPES
+
+    config = load(DEPLOY / "streamlearn.yaml", RECIPES, {})
+    assert config.stream.topics == ["digits-0-1", "digits-2-3", "digits-4-5", "digits-6-7", "digits-8-9"]
+    assert str(config.service.port) in (DEPLOY / "prometheus" / "prometheus.yml").read_text()
