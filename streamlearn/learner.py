@@ -59,14 +59,12 @@ class Learner:
         scenario: Scenario,
         *,
         batch_size: int,
-        synchronize: bool = True,
     ) -> None:
         self.strategy = strategy
         self.spec = spec
         self.world = world
         self.scenario = scenario
         self.batch_size = batch_size
-        self.synchronize = synchronize  # benchmarks look at statistics less often
         self.step = 0  # optimizer steps
         self.task_steps = 0  # of them, in the current task
         self.batches = 0
@@ -83,16 +81,19 @@ class Learner:
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
         self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
+        self.forbidden = ~self.allowed
         self.outputs: list[list[int]] = []  # met in each task
         self._draws = seeded(world.seed, "learner")
-        self._stats = torch.zeros(6, device=world.device)
+        self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
+        self._clipped: list[Tensor] = []  # whether each was clipped
+        self._hits = torch.zeros((), device=world.device)  # right answers before the first update
 
     # -- learning
 
     def learn(self, batch: Batch) -> LearnStats:
         """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
         there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
-        self._stats.zero_()
+        self._noted, self._clipped = [], []
         for number in range(self.spec.updates_per_batch):
             self.update(there, first=number == 0)
         if self.cursor is None:
@@ -113,14 +114,16 @@ class Learner:
         norm, finite = finite_norm(grads)
         s.penalty.pull(self.params, grads, finite)  # toward what past tasks need, in closed form
         s.constraint.project(self.params, grads, self.gradient_of)
-        clipped = self._clip(grads)
+        self._clip(grads)
         self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
         s.penalty.settle(self.params, self.spec.optimizer.lr, finite)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
         self._update_average(finite)
-        self._note(loss, norm, finite, clipped, hits=self._hits(logits, batch) if first else None)
+        self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
+        if first:
+            self._hits = self._count_hits(logits, batch)
         self.strategy.network.module.zero_grad()
         self.step += 1
         self.task_steps += 1
@@ -165,6 +168,7 @@ class Learner:
             self._grow(size)
         masks = [self.scenario.mask(task, labels) for task in tasks]
         self.allowed = torch.tensor(masks, dtype=torch.bool, device=self.world.device).reshape(len(tasks), size)
+        self.forbidden = ~self.allowed
         found = [[self.scenario.output(label, task.name, labels) for label in task.labels] for task in tasks]
         self.outputs = [[output for output in row if output is not None] for row in found]
 
@@ -283,16 +287,16 @@ class Learner:
     def _forbidden(self, task: Tensor) -> Tensor:
         """Return the outputs that do not compete, `[B, C]` or, where one row serves all, `[1, C]`."""
         if len(self.allowed) == 1:
-            return ~self.allowed
-        return ~self.allowed[task.to(self.world.device, non_blocking=True)]
+            return self.forbidden
+        return self.forbidden[task.to(self.world.device, non_blocking=True)]
 
-    def _clip(self, grads: Sequence[Tensor]) -> Tensor | None:
+    def _clip(self, grads: Sequence[Tensor]) -> None:
         if self.spec.max_norm is None:
-            return None
+            return
         norm, _ = finite_norm(grads)
         scale = (self.spec.max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(list(grads), scale)
-        return norm > self.spec.max_norm
+        self._clipped.append(norm > self.spec.max_norm)
 
     @torch.no_grad()
     def _update_average(self, finite: Tensor) -> None:
@@ -303,29 +307,19 @@ class Learner:
             mean.lerp_(param, rate)
 
     @torch.no_grad()
-    def _hits(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _count_hits(self, logits: Tensor, batch: Batch) -> Tensor:
         masked = logits[: len(batch)].masked_fill(self._forbidden(batch.task), -torch.inf)
         return (masked.argmax(1) == batch.y).sum()
 
-    @torch.no_grad()
-    def _note(self, loss: Tensor, norm: Tensor, finite: Tensor, clipped: Tensor | None, hits: Tensor | None) -> None:
-        stats = self._stats
-        stats[0] += torch.where(finite, loss.detach(), 0.0)
-        stats[1] += finite
-        stats[2] = norm
-        if clipped is not None:
-            stats[3] += clipped & finite
-        if hits is not None:
-            stats[4] += hits
-
     def _read_stats(self, batch: Batch) -> LearnStats:
-        loss, applied, norm, clipped, hits, _ = (
-            self._stats.tolist() if self.synchronize else [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-        )
-        return LearnStats(
-            self.task, len(batch), self.spec.updates_per_batch, int(applied), int(clipped),
-            loss / applied if applied else None, hits / len(batch), norm,
-        )  # fmt: skip
+        """Wait for the device, once a batch."""
+        losses, norms, finite = (torch.stack(noted) for noted in zip(*self._noted, strict=True))
+        applied = int(finite.sum())
+        loss = float(losses[finite].mean()) if applied else None
+        clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
+        steps = self.spec.updates_per_batch
+        hits = int(self._hits)
+        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, hits / len(batch), float(norms[-1]))
 
     def _evaluated(self) -> list[Tensor]:
         return list(self.averaged.module.parameters())

@@ -71,8 +71,12 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def finite_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the norm of all tensors together, and whether it is finite: both on the device, nothing waits."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))  # noqa: SLF001 - see copy_into
-    return norm, torch.isfinite(norm)
+    if tensors[0].is_cuda:  # one launch for all; on a CPU the plain function is a little faster
+        norms = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001 - see copy_into
+    else:
+        norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm, norm < torch.inf  # false for NaN, too
 
 
 def averaging_rate(decay: float, steps: int) -> float:

@@ -6,6 +6,7 @@ import logging
 import queue
 import random
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
+SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Stream:
 
     def start(self) -> None:
         """Begin to read."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def next(self, timeout: float) -> Delivery | None:

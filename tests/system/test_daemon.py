@@ -87,8 +87,8 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path) -> dict[str, Any]:
     names = [task["name"] for task in status["tasks"]]
     for i, row in enumerate(status["matrix"]):
         for j, value in enumerate(row):
-            key = ("probe_accuracy_after_task_ratio", (("task", names[j]), ("trained_task", names[i])))
-            assert metrics.get(key) == value
+            labels = (("task", names[j]), ("trained_task", names[i]))
+            assert metrics.get(("probe_accuracy_after_task_ratio", labels)) == value
     for task in status["tasks"]:
         assert metrics["probe_accuracy_ratio", (("task", task["name"]),)] == task["probe"]["accuracy"]
         assert metrics["samples_trained_total", (("task", task["name"]),)] == task["samples"]["trained"]
@@ -115,7 +115,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path) -> dict[str, Any]:
     return status
 
 
-DEFAULT = {"generative": {}, "si": {}}
+DEFAULT: dict[str, Any] = {"generative": {}, "si": {}}
 
 
 @pytest.mark.kafka

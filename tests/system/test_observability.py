@@ -263,7 +263,7 @@ def test_every_panel_is_answered(tmp_path: Path) -> None:
             ]
             assert empty == []
             for variable in DASHBOARD["templating"]["list"][1:]:
-                match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"])
+                match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
                 assert match is not None
                 assert {result["metric"].get(match[2]) for result in ask(port, plain(match[1]))} != set()
             exposed = {name for name, _ in scrape(daemon.http)}

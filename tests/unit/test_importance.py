@@ -103,7 +103,8 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
     penalty = ImportancePenalty(
         world((5,)), Fisher(world((5,)), kind="exact", samples=8), 3.0, anchor=anchor, decay=0.5, proximal=False
     )
-    importances, anchors = [], []
+    importances: list[list[Tensor]] = []
+    anchors: list[list[Tensor]] = []
     for _ in range(3):
         network = MLP([5], 3, [6])
         end = closing(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
@@ -118,7 +119,7 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
         for task, where in zip(importances, centres, strict=True)
         for b, param, centre in zip(task, params, where, strict=True)
     )
-    expected = torch.autograd.grad(loss, params)  # type: ignore[arg-type]  # a sum of tensors is one
+    expected = torch.autograd.grad(loss, params)
     actual = [torch.zeros_like(param) for param in params]
     penalty.pull(params, actual, torch.tensor(data=True))
     for one, other in zip(actual, expected, strict=True):

@@ -1,0 +1,44 @@
+"""Run all benchmarks, or those that are named: `python -m benchmarks [update] [ingest] [idle]`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import idle, ingest, update
+
+SUITES = {"update": update.run, "ingest": ingest.run, "idle": idle.run}
+
+
+def main() -> None:
+    """Run, print, and write `results.json` beside this file."""
+    chosen = sys.argv[1:] or list(SUITES)
+    path = Path(__file__).parent / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in chosen:
+        print(f"== {name}", flush=True)
+        results[name] = SUITES[name]()
+    results["machine"] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    missed = [
+        f"{name}.{key}: {entry['value']} (target: {entry['target']})"
+        for name in chosen
+        for key, entry in results[name].items()
+        if isinstance(entry, dict) and entry.get("met") is False
+    ]
+    print("every target is met" if not missed else "missed:\n  " + "\n  ".join(missed))
+
+
+if __name__ == "__main__":
+    main()

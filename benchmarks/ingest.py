@@ -1,0 +1,119 @@
+"""How fast samples come in: Kafka and embedded topics beside the log in memory, for a learner of one step a batch."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamlearn import config as configuration
+from streamlearn import loop, producer
+from streamlearn.checkpoint import Store
+from streamlearn.config import Config, Kafka
+from streamlearn.data import Progress
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.kafka import KafkaLog, KafkaSink
+from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.reader import Stream
+from streamlearn.tensors import prepare
+from tests.support.kafka_broker import KafkaBroker
+
+if TYPE_CHECKING:
+    from streamlearn.stream.log import Log, Sink
+
+SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
+TARGET = 0.8
+
+
+class Nobody:
+    """Asks nothing of the loop."""
+
+    stopping = False
+    paused = False
+
+    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        """Answer nobody."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait for nobody."""
+
+
+def settings(directory: Path, topic: str) -> Config:
+    """Return the configuration of a learner of one step a batch."""
+    tree = {
+        "state_dir": str(directory / "state"),
+        "device": "cpu",
+        "input": {"shape": [PIXELS], "dtype": "uint8", "scale": 255},
+        "classes": 10,
+        "holdout": {"fraction": 0},
+        "stream": {"topics": [topic], "on_finished": "exit", "batch_size": 128},
+        "learner": {"updates_per_batch": 1, "average": None},
+        "strategy": "naive",
+        "checkpoint": {"every_seconds": None},
+    }
+    path = directory / "job.yaml"
+    path.write_text(configuration.dump(tree))
+    return configuration.load(path, RECIPES, {})
+
+
+def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:
+    """Return samples a second through the whole loop."""
+    spec = config.stream
+    job = Job.make(config, Store(config.state_dir), Metrics())
+    dead = DeadLetters(sink, "dlq")
+    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    stream = Stream(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    begun = time.perf_counter()
+    stream.start()
+    loop.run(job, stream, Nobody())
+    seconds = time.perf_counter() - begun
+    stream.stop()
+    assert job.progress.totals()["trained"] == samples
+    return samples / seconds
+
+
+def measure(log: Log, sink: Sink, topic: str, samples: int, codec: str) -> float:
+    """Publish to a topic and return the rate at which it is learned."""
+    rng = np.random.default_rng(0)
+    content = producer.Samples(rng.integers(0, 255, (samples, PIXELS), np.uint8), rng.integers(0, 10, samples).tolist())
+    producer.publish(sink, topic, content, producer.Publishing(codec=codec))
+    with tempfile.TemporaryDirectory() as name:
+        return rate(log, sink, settings(Path(name), topic), samples)
+
+
+def run() -> dict[str, Any]:
+    """Measure every source; print and return samples a second, and the ratio to memory."""
+    prepare(1)
+    store = MemoryStore()
+    rates: dict[str, float] = {"memory, batched": measure(MemoryLog(store), store, "m", SAMPLES, "batch")}
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with KafkaBroker(directory / "kafka") as broker:
+            kafka = Kafka.model_validate({"bootstrap_servers": broker.address})
+            sink = KafkaSink(kafka)
+            rates["kafka, batched"] = measure(KafkaLog(kafka, "bench"), sink, "k", SAMPLES, "batch")
+            rates["kafka, single (msgpack)"] = measure(KafkaLog(kafka, "bench"), sink, "k1", SINGLE, "msgpack")
+            rates["kafka, single (json)"] = measure(KafkaLog(kafka, "bench"), sink, "k2", SINGLE, "json")
+            sink.close()
+        path = directory / "topics.sqlite"
+        embedded = EmbeddedSink(path)
+        rates["embedded, batched"] = measure(EmbeddedLog(path), embedded, "e", SAMPLES, "batch")
+        rates["embedded, single (msgpack)"] = measure(EmbeddedLog(path), embedded, "e1", SINGLE, "msgpack")
+        embedded.close()
+    results: dict[str, Any] = {}
+    for source, value in rates.items():
+        ratio = value / rates["memory, batched"]
+        print(f"{source:<28}{value:>12,.0f} samples/s{ratio:>8.2f} of memory", flush=True)
+        results[source] = {"value": round(ratio, 3), "samples_per_second": round(value)}
+    results["kafka, batched"] |= {"target": f">= {TARGET}", "met": results["kafka, batched"]["value"] >= TARGET}
+    return results

@@ -1,0 +1,147 @@
+"""The update beside a plain torch loop: same net, batch, fused optimizer, thread and floating-point mode, in turn."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamlearn import config as configuration
+from streamlearn.data import Batch, Task
+from streamlearn.learner import Learner, make_learner
+from streamlearn.models.mlp import MLP
+from streamlearn.models.vae import VAE
+from streamlearn.scenario import Scenario
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.tensors import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BATCH, PIXELS, CLASSES, HIDDEN = 128, 784, 10, 400
+STEPS, ROUNDS = 40, 9
+TARGETS = {"naive": 1.05, "ewc": 1.2, "si": 1.5, "er": 2.0, "generative": 1.2}
+
+
+def learner(strategy: dict[str, Any]) -> Learner:
+    """Return a learner with one finished task, so that the past is there to be protected."""
+    tree = {
+        "device": "cpu",
+        "input": {"shape": [PIXELS]},
+        "classes": CLASSES,
+        "scenario": {"kind": "class", "active": "all"},
+        "stream": {"topics": ["a", "b"], "batch_size": BATCH},
+        "learner": {"updates_per_batch": STEPS, "average": None},
+        "strategy": strategy,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "job.yaml"
+        path.write_text(configuration.dump(tree))
+        config = configuration.load(path, RECIPES, {})
+    made = make_learner(config, Scenario.from_config(config))
+    for index in range(2):
+        made.begin_task(Task(index, "ab"[index]))
+        made.activate([Task(n, "ab"[n], labels=list(range(CLASSES))) for n in range(index + 1)], list(range(CLASSES)))
+        if index == 0:
+            made.learn(samples(index))
+            for _ in made.refine():
+                pass
+            made.end_task()
+    return made
+
+
+def samples(task: int) -> Batch:
+    """Return a batch of noise."""
+    generator = torch.Generator().manual_seed(task)
+    x = torch.rand(BATCH, PIXELS, generator=generator)
+    return Batch(x, torch.randint(CLASSES, (BATCH,), generator=generator), torch.full((BATCH,), task))
+
+
+def plain() -> Callable[[], None]:
+    """Return a plain loop of so many steps."""
+    model, batch = MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]), samples(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            functional.cross_entropy(model(batch.x), batch.y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return steps
+
+
+def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
+    """Return a loop that does the work of generative replay, written out: generate, label, learn both nets."""
+    batch, count = samples(1), ratio * BATCH
+    solver, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]) for _ in range(2))
+    generator, old = (
+        VAE([PIXELS], CLASSES, conditional=True, hidden=HIDDEN, latent=latent, likelihood="bernoulli") for _ in range(2)
+    )
+    optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in (solver, generator)]
+    weight = torch.cat([torch.full((BATCH,), 0.5 / BATCH), torch.full((count,), 0.5 / count)])
+
+    def generated() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            y = torch.randint(CLASSES, (count,))
+            x = old.generate(torch.randn(count, latent), y)
+            return x, y, torch.softmax(frozen(x) / 2, 1)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            x_old, y_old, soft = generated()
+            x, y = torch.cat([batch.x, x_old]), torch.cat([batch.y, y_old])
+            logits = solver(x)
+            new = functional.cross_entropy(logits[:BATCH], batch.y, reduction="none")
+            past = -4 * (soft * functional.log_softmax(logits[BATCH:] / 2, 1)).sum(1)
+            torch.dot(torch.cat([new, past]), weight).backward()
+            (generator.loss(x, y, torch.randn(len(x), latent)) * weight).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return steps
+
+
+def ratio_of(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
+    """Return the median ratio of alternating rounds, and the median milliseconds a step of each."""
+    pairs = []
+    for _ in range(ROUNDS + 1):
+        times = []
+        for steps in (theirs, ours):
+            begun = time.perf_counter()
+            steps()
+            times.append((time.perf_counter() - begun) / STEPS * 1000)
+        pairs.append(times)
+    rest = pairs[1:]  # the first is warming up
+    ratio = statistics.median(own / other for other, own in rest)
+    return ratio, statistics.median(own for _, own in rest), statistics.median(other for other, _ in rest)
+
+
+def run() -> dict[str, Any]:
+    """Measure every strategy; print and return ratios, milliseconds and targets."""
+    prepare(1)
+    results: dict[str, Any] = {}
+    print(f"{'strategy':<12}{'ratio':>8}{'target':>8}{'ms/step':>10}{'plain':>10}")
+    for name, target in TARGETS.items():
+        ours, batch = learner({name: {"average": None} if name == "generative" else {}}), samples(1)
+        theirs = bare_replay() if name == "generative" else plain()
+        ratio, milliseconds, other = ratio_of(lambda ours=ours, batch=batch: ours.learn(batch), theirs)  # type: ignore[misc]
+        print(f"{name:<12}{ratio:>8.3f}{target:>8.2f}{milliseconds:>10.3f}{other:>10.3f}", flush=True)
+        results[name] = {
+            "value": round(ratio, 3),
+            "target": f"<= {target}",
+            "met": ratio <= target,
+            "ms_per_step": round(milliseconds, 3),
+            "plain_ms_per_step": round(other, 3),
+        }
+    generative = results["generative"]
+    generative["us_per_sample"] = round(1000 * generative["ms_per_step"] / (3 * BATCH), 2)
+    generative["plain_us_per_sample"] = round(1000 * generative["plain_ms_per_step"] / (3 * BATCH), 2)
+    return results

@@ -1,0 +1,138 @@
+"""Split MNIST at full size: 60,000 samples seen once, 10,000 as probes. `make test-slow` runs it (about half an hour)."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from streamlearn import producer
+from streamlearn.checkpoint import Checkpoint, Store
+from streamlearn.config import Kafka
+from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.kafka import KafkaSink
+from streamlearn.stream.log import CONTENT_TYPE, Sink
+from tests.faults.test_kill import killed_to_end
+from tests.support import jobs
+from tests.support.kafka_broker import KafkaBroker
+from tests.system.test_daemon import check_agreement, cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.slow, pytest.mark.kafka, pytest.mark.timeout(3600)]
+
+SECONDS = 1500
+SEED = random.randrange(10_000)
+ALL: dict[str, Any] = {
+    "model": {"hidden": [400, 400]},
+    "strategy": {"generative": {}, "si": {}},
+    "learner": {"updates_per_batch": 10},
+    "stream": {"batch_size": 100},
+    "checkpoint": {"every_seconds": 15, "every_batches": None},
+}
+
+
+def publish(sink: Sink, *, garbage: bool = False) -> None:
+    """Publish all of MNIST, one record a sample where there is garbage among them."""
+    for topic, (samples, probe) in zip(jobs.TOPICS, jobs.tasks(60_000, None), strict=True):
+        if not garbage:
+            producer.publish(sink, topic, samples, producer.Publishing(), probe=probe)
+            continue
+        for start in range(0, len(samples), 1000):
+            part = samples.take(np.arange(start, min(start + 1000, len(samples))))
+            how = producer.Publishing(codec="msgpack", markers=start + 1000 >= len(samples))
+            for number in range(10) if start else ():  # the topic is made by what comes first
+                value = os.urandom(50) if number % 2 else b'{"x": [1, 2, 3], "y": 0}'
+                sink.append(topic, 0, value, headers=((CONTENT_TYPE, b"application/json"),))
+            producer.publish(sink, topic, part, how, probe=probe if start == 0 else None)
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
+    """Give a broker of this module's own, which may be killed."""
+    with KafkaBroker(tmp_path_factory.mktemp("kafka")) as started:
+        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": started.address}))
+        publish(sink)
+        sink.close()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Give the last checkpoint of the default job, never disturbed, after every figure was found to agree."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    config = jobs.kafka_config(directory, broker.address, "", **jobs.merged(ALL, {"stream": {"on_finished": "wait"}}))
+    with jobs.Daemon(config) as daemon:
+        daemon.until(lambda status: [t["state"] for t in status.get("tasks", [])] == ["ended"] * 5, SECONDS)
+        check_agreement(daemon, directory)
+        assert daemon.stop() == 0
+    return Store(daemon.state).all()[0]
+
+
+def test_the_default_remembers(undisturbed: Checkpoint) -> None:
+    """Class-incremental, every sample seen once: an average accuracy of at least 0.92, and every sample accounted for."""
+    status = undisturbed.read_json("status.json")
+    print(status["average_accuracy"], status["average_forgetting"])
+    assert status["average_accuracy"] >= 0.92
+    assert status["samples"]["trained"] == 60_000
+    assert jobs.accounted(status)
+
+
+def test_naive_forgets(broker: KafkaBroker, tmp_path: Path) -> None:
+    """Without a strategy only the last two digits are known."""
+    config = jobs.kafka_config(tmp_path / "naive", broker.address, "", **{**ALL, "strategy": "naive"})
+    assert 0.18 < jobs.run_to_end(config, SECONDS).read_json("status.json")["average_accuracy"] < 0.22
+
+
+def test_five_kills_over_kafka_and_one_of_the_broker(
+    broker: KafkaBroker, undisturbed: Checkpoint, tmp_path: Path
+) -> None:
+    """`kill -9` five times at random, and of the broker once: the final tensors are bit-equal."""
+    print(f"seed {SEED}")
+    chance = random.Random(SEED)
+    config = jobs.kafka_config(tmp_path / "killed", broker.address, "", **ALL)
+    killed_to_end(config, 5, chance, 50)
+    with jobs.Daemon(config) as daemon:
+        time.sleep(chance.uniform(5, 20))
+        broker.kill()
+        time.sleep(chance.uniform(1, 10))
+        broker.start()
+        assert daemon.finish(SECONDS) == 0, daemon.tail()
+    actual = Store(daemon.state).all()[0]
+    assert jobs.differences(undisturbed, actual) == []
+    assert jobs.accounted(actual.read_json("status.json"))
+
+
+def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path) -> None:
+    """Embedded topics with the same records, killed five times, end with the very tensors of the Kafka run."""
+    print(f"seed {SEED}")
+    config = jobs.write_config(tmp_path, **ALL)
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    publish(sink)
+    sink.close()
+    killed_to_end(config, 5, random.Random(SEED), 50)
+    actual = jobs.run_to_end(config, SECONDS)
+    assert jobs.differences(undisturbed, actual) == []
+    assert jobs.accounted(actual.read_json("status.json"))
+
+
+def test_one_percent_of_garbage(undisturbed: Checkpoint, tmp_path: Path) -> None:
+    """Garbage among single-sample records all ends in the dead-letter topic; the tensors are those without it."""
+    config = jobs.write_config(tmp_path, **ALL)
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    publish(sink, garbage=True)
+    sink.close()
+    actual = jobs.run_to_end(config, SECONDS)
+    a, b = jobs.tensors(undisturbed), jobs.tensors(actual)
+    assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
+    status = actual.read_json("status.json")
+    assert 400 < status["samples"]["rejected"] < 700
+    assert jobs.accounted(status)
+    topics = cli("topics", "--embedded", tmp_path / "topics.sqlite", "--json")
+    assert f'"end": {status["samples"]["rejected"]}' in topics.stdout
