@@ -114,12 +114,12 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
         penalty.end_task(end)
     params = [param.detach().clone().requires_grad_() for param in MLP([5], 3, [6]).parameters()]
     centres = anchors if anchor == "all" else [anchors[-1]] * 3
-    loss = sum(
+    parabolas = [
         (1.5 * b * (param - centre).square()).sum()
         for task, where in zip(importances, centres, strict=True)
         for b, param, centre in zip(task, params, where, strict=True)
-    )
-    expected = torch.autograd.grad(loss, params)
+    ]
+    expected = torch.autograd.grad(torch.stack(parabolas).sum(), params)
     actual = [torch.zeros_like(param) for param in params]
     penalty.pull(params, actual, torch.tensor(data=True))
     for one, other in zip(actual, expected, strict=True):
