@@ -100,6 +100,10 @@ class EmbeddedLog:
         rows = self.database.execute("SELECT name, topic_id, partitions FROM topics").fetchall()
         return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
 
+    def topic_id(self, topic: str) -> str | None:
+        row = self.database.execute("SELECT topic_id FROM topics WHERE name = ?", (topic,)).fetchone()
+        return str(row[0]) if row is not None else None
+
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         query = "SELECT min(offset), max(offset) FROM records WHERE topic = ? AND partition = ?"
         found = {partition: self.database.execute(query, partition).fetchone() for partition in partitions}

@@ -134,9 +134,15 @@ class KafkaLog:
         self.cluster_id = self._ask(self._admin.describe_cluster).get("cluster_id")
 
     def topics(self) -> dict[str, TopicInfo]:
-        names = sorted(self._ask(self._admin.list_topics))
+        return self._describe(sorted(self._ask(self._admin.list_topics)))
+
+    def topic_id(self, topic: str) -> str | None:
+        info = self._describe([topic]).get(topic)
+        return info.topic_id if info is not None else None
+
+    def _describe(self, names: Sequence[str]) -> dict[str, TopicInfo]:
         found = {}
-        for entry in self._ask(self._admin.describe_topics, names) if names else []:
+        for entry in self._ask(self._admin.describe_topics, list(names)) if names else []:
             name = entry.get("name") or entry.get("topic")
             if entry.get("error_code") in {29, 30}:
                 raise StreamlearnError(f"{name}: no permission to describe the topic", code=77)
@@ -173,8 +179,9 @@ class KafkaLog:
     def poll(self, timeout: float) -> list[Record]:
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout * 1000))
-        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError):
-            return []  # the reader's own checks of ids and bounds find it, and say what it is
+        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError) as error:
+            # not one record more before the reader has compared ids and bounds, which it does when it connects
+            raise BrokerUnavailable(f"the log is not what it was: {type(error).__name__}") from error
         except PERMISSION as error:
             raise StreamlearnError(str(error), code=77) from error
         except kafka_errors.KafkaError as error:

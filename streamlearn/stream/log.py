@@ -75,6 +75,9 @@ class Log(Protocol):
     def topics(self) -> dict[str, TopicInfo]:
         """Return all topics, freshly asked for."""
 
+    def topic_id(self, topic: str) -> str | None:
+        """Return a topic's id as it is now, or None if it is gone."""
+
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         """Return begin and end of each partition; one that is too new to be known may be missing."""
 

@@ -70,6 +70,10 @@ class MemoryLog:
         with self.store.changed:
             return dict(self.store.infos)
 
+    def topic_id(self, topic: str) -> str | None:
+        info = self.store.infos.get(topic)
+        return info.topic_id if info is not None else None
+
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         with self.store.changed:
             return {partition: Bounds(0, len(self.store.records[partition])) for partition in partitions}

@@ -185,10 +185,18 @@ class Stream:
             return
         self._balance()
         records = self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
+        self._identify({record.topic for record in records})
         for record in records:
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
         self._after_poll(records)
+
+    def _identify(self, topics: set[str]) -> None:
+        """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
+        for topic in topics:
+            known = self.assembler.topic_id(topic)
+            if known is not None and self.source.topic_id(topic) != known:
+                raise BrokerUnavailable(f"topic {topic} is not the one that was read so far")
 
     def _after_poll(self, records: list[Record]) -> None:
         if records:

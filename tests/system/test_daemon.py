@@ -68,7 +68,7 @@ def any_lag(status: Mapping[str, Any]) -> bool:
     return any(count for partitions in status["lag"].values() for count in partitions.values())
 
 
-def check_agreement(daemon: jobs.Daemon, tmp_path: Path) -> dict[str, Any]:
+def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None = 200) -> dict[str, Any]:
     """Assert that /metrics, /status, `status --json`, `report` and `predict` show the same; return the status."""
     status = daemon.until(waiting)
     metrics = scrape(daemon.http)
@@ -108,7 +108,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path) -> dict[str, Any]:
     assert f"{100 * status['average_accuracy']:.1f} %" in page
     assert (tmp_path / "report" / "accuracy.png").stat().st_size > 5000
 
-    for number, (_, probe) in enumerate(jobs.tasks(1)):
+    for number, (_, probe) in enumerate(jobs.tasks(1, probe_size)):
         np.savez(tmp_path / "probe.npz", x=probe.x, y=np.array(probe.y))
         done = cli("predict", "--state", daemon.state, tmp_path / "probe.npz", "--json")
         assert json.loads(done.stdout)["accuracy"] == status["tasks"][number]["probe"]["accuracy"], done.stderr

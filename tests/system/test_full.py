@@ -70,7 +70,7 @@ def undisturbed(broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -
     config = jobs.kafka_config(directory, broker.address, "", **jobs.merged(ALL, {"stream": {"on_finished": "wait"}}))
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: [t["state"] for t in status.get("tasks", [])] == ["ended"] * 5, SECONDS)
-        check_agreement(daemon, directory)
+        check_agreement(daemon, directory, None)
         assert daemon.stop() == 0
     return Store(daemon.state).all()[0]
 

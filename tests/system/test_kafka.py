@@ -1,0 +1,144 @@
+"""What only a real broker can do to us: topics made anew, retention, transactions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.structs import TopicPartition
+
+from streamlearn.data import Progress, StreamlearnError
+from streamlearn.stream.kafka import KafkaLog, KafkaSink
+from streamlearn.stream.log import CONTENT_TYPE
+from tests.contract.test_streams import World, everything, places, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from streamlearn.config import Kafka
+    from streamlearn.stream.reader import Stream
+
+pytestmark = pytest.mark.kafka
+SECONDS = 30
+
+
+@pytest.fixture
+def world(kafka: Kafka) -> Iterator[World]:
+    """Give a broker's topics with a prefix of their own."""
+    prefix = f"k{uuid.uuid4().hex[:8]}"
+    made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
+    yield made
+    for stream in made.streams:
+        stream.stop()
+    made.sink.close()
+
+
+@pytest.fixture
+def admin(kafka: Kafka) -> Iterator[KafkaAdminClient]:
+    """Give an operator's client."""
+    client = KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    yield client
+    client.close()
+
+
+def problem(stream: Stream) -> str:
+    """Return the problem that a stream shows, once it does."""
+    deadline = time.monotonic() + SECONDS
+    while stream.status.problem is None:
+        assert time.monotonic() < deadline, "no problem was seen"
+        time.sleep(0.05)
+    return stream.status.problem
+
+
+def begun(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
+    """Return a stream that has learned the first eight samples of an open task, its progress and the topic."""
+    name = world.topic("a", [0, 1] * 4, marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[name], on_finished="wait", **spec)
+    until(stream, lambda found: len(places(found)) == 2, progress)
+    return stream, progress, name
+
+
+def test_a_topic_made_anew_is_another_topic(world: World, admin: KafkaAdminClient) -> None:
+    """A topic that was deleted and created again under its name is never taken for the old one."""
+    stream, _, name = begun(world)
+    admin.delete_topics([name])
+    deadline = time.monotonic() + SECONDS
+    while name in admin.list_topics():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    world.topic("a", [1] * 20, marker=False)
+    deadline = time.monotonic() + SECONDS
+    while "deleted and created again" not in (stream.status.problem or ""):
+        assert time.monotonic() < deadline, stream.status.problem
+        time.sleep(0.05)
+    assert stream.next(1.0) is None
+
+
+def lose(world: World, admin: KafkaAdminClient, name: str) -> None:
+    """Have the broker drop what was not read yet, as retention does: ten records, of which the last three stay."""
+    for number in range(10):
+        world.send(name, 100.0 + number, 1)
+    world.sink.flush()
+    admin.delete_records({TopicPartition(name, 0): 15})
+
+
+def test_lost_records_stop_the_stream(world: World, admin: KafkaAdminClient) -> None:
+    """Records that retention took before they were read are an error that says so, not a gap in silence."""
+    first, progress, name = begun(world)
+    first.stop()
+    lose(world, admin, name)
+    stream = world.stream(Progress.from_json(progress.to_json(), progress.positions), topics=[name], on_finished="wait")
+    assert "begins at 15, past our position 8" in problem(stream)
+    assert stream.next(1.0) is None
+
+
+def test_lost_records_may_be_jumped_over_and_are_counted(world: World, admin: KafkaAdminClient) -> None:
+    """With `earliest` reading goes on at what is left, and every lost offset is counted."""
+    first, progress, name = begun(world)
+    first.stop()
+    lose(world, admin, name)
+    world.mark(name)
+    stream = world.stream(
+        Progress.from_json(progress.to_json(), progress.positions), topics=[name], on_offset_out_of_range="earliest"
+    )
+    found = everything(stream, progress)
+    assert places(found) == [[107, 108, 109]]
+    assert sum((sum(delivery.found.gaps.values()) for delivery in found), 0) == 7
+    assert progress.unaccounted() == {}
+
+
+def test_lost_records_may_end_the_daemon(world: World, admin: KafkaAdminClient) -> None:
+    """With `exit` the loop gets the error."""
+    first, progress, name = begun(world)
+    first.stop()
+    lose(world, admin, name)
+    stream = world.stream(
+        Progress.from_json(progress.to_json(), progress.positions), topics=[name], on_offset_out_of_range="exit"
+    )
+    with pytest.raises(StreamlearnError, match="begins at 15"):
+        until(stream, lambda _: False)
+
+
+def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, kafka: Kafka) -> None:
+    """What a transaction aborted is not learned, and its offsets do not keep a task from reaching its end."""
+    name = world.topic("a", [0, 1], marker=False)
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
+    producer.init_transactions()
+    for text, keep in ((b'{"x": [50], "y": 0}', False), (b'{"x": [2], "y": 1}', True), (b'{"x": [60], "y": 0}', False)):
+        producer.begin_transaction()
+        producer.send(name, value=text, partition=0, headers=[(CONTENT_TYPE, b"application/json")])
+        producer.flush()
+        if keep:
+            producer.commit_transaction()
+        else:
+            producer.abort_transaction()
+    producer.close()
+    after = world.topic("b", [2])
+    progress = Progress()
+    found = everything(world.stream(topics=[name, after]), progress)
+    assert places(found) == [[0, 1, 2], [0]]
+    assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic", "marker"]
