@@ -1,0 +1,29 @@
+"""The demonstration that `make demo` runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from tests.system.test_daemon import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_demo_shows_forgetting_and_its_cure(tmp_path: Path) -> None:
+    """It ends by itself, with a table, a page, a picture and a summary in which naive forgets and the default does not."""
+    done = cli("demo", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "average accuracy" in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) == {"naive", "joint", "default"}
+    assert all(len(run["matrix"]) == 5 for run in summary.values())
+    accuracy = {name: run["average_accuracy"] for name, run in summary.items()}
+    assert 0.15 < accuracy["naive"] < 0.25
+    assert accuracy["joint"] > 0.9
+    assert accuracy["default"] > 0.8
+    assert summary["naive"]["average_forgetting"] > 0.9
+    assert summary["default"]["average_forgetting"] < 0.3
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    assert "data:image/png" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,59 @@
+"""Positions, progress and the order of names."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamlearn.data import Delivery, Found, Position, Positions, Progress, StreamlearnError, Task, natural_key
+
+partitions = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3))
+positions = st.dictionaries(partitions, st.builds(Position, st.integers(0, 99), st.integers(0, 9)))
+
+
+@given(at=positions, ids=st.dictionaries(st.sampled_from(["a", "b"]), st.text(max_size=3)))
+def test_positions_survive_json(at: dict[tuple[str, int], Position], ids: dict[str, str]) -> None:
+    """What is saved beside the weights is what was applied."""
+    known = {topic: value for topic, value in ids.items() if topic in {topic for topic, _ in at}}
+    one = Positions(at, known, "cluster")
+    assert Positions.from_json(json.loads(json.dumps(one.to_json()))) == one
+
+
+@given(one=positions, other=positions)
+def test_positions_never_go_back(one: dict[tuple[str, int], Position], other: dict[tuple[str, int], Position]) -> None:
+    """Moving on takes the later of each, or refuses."""
+    behind = [p for p in other if p in one and other[p] < one[p]]
+    if behind:
+        with pytest.raises(StreamlearnError, match="would go back"):
+            Positions(one).advance(Positions(other))
+    else:
+        assert Positions(one).advance(Positions(other)).at == {**one, **other}
+
+
+def test_progress_accounts_for_every_sample() -> None:
+    """Totals, a task's counts and the marks move with the delivery, and survive JSON."""
+    progress = Progress(tasks=[Task(0, "a")])
+    found = Found(
+        consumed=Counter(a=5, b=1),
+        outcomes=Counter({("a", "held_out"): 2, ("a", "rejected"): 3, ("b", "late"): 1}),
+        labels=[(0, 7), (0, "x"), (0, 7)],
+        markers=[("a", 0)],
+    )
+    progress.meet(found)
+    progress.apply(Delivery(Positions({("a", 0): Position(5)}), found, closes={0: 9}), "trained")
+    assert progress.unaccounted() == {}
+    assert (progress.labels, progress.tasks[0].labels, progress.tasks[0].marked) == ([7, "x"], [7, "x"], [0])
+    assert progress.tasks[0].ends == {0: 9}
+    tree = json.loads(json.dumps(progress.to_json()))
+    assert Progress.from_json(tree, progress.positions) == progress
+    progress.ledger["a"]["consumed"] += 1
+    assert progress.unaccounted() == {"a": 1}
+
+
+def test_names_are_ordered_as_people_do() -> None:
+    """Digits are compared as numbers."""
+    assert sorted(["t-10", "t-2", "t", "a9", "t-1"], key=natural_key) == ["a9", "t", "t-1", "t-2", "t-10"]

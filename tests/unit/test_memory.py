@@ -1,0 +1,67 @@
+"""What is kept of the present task and of past ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from streamlearn.data import StreamlearnError
+from streamlearn.memory import ALL, EpisodicMemory, Immutable, Reservoir
+
+
+def numbers(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return samples whose x is their number."""
+    return torch.arange(start, start + count, dtype=torch.float32)[:, None], torch.zeros(count, dtype=torch.int64)
+
+
+def test_a_reservoir_is_a_uniform_sample() -> None:
+    """Every sample of a long task has the same chance, whatever the batches."""
+    hits = torch.zeros(100)
+    for seed in range(400):
+        reservoir = Reservoir(10, 1 << 20, seed)
+        for start in range(0, 100, 7):
+            reservoir.add(*numbers(start, min(7, 100 - start)))
+        assert len(reservoir) == 10
+        hits[reservoir.x.flatten().long()] += 1
+    assert float(hits.min()) > 15
+    assert float(hits.max()) < 70
+
+
+def test_a_sealed_reservoir_ignores_additions() -> None:
+    """While a task is refined its samples stay what they are."""
+    reservoir = Reservoir(ALL, 1 << 20, 0)
+    reservoir.add(*numbers(0, 3))
+    reservoir.sealed = True
+    reservoir.add(*numbers(3, 3))
+    assert reservoir.x.flatten().tolist() == [0, 1, 2]
+
+
+def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
+    """Each finished task gets the same share; the rest is evicted."""
+    memory = EpisodicMemory(12, 1 << 20, 0)
+    for task in range(3):
+        memory.store(task, *numbers(100 * task, 20))
+    assert {task: len(y) for task, (_, y) in memory.slots.items()} == {0: 4, 1: 4, 2: 4}
+    assert memory.evicted == 3 * 20 - 3 * 4
+    x, _, task = memory.draw(3000)
+    assert torch.equal((x.flatten() // 100).long(), task)
+    assert all(800 < int((task == n).sum()) < 1200 for n in range(3))
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_bound() -> None:
+    """Joint training past its bytes says so; a budget is cut to them."""
+    with pytest.raises(StreamlearnError, match=r"memory\.max_bytes: 100 bytes hold"):
+        EpisodicMemory(ALL, 100, 0).store(0, *numbers(0, 100))
+    memory = EpisodicMemory(1000, 120, 0)
+    memory.store(0, *numbers(0, 100))
+    assert len(memory) == 10
+
+
+def test_a_slot_has_a_name_of_its_own_for_each_size() -> None:
+    """A file that a checkpoint links never changes: a slot that was cut has another name."""
+    memory = EpisodicMemory(10, 1 << 20, 0)
+    memory.store(0, *numbers(0, 20))
+    names = set(memory.state_dict()["slots"])
+    memory.store(1, *numbers(100, 20))
+    assert (names, set(memory.state_dict()["slots"])) == ({"0-10"}, {"0-5", "1-5"})
+    assert all(isinstance(slot, Immutable) for slot in memory.state_dict()["slots"].values())
