@@ -98,8 +98,7 @@ class Desk:
     def stop(self) -> None:
         """Have the loop end after the batch it is at, and hold it to its grace period."""
         if not self.stopping:
-            self.stopping = True
-            self._bell.set()
+            self.stopping = True  # and no more: a signal may have come while the loop holds a lock
             threading.Thread(target=self._hold_to_grace, name="grace", daemon=True).start()
 
     def status(self) -> dict[str, Any]:
@@ -162,6 +161,7 @@ class Desk:
         }
 
     def _hold_to_grace(self) -> None:
+        self._bell.set()
         time.sleep(self.config.shutdown_grace)
         log.error(
             "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint",

@@ -77,7 +77,7 @@ class Learner:
         self.params: list[Tensor] = list(strategy.network.module.parameters())
         o = spec.optimizer
         self.optimizer = Optimizer(self.params, o.name, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-        self.averaged: Network = self._copy_network()
+        self.averaged: Network = self._averaged_network()
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
         self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
@@ -216,6 +216,8 @@ class Learner:
         if params is not None:
             network = self._copy_network()
             copy_into(list(network.module.parameters()), params)
+        training = network.module.training
+        network.module.eval()
         hits = torch.zeros((), device=self.world.device)
         total = torch.zeros((), device=self.world.device)
         for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
@@ -225,6 +227,7 @@ class Learner:
             masked = logits.masked_fill(self._forbidden(tasks), -torch.inf)
             hits += (masked.argmax(1) == target).sum()
             total += functional.cross_entropy(masked, target, reduction="sum")
+        network.module.train(training)
         return float(hits) / len(y), float(total) / len(y)
 
     @property
@@ -269,7 +272,7 @@ class Learner:
         self.params = list(self.strategy.network.module.parameters())
         self.optimizer.follow(self.params)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.averaged = self._copy_network()
+        self.averaged = self._averaged_network()
         if self.spec.average is not None:
             self.averaged.module.load_state_dict(state["model"])
         self.reservoir.load_state_dict(state["reservoir"])
@@ -324,9 +327,11 @@ class Learner:
     def _evaluated(self) -> list[Tensor]:
         return list(self.averaged.module.parameters())
 
+    def _averaged_network(self) -> Network:
+        """Return a network for the average, or where there is none, the live one."""
+        return self.strategy.network if self.spec.average is None else self._copy_network()
+
     def _copy_network(self) -> Network:
-        if self.spec.average is None and not hasattr(self, "averaged"):
-            return self.strategy.network
         network = copy.deepcopy(self.strategy.network)
         network.module.requires_grad_(requires_grad=False).eval()
         return network

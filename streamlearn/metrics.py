@@ -294,9 +294,6 @@ class Metrics:
         self.gauges.set("backward_transfer", matrix.backward_transfer)
         self.gauges.set("forward_transfer", matrix.forward_transfer)
         self.gauges.set("average_forgetting_ratio", matrix.average_forgetting)
-        for task, loss in matrix.loss.items():
-            if not math.isfinite(loss):
-                self.count("probe_failures", 1, names.get(task, "other"))
         if matrix.now:
             self.gauges.set("probe_last_success_timestamp_seconds", now)
 

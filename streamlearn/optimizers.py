@@ -89,4 +89,4 @@ class Optimizer:
         device = self.params[0].device
         named = {key: clones([values[str(n)].to(device) for n in range(len(values))]) for key, values in state.items()}
         self.steps = named.pop("steps")
-        self.moments = named
+        self.moments |= {key: values for key, values in named.items() if key in self.moments}

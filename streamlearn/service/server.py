@@ -21,8 +21,8 @@ TIMEOUT_SECONDS = 5
 
 
 def control_socket_path(state_dir: Path) -> Path:
-    """Return where the control socket of a state directory lies: in it, or where its path would be too long, elsewhere."""
-    path = state_dir.resolve() / "control.sock"
+    """Return where the control socket of a state directory lies: below it, or where its path would be too long, elsewhere."""
+    path = state_dir.resolve() / "run" / "control.sock"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         return path
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - the directory below it is ours alone

@@ -158,6 +158,20 @@ def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -
     assert one.digest() == other.digest()
 
 
+def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
+    """Where there is no average, probes see the live weights, before a restart and after it."""
+    plain = {"updates_per_batch": 3, "average": None, "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.1}}
+    one, other = (Run(tmp_path, {"er": {}}, learner=plain) for _ in range(2))
+    one.through(1)
+    other.load(one)
+    for run in (one, other):
+        run.through(1)
+    batch = one.batch(9)
+    assert one.digest() == other.digest()
+    assert one.learner.evaluate(batch.x, batch.y, 1) == other.learner.evaluate(batch.x, batch.y, 1)
+    assert other.learner.model is other.learner.strategy.network.module
+
+
 @every_recipe
 def test_saving_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
     """A run with a hundred saves ends equal to a run with none."""

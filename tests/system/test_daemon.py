@@ -164,7 +164,7 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
         assert held["state"] == "paused"
         time.sleep(0.5)
         assert Client(state).get("/status")["batches"] == held["batches"]
-        mode = stat.S_IMODE((state / "control.sock").stat().st_mode)
+        mode = stat.S_IMODE((state / "run" / "control.sock").stat().st_mode)
         assert (mode, stat.S_IMODE(state.stat().st_mode)) == (0o600, 0o700)
         hints = read_hints(state)
         assert hints is not None
