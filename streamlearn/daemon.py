@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 0.1
 CONTACT_SECONDS = 30.0
 COMMAND_SECONDS = 600.0
+LOCK_SECONDS = 0.5  # a `status` holds the lock for a moment, to see whether it is held
 
 
 class Desk:
@@ -72,6 +73,11 @@ class Desk:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish(job, stream)
+
+    def refuse(self) -> None:
+        """Answer those whose wish came too late."""
+        while not self._asked.empty():
+            self._asked.get().set_exception(StreamlearnError("the daemon is ending", code=75))
 
     def wait(self, seconds: float) -> None:
         self._bell.wait(seconds)
@@ -236,6 +242,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     try:
         loop.run(job, stream, desk)
     finally:
+        desk.refuse()
         job.state = "draining"
         desk.publish(job, stream)
         if job.progress.positions != job.saved:
@@ -305,11 +312,16 @@ def locked(state_dir: Path) -> Iterator[None]:
         descriptor = os.open(state_dir / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StreamlearnError(f"{state_dir}: cannot be used: {error.strerror}", code=77) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StreamlearnError(f"{state_dir}: another daemon runs here (its LOCK is held)", code=73) from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise StreamlearnError(f"{state_dir}: another daemon runs here (its LOCK is held)", code=73) from error
+            time.sleep(0.05)
     try:
         yield
     finally:

@@ -233,7 +233,8 @@ class Progress:
             task.counts[outcome] += len(delivery.batch)
         for kind in ("held_out", "rejected", "duplicates"):
             task.counts[kind] += found.outcomes[task.name, kind]
-        task.counts["consumed"] += found.consumed[task.name] - found.outcomes[task.name, "late"]
+        uncounted = found.outcomes[task.name, "late"] + found.outcomes[task.name, "duplicates"]
+        task.counts["consumed"] += found.consumed[task.name] - uncounted
         task.marked.extend(partition for topic, partition in found.markers if topic == task.name)
         if delivery.closes is not None:
             task.ends = dict(delivery.closes)

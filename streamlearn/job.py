@@ -71,7 +71,7 @@ class Job:
         """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix."""
         begun = time.perf_counter()
         results = self.probes.evaluate(self.learner, self.config.probes.minimum)
-        for task in [task for task, (_, loss) in results.items() if not math.isfinite(loss)]:
+        for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
             del results[task]  # the accuracy of a model that is not finite means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
         if after is not None and self.scenario.kind != "class" and (probe := self.probes.of(after)) is not None:

@@ -96,12 +96,13 @@ class Learner:
         self._noted, self._clipped = [], []
         for number in range(self.spec.updates_per_batch):
             self.update(there, first=number == 0)
-        if self.cursor is None:
-            self.reservoir.add(batch.x, batch.y)  # after the updates: a batch never replays itself
-        else:
+        stats = self._read_stats(batch)
+        if self.cursor is not None:
             self.cursor += 1
+        elif stats.outcome == "trained":
+            self.reservoir.add(batch.x, batch.y)  # after the updates: a batch never replays itself
         self.batches += 1
-        return self._read_stats(batch)
+        return stats
 
     def update(self, batch: Batch, *, first: bool = True) -> None:
         """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
@@ -111,14 +112,14 @@ class Learner:
         loss = self.loss(logits, mixed)
         loss.backward()
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
-        norm, finite = finite_norm(grads)
-        s.penalty.pull(self.params, grads, finite)  # toward what past tasks need, in closed form
+        s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
         s.constraint.project(self.params, grads, self.gradient_of)
-        self._clip(grads)
+        norm, finite = finite_norm(grads)
+        self._clip(grads, norm)
         self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
         s.penalty.settle(self.params, self.spec.optimizer.lr, finite)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
-        s.penalty.accumulate(self.params)  # path integrals
+        s.penalty.accumulate(self.params, finite)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
         self._update_average(finite)
         self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
@@ -293,10 +294,9 @@ class Learner:
             return self.forbidden
         return self.forbidden[task.to(self.world.device, non_blocking=True)]
 
-    def _clip(self, grads: Sequence[Tensor]) -> None:
+    def _clip(self, grads: Sequence[Tensor], norm: Tensor) -> None:
         if self.spec.max_norm is None:
             return
-        norm, _ = finite_norm(grads)
         scale = (self.spec.max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(list(grads), scale)
         self._clipped.append(norm > self.spec.max_norm)

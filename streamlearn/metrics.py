@@ -61,7 +61,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("task",),
     ),
     "train_gradient_norm": (
-        "Norm of the loss's gradient at the last step, before penalty, projection and clipping.",
+        "Norm of the gradient at the last step, penalty and projection included, before clipping.",
         (),
     ),
     "train_learning_rate": ("Learning rate of the last step.", ()),

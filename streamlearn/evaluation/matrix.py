@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ class AccuracyMatrix:
     def record(self, results: Mapping[int, tuple[float, float]], batches: int, trained: int, after: int | None) -> None:
         """Take an evaluation: accuracy and loss by task; `after` names the task that has just ended."""
         self.now = {task: accuracy for task, (accuracy, _) in results.items()}
-        self.loss = {task: loss for task, (_, loss) in results.items()}
+        self.loss = {
+            task: loss for task, (_, loss) in results.items() if math.isfinite(loss)
+        }  # one outlier can overflow
         for task, accuracy in self.now.items():
             self._peaks[task] = max(accuracy, self._peaks.get(task, accuracy))
         if after is not None:

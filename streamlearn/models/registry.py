@@ -49,8 +49,16 @@ def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
     if not isinstance(head, nn.Linear):
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + num_outputs)
-        grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None).to(head.weight.device)
+        grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None)
+        for row in range(
+            head.out_features, num_outputs
+        ):  # each its own: rows must not depend on how many came together
+            torch.manual_seed(seed + row + 1)
+            one = nn.Linear(head.in_features, 1, bias=head.bias is not None)
+            grown.weight[row] = one.weight[0]
+            if head.bias is not None:
+                grown.bias[row] = one.bias[0]
+        grown = grown.to(head.weight.device)
     grown.weight[: head.out_features] = head.weight
     if head.bias is not None:
         grown.bias[: head.out_features] = head.bias

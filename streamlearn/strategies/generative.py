@@ -71,7 +71,7 @@ class GenerativeReplay(Replay):
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
-        if self.scholar is None:
+        if self.scholar is None or not len(self.pairs):  # a first task may have had no usable sample
             self.share = 0.0
             return None
         generator, solver = self.scholar

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.tensors import clones, padded_all, zeros
+from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,11 +26,11 @@ class Importance(Protocol):
     def begin_task(self, params: Sequence[Tensor]) -> None:
         """Start to watch a task whose parameters are these."""
 
-    def note(self, grads: Sequence[Tensor], finite: Tensor) -> None:
-        """See the gradient of the task's loss alone; `finite` is false where the step will be dropped."""
+    def note(self, grads: Sequence[Tensor]) -> None:
+        """See the gradient of the task's loss alone."""
 
-    def accumulate(self, params: Sequence[Tensor]) -> None:
-        """See where the step led."""
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        """See where the step led; `finite` is false where it was dropped."""
 
     def consolidate(self, closing: Closing) -> list[Tensor]:
         """Return the finished task's importance of every parameter."""
@@ -60,10 +60,10 @@ class Fisher:
     def begin_task(self, params: Sequence[Tensor]) -> None:
         """Nothing is watched."""
 
-    def note(self, grads: Sequence[Tensor], finite: Tensor) -> None:
+    def note(self, grads: Sequence[Tensor]) -> None:
         """Nothing is watched."""
 
-    def accumulate(self, params: Sequence[Tensor]) -> None:
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
         """Nothing is watched."""
 
     def consolidate(self, closing: Closing) -> list[Tensor]:
@@ -128,17 +128,18 @@ class PathIntegral:
         self._gradient = zeros(params)
 
     @torch.no_grad()
-    def note(self, grads: Sequence[Tensor], finite: Tensor) -> None:
-        nothing = torch.zeros((), device=finite.device)
-        for kept, gradient in zip(self._gradient, grads, strict=True):
-            torch.where(finite, gradient, nothing, out=kept)  # a dropped step moves nothing, but 0 * NaN is NaN
+    def note(self, grads: Sequence[Tensor]) -> None:
+        copy_into(self._gradient, grads)
 
     @torch.no_grad()
-    def accumulate(self, params: Sequence[Tensor]) -> None:
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        nothing = torch.zeros((), device=finite.device)
+        for gradient in self._gradient:
+            torch.where(finite, gradient, nothing, out=gradient)  # a dropped step moves nothing, but 0 * NaN is NaN
         # before - after, so that path += gradient * way down
         torch._foreach_sub_(self._before, list(params))
         torch._foreach_addcmul_(self.path, self._gradient, self._before)
-        torch._foreach_copy_(self._before, list(params))
+        copy_into(self._before, params)
 
     @torch.no_grad()
     def consolidate(self, closing: Closing) -> list[Tensor]:

@@ -104,14 +104,14 @@ class Replay(Part):
 class Penalty(Part):
     """Slot three: a pull toward what past tasks need. The default does not pull."""
 
-    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor], finite: Tensor) -> None:
+    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Add the penalty's gradient to the data gradients `grads`, in place."""
 
     def settle(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
         """Take the penalty's implicit (proximal) step, where that was chosen and the update was not dropped."""
 
-    def accumulate(self, params: Sequence[Tensor]) -> None:
-        """Note how the parameters moved."""
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        """Note how the parameters moved; `finite` is false where the update was dropped."""
 
     def figures(self) -> dict[str, float]:
         """Return the norm of the importances, for metrics; empty before a task has ended."""

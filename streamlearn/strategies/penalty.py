@@ -47,8 +47,8 @@ class ImportancePenalty(Penalty):
         self.importance.begin_task(params)
 
     @torch.no_grad()
-    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor], finite: Tensor) -> None:
-        self.importance.note(grads, finite)
+    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self.importance.note(grads)
         if not self.precision or self.proximal:
             return
         torch._foreach_sub_(list(grads), self.weighted_anchor, alpha=self.strength)
@@ -61,12 +61,13 @@ class ImportancePenalty(Penalty):
             for param, precision, anchor in zip(params, self.precision, self.weighted_anchor, strict=True):
                 param.add_(pull * anchor).div_(1 + pull * precision)
 
-    def accumulate(self, params: Sequence[Tensor]) -> None:
-        self.importance.accumulate(params)
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        self.importance.accumulate(params, finite)
 
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:
-        new = self.importance.consolidate(closing)
+        # a sample far out of range can overflow; what is not finite would poison every later update
+        new = [torch.where(value.isfinite(), value, 0.0) for value in self.importance.consolidate(closing)]
         old = self.precision or [torch.zeros_like(value) for value in new]
         anchors = self.weighted_anchor or [torch.zeros_like(value) for value in new]
         self.precision = [self.decay * before + value for before, value in zip(old, new, strict=True)]

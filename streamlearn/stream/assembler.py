@@ -130,7 +130,8 @@ class Assembler:
     def reach(self, reached: dict[Partition, int]) -> None:
         """Take the log's word that nothing lies below these offsets: transactions and compaction leave holes."""
         for partition, offset in reached.items():
-            if self._scanned.get(partition, Position(0)) < Position(offset):
+            at = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
+            if at < Position(offset):
                 self._scanned[partition] = Position(offset)
 
     def lost(self, partition: Partition, offset: int, count: int, reason: str) -> None:
@@ -180,7 +181,8 @@ class Assembler:
         outputs = np.zeros(len(chunk), np.int64)
         probe = record.header(USE) == PROBE
         known: dict[Label, int | None] = {}
-        for index in range(skip, len(chunk)):
+        room = len(chunk) if self.rules.records is None else max(0, self.rules.records - self.task.counts["consumed"])
+        for index in range(skip, min(len(chunk), skip + room)):  # what comes after the count is late, whatever it is
             if index not in chunk.bad:
                 label = chunk.y[index]
                 if label not in known:
@@ -193,8 +195,7 @@ class Assembler:
                         codes[index] = HELD_OUT
             if index in chunk.bad:
                 codes[index] = REJECTED
-        room = len(chunk) if self.rules.records is None else self.rules.records - self.task.counts["consumed"]
-        for index in np.flatnonzero(codes[: skip + room] == REJECTED).tolist():
+        for index in np.flatnonzero(codes == REJECTED).tolist():
             self.rules.dead_letters.send(record, index, chunk.bad[index])
         return codes, outputs
 
@@ -225,7 +226,7 @@ class Assembler:
         trainable = np.flatnonzero(codes[start:] == TRAIN)
         stop = len(codes) if len(trainable) < room else start + int(trainable[room - 1]) + 1
         if self.rules.records is not None:
-            stop = min(stop, start + self.rules.records - self.task.counts["consumed"])
+            stop = min(stop, start + max(0, self.rules.records - self.task.counts["consumed"]))
         return stop
 
     def _take(self, topic: str, chunk: Chunk, codes: np.ndarray, outputs: np.ndarray, span: slice) -> None:

@@ -77,6 +77,9 @@ class Codec:
             return self._samples(self._parse(record), record)
         except Rejected as rejected:
             return Chunk(self._empty, [None], {0: rejected})
+        except (TypeError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            # shapes that are no numbers, labels nested a thousand deep: bytes from outside never end the reader
+            return Chunk(self._empty, [None], {0: Rejected("schema", f"cannot be read: {type(error).__name__}")})
 
     def _samples(self, tree: dict[str, Any], record: Record) -> Chunk:
         if "y" not in tree or tree["y"] is None:

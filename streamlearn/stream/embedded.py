@@ -26,6 +26,7 @@ POLL_SECONDS = 0.05  # SQLite cannot wake a reader in another process, so a wait
 FETCH_RECORDS = 500
 FETCH_BYTES = 8 << 20
 WRITE_RECORDS = 500
+WRITE_BYTES = 8 << 20
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (cluster_id TEXT NOT NULL);
@@ -47,7 +48,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         if database.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
             raise StreamlearnError(f"{path}: this file system cannot hold SQLite's write-ahead log", code=74)
-        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute("PRAGMA synchronous=FULL")
         with _Transaction(database):
             for statement in filter(str.strip, SCHEMA.split(";")):
                 database.execute(statement)
@@ -138,8 +139,11 @@ class EmbeddedLog:
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
         rows = [(group, topic, partition, offset) for (topic, partition), offset in offsets.items()]
-        with _Transaction(self.database):
-            self.database.executemany("INSERT OR REPLACE INTO committed VALUES (?, ?, ?, ?)", rows)
+        try:
+            with _Transaction(self.database):
+                self.database.executemany("INSERT OR REPLACE INTO committed VALUES (?, ?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            raise StreamlearnError(f"{self.path}: positions cannot be written: {error}", code=74) from error
 
     def close(self) -> None:
         if self._database is not None:
@@ -160,7 +164,7 @@ class EmbeddedLog:
             for offset, timestamp, key, value, headers in self.database.execute(
                 query, (topic, partition, start, FETCH_RECORDS)
             ):
-                pairs = tuple((name, bytes(data)) for name, data in msgpack.unpackb(headers)) if headers else ()
+                pairs = tuple((name, bytes(data or b"")) for name, data in msgpack.unpackb(headers)) if headers else ()
                 found.append(Record(topic, partition, offset, timestamp, key, value, pairs))
                 self._at[topic, partition] = offset + 1
                 room -= len(value or b"")
@@ -178,14 +182,16 @@ class EmbeddedSink:
         self._database = open_database(path)
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, int, bytes | None, bytes | None, Headers]] = []
+        self._waiting_bytes = 0
         self._known: dict[str, int] = {}
 
     def create_topic(self, name: str, partitions: int) -> bool:
-        with self._lock, _Transaction(self._database):
-            added = self._database.execute(
-                "INSERT OR IGNORE INTO topics VALUES (?, ?, ?)", (name, str(uuid.uuid4()), partitions)
-            )
-            return added.rowcount == 1
+        row = (name, str(uuid.uuid4()), partitions)
+        try:
+            with self._lock, _Transaction(self._database):
+                return self._database.execute("INSERT OR IGNORE INTO topics VALUES (?, ?, ?)", row).rowcount == 1
+        except sqlite3.Error as error:
+            raise StreamlearnError(f"embedded topics: {name} cannot be created: {error}", code=74) from error
 
     def partitions(self, topic: str) -> int:
         with self._lock:
@@ -199,7 +205,8 @@ class EmbeddedSink:
     ) -> None:
         with self._lock:
             self._waiting.append((topic, partition, key, value, headers))
-            if len(self._waiting) >= WRITE_RECORDS:
+            self._waiting_bytes += len(value or b"")
+            if len(self._waiting) >= WRITE_RECORDS or self._waiting_bytes >= WRITE_BYTES:
                 self._write()
 
     def flush(self) -> None:
@@ -229,3 +236,4 @@ class EmbeddedSink:
         except sqlite3.Error as error:
             raise StreamlearnError(f"embedded topics: cannot be written: {error}", code=74) from error
         self._waiting.clear()
+        self._waiting_bytes = 0

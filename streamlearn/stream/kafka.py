@@ -29,6 +29,10 @@ BOOTSTRAP_MS = 5000
 REQUEST_MS = 10_000
 MAX_POLL_RECORDS = 2000
 SEND_SECONDS = 60
+CUT_BYTES = 64 << 10
+CUT_HEADER = "streamlearn.cut-from-bytes"  # a record that was too large for its topic, and its size
+
+_Sent = tuple[str, int, bytes | None, bytes | None, Headers]
 
 PERMISSION = (
     kafka_errors.TopicAuthorizationFailedError,
@@ -235,7 +239,7 @@ class KafkaSink:
         self._admin: Any = None
         self._producer: Any = None
         self._lock = threading.Lock()
-        self._failed: list[str] = []
+        self._failed: list[tuple[_Sent, str]] = []  # not acknowledged: sent again by the next flush
 
     def _clients(self) -> tuple[Any, Any]:
         with self._lock:
@@ -281,14 +285,29 @@ class KafkaSink:
     def append(
         self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
+        self._send((topic, partition, value, key, headers))
+
+    def _send(self, record: _Sent) -> None:
         _, producer = self._clients()
+        topic, partition, value, key, headers = record
         try:
             sent = producer.send(topic, value=value, key=key, headers=list(headers), partition=partition)
+        except kafka_errors.MessageSizeTooLargeError:
+            self._send(_cut(record))
+            return
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{topic}: cannot be written: {error!s:.160}") from error
-        sent.add_errback(lambda error: self._failed.append(f"{topic}: not acknowledged: {error!s:.160}"))
+        sent.add_errback(lambda error: self._failed.append(self._again(record, error)))
+
+    @staticmethod
+    def _again(record: _Sent, error: Exception) -> tuple[_Sent, str]:
+        too_large = isinstance(error, kafka_errors.MessageSizeTooLargeError | kafka_errors.RecordListTooLargeError)
+        return (_cut(record) if too_large else record), f"{record[0]}: not acknowledged: {error!s:.160}"
 
     def flush(self) -> None:
+        again, self._failed = self._failed, []
+        for record, _ in again:
+            self._send(record)
         if self._producer is None:
             return
         try:
@@ -296,10 +315,22 @@ class KafkaSink:
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"not acknowledged within {SEND_SECONDS} s: {error!s:.160}") from error
         if self._failed:
-            failed, self._failed = self._failed, []
-            raise StreamlearnError(f"{len(failed)} records: {failed[0]}", code=74)
+            raise StreamlearnError(f"{len(self._failed)} records: {self._failed[0][1]}", code=74)
 
     def close(self) -> None:
         for client in (self._producer, self._admin):
             if client is not None:
                 client.close()
+
+
+def _cut(record: _Sent) -> _Sent:
+    """Return a record that its topic takes: the beginning of its value, and a header that says so."""
+    topic, partition, value, key, headers = record
+    size = len(value or b"")
+    return (
+        topic,
+        partition,
+        (value or b"")[: min(CUT_BYTES, size // 2)],
+        key,
+        (*headers, (CUT_HEADER, str(size).encode())),
+    )

@@ -217,6 +217,8 @@ class Stream:
     def _put(self, delivery: Delivery | None) -> None:
         if delivery is None:
             return
+        if delivery.batch is not None:
+            self._linger_since = None
         if delivery.ends is not None:
             self._checked = -1e9  # the next task is chosen at once
         samples, num_bytes = _weight(delivery)
@@ -248,6 +250,7 @@ class Stream:
     # -- which topics
 
     def _restore(self) -> None:
+        self._last_record = time.monotonic()  # an outage is not silence
         self._refreshed = self._checked = -1e9
         self.status.read.clear()
         self._check(time.monotonic())
@@ -340,10 +343,22 @@ class Stream:
                 scanned = self.assembler.scanned(place)
                 begin = self._bounds[place].begin if place in self._bounds else 0
                 offsets[place] = scanned.offset if scanned else known.offset if known else begin
+                if task is not self.assembler.task and place in self._bounds:
+                    self._step_aside(place, offsets)
         if set(offsets) != set(self.status.read):
             self.source.assign(offsets)
             self.status.read = {place: self.status.read.get(place, offset) for place, offset in offsets.items()}
         self.status.assigned = len(offsets)
+
+    def _step_aside(self, place: Partition, offsets: dict[Partition, int]) -> None:
+        """Keep an ended task's partition readable: nothing there can be learned any more, only counted late."""
+        bounds, at = self._bounds[place], offsets[place]
+        if at > bounds.end:
+            del offsets[place]
+        elif at < bounds.begin:
+            self.assembler.lost(place, bounds.begin, bounds.begin - at, "retention")
+            offsets[place] = bounds.begin
+            self.status.read.pop(place, None)
 
     def _is_other(self, info: TopicInfo) -> bool:
         known = self.assembler.topic_id(info.name)
@@ -389,8 +404,10 @@ class Stream:
         if task is None or task.ends is not None or not self.spec.task_end.next_topic:
             return
         if any(self._has_records(name) for name in self._later(names)):
-            ends = {p: self._bounds[task.name, p].end for p in self._topics[task.name].partitions}
-            self._put(self.assembler.close(ends))
+            places = [(task.name, p) for p in self._topics[task.name].partitions]
+            now = self.source.bounds(places)  # asked after the later record was seen, or the last ones could be missed
+            if len(now) == len(places):  # one that is too new to be known is waited for
+                self._put(self.assembler.close({p: now[task.name, p].end for _, p in places}))
 
     def _end_if_reached(self, *, polled: bool) -> None:
         task = self.assembler.task

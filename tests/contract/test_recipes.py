@@ -276,3 +276,41 @@ def test_replay_protects_what_naive_forgets(tmp_path: Path) -> None:
     assert accuracy["naive"] < 0.3
     assert min(accuracy["er"], accuracy["joint"]) > 0.8
     assert accuracy["generative"] > accuracy["naive"] + 0.2
+
+
+@every_recipe
+def test_a_task_without_a_usable_sample_harms_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """A first task that ends without one sample leaves a learner that learns the next."""
+    run = Run(tmp_path, chosen)
+    empty = Task(0, "a")
+    run.tasks.append(empty)
+    run.learner.begin_task(empty)
+    run.learner.activate(run.tasks, run.labels)
+    run.end()
+    run.through(1)
+    assert all(bool(param.isfinite().all()) for param in run.learner.params)
+
+
+@pytest.mark.parametrize("value", [1e20, 3e38])
+@every_recipe
+def test_a_sample_far_out_of_range_poisons_nothing(tmp_path: Path, chosen: dict[str, Any], value: float) -> None:
+    """One huge but finite sample never makes a weight that is not finite, in its task or after it."""
+    run = Run(tmp_path, chosen)
+    run.begin()
+    wild = run.batch(0)
+    wild.x[0, 0] = value
+    run.learner.learn(wild)
+    run.learn(range(1, 4))
+    run.end()
+    run.through(1)
+    assert all(bool(param.isfinite().all()) for param in run.learner.params)
+
+
+def test_outputs_are_the_same_however_many_come_together(tmp_path: Path) -> None:
+    """A head that grows by two at once has the weights of one that grew twice by one."""
+    one, other = (Run(tmp_path, {"naive": {}}, classes=1, grow_head=True) for _ in range(2))
+    for run, steps in ((one, [3]), (other, [2, 3])):
+        for size in steps:
+            run.tasks = [Task(0, "a", labels=list(range(size)))]
+            run.learner.activate(run.tasks, list(range(size)))
+    assert one.digest()["model.safetensors:head.weight"] == other.digest()["model.safetensors:head.weight"]

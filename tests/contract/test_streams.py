@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 
 from streamlearn.config import Kafka
 from streamlearn.config import Stream as StreamSpec
-from streamlearn.data import Delivery, Positions, Progress
+from streamlearn.data import Delivery, Position, Positions, Progress, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import TYPE_OF, Codec, encode
@@ -20,7 +21,7 @@ from streamlearn.stream.deadletter import DeadLetters
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, BrokerUnavailable
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
 
@@ -341,3 +342,65 @@ def test_positions_are_reported(world: World) -> None:
     stream.report(progress.positions)
     until(stream, lambda found: any(d.ends for d in found), progress)
     assert progress.totals()["trained"] == 8
+
+
+def test_ends_below_what_was_applied_never_take_a_position_back(world: World) -> None:
+    """A partition that has late records beyond its task's end stays where it is, after a restart too."""
+    a = world.topic("a", [0, 1] * 8, marker=False, partitions=2)
+    later = world.topic("b", [2], marker=False)
+    progress = Progress(
+        Positions({(a, 0): Position(7), (a, 1): Position(1)}), [Task(0, a, ends={0: 3, 1: 4}, labels=[0, 1])], [0, 1]
+    )
+    found = until(
+        world.stream(progress, topics=[a, later], on_finished="wait"),
+        lambda found: any(d.ends for d in found),
+        progress,
+    )
+    assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic"]
+    assert progress.positions.at[a, 0] >= Position(7)
+
+
+def test_a_smaller_count_ends_the_task_at_once(world: World) -> None:
+    """A count that was lowered below what is consumed ends the task; labels beyond it take no output."""
+    a = world.topic("a", [0] * 8 + [7] * 4, marker=False)
+    progress = Progress()
+    first = world.stream(topics=[a], task_end={"records": 11}, on_finished="wait")
+    until(first, lambda found: len(places(found)) == 2, progress)
+    first.stop()
+    copied = Progress.from_json(json.loads(json.dumps(progress.to_json())), progress.positions)
+    rest = until(world.stream(copied, topics=[a], task_end={"records": 3}, on_finished="wait"),
+                 lambda _: progress.totals()["late"] == 4, progress)  # fmt: skip
+    assert (places(rest), progress.labels, progress.unaccounted()) == ([], [0], {})
+
+
+def test_an_outage_is_not_silence(world: World) -> None:
+    """A task that ends by silence is not ended by a broker that was away."""
+    a = world.topic("a", [0, 1], marker=False)
+    stream = world.stream(topics=[a], task_end={"idle": 1.5}, on_finished="wait")
+    until(stream, bool)
+    poll, away = stream.source.poll, time.monotonic() + 3
+
+    def fail(timeout: float) -> list[Record]:
+        if time.monotonic() < away:
+            raise BrokerUnavailable("away")
+        return poll(timeout)
+
+    stream.source.poll = fail  # type: ignore[method-assign]  # an outage, where no broker can be stopped
+    while time.monotonic() < away + 0.7:
+        assert (delivery := stream.next(0.1)) is None or delivery.ends is None
+    assert stream.status.connected
+
+
+def test_a_rejected_batch_record_is_written_once(world: World) -> None:
+    """Fifty bad samples of one record are fifty letters, of which the first carries its bytes."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    value = encode("batch", np.arange(50, dtype=np.float32)[:, None], [99] * 50)
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.mark(a)
+    stream = world.stream(topics=[a], classes=[1, 2])
+    everything(stream)
+    stream.settle()
+    letters = world.read_all("dlq")
+    assert [letter.value for letter in letters] == [value] + [None] * 49
+    assert {letter.header("streamlearn.errors.value-in") for letter in letters[1:]} == {letters[0].key}

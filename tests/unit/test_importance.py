@@ -86,9 +86,9 @@ def test_path_integral_is_the_loss_that_a_step_saved() -> None:
     begun, finite = float((scale * param.square()).sum() / 2), torch.tensor(data=True)
     for _ in range(20_000):
         gradient = scale * param
-        importance.note([gradient], finite)
+        importance.note([gradient])
         param -= 1e-3 * gradient
-        importance.accumulate([param])
+        importance.accumulate([param], finite)
     assert float(importance.path[0].sum()) == pytest.approx(begun, rel=0.01)
     network = nn.Linear(1, 1)
     end = Closing(0, torch.empty(0), torch.empty(0), [param], network, torch.empty(0), [], torch.Generator())
@@ -121,7 +121,7 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
     ]
     expected = torch.autograd.grad(torch.stack(parabolas).sum(), params)
     actual = [torch.zeros_like(param) for param in params]
-    penalty.pull(params, actual, torch.tensor(data=True))
+    penalty.pull(params, actual)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 

@@ -73,6 +73,20 @@ def test_malformed_trees_never_raise(tree: dict[str, Any], codec: str) -> None:
     assert chunk.x.shape == (len(chunk), 2)
 
 
+def test_what_provokes_the_decoder_is_rejected() -> None:
+    """Shapes that are no lists, counts that are no integers and labels without end cost one sample each."""
+    codec = Codec([1], "float32", "json", 1 << 20)
+    data = b"\0" * 4
+    shapes: list[Any] = [4, None, [1.0], [True], "x", [[1]]]
+    values = [("msgpack", msgpack.packb({"x": data, "y": 1, "shape": shape})) for shape in shapes[:1] + shapes[4:]]
+    values += [
+        ("batch", msgpack.packb({"x": data, "y": [1], "shape": shape})) for shape in ([1, 1.5], [1, "x"], [None, 1], 3)
+    ]
+    values.append(("json", b'{"x": [1], "y": ' + b"[" * 900 + b"]" * 900 + b"}"))
+    for name, value in values:
+        assert set(codec.decode(record(value, name)).bad) == {0}, value
+
+
 CASES = [
     (b"{", "decode"), (b"[]", "schema"), (b'{"y": 1}', "schema"), (b'{"x": [1, 2]}', "missing_label"),
     (b'{"x": [1], "y": 1}', "shape"), (b'{"x": [[1], [2, 3]], "y": 1}', "shape"), (b'{"x": [1, "a"], "y": 1}', "schema"),

@@ -1,0 +1,70 @@
+"""What the Kafka sink does with records that are not acknowledged; the producer alone is a stand-in here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kafka import errors as kafka_errors
+
+from streamlearn.config import Kafka
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.kafka import CUT_HEADER, KafkaSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Future:
+    """The answer to one record."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def add_errback(self, call: Callable[[Exception], None]) -> None:
+        """Tell of a failure at once."""
+        if self.error is not None:
+            call(self.error)
+
+
+class Producer:
+    """Fails as it is told to, then keeps what it is sent."""
+
+    def __init__(self, failures: list[Exception]) -> None:
+        self.failures = failures
+        self.sent: list[Any] = []
+
+    def send(self, topic: str, **record: Any) -> Future:
+        """Take a record, or fail."""
+        if self.failures:
+            return Future(self.failures.pop(0))
+        self.sent.append((topic, record["value"], dict(record["headers"])))
+        return Future(None)
+
+    def flush(self, timeout: float) -> None:
+        """Have nothing waiting."""
+
+
+def sink(*failures: Exception) -> tuple[KafkaSink, Producer]:
+    """Return a sink whose producer fails so."""
+    made, producer = KafkaSink(Kafka.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
+    made._admin, made._producer = object(), producer
+    return made, producer
+
+
+def test_what_was_not_acknowledged_is_sent_again() -> None:
+    """A flush that fails keeps the record; only a flush that succeeds has written it."""
+    made, producer = sink(kafka_errors.KafkaTimeoutError(), kafka_errors.KafkaTimeoutError())
+    made.append("t", 0, b"v")
+    with pytest.raises(StreamlearnError, match="not acknowledged"):
+        made.flush()
+    made.flush()
+    assert producer.sent == [("t", b"v", {})]
+
+
+def test_what_is_too_large_is_cut_and_says_so() -> None:
+    """A record that its topic will never take does not stand in the way of every checkpoint."""
+    made, producer = sink(kafka_errors.MessageSizeTooLargeError())
+    made.append("t", 0, b"x" * 10)
+    made.flush()
+    assert producer.sent == [("t", b"x" * 5, {CUT_HEADER: b"10"})]
