@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import orjson
@@ -63,9 +64,16 @@ def read(source: str, split: str = "train") -> Samples:
     if (reader := readers.get(path.suffix)) is None:
         raise StreamlearnError(f"{source}: expected a .npz, .csv or .jsonl file, or the example set: digits", code=2)
     try:
-        return reader(path, split)
+        samples = reader(path, split)
     except OSError as error:
         raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
+    if not len(samples):
+        raise StreamlearnError(f"{path}: holds no samples", code=74)
+    for index, label in enumerate(samples.y):
+        if type(label) is not int and type(label) is not str:
+            message = f"{path}: the label of sample {index} is {label!r:.60}; expected an integer or a string"
+            raise StreamlearnError(message, code=74)
+    return samples
 
 
 def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
@@ -162,11 +170,22 @@ def _npz(path: Path, split: str) -> Samples:
             if missing:
                 raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
             x, y = (arrays[name] for name in names)
-    except ValueError as error:
-        raise StreamlearnError(f"{path}: cannot be read: {error}", code=74) from error
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
     if len(x) != len(y):
         raise StreamlearnError(f"{path}: {len(x)} samples, but {len(y)} labels", code=74)
     return Samples(x, y.tolist())
+
+
+def unlabelled(path: Path) -> Samples | None:
+    """Return the samples of a `.npz` that has `x` and no labels, or None where it has labels."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Samples(arrays["x"], []) if "x" in arrays and "y" not in arrays else None
+    except OSError as error:
+        raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
 
 
 def _csv(path: Path, split: str) -> Samples:
@@ -183,7 +202,10 @@ def _csv(path: Path, split: str) -> Samples:
                     ) from error
                 continue  # the header
             y.append(_label(row[-1]))
-    return Samples(np.asarray(x, np.float32), y)
+    try:
+        return Samples(np.asarray(x, np.float32), y)
+    except ValueError as error:
+        raise StreamlearnError(f"{path}: not every line has the same number of columns", code=74) from error
 
 
 def _jsonl(path: Path, split: str) -> Samples:
@@ -201,7 +223,7 @@ def _jsonl(path: Path, split: str) -> Samples:
     try:
         return Samples(np.asarray(x, np.float32), y)
     except ValueError as error:
-        raise StreamlearnError(f"{path}: x has not the same shape on every line: {error}", code=74) from error
+        raise StreamlearnError(f"{path}: x is not numbers of the same shape on every line", code=74) from error
 
 
 def _digits(split: str) -> Samples:

@@ -39,7 +39,7 @@ def topics(
     json_: JsonOption = False,
 ) -> None:
     """List topics with their partitions and records."""
-    log, _ = _open(config, servers, embedded)
+    log, _ = _open(config, servers, embedded, reading=True)
     log.connect()
     try:
         infos = log.topics()
@@ -135,15 +135,12 @@ def predict(
     json_: JsonOption = False,
 ) -> None:
     """Predict with a saved model, from its model.safetensors and model.json alone."""
-    import numpy as np
-
     from streamlearn import producer
     from streamlearn.checkpoint import Store
     from streamlearn.predict import Model, accuracy
 
-    with np.load(file, allow_pickle=False) as arrays:
-        labelled = any(name in arrays for name in ("y", f"y_{split}"))
-        samples = producer.read(str(file), split) if labelled else producer.Samples(arrays["x"], [])
+    if (samples := producer.unlabelled(file)) is None:
+        samples = producer.read(str(file), split)
     if classes is not None:
         samples = producer.by_classes(samples, [classes.split(",")])[0]
     directory = Path(checkpoint) if Path(checkpoint).is_dir() else Store(find_state(state)).find(checkpoint).path
@@ -161,7 +158,9 @@ def predict(
             typer.echo(label)
 
 
-def _open(config: Path | None, servers: str | None, embedded: Path | None) -> tuple[Log, Sink]:
+def _open(
+    config: Path | None, servers: str | None, embedded: Path | None, *, reading: bool = False
+) -> tuple[Log, Sink]:
     if sum(option is not None for option in (config, servers, embedded)) > 1:
         raise StreamlearnError("give one of --config, --bootstrap-servers and --embedded", code=2)
     if servers is not None:
@@ -173,6 +172,8 @@ def _open(config: Path | None, servers: str | None, embedded: Path | None) -> tu
     if embedded is not None:
         from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 
+        if reading and not embedded.is_file():
+            raise StreamlearnError(f"{embedded}: no such file", code=74)
         return EmbeddedLog(embedded), EmbeddedSink(embedded)
     path = config or Path("streamlearn.yaml")
     if not path.is_file():

@@ -49,10 +49,14 @@ def test_files_are_read(tmp_path: Path) -> None:
 
 CASES = [
     ("a.txt", b"", "expected a .npz, .csv or .jsonl file"),
-    ("a.npz", b"no", "cannot be read"),
+    ("a.npz", b"no", "not a .npz file of plain arrays"),
+    ("a.npz", b"", "not a .npz file of plain arrays"),
+    ("a.csv", b"", "holds no samples"),
+    ("a.csv", b"1,2,0\n1,0\n", "not every line has the same number of columns"),
+    ("a.jsonl", b'{"x": [1], "y": [2]}\n', r"the label of sample 0 is \[2\]; expected an integer or a string"),
     ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: could not convert"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
-    ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not the same shape on every line"),
+    ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not numbers of the same shape on every line"),
 ]
 
 
