@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BATCH, PIXELS, CLASSES, HIDDEN = 128, 784, 10, 400
-STEPS, ROUNDS = 40, 9
+STEPS, ROUNDS = 40, 15
 TARGETS = {"naive": 1.05, "ewc": 1.2, "si": 1.5, "er": 2.0, "generative": 1.2}
 
 

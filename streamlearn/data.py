@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Batch:
         own = 1.0 if replayed is None else 1.0 - share
         weight = torch.full((len(self),), own / len(self), device=self.x.device)
         if replayed is None:
-            return replace(self, weight=weight)
+            return Batch(self.x, self.y, self.task, weight, self.soft, self.temperature)
         rest = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
         return Batch(
             torch.cat([self.x, replayed.x]),

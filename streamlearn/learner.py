@@ -125,7 +125,8 @@ class Learner:
         self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
         if first:
             self._hits = self._count_hits(logits, batch)
-        self.strategy.network.module.zero_grad()
+        for param in self.params:
+            param.grad = None
         self.step += 1
         self.task_steps += 1
 
