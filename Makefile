@@ -2,7 +2,7 @@
 .PHONY: demo test test-slow lint fmt bench kafka clean
 SHELL := /bin/bash
 
-PYTHON ?= 3.11
+PYTHON ?= >=3.11,<3.14  # any that is here
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
 IN := .venv/bin
 
@@ -38,7 +38,7 @@ clean:
 	.cache/uv/bin/pip install --quiet uv
 
 .venv/bin/python: | $(filter .cache/%,$(UV))
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) venv --quiet --allow-existing --python "$(strip $(PYTHON))" .venv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
 	$(UV) pip install --quiet --python .venv -e '.[demo]'

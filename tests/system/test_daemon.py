@@ -194,21 +194,21 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
     clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))
     for name in ("clean", "dirty"):
         sink = EmbeddedSink(tmp_path / name / "topics.sqlite")
-        for number, (samples, probe) in enumerate(jobs.tasks(300)):
+        for number, (samples, probe) in enumerate(jobs.tasks(1000)):
             topic = jobs.TOPICS[number]
             one_each = producer.Publishing(codec="msgpack", markers=False)
             producer.publish(sink, topic, jobs.first(samples, 100), one_each, probe=probe)
-            for value in (b"\x00garbage", b"{}", b'{"x": [1], "y": 0}') if name == "dirty" else ():
+            for value in (*[b"\x00garbage"] * 8, b"{}", b'{"x": [1], "y": 0}') if name == "dirty" else ():
                 sink.append(topic, 0, value, headers=((CONTENT_TYPE, b"application/json"),))
-            producer.publish(sink, topic, samples.take(np.arange(100, 300)), producer.Publishing(codec="msgpack"))
+            producer.publish(sink, topic, samples.take(np.arange(100, 1000)), producer.Publishing(codec="msgpack"))
         sink.close()
     expected, actual = jobs.run_to_end(clean), jobs.run_to_end(dirty)
     a, b = jobs.tensors(expected), jobs.tensors(actual)
     assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
     status = actual.read_json("status.json")
-    assert (status["samples"]["rejected"], status["samples"]["trained"]) == (15, 1500)
+    assert (status["samples"]["rejected"], status["samples"]["trained"]) == (50, 5000)
     assert jobs.accounted(status)
-    assert len(dead_letters(tmp_path / "dirty" / "topics.sqlite")) == 15
+    assert len(dead_letters(tmp_path / "dirty" / "topics.sqlite")) == 50
 
 
 def dead_letters(path: Path) -> list[Record]:
