@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from streamlearn.data import Label, StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ENV_PREFIX = "STREAMLEARN__"
 REDACTED = "***"
@@ -41,6 +41,9 @@ class RecipeSchema(Protocol):
     @property
     def parameters(self) -> type[BaseModel]:
         """A model made from the recipe's signature."""
+
+    def refusals(self, config: Config, name: str) -> Iterator[str]:
+        """Give the reasons why a configuration that chose this recipe makes no sense."""
 
 
 class Section(BaseModel):
@@ -357,6 +360,18 @@ class Config(Section):
                 )
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
             raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self, info: ValidationInfo) -> Config:
+        recipes: Mapping[str, RecipeSchema] = (info.context or {}).get("recipes", {})
+        errors: list[InitErrorDetails] = [
+            {"type": PydanticCustomError("recipe", "{why}", {"why": why}), "loc": ("strategy", name), "input": {}}
+            for name in self.strategy
+            for why in recipes[name].refusals(self, name)
+        ]
+        if errors:
+            raise ValidationError.from_exception_data("strategy", errors)
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class Batch:
 
     `x [B, ...]` in the dtype it arrived in, or scaled floats; `y [B]` output indices; `task [B]` task indices, kept on
     the host so that routing never waits for the device; `weight [B]` the samples' shares of the loss (None before the
-    update has joined replay to it); `soft [R, C]` target distributions of the last R samples, at `temperature`.
+    update has joined replay to it, unless the replay weighs its samples itself); `soft [R, C]` targets of the last R
+    samples: distributions at `temperature`, or where `logits` is set, logits, -inf for outputs that they do not speak of.
     """
 
     x: Tensor
@@ -106,6 +107,7 @@ class Batch:
     weight: Tensor | None = None
     soft: Tensor | None = None
     temperature: float = 1.0
+    logits: bool = False
 
     def __len__(self) -> int:
         return len(self.y)
@@ -117,8 +119,10 @@ class Batch:
         own = 1.0 if replayed is None else 1.0 - share
         weight = torch.full((len(self),), own / len(self), device=self.x.device)
         if replayed is None:
-            return Batch(self.x, self.y, self.task, weight, self.soft, self.temperature)
-        rest = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
+            return replace(self, weight=weight)
+        rest = replayed.weight
+        if rest is None:
+            rest = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
         return Batch(
             torch.cat([self.x, replayed.x]),
             torch.cat([self.y, replayed.y]),
@@ -126,6 +130,7 @@ class Batch:
             torch.cat([weight, rest]),
             replayed.soft,
             replayed.temperature,
+            replayed.logits,
         )
 
 

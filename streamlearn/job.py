@@ -74,7 +74,7 @@ class Job:
         for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
             del results[task]  # the accuracy of a model that is not finite means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
-        if after is not None and self.scenario.kind != "class" and (probe := self.probes.of(after)) is not None:
+        if after is not None and self.learner.transfers and (probe := self.probes.of(after)) is not None:
             before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
             self.matrix.transfer[after] = (before, untrained)

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.data import Batch, Delivery
+from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Reservoir
 from streamlearn.models import registry
 from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
-from streamlearn.tensors import averaging_rate, choose_device, clones, copy_into, finite_norm, padded_all, seeded
+from streamlearn.tensors import (
+    averaging_rate,
+    choose_device,
+    clones,
+    copy_into,
+    finite_norm,
+    padded,
+    padded_all,
+    seeded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -74,10 +83,14 @@ class Learner:
         if strategy.refine_epochs:
             needed.append(ALL)
         self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
-        self.params: list[Tensor] = list(strategy.network.module.parameters())
-        o = spec.optimizer
-        self.optimizer = Optimizer(self.params, o.name, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-        self.averaged: Network = self._averaged_network()
+        self.names, self.params = self._trained()
+        self.optimizer = self._make_optimizer()
+        self.averaged: Network = strategy.network  # where there is an average, a copy that holds it
+        self._average: list[Tensor] = self.params  # the parameters that probes see, aligned with `params`
+        self._buffers: list[
+            tuple[Tensor, Tensor]
+        ] = []  # running statistics of a model that has them: the average's, the live
+        self._make_average(self.params)
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
         self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
@@ -113,7 +126,7 @@ class Learner:
         loss.backward()
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
         s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
-        s.constraint.project(self.params, grads, self.gradient_of)
+        s.constraint.project(self.params, grads, self.gradient_of)  # so that no past task is harmed
         norm, finite = finite_norm(grads)
         self._clip(grads, norm)
         self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
@@ -131,15 +144,20 @@ class Learner:
         self.task_steps += 1
 
     def loss(self, logits: Tensor, mixed: Batch) -> Tensor:
-        """Return the weighted cross-entropy over the outputs that compete; soft targets count T^2 (Hinton et al. 2015)."""
+        """Return the weighted cross-entropy over the outputs that compete; soft targets count T^2 (Hinton et al. 2015).
+
+        Stored logits are matched by their mean squared distance (Buzzega et al. 2020).
+        """
         forbidden = self._forbidden(mixed.task)
         hard = len(mixed) - (0 if mixed.soft is None else len(mixed.soft))
         masked = logits.masked_fill(forbidden, -torch.inf)
         losses = functional.cross_entropy(masked[:hard], mixed.y[:hard], reduction="none")
-        if mixed.soft is not None:
+        if mixed.soft is not None and mixed.logits:
+            losses = torch.cat([losses, squared_distance(logits[hard:], mixed.soft)])
+        elif mixed.soft is not None:
             log_probabilities = functional.log_softmax(masked[hard:] / mixed.temperature, 1)
             # before the product: 0 * -inf is NaN
-            terms = mixed.soft * log_probabilities.masked_fill(forbidden[hard:], 0.0)
+            terms = mixed.soft * log_probabilities.masked_fill(forbidden[-len(mixed.soft) :], 0.0)
             losses = torch.cat([losses, -(mixed.temperature**2) * terms.sum(1)])
         assert mixed.weight is not None
         return torch.dot(losses, mixed.weight)
@@ -148,19 +166,25 @@ class Learner:
         """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
         joined = batch.join(None, 0.0)
         loss = self.loss(self.strategy.network.forward(joined.x, joined.task), joined)
-        return list(torch.autograd.grad(loss, self.params, allow_unused=False))
+        return list(torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
 
     # -- tasks
 
     def begin_task(self, task: Task) -> None:
-        """Prepare for a task: its samples so far are none."""
+        """Prepare for a task: its samples so far are none. Raises `StreamlearnError`, naming it, where it has no room."""
+        start = clones(self._average)
+        try:
+            for (
+                part
+            ) in self.strategy.parts.values():  # the network first: it alone may refuse, and nothing has changed then
+                part.begin_task(task.index, self.params)
+        except StreamlearnError as error:
+            raise StreamlearnError(f"task {task.name}: {error}", code=error.code) from error
         self.task = task.index
         self.task_steps = 0
         self.cursor = None
         self.reservoir.clear()
-        self.task_start = clones(self._evaluated())
-        for part in self.strategy.parts.values():
-            part.begin_task(task.index, self.params)
+        self.task_start = start
         self._renew()
 
     def activate(self, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
@@ -183,8 +207,12 @@ class Learner:
             self.cursor = 0
             self.reservoir.sealed = True
             if self.strategy.refine_epochs:
+                self._take_average()
                 for part in self.strategy.parts.values():
-                    part.begin_refine(self.params)
+                    part.begin_refine(self._closing())
+                self._renew()
+                self._make_average(self.params)  # anew: what was pruned has no past
+                self.task_steps = 0
         size = len(self.reservoir)
         batches = -(-size // self.batch_size)
         for number in range(self.cursor, self.strategy.refine_epochs * batches):
@@ -197,14 +225,9 @@ class Learner:
 
     def end_task(self) -> None:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
-        if self.spec.average is not None:
-            copy_into(self.params, list(self.averaged.module.parameters()))
-        closing = Closing(
-            self.task, self.reservoir.x, self.reservoir.y, self.params, self.strategy.network.module,
-            self.allowed, self.outputs, self._draws,
-        )  # fmt: skip
+        self._take_average()
         for part in self.strategy.parts.values():
-            part.end_task(closing)
+            part.end_task(self._closing())
         self.cursor = None
         self.reservoir.clear()
         self._renew()
@@ -217,7 +240,7 @@ class Learner:
         network = self.averaged
         if params is not None:
             network = self._copy_network()
-            copy_into(list(network.module.parameters()), params)
+            copy_into(self._of(network), params)
         training = network.module.training
         network.module.eval()
         hits = torch.zeros((), device=self.world.device)
@@ -233,6 +256,11 @@ class Learner:
         return float(hits) / len(y), float(total) / len(y)
 
     @property
+    def transfers(self) -> bool:
+        """Whether forward transfer is defined: classes that were never seen cannot be predicted."""
+        return self.scenario.kind != "class" and self.strategy.network.transfers
+
+    @property
     def model(self) -> nn.Module:
         """The module that probes see: the averaged weights, where there is an average."""
         return self.averaged.module
@@ -241,7 +269,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, State]:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
-        transfer = self.scenario.kind != "class"
+        transfer = self.transfers
         return {
             "model": dict(self.model.state_dict()),
             "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
@@ -271,17 +299,19 @@ class Learner:
         for name, part in self.strategy.parts.items():
             part.load_state_dict(state[name])
         self.strategy.network.module.load_state_dict(state["live"] or state["model"])
-        self.params = list(self.strategy.network.module.parameters())
-        self.optimizer.follow(self.params)
+        self.names, self.params = self._trained()
+        self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.averaged = self._averaged_network()
+        self._make_average(self.params)
         if self.spec.average is not None:
             self.averaged.module.load_state_dict(state["model"])
         self.reservoir.load_state_dict(state["reservoir"])
-        if state["transfer"]["initial"]:
-            for name in ("initial", "task_start"):
-                values = state["transfer"][name]
-                setattr(self, name, [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))])
+        for name in ("initial", "task_start"):
+            values = state["transfer"][
+                name
+            ]  # empty where forward transfer is undefined: anything of the right shapes will do
+            kept = [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))]
+            setattr(self, name, kept or clones(self.params))
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
         self.task, self.cursor = own["task"], own["cursor"]
         self._draws.set_state(own["draws"])
@@ -307,8 +337,10 @@ class Learner:
         if self.spec.average is None:
             return
         rate = averaging_rate(self.spec.average, self.task_steps) * finite
-        for mean, param in zip(self.averaged.module.parameters(), self.params, strict=True):
+        for mean, param in zip(self._average, self.params, strict=True):
             mean.lerp_(param, rate)
+        for mean, value in self._buffers:
+            mean.copy_(value)
 
     @torch.no_grad()
     def _count_hits(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -325,12 +357,39 @@ class Learner:
         hits = int(self._hits)
         return LearnStats(self.task, len(batch), steps, applied, clipped, loss, hits / len(batch), float(norms[-1]))
 
-    def _evaluated(self) -> list[Tensor]:
-        return list(self.averaged.module.parameters())
+    def _closing(self) -> Closing:
+        return Closing(
+            self.task, self.reservoir.x, self.reservoir.y, self.params, self.strategy.network.module,
+            self.allowed, self.outputs, self._draws,
+        )  # fmt: skip
 
-    def _averaged_network(self) -> Network:
-        """Return a network for the average, or where there is none, the live one."""
-        return self.strategy.network if self.spec.average is None else self._copy_network()
+    def _trained(self) -> tuple[list[str], list[Tensor]]:
+        trained = self.strategy.network.trained()
+        return list(trained), list(trained.values())
+
+    def _make_optimizer(self) -> Optimizer:
+        o = self.spec.optimizer
+        return Optimizer(self.params, o.name, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+
+    def _of(self, network: Network) -> list[Tensor]:
+        """Return a copy's parameters, aligned with `params`."""
+        named = dict(network.module.named_parameters())
+        return [named[name] for name in self.names]
+
+    def _make_average(self, values: Sequence[Tensor]) -> None:
+        """Begin an average at these values; without one, probes see the live network."""
+        if self.spec.average is None:
+            self._average = self.params
+            return
+        self.averaged = self._copy_network()
+        self._average = self._of(self.averaged)
+        copy_into(self._average, values)
+        there = zip(self.averaged.module.buffers(), self.strategy.network.module.buffers(), strict=True)
+        self._buffers = [(mean, value) for mean, value in there if value.is_floating_point()]
+
+    def _take_average(self) -> None:
+        if self.spec.average is not None:
+            copy_into(self.params, self._average)
 
     def _copy_network(self) -> Network:
         network = copy.deepcopy(self.strategy.network)
@@ -338,28 +397,35 @@ class Learner:
         return network
 
     def _renew(self) -> None:
-        """Follow parts that have replaced or added parameters."""
-        params: list[Tensor] = list(self.strategy.network.module.parameters())
-        if len(params) != len(self.params) or any(a is not b for a, b in zip(params, self.params, strict=True)):
-            self._follow(params)
+        """Follow a network whose parameters were added, frozen or replaced, or whose buffers have changed.
+
+        Parameters are matched by name: optimizer state, average and remembered values are carried over.
+        """
+        old = {name: place for place, name in enumerate(self.names)}
+        self.names, self.params = self._trained()
+        places = [old.get(name) for name in self.names]
+        self.optimizer.follow(self.params, places)
+        carried = [
+            [param.detach().clone() if place is None else padded(values[place], param, copy_rest=True)
+             for place, param in zip(places, self.params, strict=True)]
+            for values in (self._average, self.initial, self.task_start)
+        ]  # fmt: skip
+        self._make_average(carried[0])
+        self.initial, self.task_start = carried[1:]
 
     def _grow(self, size: int) -> None:
         registry.grow_head(self.strategy.network.module, size, self.world.seed)
-        self._follow(list(self.strategy.network.module.parameters()))
+        self._renew()
         for part in self.strategy.parts.values():
             part.grow(self.params, size)
         self.allowed = padded_all([self.allowed], [self.allowed.new_zeros(len(self.allowed), size)])[0]
 
-    def _follow(self, params: list[Tensor]) -> None:
-        """Carry optimizer state, average and remembered parameters over to parameters whose shapes have grown."""
-        average = self._evaluated()
-        self.params = params
-        self.optimizer.follow(params)
-        if self.spec.average is not None:
-            self.averaged = self._copy_network()
-            copy_into(self._evaluated(), padded_all(average, params, copy_rest=True))
-        self.initial = padded_all(self.initial, params, copy_rest=True)
-        self.task_start = padded_all(self.task_start, params, copy_rest=True)
+
+def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:
+    """Return each sample's mean squared distance `[R]` from stored logits `[R, C]`, over those that are not -inf."""
+    known = stored.isfinite()
+    apart = torch.where(known, logits - stored, 0.0).square()
+    return apart.sum(1) / known.sum(1).clamp(min=1)
 
 
 def scaling(divisor: float, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -380,12 +446,12 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     device = choose_device(config.device)
     spec = config.model.model_dump()
 
-    def build_network(num_outputs: int) -> nn.Module:
-        return registry.build(spec, config.input.shape, num_outputs, config.seed).to(device)
+    def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
+        return registry.build(spec, config.input.shape, num_outputs, config.seed + offset).to(device)
 
     world = World(
         config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
-        scaling(config.input.scale, device), build_network,
+        scaling(config.input.scale, device), build_network, config.stream.batch_size, tuple(config.stream.topics or ()),
     )  # fmt: skip
     return Learner(
         compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size

@@ -48,8 +48,8 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     """Apply one delivery: everything between two sets of positions."""
     progress, learner = job.progress, job.learner
     if delivery.begins is not None:
+        learner.begin_task(delivery.begins)  # first: where the strategy has no room for it, nothing has changed
         progress.tasks.append(delivery.begins)
-        learner.begin_task(delivery.begins)
         log.info("task %s begins", delivery.begins.name, extra={"task": delivery.begins.name})
 
     progress.meet(delivery.found)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamlearn.data import StreamlearnError
 from streamlearn.tensors import seeded
 
 State = dict[str, Any]
+Slot = dict[str, Tensor]  # values of stored samples, each [n, ...]
 
 ALL = -1
 """A number of samples that stands for every one."""
@@ -106,67 +108,126 @@ class Reservoir:
 
 
 class EpisodicMemory:
-    """Samples of past tasks, at most `budget` in all (or `ALL`) and `max_bytes`, shared equally; drawn by index."""
+    """Samples of past tasks, at most `budget` in all (or `ALL`) and `max_bytes`; drawn by index, at a cost that does not grow.
 
-    def __init__(self, budget: int, max_bytes: int, seed: int) -> None:
+    `balanced` shares the budget equally over the classes of all tasks (a class is an output of a task), at most `per_class`
+    each; otherwise the tasks share it, and within a task every sample is as likely to be kept.
+    """
+
+    def __init__(
+        self, budget: int, max_bytes: int, seed: int, *, balanced: bool = False, per_class: int | None = None
+    ) -> None:
         self.budget = budget
         self.max_bytes = max_bytes
+        self.balanced = balanced
+        self.per_class = per_class
         self.drawn = 0
         self.evicted = 0
-        self.slots: dict[int, tuple[Tensor, Tensor]] = {}  # task -> x [n, ...], y [n]
+        self.slots: dict[int, Slot] = {}  # by task
+        self._all: Slot = {}  # every slot's samples, one after the other, with their tasks
         self._generator = seeded(seed, "memory")
 
     def __len__(self) -> int:
-        return sum(len(y) for _, y in self.slots.values())
+        return sum(len(slot["y"]) for slot in self.slots.values())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored samples."""
-        return sum(x.nbytes + y.nbytes for x, y in self.slots.values())
+        return sum(num_bytes_of(slot) for slot in self.slots.values())
 
-    def store(self, task: int, x: Tensor, y: Tensor) -> None:
+    def store(self, task: int, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Keep a finished task's samples in random order, and cut every slot to its new share.
 
-        Raises `StreamlearnError` when `ALL` samples no longer fit `max_bytes`.
+        `x [n, ...]`, `y [n]`, and more values for each sample, `[n, ...]`, all on the host. Raises `StreamlearnError` when
+        `ALL` samples no longer fit `max_bytes`.
         """
         if not len(y):
             return
         order = torch.randperm(len(y), generator=self._generator)
-        self.slots[task] = (x[order].clone(), y[order].clone())
-        affordable = self.max_bytes // max(1, x[0].nbytes + y[0].nbytes)
+        self.slots[task] = {name: value[order].clone() for name, value in {"x": x, "y": y, **more}.items()}
+        affordable = self.max_bytes // max(1, sum(value[0].nbytes for value in self.slots[task].values()))
         if self.budget == ALL:
             if len(self) > affordable:
                 raise StreamlearnError(
-                    f"memory.max_bytes: {self.max_bytes} bytes hold {affordable} samples; joint training has {len(self)}"
+                    f"memory.max_bytes: {self.max_bytes} bytes hold {affordable} samples; the strategy has {len(self)} to keep"
                 )
-            return
-        share = min(self.budget, affordable) // len(self.slots)
-        for index, (slot_x, slot_y) in self.slots.items():
-            if len(slot_y) > share:
-                self.evicted += len(slot_y) - share
-                self.slots[index] = (slot_x[:share].clone(), slot_y[:share].clone())
+        else:
+            self._share(min(self.budget, affordable))
+        self._gather()
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `count` stored samples with replacement, each equally likely: x, y and their tasks."""
-        sizes = torch.tensor([len(y) for _, y in self.slots.values()])
-        chosen = torch.randint(int(sizes.sum()), (count,), generator=self._generator)
-        bounds = torch.cumsum(sizes, 0)
-        place = torch.searchsorted(bounds, chosen, right=True)
-        within = chosen - (bounds - sizes)[place]
-        x0, y0 = next(iter(self.slots.values()))
-        x = torch.empty((count, *x0.shape[1:]), dtype=x0.dtype)
-        y = torch.empty(count, dtype=y0.dtype)
-        for number, (slot_x, slot_y) in enumerate(self.slots.values()):
-            rows = place == number
-            x[rows], y[rows] = slot_x[within[rows]], slot_y[within[rows]]
+    def draw(self, count: int) -> Slot:
+        """Return `count` stored samples with replacement, each equally likely: `x`, `y`, their `task`, and whatever more."""
+        chosen = torch.randint(len(self._all["y"]), (count,), generator=self._generator)
         self.drawn += count
-        return x, y, torch.tensor(list(self.slots))[place]
+        return {name: value[chosen] for name, value in self._all.items()}
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what metrics show: samples by task, capacity (None: no bound), bytes, drawn and evicted."""
+        return {
+            "samples": {task: len(slot["y"]) for task, slot in self.slots.items()},
+            "capacity": self.budget if self.budget > 0 else None,
+            "bytes": self.num_bytes,
+            "drawn": self.drawn,
+            "evicted": self.evicted,
+        }
+
+    def widen(self, name: str, size: int, value: float) -> None:
+        """Give stored values `[n, c]` of this name `size` columns, the new ones filled with `value`."""
+        for slot in self.slots.values():
+            slot[name] = functional.pad(slot[name], (0, size - slot[name].shape[1]), value=value)
+        self._gather()
 
     def state_dict(self) -> State:
-        slots = {f"{task}-{len(y)}": Immutable(x=x, y=y) for task, (x, y) in self.slots.items()}
+        # a name for each content: a slot that was cut, or whose values got wider, is another file
+        named = {f"{task}-{len(slot['y'])}-{num_bytes_of(slot)}": slot for task, slot in self.slots.items()}
+        slots = {name: Immutable(slot) for name, slot in named.items()}
         return {"slots": slots, "drawn": self.drawn, "evicted": self.evicted, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: State) -> None:
-        self.slots = {int(name.split("-")[0]): (slot["x"], slot["y"]) for name, slot in state["slots"].items()}
+        self.slots = {int(name.split("-")[0]): dict(slot) for name, slot in state["slots"].items()}
         self.drawn, self.evicted = state["drawn"], state["evicted"]
         self._generator.set_state(state["generator"])
+        self._gather()
+
+    def _share(self, room: int) -> None:
+        """Cut every slot to its share of `room` samples: the first of its random order, overall or of each class."""
+        if not self.balanced:
+            share = room // len(self.slots)
+            self._cut({task: torch.arange(len(slot["y"])) < share for task, slot in self.slots.items()})
+            return
+        classes = sum(len(slot["y"].unique()) for slot in self.slots.values())
+        share = min(room // classes, self.per_class or room)
+        self._cut({task: place_in_class(slot["y"]) < share for task, slot in self.slots.items()})
+
+    def _cut(self, kept: dict[int, Tensor]) -> None:
+        for task, mask in kept.items():
+            if not bool(mask.all()):
+                self.evicted += int((~mask).sum())
+                self.slots[task] = {name: value[mask].clone() for name, value in self.slots[task].items()}
+
+    def _gather(self) -> None:
+        """Lay all slots end to end, so that a draw is one index, however many tasks there are; slots become views of it."""
+        self._all = {}
+        if not self.slots:
+            return
+        sizes = [len(slot["y"]) for slot in self.slots.values()]
+        for name in next(iter(self.slots.values())):
+            values = [slot[name] for slot in self.slots.values()]
+            self._all[name] = joined = torch.cat(values)
+            for slot, part in zip(self.slots.values(), joined.split(sizes), strict=True):
+                slot[name] = part
+        self._all["task"] = torch.repeat_interleave(torch.tensor(list(self.slots)), torch.tensor(sizes))
+
+
+def num_bytes_of(slot: Slot) -> int:
+    """Return the bytes of stored samples."""
+    return sum(value.nbytes for value in slot.values())
+
+
+def place_in_class(y: Tensor) -> Tensor:
+    """Return each sample's place among those of its class, `[n]`, from 0."""
+    place = torch.empty_like(y)
+    for label in y.unique().tolist():
+        rows = y == label
+        place[rows] = torch.arange(int(rows.sum()))
+    return place

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from streamlearn.tensors import clones, padded_all, zeros
+from streamlearn.tensors import clones, padded, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,10 +74,23 @@ class Optimizer:
             maximize=False,
         )
 
-    def follow(self, params: Sequence[Tensor]) -> None:
-        """Go on with parameters whose shapes have grown: new entries have no past."""
+    def follow(self, params: Sequence[Tensor], places: Sequence[int | None] | None = None) -> None:
+        """Go on with other parameters; `places` says which old one each was, None for a new one; default: the same.
+
+        What has grown keeps its moments, and its new entries have no past.
+        """
         self.params = list(params)
-        self.moments = {moment: padded_all(values, self.params) for moment, values in self.moments.items()}
+        places = range(len(self.params)) if places is None else places
+        self.moments = {
+            moment: [
+                torch.zeros_like(param) if place is None else padded(values[place], param)
+                for place, param in zip(places, self.params, strict=True)
+            ]
+            for moment, values in self.moments.items()
+        }
+        if self.steps:
+            none = self.params[0].new_zeros(())
+            self.steps = [none.clone() if place is None else self.steps[place] for place in places]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit-equal."""

@@ -35,6 +35,7 @@ ONLY_IN = {
     "matplotlib": {"report.py"},
     "sklearn": {"producer.py"},
     "safetensors": {"state.py"},
+    "scipy": {"strategies/projection.py"},
 }
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 

@@ -1,27 +1,31 @@
-"""What each parameter is worth to a finished task: Fisher information (EWC) and path integrals (SI)."""
+"""What each parameter is worth to a finished task.
+
+Fisher information (EWC), output sensitivity (MAS), path integrals (SI), both of the first and last (RWalk), or the same (L2).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.strategies.moments import moments
 from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from streamlearn.strategies.parts import Closing, State, World
 
 CHUNK = 256
 
 
-class Importance(Protocol):
-    """One importance: `samples_needed` of the finished task, and what it watches while learning."""
+class Importance:
+    """One importance: `samples_needed` of the finished task, and what it watches while learning; by default nothing."""
 
-    samples_needed: int
+    samples_needed: int = 0
 
     def begin_task(self, params: Sequence[Tensor]) -> None:
         """Start to watch a task whose parameters are these."""
@@ -34,18 +38,27 @@ class Importance(Protocol):
 
     def consolidate(self, closing: Closing) -> list[Tensor]:
         """Return the finished task's importance of every parameter."""
+        raise NotImplementedError
 
     def grow(self, params: Sequence[Tensor]) -> None:
         """Follow parameters whose shapes have grown."""
 
     def state_dict(self) -> State:
         """Return everything needed to go on bit-equal."""
+        return {}
 
     def load_state_dict(self, state: State) -> None:
         """Take over what `state_dict` returned."""
 
 
-class Fisher:
+class Uniform(Importance):
+    """Every parameter is worth the same: the penalty is then plain L2 toward the last task's parameters."""
+
+    def consolidate(self, closing: Closing) -> list[Tensor]:
+        return [torch.ones_like(param) for param in closing.params]
+
+
+class Fisher(Importance):
     """Diagonal of the Fisher information: the mean of *per-sample* squared gradients of the log likelihood.
 
     Kirkpatrick et al. 2017, eq. 3. `exact`: the expectation over the network's own distribution of labels; `sampled`:
@@ -57,41 +70,19 @@ class Fisher:
         self.kind = kind
         self.samples_needed = samples
 
-    def begin_task(self, params: Sequence[Tensor]) -> None:
-        """Nothing is watched."""
-
-    def note(self, grads: Sequence[Tensor]) -> None:
-        """Nothing is watched."""
-
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        """Nothing is watched."""
-
     def consolidate(self, closing: Closing) -> list[Tensor]:
-        total = zeros(closing.params)
-        if not len(closing.y):
-            return total
-        training = closing.network.training
-        closing.network.eval()
-        squares = _squares_by_layer if _has_closed_form(closing.network) else _squares_by_sample
-        for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
-            scaled = self.world.scale(x)
+        def total(network: nn.Module, x: Tensor, y: Tensor) -> Iterator[list[Tensor]]:
             forbidden = ~closing.allowed[closing.task]
+
+            def losses(logits: Tensor, label: Tensor) -> Tensor:
+                return functional.cross_entropy(logits.masked_fill(forbidden, -torch.inf), label, reduction="none")
+
             with torch.no_grad():
-                logits = closing.network(scaled).masked_fill(forbidden, -torch.inf)
-                probabilities = torch.softmax(logits, 1)
-            for label, weight in self._labels(probabilities, y.to(logits.device), closing):
-                torch._foreach_add_(total, squares(closing.network, scaled, label, weight, forbidden))
-        closing.network.train(training)
-        return [sum_ / len(closing.y) for sum_ in total]
+                probabilities = torch.softmax(network(x).masked_fill(forbidden, -torch.inf), 1)
+            for label, weight in self._labels(probabilities, y, closing):
+                yield moments(network, x, label, weight, losses, 2)
 
-    def grow(self, params: Sequence[Tensor]) -> None:
-        """Nothing is kept."""
-
-    def state_dict(self) -> State:
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Nothing is kept."""
+        return _mean_of(total, self.world, closing)
 
     def _labels(self, probabilities: Tensor, y: Tensor, closing: Closing) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the labels over which the expectation runs, each with its samples' weights."""
@@ -106,14 +97,36 @@ class Fisher:
             yield y, torch.ones_like(probabilities[:, 0])
 
 
-class PathIntegral:
+class OutputSensitivity(Importance):
+    """Memory aware synapses: how much the output would change (Aljundi et al. 2018, eq. 3, squared norm of the outputs).
+
+    The mean over samples of each sample's |d ||F(x)||^2 / d theta|; the gradient of the batch's mean would let samples cancel.
+    Needs no labels. `F` are the logits of the task's outputs.
+    """
+
+    def __init__(self, world: World, *, samples: int) -> None:
+        self.world = world
+        self.samples_needed = samples
+
+    def consolidate(self, closing: Closing) -> list[Tensor]:
+        def total(network: nn.Module, x: Tensor, y: Tensor) -> Iterator[list[Tensor]]:
+            competes = closing.allowed[closing.task]
+
+            def losses(logits: Tensor, label: Tensor) -> Tensor:
+                del label
+                return torch.where(competes, logits, 0.0).square().sum(1)
+
+            yield moments(network, x, y, torch.ones(len(y), device=x.device), losses, 1)
+
+        return _mean_of(total, self.world, closing)
+
+
+class PathIntegral(Importance):
     """Synaptic intelligence: how much each parameter's way lowered the task's loss (Zenke, Poole & Ganguli 2017).
 
     `w -= g * (theta - before)` at every step, with the gradient of the task's loss *alone* (eq. 3); at the task's end
     `omega = relu(w) / (moved^2 + xi)` (eq. 5).
     """
-
-    samples_needed = 0
 
     def __init__(self, world: World, *, xi: float) -> None:
         self.device = world.device
@@ -167,49 +180,118 @@ class PathIntegral:
         self._gradient = zeros(self.path)
 
 
-def _has_closed_form(network: nn.Module) -> bool:
-    """Tell whether all parameters belong to linear layers that see `[B, features]`."""
-    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
-    return all(type(layer) is nn.Linear for layer in layers)
+class RiemannianWalk(Importance):
+    """Fisher information along the way, and how much the way lowered the loss by it (Chaudhry et al. 2018).
+
+    Every step: `F <- keep * F + (1 - keep) * B * g^2`, where B, the batch size, makes the square of a batch's mean gradient
+    comparable to the mean of squares; and the loss's decrease `-g * (theta - before)`. Every `interval` steps (eq. 8):
+    `score += relu(decrease) / (F * moved^2 / 2 + epsilon)`. At a task's end both are divided by their largest value; the
+    score is averaged with that of the tasks before; their sum is the importance of all tasks so far (eq. 9).
+    """
+
+    def __init__(self, world: World, *, keep: float, interval: int, epsilon: float = 1e-3) -> None:
+        self.device = world.device
+        self.batch_size = world.batch_size
+        self.keep = keep
+        self.interval = interval
+        self.epsilon = epsilon
+        self.steps = 0  # since the mark
+        self.fisher: list[Tensor] = []
+        self.past: list[Tensor] = []  # the normalised score of the tasks before
+        self._walk: dict[str, list[Tensor]] = {}  # score, decrease, before, mark of the current task
+        self._gradient: list[Tensor] = []
+
+    def begin_task(self, params: Sequence[Tensor]) -> None:
+        self.fisher = self.fisher or zeros(params)
+        self.past = self.past or zeros(params)
+        self.steps = 0
+        self._walk = {
+            "score": zeros(params), "decrease": zeros(params), "before": clones(params), "mark": clones(params)
+        }  # fmt: skip
+        self._gradient = zeros(params)
+
+    @torch.no_grad()
+    def note(self, grads: Sequence[Tensor]) -> None:
+        copy_into(self._gradient, grads)
+
+    @torch.no_grad()
+    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        walk, nothing = self._walk, torch.zeros((), device=finite.device)
+        for gradient in self._gradient:
+            torch.where(finite, gradient, nothing, out=gradient)  # as in the path integral: 0 * NaN is NaN
+        torch._foreach_sub_(walk["before"], list(params))
+        torch._foreach_addcmul_(walk["decrease"], self._gradient, walk["before"])
+        copy_into(walk["before"], params)
+        rate = (1 - self.keep) * finite  # a dropped step says nothing
+        torch._foreach_mul_(self.fisher, 1 - rate)
+        torch._foreach_mul_(self._gradient, torch.sqrt(rate * self.batch_size))
+        torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient)
+        self.steps += 1
+        if self.steps == self.interval:
+            self._score(params)
+
+    def _score(self, params: Sequence[Tensor]) -> None:
+        walk = self._walk
+        for score, decrease, mark, fisher, param in zip(
+            walk["score"], walk["decrease"], walk["mark"], self.fisher, params, strict=True
+        ):
+            distance = 0.5 * fisher * (param - mark).square() + self.epsilon
+            score.add_(decrease.relu_().div_(distance))
+            decrease.zero_()
+            mark.copy_(param)
+        self.steps = 0
+
+    @torch.no_grad()
+    def consolidate(self, closing: Closing) -> list[Tensor]:
+        if self.steps:
+            self._score(closing.params)
+        score, fisher = _normalised(self._walk["score"]), _normalised(self.fisher)
+        # the first task has no score before it to be averaged with
+        self.past = score if closing.task == 0 else [(old + new) / 2 for old, new in zip(self.past, score, strict=True)]
+        return [a + b for a, b in zip(fisher, self.past, strict=True)]
+
+    def grow(self, params: Sequence[Tensor]) -> None:
+        if not self.fisher:
+            return
+        self.fisher, self.past = padded_all(self.fisher, params), padded_all(self.past, params)
+        self._gradient = padded_all(self._gradient, params)
+        for name, values in self._walk.items():
+            self._walk[name] = padded_all(values, params, copy_rest=name in {"before", "mark"})
+
+    def state_dict(self) -> State:
+        named = {"fisher": self.fisher, "past": self.past, **self._walk}
+        state: State = {name: {str(n): value for n, value in enumerate(values)} for name, values in named.items()}
+        return {**state, "steps": self.steps}
+
+    def load_state_dict(self, state: State) -> None:
+        self.steps = state["steps"]
+        loaded = {
+            name: [values[str(n)].to(self.device, copy=True) for n in range(len(values))]
+            for name, values in state.items()
+            if name != "steps"
+        }
+        self.fisher, self.past = loaded.pop("fisher"), loaded.pop("past")
+        self._walk = loaded
+        self._gradient = zeros(self.fisher)
 
 
-@torch.enable_grad()
-def _squares_by_layer(network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, forbidden: Tensor) -> list[Tensor]:
-    """Return the weighted sum of per-sample squared gradients from activations `a` and deltas: `(delta^2)^T a^2`."""
-    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((layer, inputs[0].detach(), output))
-
-    handles = [m.register_forward_hook(keep) for m in network.modules() if type(m) is nn.Linear]
-    try:
-        loss = functional.cross_entropy(network(x).masked_fill(forbidden, -torch.inf), y, reduction="none")
-    finally:
-        for handle in handles:
-            handle.remove()
-    deltas = torch.autograd.grad(loss.sum(), [output for _, _, output in seen])
-    squares: dict[int, Tensor] = {}
-    for (layer, a, _), delta in zip(seen, deltas, strict=True):
-        weighted = delta.square() * weight[:, None]
-        squares[id(layer.weight)] = weighted.T @ a.square()
-        if layer.bias is not None:
-            squares[id(layer.bias)] = weighted.sum(0)
-    return [squares[id(param)] for param in network.parameters()]
+def _normalised(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return values divided by the largest of all, or as they are where none is above 0."""
+    largest = torch.stack([value.max() for value in values]).max()
+    return [value / torch.where(largest > 0, largest, 1.0) for value in values]
 
 
-def _squares_by_sample(network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, forbidden: Tensor) -> list[Tensor]:
-    """Return the same for any network, one gradient a sample."""
-    names = [name for name, _ in network.named_parameters()]
-    params = {name: param.detach() for name, param in network.named_parameters()}
-
-    def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
-        logits: Tensor = torch.func.functional_call(network, values, (one[None],))
-        return functional.cross_entropy(logits.masked_fill(forbidden, -torch.inf), label[None])
-
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    total = [torch.zeros_like(params[name]) for name in names]
-    for xs, ys, ws in zip(x.split(16), y.split(16), weight.split(16), strict=True):
-        by_name = gradients(params, xs, ys)
-        parts = [torch.einsum("b...,b->...", by_name[name].square(), ws) for name in names]
-        torch._foreach_add_(total, parts)
-    return total
+def _mean_of(
+    total: Callable[[nn.Module, Tensor, Tensor], Iterator[list[Tensor]]], world: World, closing: Closing
+) -> list[Tensor]:
+    """Return the mean over the reservoir of what `total(network, x, y)` sums over a chunk of it, in evaluation mode."""
+    sums = zeros(closing.params)
+    if not len(closing.y):
+        return sums
+    training = closing.network.training
+    closing.network.eval()
+    for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
+        for part in total(closing.network, world.scale(x), y.to(world.device)):
+            torch._foreach_add_(sums, part)
+    closing.network.train(training)
+    return [value / len(closing.y) for value in sums]

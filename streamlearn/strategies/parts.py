@@ -28,7 +28,11 @@ class World:
     num_outputs: int
     max_bytes: int
     scale: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
-    build_network: Callable[[int], nn.Module]  # number of outputs -> an untrained network on the device
+    build_network: Callable[
+        ..., nn.Module
+    ]  # (number of outputs, offset of the seed = 0) -> an untrained network, there
+    batch_size: int = 1
+    tasks: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Part:
     samples_needed: int = 0  # of the finished task: 0, a number, or memory.ALL
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
-        """Prepare for a task whose parameters are these."""
+        """Prepare for a task whose parameters are these; raises `StreamlearnError` before anything is changed."""
 
-    def begin_refine(self, params: Sequence[Tensor]) -> None:
-        """Prepare for further passes over the reservoir."""
+    def begin_refine(self, closing: Closing) -> None:
+        """Prepare for further passes over the reservoir, which is whole by now."""
 
     def end_task(self, closing: Closing) -> None:
         """Make what was learned last."""
@@ -71,16 +75,29 @@ class Part:
 
 
 class Network(Part):
-    """Slot one: from samples and their tasks to logits. The default is one net for all tasks."""
+    """Slot one: from samples and their tasks to logits. The default is one net for all tasks.
+
+    Its `state_dict` holds numbers only: what `module` needs to get the shape into which its tensors are loaded.
+    """
+
+    transfers = True  # whether its parameters as they were before a task can answer for that task
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the parameters that learn now, by name."""
+        return {name: param for name, param in self.module.named_parameters() if param.requires_grad}
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         """Return logits `[B, C]` for `x [B, ...]`; `task [B]` lives on the host."""
         del task  # class masks do the rest
         logits: Tensor = self.module(x)
         return logits
+
+    def figures(self) -> dict[str, float]:
+        """Return the number of parameters, and the share of weights that no task owns, where tasks own weights."""
+        return {"parameters": float(sum(param.numel() for param in self.module.parameters()))}
 
 
 class Replay(Part):
@@ -126,6 +143,14 @@ class Constraint(Part):
 
     def hold(self, params: Sequence[Tensor]) -> None:
         """Put back what must not have moved."""
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what is stored for reference gradients, as `Replay.sizes` does."""
+        return {}
+
+    def counts(self) -> dict[str, int]:
+        """Return how many steps were projected, and how often the solver failed, in all."""
+        return {}
 
 
 @dataclass(frozen=True)

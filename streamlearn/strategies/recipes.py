@@ -13,14 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from streamlearn.strategies.parts import Part, Strategy, World
+    from streamlearn.config import Config
+    from streamlearn.memory import EpisodicMemory
+    from streamlearn.strategies.importance import Importance
+    from streamlearn.strategies.parts import Strategy, World
 
-    Slots = dict[str, Part]
+    Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
+    Check = Callable[[Config, str], Iterator[str]]
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(gt=0, le=100)]
+Decay = Annotated[float, Field(gt=0, le=1)]
+Anchor = Literal["all", "last"]
+Step = Literal["explicit", "proximal"]
+Selection = Literal["reservoir", "balanced"]
+Momentum = Literal["refuse", "allow"]
 
 
 def naive(world: World) -> Slots:
@@ -31,17 +41,56 @@ def naive(world: World) -> Slots:
 
 def joint(world: World, *, budget: Positive | Literal["all"] = "all") -> Slots:
     """Multi-task training on everything seen so far. The upper bound."""
-    from streamlearn.memory import ALL
+    from streamlearn.memory import ALL, EpisodicMemory
     from streamlearn.strategies.replay import EpisodicReplay
 
-    return {"replay": EpisodicReplay(world, budget=ALL if budget == "all" else budget, by_tasks=True)}
+    memory = EpisodicMemory(ALL if budget == "all" else budget, world.max_bytes, world.seed)
+    return {"replay": EpisodicReplay(world, memory, by_tasks=True)}
 
 
-def er(world: World, *, budget: Positive = 2000, ratio: Annotated[float, Field(gt=0, le=100)] = 1.0) -> Slots:
+def er(
+    world: World,
+    *,
+    budget: Positive = 2000,
+    selection: Selection = "reservoir",
+    per_class: Positive | None = None,
+    ratio: Ratio = 1.0,
+    balance: Literal["batch", "tasks", "counts"] = "batch",
+) -> Slots:
     """Experience replay (Chaudhry et al. 2019) from a memory of `budget` samples, `ratio` replayed for each new one."""
     from streamlearn.strategies.replay import EpisodicReplay
 
-    return {"replay": EpisodicReplay(world, budget=budget, ratio=ratio)}
+    memory = _memory(world, budget, selection, per_class)
+    return {"replay": EpisodicReplay(world, memory, ratio=ratio, balance=balance)}
+
+
+def derpp(
+    world: World,
+    *,
+    budget: Positive = 2000,
+    selection: Selection = "reservoir",
+    per_class: Positive | None = None,
+    ratio: Ratio = 1.0,
+    alpha: Strength = 0.5,
+    beta: Strength = 0.5,
+) -> Slots:
+    """Dark experience replay++ (Buzzega et al. 2020): stored logits weigh `alpha`, stored labels `beta`."""
+    from streamlearn.strategies.replay import DarkReplay
+
+    memory = _memory(world, budget, selection, per_class)
+    return {"replay": DarkReplay(world, memory, alpha=alpha, beta=beta, ratio=ratio)}
+
+
+def lwf(
+    world: World,
+    *,
+    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0,
+    balance: Literal["tasks", "counts"] = "tasks",
+) -> Slots:
+    """Learning without forgetting (Li & Hoiem 2016): the current inputs, labelled by the previous solver."""
+    from streamlearn.strategies.distillation import Distillation
+
+    return {"replay": Distillation(world, temperature=temperature, balance=balance)}
 
 
 def generative(
@@ -64,26 +113,32 @@ def generative(
     return {"replay": GenerativeReplay(world, spec, soft=targets == "soft", temperature=temperature, ratio=ratio)}
 
 
+def l2(world: World, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
+    """Pull every parameter alike toward where the last task left it: what importance is compared with."""
+    from streamlearn.strategies.importance import Uniform
+
+    return _penalty(world, Uniform(), strength, "last", 0.0, step)
+
+
 def ewc(
     world: World,
     *,
     strength: Strength = 5000.0,
     fisher: Literal["exact", "sampled", "empirical"] = "exact",
-    anchor: Literal["all", "last"] = "all",
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0,
-    samples: Positive = 1000,
-    step: Literal["explicit", "proximal"] = "explicit",
+    anchor: Anchor = "all",
+    decay: Decay = 1.0,
+    samples: Positive | Literal["all"] = 1000,
+    step: Step = "explicit",
 ) -> Slots:
     """Elastic weight consolidation (Kirkpatrick et al. 2017); `anchor: last` is its online form (Schwarz et al. 2018).
 
     Useful strengths are large, because the per-sample Fisher shrinks once a task is fitted.
     """
+    from streamlearn.memory import ALL
     from streamlearn.strategies.importance import Fisher
-    from streamlearn.strategies.penalty import ImportancePenalty
 
-    importance = Fisher(world, kind=fisher, samples=samples)
-    proximal = step == "proximal"
-    return {"penalty": ImportancePenalty(world, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
+    importance = Fisher(world, kind=fisher, samples=ALL if samples == "all" else samples)
+    return _penalty(world, importance, strength, anchor, decay, step)
 
 
 def si(
@@ -91,17 +146,143 @@ def si(
     *,
     strength: Strength = 0.1,
     xi: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1,
-    anchor: Literal["all", "last"] = "last",
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0,
-    step: Literal["explicit", "proximal"] = "explicit",
+    anchor: Anchor = "last",
+    decay: Decay = 1.0,
+    step: Step = "explicit",
 ) -> Slots:
     """Synaptic intelligence (Zenke, Poole & Ganguli 2017)."""
     from streamlearn.strategies.importance import PathIntegral
+
+    return _penalty(world, PathIntegral(world, xi=xi), strength, anchor, decay, step)
+
+
+def mas(
+    world: World,
+    *,
+    strength: Strength = 1.0,
+    anchor: Anchor = "last",
+    decay: Decay = 1.0,
+    samples: Positive | Literal["all"] = 1000,
+    step: Step = "explicit",
+) -> Slots:
+    """Memory aware synapses (Aljundi et al. 2018): how much the output would change; needs no labels."""
+    from streamlearn.memory import ALL
+    from streamlearn.strategies.importance import OutputSensitivity
+
+    importance = OutputSensitivity(world, samples=ALL if samples == "all" else samples)
+    return _penalty(world, importance, strength, anchor, decay, step)
+
+
+def rwalk(
+    world: World,
+    *,
+    strength: Strength = 10.0,
+    fisher_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9,
+    interval: Positive = 10,
+    step: Step = "explicit",
+) -> Slots:
+    """Riemannian walk (Chaudhry et al. 2018): a moving Fisher and path scores, both normalised; no second backward pass."""
+    from streamlearn.strategies.importance import RiemannianWalk
+
+    # all tasks so far are in what it returns, so what was there before goes
+    return _penalty(world, RiemannianWalk(world, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)
+
+
+def gem(
+    world: World,
+    *,
+    memory: Positive = 256,
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5,
+    momentum: Momentum = "refuse",
+) -> Slots:
+    """Gradient episodic memory (Lopez-Paz & Ranzato 2017), `memory` samples a task. Costs more with every task."""
+    from streamlearn.memory import ALL, EpisodicMemory
+    from streamlearn.strategies.projection import EpisodicProjection
+
+    del momentum  # a question of configuration
+    kept = EpisodicMemory(ALL, world.max_bytes, world.seed)
+    return {"constraint": EpisodicProjection(world, kept, per_task=memory, margin=margin)}
+
+
+def agem(
+    world: World,
+    *,
+    budget: Positive = 2000,
+    selection: Selection = "reservoir",
+    per_class: Positive | None = None,
+    reference: Positive | None = None,
+    momentum: Momentum = "refuse",
+) -> Slots:
+    """Averaged GEM (Chaudhry et al. 2019): one gradient on `reference` stored samples (default: as many as the batch)."""
+    from streamlearn.strategies.projection import AverageProjection
+
+    del momentum
+    return {"constraint": AverageProjection(world, _memory(world, budget, selection, per_class), reference=reference)}
+
+
+def pnn(world: World, *, max_parameters: Positive = 50_000_000) -> Slots:
+    """Progressive networks (Rusu et al. 2016): a column a task, lateral connections at every hidden layer."""
+    from streamlearn.strategies.progressive import ProgressiveNetwork
+
+    return {"network": ProgressiveNetwork(world, max_parameters=max_parameters)}
+
+
+def packnet(world: World, *, prune: Annotated[float, Field(gt=0, lt=1)] = 0.75, retrain_epochs: Positive = 1) -> Slots:
+    """PackNet (Mallya & Lazebnik 2018): each task keeps `1 - prune` of the free weights, retrained on its reservoir."""
+    from streamlearn.strategies.packing import OwnershipConstraint, PackedNetwork
+
+    network = PackedNetwork(world, prune=prune)
+    return {"network": network, "constraint": OwnershipConstraint(network), "refine_epochs": retrain_epochs}
+
+
+def _memory(world: World, budget: int, selection: str, per_class: int | None) -> EpisodicMemory:
+    from streamlearn.memory import EpisodicMemory
+
+    balanced = selection == "balanced"
+    return EpisodicMemory(budget, world.max_bytes, world.seed, balanced=balanced, per_class=per_class)
+
+
+def _penalty(world: World, importance: Importance, strength: float, anchor: str, decay: float, step: str) -> Slots:
     from streamlearn.strategies.penalty import ImportancePenalty
 
-    importance = PathIntegral(world, xi=xi)
     proximal = step == "proximal"
     return {"penalty": ImportancePenalty(world, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
+
+
+def _momentum(config: Config, name: str) -> Iterator[str]:
+    """Projection holds for the gradient; momentum, and Adam's, moves on along gradients from before it."""
+    o = config.learner.optimizer
+    if config.strategy[name]["momentum"] == "refuse" and (o.name != "sgd" or o.momentum):
+        used = f"{o.name} with momentum {o.momentum}" if o.name == "sgd" else o.name
+        yield (
+            f"learner.optimizer is {used}: momentum undoes the projection; "
+            f"accepted: {{name: sgd, momentum: 0}}, or {name}: {{momentum: allow}}"
+        )
+
+
+def _per_class(config: Config, name: str) -> Iterator[str]:
+    chosen = config.strategy[name]
+    if chosen["per_class"] is not None and chosen["selection"] != "balanced":
+        yield f"per_class is {chosen['per_class']}, and selection {chosen['selection']}; accepted with selection: balanced"
+
+
+def _isolation(config: Config, name: str) -> Iterator[str]:
+    """Say what networks that isolate tasks cannot do."""
+    if config.scenario.kind == "class":
+        yield (
+            f"{name} must be told the task of a sample, and scenario class does not tell; accepted: scenario task or domain"
+        )
+    if config.grow_head:
+        yield f"{name} has outputs that do not grow; accepted: grow_head: false, with enough classes"
+
+
+def _refines(config: Config, name: str) -> Iterator[str]:
+    topics, rule = config.stream.topics, config.stream.task_end
+    if topics is not None and len(topics) == 1 and rule.next_topic:
+        yield (
+            f"{name} prunes at the end of a task, and the only topic, {topics[0]}, has none; "
+            "accepted: stream.task_end records: N or idle: SECONDS, or more topics"
+        )
 
 
 def signature_model(function: Callable[..., Any]) -> type[BaseModel]:
@@ -118,20 +299,25 @@ def signature_model(function: Callable[..., Any]) -> type[BaseModel]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe and the slots it fills."""
+    """A recipe, the slots it fills, and what it cannot be combined or configured with."""
 
     build: Callable[..., Slots]
-    slots: tuple[str, ...]
-
-    @classmethod
-    def of(cls, build: Callable[..., Slots], *slots: str) -> Recipe:
-        """Return the recipe of a function that fills these slots."""
-        return cls(build, slots)
+    slots: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    alone: str | None = None  # why nothing is combined with it
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
         """A model of the function's keyword parameters."""
         return signature_model(self.build)
+
+    def refusals(self, config: Config, name: str) -> Iterator[str]:
+        """Give the reasons why a configuration that chose this recipe makes no sense, each with what is accepted."""
+        others = " + ".join(other for other in config.strategy if other != name)
+        if self.alone is not None and others:
+            yield f"cannot be combined with {others}: {self.alone}"
+        for check in self.checks:
+            yield from check(config, name)
 
 
 def compose(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Strategy:
@@ -145,11 +331,26 @@ def compose(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Strategy:
     return Strategy(**slots)
 
 
+ISOLATED = (
+    "it isolates tasks, so nothing is forgotten, and samples or importances of other tasks have nothing to protect"
+)
+
 RECIPES: dict[str, Recipe] = {
-    "naive": Recipe.of(naive),
-    "joint": Recipe.of(joint, "replay"),
-    "er": Recipe.of(er, "replay"),
-    "generative": Recipe.of(generative, "replay"),
-    "ewc": Recipe.of(ewc, "penalty"),
-    "si": Recipe.of(si, "penalty"),
+    "naive": Recipe(naive, alone="it is the lower bound: every slot at its default"),
+    "joint": Recipe(
+        joint, ("replay",), alone="it is the upper bound: it learns every sample again, so nothing is to protect"
+    ),
+    "er": Recipe(er, ("replay",), (_per_class,)),
+    "derpp": Recipe(derpp, ("replay",), (_per_class,)),
+    "lwf": Recipe(lwf, ("replay",)),
+    "generative": Recipe(generative, ("replay",)),
+    "l2": Recipe(l2, ("penalty",)),
+    "ewc": Recipe(ewc, ("penalty",)),
+    "si": Recipe(si, ("penalty",)),
+    "mas": Recipe(mas, ("penalty",)),
+    "rwalk": Recipe(rwalk, ("penalty",)),
+    "gem": Recipe(gem, ("constraint",), (_momentum,)),
+    "agem": Recipe(agem, ("constraint",), (_momentum, _per_class)),
+    "pnn": Recipe(pnn, ("network",), (_isolation,), alone=ISOLATED),
+    "packnet": Recipe(packnet, ("network", "constraint"), (_isolation, _refines), alone=ISOLATED),
 }

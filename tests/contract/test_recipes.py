@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import torch
 
 from streamlearn import config as configuration
 from streamlearn import state
-from streamlearn.data import Batch, Task
+from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.parts import Constraint, Penalty, Replay
 from streamlearn.strategies.recipes import RECIPES
+from tests.support import jobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +26,23 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
 BATCH, CLASSES, SIZE = 8, 6, 12
+TASKS = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
+NEEDS: dict[str, dict[str, Any]] = {  # what a recipe cannot do without: every exception stands here, by name
+    "pnn": {"scenario": {"kind": "task", "tasks": TASKS}},
+    "packnet": {"scenario": {"kind": "task", "tasks": TASKS}},
+    "gem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
+    "agem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
+}
+PROJECTING = {"gem", "agem"}
+FIXED_HEAD = {"pnn", "packnet"}
 CHOICES: list[dict[str, Any]] = [{name: {}} for name in RECIPES]
 CHOICES += [
     {"generative": {}, "si": {}},
+    {"er": {"selection": "balanced", "per_class": 3, "balance": "tasks"}, "rwalk": {"interval": 2}},
+    {"er": {"budget": 20, "balance": "counts"}, "gem": {"memory": 9, "margin": 0.0}},
+    {"derpp": {"budget": 16}, "mas": {"samples": "all", "step": "proximal"}, "agem": {"reference": 5}},
+    {"lwf": {"balance": "counts"}, "l2": {"step": "proximal"}},
+    {"packnet": {"retrain_epochs": 2, "prune": 0.5}},
     {"generative": {"variant": "vae", "targets": "hard", "likelihood": "gaussian"}},
     {"generative": {"average": None}},
     {"er": {}, "ewc": {"fisher": "sampled", "step": "proximal"}},
@@ -45,8 +62,8 @@ every_recipe = pytest.mark.parametrize("chosen", CHOICES, ids=identify)
 class Run:
     """A learner with its tasks, fed with two-class tasks that a line can tell apart."""
 
-    def __init__(self, tmp_path: Path, chosen: dict[str, Any], **over: Any) -> None:
-        tree = {
+    def __init__(self, tmp_path: Path, chosen: dict[str, Any], like: dict[str, Any] | None = None, **over: Any) -> None:
+        tree: dict[str, Any] = {
             "device": "cpu",
             "input": {"shape": [SIZE]},
             "classes": CLASSES,
@@ -54,8 +71,10 @@ class Run:
             "model": {"hidden": [16]},
             "learner": {"updates_per_batch": 3},
             "strategy": chosen,
-            **over,
         }
+        for name in like or chosen:
+            tree = jobs.merged(tree, NEEDS.get(name, {}))
+        tree = jobs.merged(tree, over)
         path = tmp_path / "job.yaml"
         path.write_text(configuration.dump(tree))
         config = configuration.load(path, RECIPES, {})
@@ -113,6 +132,12 @@ class Run:
         self.tasks, self.labels = list(other.tasks), list(other.labels)
         self.learner.load_state_dict(state.unpack(files, rest), self.tasks, self.labels)
 
+    def logits(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        """Return what probes see of a task, over its own outputs."""
+        with torch.no_grad():
+            logits = self.learner.averaged.forward(self.learner.world.scale(x), torch.full((len(x),), task))
+        return logits[:, self.learner.allowed[task]]
+
     def digest(self) -> dict[str, bytes]:
         """Return every tensor's bytes."""
         files, _ = self.saved()
@@ -126,7 +151,7 @@ class Run:
 @every_recipe
 def test_is_naive_until_the_first_task_ends(tmp_path: Path, chosen: dict[str, Any]) -> None:
     """No strategy changes the model before there is a past to protect: bit-equal to naive."""
-    run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}})
+    run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}}, like=chosen)
     for one in (run, naive):
         one.begin()
         one.learn(range(5))
@@ -135,27 +160,32 @@ def test_is_naive_until_the_first_task_ends(tmp_path: Path, chosen: dict[str, An
 
 
 @every_recipe
-@pytest.mark.parametrize("place", ["in the first task", "after a task", "in a later task"])
+@pytest.mark.parametrize("place", ["in the first task", "after a task", "in a later task", "while refining"])
 def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -> None:
     """A learner restored from bytes at any point ends with the same bits as one that never stopped."""
-    one = Run(tmp_path, chosen)
-    if place == "in the first task":
-        one.begin()
-        one.learn(range(2))
-    else:
+    one, other = Run(tmp_path, chosen), Run(tmp_path, chosen)
+    stop = random.randrange(1, 5)
+    print(f"stopped after batch {stop}")
+    if place != "in the first task":
         one.through(1)
-        if place == "in a later task":
-            one.begin()
-            one.learn(range(2))
-    other = Run(tmp_path, chosen)
+    if place != "after a task":
+        one.begin()
+        one.learn(range(stop))
+    if place == "while refining":
+        for number, delivery in enumerate(one.learner.refine()):
+            if number == stop or delivery.batch is None:
+                break
+            one.learner.learn(delivery.batch)
     other.load(one)
     for run in (one, other):
         if place == "after a task":
             run.begin()
-        run.learn(range(2, 5))
+        if place != "while refining":
+            run.learn(range(stop, 5))
         run.end()
         run.through(1)
     assert one.digest() == other.digest()
+    assert one.saved()[1] == other.saved()[1]
 
 
 def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
@@ -215,7 +245,7 @@ def test_a_gradient_that_is_not_finite_is_dropped(tmp_path: Path, chosen: dict[s
     assert all(np.isfinite(np.frombuffer(run.digest()[name], np.float32)).all() for name in moved if "penalty" in name)
 
 
-@every_recipe
+@pytest.mark.parametrize("chosen", [one for one in CHOICES if not FIXED_HEAD & set(one)], ids=identify)
 def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
     """With `grow_head` a new label past the outputs enlarges model, optimizer, average and parts, and resumes bit-equal."""
     one = Run(tmp_path, chosen, classes=2, grow_head=True)
@@ -229,17 +259,22 @@ def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
     assert one.digest() == other.digest()
 
 
+@pytest.mark.parametrize("name", sorted(FIXED_HEAD))
+@pytest.mark.parametrize(
+    "over", [{"classes": 2, "grow_head": True}, {"scenario": {"kind": "class"}}], ids=["head", "class"]
+)
+def test_what_a_recipe_cannot_do_is_refused(tmp_path: Path, name: str, over: dict[str, Any]) -> None:
+    """An exception of this suite is an error of configuration, which names the recipe and what is accepted."""
+    with pytest.raises(StreamlearnError, match=rf"strategy\.{name}: .*accepted: "):
+        Run(tmp_path, {name: {}}, **over)
+
+
 @every_recipe
 @pytest.mark.parametrize("kind", ["task", "domain"])
 def test_learns_in_every_scenario(tmp_path: Path, chosen: dict[str, Any], kind: str) -> None:
     """Task- and domain-incremental learning reach far more than chance on the task just learned, however held back."""
-    declared = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
-    run = Run(
-        tmp_path,
-        chosen,
-        scenario={"kind": kind, "tasks": declared},
-        learner={"updates_per_batch": 20, "optimizer": {"lr": 0.01}},
-    )
+    quick = {"updates_per_batch": 20, "optimizer": {"lr": 0.5 if PROJECTING & set(chosen) else 0.01}}
+    run = Run(tmp_path, chosen, scenario={"kind": kind, "tasks": TASKS}, learner=quick)
     for index in range(2):
         run.begin()
         for number in range(6):
@@ -250,6 +285,63 @@ def test_learns_in_every_scenario(tmp_path: Path, chosen: dict[str, Any], kind: 
     batch = run.batch(99, 200)
     accuracy, _ = run.learner.evaluate(batch.x, batch.y - (2 if kind == "domain" else 0), 1)
     assert accuracy > 0.65
+
+
+@pytest.mark.parametrize("chosen", [one for one in CHOICES if "naive" not in one], ids=identify)
+def test_every_method_changes_training(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """After two tasks the weights are not naive's: a method that does nothing is no method."""
+    run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}}, like=chosen)
+    for one in (run, naive):
+        one.through(2)
+    last = "columns.1" if "pnn" in chosen else ""
+    ours = [p for name, p in run.learner.strategy.network.module.named_parameters() if name.startswith(last)]
+    expected = {param.detach().numpy().tobytes() for param in naive.learner.params}
+    assert not {param.detach().numpy().tobytes() for param in ours} & expected
+
+
+@every_recipe
+def test_budgets_are_never_exceeded(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """What is stored stays under its budget in samples, and under `memory.max_bytes`, after every task."""
+    run = Run(tmp_path, chosen)
+    for _ in range(3):
+        run.through(1)
+        for sizes in (run.learner.strategy.replay.sizes(), run.learner.strategy.constraint.sizes()):
+            if sizes:
+                assert sum(sizes["samples"].values()) <= (sizes["capacity"] or np.inf)
+                assert sizes["bytes"] <= run.learner.world.max_bytes
+                assert sizes["bytes"] > 0
+
+
+@every_recipe
+def test_state_is_tensors_and_json(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """What is not a tensor survives JSON unchanged; nothing needs a pickle."""
+    run = Run(tmp_path, chosen)
+    run.through(2)
+    _, rest = run.saved()
+    assert json.loads(json.dumps(rest, allow_nan=False)) == rest
+
+
+@pytest.mark.parametrize("kind", ["task", "domain"])
+@pytest.mark.parametrize("model", [{"hidden": [16]}, {"name": "resnet", "width": 4}], ids=["mlp", "resnet"])
+@pytest.mark.parametrize("name", ["pnn", "packnet"])
+def test_isolated_tasks_never_change(tmp_path: Path, name: str, model: dict[str, Any], kind: str) -> None:
+    """The logits of a finished task are bit-identical after later tasks, whatever momentum and weight decay would do."""
+    wild = {"optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.5}, "updates_per_batch": 3}
+    shape = [SIZE] if "hidden" in model else [SIZE, 1]
+    over = {"scenario": {"kind": kind, "tasks": TASKS}, "model": model, "input": {"shape": shape}, "learner": wild}
+    run = Run(tmp_path, {name: {}}, **over)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for index in range(3):
+        run.begin()
+        for number in range(4):
+            batch = run.batch(number)
+            shift = 2 * index if kind == "domain" else 0
+            run.learner.learn(Batch(batch.x.reshape(-1, *shape), batch.y - shift, batch.task))
+        run.end()
+        x = run.batch(50, 40).x.reshape(-1, *shape)
+        seen.append((x, run.logits(x, index)))
+        for task, (probe, before) in enumerate(seen):
+            assert run.logits(probe, task).numpy().tobytes() == before.numpy().tobytes()
 
 
 def test_slots_default_to_nothing(tmp_path: Path) -> None:

@@ -48,7 +48,60 @@ def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
     assert any(
         "job.yaml:3: stream.batch_size: is -1; Input should be greater than or equal to 1" in line for line in lines
     )
-    assert any("strategy.foo" in line and "accepted: er, ewc, generative, joint, naive, si" in line for line in lines)
+    assert any(
+        "strategy.foo" in line and "accepted: agem, derpp, er, ewc, gem, generative, joint" in line for line in lines
+    )
+
+
+REFUSED = [
+    ("naive + er", {"strategy": ["naive", "er"]}, "strategy.naive: cannot be combined with er: it is the lower bound"),
+    (
+        "joint + ewc",
+        {"strategy": ["joint", "ewc"]},
+        "strategy.joint: cannot be combined with ewc: it is the upper bound",
+    ),
+    (
+        "pnn + si",
+        {"strategy": ["pnn", "si"], "scenario": "task"},
+        "strategy.pnn: cannot be combined with si: it isolates",
+    ),
+    (
+        "packnet + gem",
+        {"strategy": ["packnet", "gem"]},
+        "strategy.gem: is 'gem'; slot constraint is already filled by packnet",
+    ),
+    (
+        "gem with adam",
+        {"strategy": "gem"},
+        "strategy.gem: learner.optimizer is adam: momentum undoes the projection; accepted",
+    ),
+    (
+        "gem with momentum",
+        {"strategy": "gem", "learner": {"optimizer": {"name": "sgd", "momentum": 0.9}}},
+        "strategy.gem: learner.optimizer is sgd with momentum 0.9",
+    ),
+    ("pnn by class", {"strategy": "pnn"}, "strategy.pnn: pnn must be told the task of a sample"),
+    (
+        "packnet without an end",
+        {"strategy": "packnet", "scenario": "task"},
+        "strategy.packnet: packnet prunes at the end of a task, and the only topic, a, has none; accepted: stream.task_end",
+    ),
+    ("strength", {"strategy": {"mas": {"strength": float("nan")}}}, "strategy.mas.strength: is nan; Input should be"),
+    ("misspelt", {"strategy": {"agem": {"budgt": 3}}}, "strategy.agem.budgt: is 3; no such key (did you mean budget?)"),
+    (
+        "per class",
+        {"strategy": {"er": {"per_class": 3}}},
+        "strategy.er: per_class is 3, and selection reservoir; accepted",
+    ),
+]
+
+
+@pytest.mark.parametrize(("over", "line"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_strategies_that_make_no_sense_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """One line names the key, and says why or what is accepted, before anything is consumed."""
+    with pytest.raises(StreamlearnError) as caught:
+        written(tmp_path, {**MINIMAL, **over})
+    assert [line in one for one in str(caught.value).splitlines()] == [True], caught.value
 
 
 def test_two_recipes_for_one_slot_are_refused(tmp_path: Path) -> None:

@@ -41,11 +41,31 @@ def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
     memory = EpisodicMemory(12, 1 << 20, 0)
     for task in range(3):
         memory.store(task, *numbers(100 * task, 20))
-    assert {task: len(y) for task, (_, y) in memory.slots.items()} == {0: 4, 1: 4, 2: 4}
+    assert memory.sizes()["samples"] == {0: 4, 1: 4, 2: 4}
     assert memory.evicted == 3 * 20 - 3 * 4
-    x, _, drawn = memory.draw(3000)
-    assert torch.equal((x.flatten() // 100).long(), drawn)
-    assert torch.bincount(drawn, minlength=3).min() > 800
+    drawn = memory.draw(3000)
+    assert torch.equal((drawn["x"].flatten() // 100).long(), drawn["task"])
+    assert torch.bincount(drawn["task"], minlength=3).min() > 800
+
+
+def test_a_balanced_memory_shares_by_class() -> None:
+    """Every class of every task has the same share, at most `per_class`, however unequal they came."""
+    memory = EpisodicMemory(12, 1 << 20, 0, balanced=True, per_class=4)
+    for task, first in enumerate((18, 3)):
+        x, _ = numbers(100 * task, 20)
+        memory.store(task, x, (torch.arange(20) >= first).long())
+        counts = [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()]
+        assert counts == [[[4, 2]], [[3, 2], [3, 3]]][task]
+
+
+def test_stored_values_can_be_widened() -> None:
+    """A head that has grown asks stored logits for more columns; the file they are saved in is then another one."""
+    memory = EpisodicMemory(10, 1 << 20, 0)
+    memory.store(0, *numbers(0, 4), logits=torch.zeros(4, 2))
+    before = set(memory.state_dict()["slots"])
+    memory.widen("logits", 3, -torch.inf)
+    assert memory.draw(5)["logits"][0].tolist() == [0, 0, -torch.inf]
+    assert not before & set(memory.state_dict()["slots"])
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_bound() -> None:
@@ -63,5 +83,5 @@ def test_a_slot_has_a_name_of_its_own_for_each_size() -> None:
     memory.store(0, *numbers(0, 20))
     names = set(memory.state_dict()["slots"])
     memory.store(1, *numbers(100, 20))
-    assert (names, set(memory.state_dict()["slots"])) == ({"0-10"}, {"0-5", "1-5"})
+    assert (names, set(memory.state_dict()["slots"])) == ({"0-10-120"}, {"0-5-60", "1-5-60"})
     assert all(isinstance(slot, Immutable) for slot in memory.state_dict()["slots"].values())

@@ -1,0 +1,138 @@
+"""Per-sample gradient moments: sum over samples of weight * |gradient|^p, for p = 2 (Fisher) and p = 1 (MAS).
+
+Layer by layer from activations `a` and deltas `d` of one backward pass, where every layer has such a form; by one gradient a
+sample otherwise. A linear layer's gradient is the outer product of d and a, so its moment is (|d|^p)^T |a|^p.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SLICE = 16  # samples whose gradients are held at once
+
+
+def moments(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    losses: Callable[[Tensor, Tensor], Tensor],
+    power: int,
+) -> list[Tensor]:
+    """Return, for each parameter, the sum over samples of `weight * |gradient of the sample's loss|^power`.
+
+    `x [B, ...]`, `y [B]` what the loss is told, `weight [B]`; `losses` maps logits `[B, C]` and `y` to `[B]`.
+    """
+    found = _by_layer(network, x, y, weight, losses, power)
+    return _by_sample(network, x, y, weight, losses, power) if found is None else found
+
+
+@torch.enable_grad()
+def _by_layer(
+    network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
+) -> list[Tensor] | None:
+    """Return the moments in closed form, or None where a layer has none, or is used more than once."""
+    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
+    if not all(type(layer) in FORMS for layer in layers):
+        return None
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((layer, inputs[0].detach(), output))
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        loss = losses(network(x), y)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) != len(layers) or len({id(layer) for layer, _, _ in seen}) != len(seen):
+        return None
+    deltas = torch.autograd.grad(loss.sum(), [output for _, _, output in seen])
+    by_param: dict[int, Tensor] = {}
+    for (layer, a, _), delta in zip(seen, deltas, strict=True):
+        form = FORMS[type(layer)](layer, a, delta, weight, power)
+        if form is None:
+            return None
+        # a layer without a bias has one parameter, and no use for the second moment
+        by_param |= {id(p): moment for p, moment in zip(layer.parameters(recurse=False), form, strict=False)}
+    return [by_param[id(param)] for param in network.parameters()]
+
+
+def _linear(_: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
+    if a.dim() > 2:  # several positions a sample: their gradients add before the power
+        gradient = torch.einsum("b...o,b...i->boi", delta, a)
+        moment = torch.einsum("boi,b->oi", gradient.abs() ** power, weight)
+        bias = delta.flatten(1, -2).sum(1)
+    else:
+        moment = ((delta.abs() ** power) * weight[:, None]).T @ a.abs() ** power
+        bias = delta
+    return [moment, weight @ bias.abs() ** power]
+
+
+def _convolution(layer: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    patches = functional.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # [B, in * k, L]
+    gradient = delta.flatten(2) @ patches.transpose(1, 2)  # [B, out, in * k]
+    moment = torch.einsum("boi,b->oi", gradient.abs() ** power, weight).reshape(layer.weight.shape)
+    return [moment, weight @ delta.sum((2, 3)).abs() ** power]
+
+
+def _group_norm(layer: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
+    assert isinstance(layer, nn.GroupNorm)
+    normal = functional.group_norm(a, layer.num_groups, eps=layer.eps)
+    return _affine(normal.flatten(2), delta.flatten(2), weight, power)
+
+
+def _layer_norm(layer: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
+    assert isinstance(layer, nn.LayerNorm)
+    if len(layer.normalized_shape) != 1 or layer.bias is None:
+        return None
+    normal = functional.layer_norm(a, layer.normalized_shape, eps=layer.eps)
+    size = layer.normalized_shape[0]
+    return _affine(
+        normal.reshape(len(a), -1, size).transpose(1, 2), delta.reshape(len(a), -1, size).transpose(1, 2), weight, power
+    )
+
+
+def _affine(normal: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor]:
+    """Return the moments of scale and shift, for `normal` and `delta` `[B, features, positions]`."""
+    scale, shift = (normal * delta).sum(2), delta.sum(2)
+    return [weight @ scale.abs() ** power, weight @ shift.abs() ** power]
+
+
+def _by_sample(
+    network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
+) -> list[Tensor]:
+    """Return the moments of any network, one gradient a sample."""
+    names = [name for name, _ in network.named_parameters()]
+    params = {name: param.detach() for name, param in network.named_parameters()}
+
+    def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
+        logits: Tensor = torch.func.functional_call(network, values, (one[None],))
+        return losses(logits, label[None])[0]
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    total = [torch.zeros_like(params[name]) for name in names]
+    for xs, ys, ws in zip(x.split(SLICE), y.split(SLICE), weight.split(SLICE), strict=True):
+        by_name = gradients(params, xs, ys)
+        parts = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in names]
+        torch._foreach_add_(total, parts)
+    return total
+
+
+FORMS: dict[type[nn.Module], Callable[[nn.Module, Tensor, Tensor, Tensor, int], list[Tensor] | None]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+}

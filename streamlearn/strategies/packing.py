@@ -1,0 +1,166 @@
+"""PackNet: Mallya & Lazebnik 2018, "PackNet: adding multiple tasks to a single network by iterative pruning".
+
+A task trains every weight that no task owns. At its end the smallest `prune` of these, layer by layer, are set to zero and
+stay free; the survivors are trained on (the refinement: further passes over the reservoir) and then belong to the task.
+Weights of linear and convolution layers are packed; biases, normalisation and all else belong to the first task and then hold.
+Of a layer named `head`, a task competes only for the rows of its own outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from streamlearn.data import StreamlearnError
+from streamlearn.strategies.parts import Closing, Constraint, GradientOf, Network, State, World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PACKED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+FREE = 255  # owner of a weight that belongs to no task
+
+
+class Packed(nn.Module):
+    """A network and, for each of its packed weights, the task that owns it (uint8, so at most 255 tasks)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.packed: dict[str, str] = {}  # parameter -> buffer of its owners
+        for name, layer in net.named_modules():
+            if isinstance(layer, PACKED):
+                key = f"net.{name}.weight" if name else "net.weight"
+                self.packed[key] = f"owner_{len(self.packed)}"
+                self.register_buffer(self.packed[key], torch.full_like(layer.weight, FREE, dtype=torch.uint8))
+
+    def owner(self, name: str) -> Tensor:
+        """Return who owns each entry of a packed weight."""
+        return self.get_buffer(self.packed[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[B, C]`: the current task runs unmasked, since what was pruned is zero."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def as_of(self, x: Tensor, task: int) -> Tensor:
+        """Return the logits that a task's own weights, and those of the tasks before it, give."""
+        named = dict(self.named_parameters())
+        masked = {
+            name.removeprefix("net."): torch.where(self.owner(name) <= task, named[name], 0.0) for name in self.packed
+        }
+        logits: Tensor = torch.func.functional_call(self.net, masked, (x,))
+        return logits
+
+
+class PackedNetwork(Network):
+    """One network that tasks share out among themselves, weight by weight; none can change what another owns."""
+
+    module: Packed
+
+    def __init__(self, world: World, *, prune: float) -> None:
+        super().__init__(Packed(world.build_network(world.num_outputs)))
+        self.prune = prune
+        self.task = 0
+        self.refining = False
+        if not self.module.packed:
+            kinds = ", ".join(kind.__name__ for kind in PACKED)
+            raise StreamlearnError(f"strategy.packnet: the model has no layer that it can mask ({kinds})", code=78)
+        if any(buffer.is_floating_point() for buffer in self.module.buffers()):
+            message = "strategy.packnet: the model keeps statistics of batches, which every later task would change"
+            raise StreamlearnError(message, code=78)
+
+    def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
+        del params
+        for name in self.module.packed:
+            if not bool((self.module.owner(name) == FREE).any()) or task >= FREE:
+                layer = name.removeprefix("net.").removesuffix(".weight")
+                raise StreamlearnError(f"strategy.packnet: no weight of layer {layer} is free any more", code=78)
+        self.task, self.refining = task, False
+
+    @torch.no_grad()
+    def begin_refine(self, closing: Closing) -> None:
+        self.refining = True
+        if not len(closing.y):
+            return  # a task without a usable sample claims nothing
+        named = dict(self.module.named_parameters())
+        for name in self.module.packed:
+            weight, owner = named[name], self.module.owner(name)
+            free = owner == FREE
+            own = free.clone()
+            if name.endswith("head.weight"):
+                own &= closing.allowed[closing.task][:, None]
+            count = round(self.prune * int(own.sum()))
+            sizes = torch.where(own, weight.abs(), torch.inf).flatten()
+            own.view(-1)[sizes.argsort(stable=True)[:count]] = False
+            owner[own] = closing.task
+            weight[free & ~own] = 0.0
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        found = task.unique().tolist()
+        if found == [self.task]:
+            return self.module(x)  # type: ignore[no-any-return]  # modules are typed to return anything
+        parts = {number: (task == number).to(x.device) for number in found}
+        logits = {
+            n: self.module(x[rows]) if n == self.task else self.module.as_of(x[rows], n) for n, rows in parts.items()
+        }
+        together = torch.zeros(len(x), next(iter(logits.values())).shape[1], device=x.device)
+        for number, rows in parts.items():
+            together[rows] = logits[number]
+        return together
+
+    def learns(self) -> dict[str, Tensor]:
+        """Return, for each parameter, which of its entries the current task may move, as booleans of its shape."""
+        mine = self.task if self.refining else FREE
+        owners = [self.module.owner(name) for name in self.module.packed]
+        first = not any(bool(((owner != FREE) & (owner != self.task)).any()) for owner in owners)
+        return {
+            name: self.module.owner(name) == mine
+            if name in self.module.packed
+            else torch.full_like(param, first, dtype=torch.bool)
+            for name, param in self.module.named_parameters()
+        }
+
+    def figures(self) -> dict[str, float]:
+        owners = [self.module.owner(name) for name in self.module.packed]
+        free = sum(int((owner == FREE).sum()) for owner in owners)
+        return {**super().figures(), "free_ratio": free / sum(owner.numel() for owner in owners)}
+
+    def state_dict(self) -> State:
+        return {"task": self.task, "refining": self.refining}
+
+    def load_state_dict(self, state: State) -> None:
+        self.task, self.refining = state["task"], state["refining"]
+
+
+class OwnershipConstraint(Constraint):
+    """Keeps every entry that the current task may not move where it was, whatever momentum and weight decay would do to it."""
+
+    def __init__(self, network: PackedNetwork) -> None:
+        self.network = network
+        self._learns: list[Tensor] = []  # found anew at every boundary: it follows from the owners
+        self._held: list[Tensor] = []
+
+    def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
+        del task, params
+        self._learns = []
+
+    def begin_refine(self, closing: Closing) -> None:
+        del closing
+        self._learns = []
+
+    @torch.no_grad()
+    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+        del gradient_of
+        if not self._learns:
+            self._learns = list(self.network.learns().values())
+            self._held = [param.detach().clone() for param in params]
+        for grad, learns in zip(grads, self._learns, strict=True):
+            grad.masked_fill_(~learns, 0.0)
+
+    @torch.no_grad()
+    def hold(self, params: Sequence[Tensor]) -> None:
+        for param, learns, held in zip(params, self._learns, self._held, strict=True):
+            param.copy_(torch.where(learns, param, held))

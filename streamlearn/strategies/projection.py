@@ -1,0 +1,144 @@
+"""Gradient projection: GEM (Lopez-Paz & Ranzato 2017) and A-GEM (Chaudhry et al. 2019).
+
+GEM: find the g~ nearest to g with <g~, g_k> >= 0 for the gradient g_k on the memory of every past task k. With G the matrix of
+these gradients, g~ = G^T v + g, where v minimises 1/2 v^T G G^T v + (G g)^T v subject to v >= margin (eq. 11, 13).
+A-GEM: one reference gradient r, drawn from all of the memory; where <g, r> < 0, g~ = g - <g, r> / <r, r> * r (eq. 11).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamlearn.data import Batch
+from streamlearn.strategies.parts import Closing, Constraint, GradientOf, State, World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from streamlearn.memory import EpisodicMemory
+
+RIDGE = 1e-3  # of GEM's program, relative to the mean squared norm of its gradients
+
+
+class AverageProjection(Constraint):
+    """A-GEM: one reference gradient a step, on samples drawn from all past tasks; branch-free, nothing waits."""
+
+    def __init__(self, world: World, memory: EpisodicMemory, *, reference: int | None) -> None:
+        self.world = world
+        self.memory = memory
+        self.reference = world.batch_size if reference is None else reference
+        self.samples_needed = memory.budget
+        self._projected = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+        del params
+        if not len(self.memory):
+            return
+        drawn = self.memory.draw(self.reference)
+        batch = Batch(self.world.scale(drawn["x"]), drawn["y"].to(self.world.device), drawn["task"])
+        reference = gradient_of(batch)
+        along = dot(grads, reference)
+        factor = along.clamp(max=0) / (dot(reference, reference) + 1e-12)
+        torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
+        self._projected += along < 0
+
+    def end_task(self, closing: Closing) -> None:
+        self.memory.store(closing.task, closing.x, closing.y)
+
+    def state_dict(self) -> State:
+        return {**self.memory.state_dict(), "projected": int(self._projected)}
+
+    def load_state_dict(self, state: State) -> None:
+        self.memory.load_state_dict(state)
+        self._projected.fill_(state["projected"])
+
+    def sizes(self) -> dict[str, Any]:
+        return self.memory.sizes()
+
+    def counts(self) -> dict[str, int]:
+        return {"projected": int(self._projected), "failed": 0}
+
+
+class EpisodicProjection(Constraint):
+    """GEM: a gradient for every past task, on all of its memory, so a step costs more with every task.
+
+    The program is solved on the host, in float64; where it fails, the step goes on as it was, and is counted.
+    """
+
+    def __init__(self, world: World, memory: EpisodicMemory, *, per_task: int, margin: float) -> None:
+        self.world = world
+        self.memory = memory
+        self.margin = margin
+        self.samples_needed = per_task
+        self.projected = 0
+        self.failed = 0
+
+    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+        del params
+        if not len(self.memory):
+            return
+        past = torch.stack([flat(gradient_of(self._samples(task))) for task in self.memory.slots]).double()
+        new = flat(grads).double()
+        along = (past @ new).cpu().numpy()
+        if not (along < 0).any():  # false for NaN, too: a step that is not finite is dropped anyway
+            return
+        self.projected += 1
+        if (weights := solve((past @ past.T).cpu().numpy(), along, self.margin)) is None:
+            self.failed += 1
+            return
+        change = torch.from_numpy(weights).to(past.device) @ past
+        for grad, part in zip(grads, change.split([grad.numel() for grad in grads]), strict=True):
+            grad.add_(part.reshape(grad.shape).to(grad.dtype))
+
+    def end_task(self, closing: Closing) -> None:
+        self.memory.store(closing.task, closing.x, closing.y)
+
+    def state_dict(self) -> State:
+        return {**self.memory.state_dict(), "projected": self.projected, "failed": self.failed}
+
+    def load_state_dict(self, state: State) -> None:
+        self.memory.load_state_dict(state)
+        self.projected, self.failed = state["projected"], state["failed"]
+
+    def sizes(self) -> dict[str, Any]:
+        return self.memory.sizes()
+
+    def counts(self) -> dict[str, int]:
+        return {"projected": self.projected, "failed": self.failed}
+
+    def _samples(self, task: int) -> Batch:
+        slot = self.memory.slots[task]
+        return Batch(self.world.scale(slot["x"]), slot["y"].to(self.world.device), torch.full((len(slot["y"]),), task))
+
+
+def solve(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | None:
+    """Return the v >= margin that minimises 1/2 v^T `gram` v + `along`^T v, or None where it cannot be found.
+
+    With v = u + margin and gram = L L^T it is the non-negative least squares problem |L^T u + L^-1 (gram margin + along)|.
+    """
+    from scipy.optimize import nnls
+
+    size = len(along)
+    ridge = RIDGE * max(float(np.trace(gram)) / size, np.finfo(np.float64).tiny)
+    try:
+        root = np.linalg.cholesky(gram + ridge * np.eye(size))
+        shifted = gram @ np.full(size, margin) + along
+        solution, _ = nnls(root.T, -np.linalg.solve(root, shifted))
+    except (np.linalg.LinAlgError, RuntimeError, ValueError):
+        return None
+    found: np.ndarray = solution + margin
+    return found if bool(np.isfinite(found).all()) else None
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all entries in one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of two aligned lists, 0-dim, on their device."""
+    return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()

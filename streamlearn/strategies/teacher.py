@@ -1,0 +1,56 @@
+"""The solver as it was when a task ended: whoever learns from it gets its outputs as targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from streamlearn.tensors import padded
+
+if TYPE_CHECKING:
+    from streamlearn.strategies.parts import Closing, State, World
+
+
+class Teacher:
+    """A frozen copy of the solver, in evaluation mode, and the outputs that competed in each task, `allowed [T, C]`."""
+
+    def __init__(self, world: World, solver: nn.Module, allowed: Tensor) -> None:
+        self.world = world
+        self.solver = solver.requires_grad_(requires_grad=False).eval()
+        self.allowed = allowed
+
+    @classmethod
+    def of(cls, world: World, closing: Closing) -> Teacher:
+        """Return the solver of a task that has just ended."""
+        solver = world.build_network(closing.allowed.shape[1])
+        solver.load_state_dict(closing.network.state_dict())
+        return cls(world, solver, closing.allowed.clone())
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, task: Tensor) -> Tensor:
+        """Return logits `[B, C]` for `x [B, ...]`, -inf where an output did not compete in the sample's `task [B]`."""
+        logits: Tensor = self.solver(x)
+        return logits.masked_fill(~self.allowed[task.to(logits.device)], -torch.inf)
+
+    def grow(self, num_outputs: int) -> None:
+        """Be asked for more outputs from now on: it knows nothing of them, and they never compete."""
+        allowed = self.allowed.new_zeros(len(self.allowed), num_outputs)
+        allowed[:, : self.allowed.shape[1]] = self.allowed
+        grown = self.world.build_network(num_outputs)
+        with torch.no_grad():
+            for new, param in zip(grown.parameters(), self.solver.parameters(), strict=True):
+                new.copy_(padded(param, new))
+        self.solver, self.allowed = grown.requires_grad_(requires_grad=False).eval(), allowed
+
+    def state_dict(self) -> State:
+        """Return everything needed to make it again."""
+        return {"solver": dict(self.solver.state_dict()), "allowed": self.allowed}
+
+    @classmethod
+    def from_state(cls, world: World, state: State) -> Teacher:
+        """Return the teacher that `state_dict` described."""
+        solver = world.build_network(state["allowed"].shape[1])
+        solver.load_state_dict(state["solver"])
+        return cls(world, solver, state["allowed"].to(world.device))
