@@ -83,6 +83,14 @@ class Job:
         self.metrics.histograms["probe_duration_seconds"].observe(time.perf_counter() - begun)
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, time.time())
 
+    def show_parts(self) -> None:
+        """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
+        gauges, strategy = self.metrics.gauges, self.learner.strategy
+        network = strategy.network.figures()
+        gauges.set("network_parameters", network["parameters"])
+        gauges.set("network_free_weights_ratio", network.get("free_ratio"))
+        gauges.set("importance_norm", strategy.penalty.figures().get("norm"))
+
     # -- checkpoints
 
     def checkpoint_due(self) -> bool:
@@ -151,9 +159,12 @@ class Job:
         self.probes.load_state_dict(groups.pop("probes"))
         self.matrix.load_state_dict(rest["matrix"])
         self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
-        sizes = self.learner.strategy.replay.sizes()
+        sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
             self.metrics.start_from(key, int(sizes.get(key, 0)))
+        for key, total in counts.items():
+            self.metrics.start_from(key, total)
+        self.show_parts()
         self._follow(checkpoint)
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, checkpoint.created)
         here = environment(self.config)
@@ -241,6 +252,7 @@ class Job:
                 for task in progress.tasks
             },
             "strategy": config.strategy,
+            "network": self.learner.strategy.network.state_dict(),
             "step": self.learner.step,
         }
 
@@ -308,7 +320,8 @@ class Job:
         committed = {p: position.offset for p, position in self.saved.at.items()}
         metrics.record_stream(stream.status, self.progress, committed, stream.queued)
         names = {task.index: task.name for task in self.progress.tasks}
-        metrics.record_memory(self.learner.strategy.replay.sizes(), names)
+        metrics.record_memory(self.learner.strategy.sizes(), names)
+        metrics.record_constraint(self.learner.strategy.constraint.counts())
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
         applied = self.progress.positions.at
         behind = Counter[str]()

@@ -50,6 +50,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     if delivery.begins is not None:
         learner.begin_task(delivery.begins)  # first: where the strategy has no room for it, nothing has changed
         progress.tasks.append(delivery.begins)
+        job.show_parts()
         log.info("task %s begins", delivery.begins.name, extra={"task": delivery.begins.name})
 
     progress.meet(delivery.found)
@@ -83,7 +84,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         task.state = "ended"
         job.probes.seal(task.index)
         job.evaluate(after=task.index)
-        job.metrics.gauges.set("importance_norm", learner.strategy.penalty.figures().get("norm"))
+        job.show_parts()
         if learner.strategy.penalty.figures():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
         job.save(stream, "task_end")

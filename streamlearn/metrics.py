@@ -69,9 +69,11 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train_batch_queue_capacity_samples": ("Bound on the samples read ahead.", ()),
     "tasks_seen": ("Tasks begun.", ()),
     "task_active": ("1 for the task that is being learned, 0 for those that have ended.", ("task",)),
-    "replay_buffer_samples": ("Stored samples of past tasks.", ("task",)),
+    "replay_buffer_samples": ("Stored samples of past tasks, for replay and for reference gradients.", ("task",)),
     "replay_buffer_capacity_samples": ("Bound on the stored samples.", ()),
     "replay_buffer_bytes": ("Bytes of the stored samples.", ()),
+    "network_parameters": ("Parameters of the network, all of its tasks' columns included.", ()),
+    "network_free_weights_ratio": ("Share of the packed weights that no task owns: the capacity left to PackNet.", ()),
     "importance_norm": ("L2 norm of the importance weights of all past tasks.", ()),
     "importance_last_update_timestamp_seconds": ("Unix time when importances were last consolidated.", ()),
     "probe_accuracy_ratio": ("Accuracy on the task's held-out probe, at the last evaluation.", ("task",)),
@@ -119,6 +121,11 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "task_boundaries": ("Task ends, by how they were found.", ("source",)),
     "replay_samples_drawn": ("Samples drawn from stored ones into batches.", ()),
     "replay_samples_evicted": ("Stored samples that made room.", ()),
+    "constraint_projections": (
+        "Optimizer steps whose gradient was projected, because it would have harmed a past task.",
+        (),
+    ),
+    "constraint_solver_failures": ("Projections that could not be solved: the step went on as it was.", ()),
     "probe_failures": ("Evaluations that gave a value that is not finite.", ("task",)),
     "checkpoints": ("Attempts to save.", ("result", "trigger")),
     "checkpoint_corrupt": ("Checkpoints refused by verification.", ()),
@@ -198,7 +205,7 @@ class Metrics:
         }
         self._known: dict[str, set[str]] = {"task": set(), "topic": set()}
         self._smoothed: dict[tuple[str, str], float] = {}
-        self._seen = {"drawn": 0, "evicted": 0, "dead letters": 0}
+        self._seen = dict.fromkeys(("drawn", "evicted", "projected", "failed", "dead letters"), 0)
         for trigger in TRIGGERS:
             for result in ("success", "failure"):
                 self.counters["checkpoints"].labels(result, trigger)
@@ -331,6 +338,12 @@ class Metrics:
             value = sizes.get(key)
             if isinstance(value, int):
                 self.catch_up(name, key, value)
+
+    def record_constraint(self, counts: Mapping[str, int]) -> None:
+        """Count the steps that a constraint changed."""
+        for name, key in (("constraint_projections", "projected"), ("constraint_solver_failures", "failed")):
+            if key in counts:
+                self.catch_up(name, key, counts[key])
 
     def catch_up(self, name: str, key: str, total: int, *labels: str) -> None:
         """Add to a counter what a running total has gained since it was last looked at."""

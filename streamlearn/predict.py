@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn import state
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry
+from streamlearn.strategies.parts import World
+from streamlearn.strategies.recipes import network_of
 from streamlearn.tensors import prepare
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.data import Label
+    from streamlearn.strategies.parts import Network
 
 CHUNK = 512
 
@@ -34,8 +38,31 @@ class Model:
             raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
-        self.module = registry.build(tree["model"], tree["input"]["shape"], tree["num_outputs"], tree["seed"]).eval()
-        self.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
+        self.network = self._build()
+        self.network.load_state_dict(tree["network"])
+        self.network.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
+        self.network.module.eval()
+
+    def _build(self) -> Network:
+        tree = self.description
+
+        def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
+            return registry.build(tree["model"], tree["input"]["shape"], num_outputs, tree["seed"] + offset)
+
+        world = World(
+            tree["seed"],
+            torch.device("cpu"),
+            tuple(tree["input"]["shape"]),
+            tree["num_outputs"],
+            0,
+            self._scale,
+            build_network,
+        )
+        return network_of(tree["strategy"], world)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        scale = self.description["input"]["scale"]
+        return x.to(torch.float32) if scale == 1 else x.to(torch.float32) / scale
 
     def outputs(self, task: str | None) -> list[int]:
         """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
@@ -64,11 +91,12 @@ class Model:
         outputs, labels = self.outputs(task), self.labels(task)
         forbidden = torch.ones(self.description["num_outputs"], dtype=torch.bool)
         forbidden[outputs] = False
-        scale = self.description["input"]["scale"]
+        tasks = list(self.description["tasks"])
+        place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
         chosen, sure = [], []
         for part in torch.from_numpy(np.ascontiguousarray(x)).split(CHUNK):
-            scaled = part.to(torch.float32) if scale == 1 else part.to(torch.float32) / scale
-            logits = self.module(scaled).masked_fill(forbidden, -torch.inf)
+            logits = self.network.forward(self._scale(part), torch.full((len(part),), place))
+            logits = logits.masked_fill(forbidden, -torch.inf)
             best = functional.softmax(logits, 1).max(1)
             chosen.append(best.indices)
             sure.append(best.values)

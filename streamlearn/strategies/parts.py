@@ -172,3 +172,16 @@ class Strategy:
             "penalty": self.penalty,
             "constraint": self.constraint,
         }
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what all parts store together; empty where nothing is. See `Replay.sizes`."""
+        kept = [sizes for sizes in (self.replay.sizes(), self.constraint.sizes()) if sizes]
+        if not kept:
+            return {}
+        bounds = [sizes["capacity"] for sizes in kept]
+        tasks = {task for sizes in kept for task in sizes["samples"]}
+        return {
+            "samples": {task: sum(sizes["samples"].get(task, 0) for sizes in kept) for task in sorted(tasks)},
+            "capacity": None if None in bounds else sum(bounds),
+            **{key: sum(sizes[key] for sizes in kept) for key in ("bytes", "drawn", "evicted")},
+        }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Config
     from streamlearn.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
-    from streamlearn.strategies.parts import Strategy, World
+    from streamlearn.strategies.parts import Network, Strategy, World
 
     Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
     Check = Callable[[Config, str], Iterator[str]]
@@ -329,6 +329,13 @@ def compose(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Strategy:
         slots |= RECIPES[name].build(world, **parameters)
     slots.setdefault("network", Network(world.build_network(world.num_outputs)))
     return Strategy(**slots)
+
+
+def network_of(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Network:
+    """Return the network slot alone, untrained: what is needed to use a saved model."""
+    return compose(
+        {name: parameters for name, parameters in chosen.items() if "network" in RECIPES[name].slots}, world
+    ).network
 
 
 ISOLATED = (

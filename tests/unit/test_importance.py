@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
-from streamlearn.strategies.importance import Fisher, PathIntegral
+from streamlearn.strategies.importance import Fisher, OutputSensitivity, PathIntegral, RiemannianWalk, Uniform
+from streamlearn.strategies.moments import moments
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.penalty import ImportancePenalty
 
@@ -39,7 +40,7 @@ def slow_fisher(network: nn.Module, x: Tensor, y: Tensor, *, exact: bool) -> lis
 
 NETWORKS = [
     pytest.param(lambda: MLP([5], 3, [7, 6]), (5,), id="mlp, in closed form"),
-    pytest.param(lambda: ResNet([8, 8], 3, 4), (8, 8), id="resnet, sample by sample"),
+    pytest.param(lambda: ResNet([8, 8], 3, 4), (8, 8), id="resnet, in closed form"),
 ]
 
 
@@ -135,3 +136,115 @@ def test_proximal_step_is_stable_where_the_explicit_one_is_not() -> None:
     param = torch.tensor([5.0, 5.0])
     penalty.settle([param], 0.1, torch.tensor(data=True))
     torch.testing.assert_close(param, torch.tensor([1.0, 5.0]))
+
+
+def slow_sensitivity(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the mean over samples of the absolute gradient of the squared norm of the first two outputs."""
+    total = [torch.zeros_like(param) for param in network.parameters()]
+    for one in x:
+        grads = torch.autograd.grad(network(one[None])[:, :2].square().sum(), list(network.parameters()))
+        total = [sum_ + grad.abs() for sum_, grad in zip(total, grads, strict=True)]
+    return [sum_ / len(x) for sum_ in total]
+
+
+@pytest.mark.parametrize(("build", "shape"), NETWORKS)
+def test_sensitivity_is_the_mean_of_per_sample_magnitudes(build: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """MAS takes each sample's magnitude before the mean, so that samples cannot cancel, and only of the task's outputs."""
+    torch.manual_seed(0)
+    network, x = build(), torch.randn(9, *shape)
+    end = closing(network, x, torch.zeros(9, dtype=torch.int64))
+    actual = OutputSensitivity(world(shape), samples=9).consolidate(end)
+    for one, other in zip(actual, slow_sensitivity(network, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class Positions(nn.Module):
+    """Linear and normalising layers over several positions, a strided convolution, and a layer without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, dilation=1)
+        self.group = nn.GroupNorm(2, 4)
+        self.norm = nn.LayerNorm(4)
+        self.mix = nn.Linear(4, 3, bias=False)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[B, 3]` for `x [B, 2, 6, 6]`."""
+        h = self.group(self.conv(x)).relu().flatten(2).transpose(1, 2)
+        out: Tensor = self.head(torch.tanh(self.mix(self.norm(h))).mean(1))
+        return out
+
+
+class Shared(nn.Module):
+    """A layer that is used twice, for which no closed form holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        out: Tensor = self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+        return out
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Positions, (2, 6, 6)), (Shared, (5,)), (nn.Identity, (3,))])
+@pytest.mark.parametrize("power", [1, 2])
+def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, ...], power: int) -> None:
+    """Closed forms, and where there is none one gradient a sample, equal a loop over samples."""
+    torch.manual_seed(0)
+    network = nn.Sequential(build(), nn.Linear(3, 3)).eval()
+    x, y, weight = torch.randn(7, *shape), torch.randint(0, 3, (7,)), torch.rand(7)
+
+    def losses(logits: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, label, reduction="none")
+
+    expected = [torch.zeros_like(param) for param in network.parameters()]
+    for one, label, w in zip(x, y, weight, strict=True):
+        grads = torch.autograd.grad(losses(network(one[None]), label[None]).sum(), list(network.parameters()))
+        expected = [sum_ + w * grad.abs() ** power for sum_, grad in zip(expected, grads, strict=True)]
+    for actual, other in zip(moments(network, x, y, weight, losses, power), expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)
+
+
+def test_riemannian_walk_is_its_definition() -> None:
+    """Moving Fisher, scores of whole intervals, and their normalised sum equal a plain loop over the equations."""
+    torch.manual_seed(0)
+    keep, interval, size = 0.8, 3, 6
+    importance = RiemannianWalk(world((1,)), keep=keep, interval=interval)
+    param, finite, past = torch.randn(size), torch.tensor(data=True), torch.zeros(size)
+    fisher = torch.zeros(size)
+    for task in range(2):
+        importance.begin_task([param])
+        score, decrease, mark = torch.zeros(size), torch.zeros(size), param.clone()
+        for step in range(1, 8):
+            gradient, before = torch.randn(size), param.clone()
+            importance.note([gradient])
+            param -= 0.1 * torch.randn(size)
+            importance.accumulate([param], finite)
+            fisher = keep * fisher + (1 - keep) * 1 * gradient.square()  # a batch of one
+            decrease += gradient * (before - param)
+            if step % interval == 0 or step == 7:
+                score += decrease.relu() / (0.5 * fisher * (param - mark).square() + importance.epsilon)
+                decrease, mark = torch.zeros(size), param.clone()
+        past = score / score.max() if task == 0 else (past + score / score.max()) / 2
+        end = Closing(
+            task, torch.empty(0), torch.empty(0), [param], nn.Identity(), torch.empty(0), [], torch.Generator()
+        )
+        torch.testing.assert_close(importance.consolidate(end)[0], fisher / fisher.max() + past)
+
+
+def test_l2_pulls_every_parameter_alike() -> None:
+    """Plain L2 is a penalty whose importance is one, however many tasks there were, around the newest weights."""
+    penalty = ImportancePenalty(world((5,)), Uniform(), 3.0, anchor="last", decay=0.0, proximal=False)
+    for _ in range(3):
+        network = MLP([5], 3, [6])
+        penalty.end_task(closing(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)))
+    anchors = list(network.parameters())
+    moved = [anchor + 0.5 for anchor in anchors]
+    grads = [torch.zeros_like(param) for param in moved]
+    penalty.pull(moved, grads)
+    for grad in grads:
+        torch.testing.assert_close(grad, torch.full_like(grad, 1.5))
