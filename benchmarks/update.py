@@ -101,7 +101,8 @@ def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
             new = functional.cross_entropy(logits[:BATCH], batch.y, reduction="none")
             past = -4 * (soft * functional.log_softmax(logits[BATCH:] / 2, 1)).sum(1)
             torch.dot(torch.cat([new, past]), weight).backward()
-            (generator.loss(x, y, torch.randn(len(x), latent)) * weight).sum().backward()
+            losses, _, _ = generator.loss(x, y, torch.randn(len(x), latent))
+            (losses * weight).sum().backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -228,6 +228,14 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
+class Augment(Section):
+    """How far images are distorted at random before the solver sees them: new ones and replayed ones alike."""
+
+    shift: float = Field(0.0, ge=0, allow_inf_nan=False, description="pixels, up to, in each direction")
+    rotate: float = Field(0.0, ge=0, le=180, description="degrees, up to, either way")
+    zoom: float = Field(0.0, ge=0, lt=1, description="up to so much larger or smaller, each axis by itself")
+
+
 class LearnerSpec(Section):
     """How a batch is learned."""
 
@@ -235,6 +243,7 @@ class LearnerSpec(Section):
     optimizer: Optimizer = Optimizer()
     average: float | None = Field(0.998, gt=0, lt=1, description="decay of the weights' moving average; null: none")
     max_norm: float | None = Field(None, gt=0, description="clip the gradient's norm")
+    augment: Augment | None = Field(None, description="images only: distort them at random, at every update anew")
 
 
 class Model(Section):
@@ -360,6 +369,10 @@ class Config(Section):
                 )
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
             raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
+        if self.learner.augment is not None and len(self.input.shape) not in {2, 3}:
+            shape = str(self.input.shape)
+            text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not {s}"
+            raise PydanticCustomError("augment", text, {"s": shape})
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.augment import Distortion
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Reservoir
 from streamlearn.models import registry
@@ -96,6 +97,7 @@ class Learner:
         self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
         self.forbidden = ~self.allowed
         self.outputs: list[list[int]] = []  # met in each task
+        self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
@@ -107,6 +109,9 @@ class Learner:
         """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
         there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
         self._noted, self._clipped = [], []
+        if self.distort is not None:  # test before training on the samples as they are
+            with torch.no_grad():
+                self._hits = self._count_hits(self.strategy.network.forward(there.x, there.task), there)
         for number in range(self.spec.updates_per_batch):
             self.update(there, first=number == 0)
         stats = self._read_stats(batch)
@@ -121,8 +126,10 @@ class Learner:
         """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
         s = self.strategy
         mixed = batch.join(s.replay.sample(batch), s.replay.share)
-        logits = s.network.forward(mixed.x, mixed.task)
+        logits, features = self.forward(mixed)
         loss = self.loss(logits, mixed)
+        if features is not None:
+            loss = loss + s.replay.loss(mixed, features)  # replay through feedback
         loss.backward()
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
         s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
@@ -136,12 +143,27 @@ class Learner:
         s.replay.observe(mixed, finite)  # a generator learns too
         self._update_average(finite)
         self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
-        if first:
+        if first and self.distort is None:
             self._hits = self._count_hits(logits, batch)
         for param in self.params:
             param.grad = None
         self.step += 1
         self.task_steps += 1
+
+    def forward(self, mixed: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return logits `[B, C]`, of distorted images where chosen, and the input of the head where replay needs it."""
+        network = self.strategy.network
+        x = mixed.x if self.distort is None else self.distort(mixed.x)
+        if not self.strategy.replay.needs_features:
+            return network.forward(x, mixed.task), None
+        head, seen = registry.head_of(network.module), []
+        assert head is not None  # or the replay had refused the model
+        handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = network.forward(x, mixed.task)
+        finally:
+            handle.remove()
+        return logits, seen[0]
 
     def loss(self, logits: Tensor, mixed: Batch) -> Tensor:
         """Return the weighted cross-entropy over the outputs that compete; soft targets count T^2 (Hinton et al. 2015).
@@ -287,6 +309,7 @@ class Learner:
                 "cursor": self.cursor,
                 "num_outputs": self.allowed.shape[1],
                 "draws": self._draws.get_state(),
+                "distort": {} if self.distort is None else {"generator": self.distort.generator.get_state()},
             },
             **{name: part.state_dict() for name, part in self.strategy.parts.items()},
         }
@@ -315,6 +338,8 @@ class Learner:
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
         self.task, self.cursor = own["task"], own["cursor"]
         self._draws.set_state(own["draws"])
+        if self.distort is not None and own["distort"]:  # augmentation may be switched on and off between starts
+            self.distort.generator.set_state(own["distort"]["generator"])
         self.activate(tasks, labels)
 
     # -- inside

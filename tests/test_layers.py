@@ -15,7 +15,7 @@ ROWS = [
     {"data", "tensors", "logs", "__init__"},
     {"config"},
     {"scenario"},
-    {"memory", "optimizers", "models", "checkpoint", "stream"},
+    {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
     {"state", "strategies", "evaluation"},
     {"learner", "service", "predict", "producer", "report"},
     {"metrics"},

@@ -39,14 +39,19 @@ def build(spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int,
     return model
 
 
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """Return the model's last layer, where it is linear and named `head`."""
+    head = getattr(model, "head", None)
+    return head if isinstance(head, nn.Linear) else None
+
+
 @torch.no_grad()
 def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
     """Give the model's `head` more outputs; the old rows keep their values, the new ones are seeded.
 
     Raises `StreamlearnError` (78) when the model has no linear layer named `head`.
     """
-    head = getattr(model, "head", None)
-    if not isinstance(head, nn.Linear):
+    if (head := head_of(model)) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
     with torch.random.fork_rng(devices=[]):
         grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None)

@@ -32,7 +32,7 @@ class VAE(nn.Module):
         super().__init__()
         self.input_shape = tuple(input_shape)
         self.latent = latent
-        self.bernoulli = likelihood == "bernoulli"
+        self.likelihood = likelihood
         size = math.prod(input_shape)
         self.encode_in = nn.Linear(size, hidden)
         self.encode_hidden = nn.Linear(hidden, hidden)
@@ -43,6 +43,14 @@ class VAE(nn.Module):
         self.encode_class = nn.Embedding(num_classes, hidden) if conditional else None
         self.decode_class = nn.Embedding(num_classes, hidden) if conditional else None
 
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the codes of `x [B, prod(shape)]`, each `[B, latent]`."""
+        h = self.encode_in(x)
+        if self.encode_class is not None:
+            h = h + self.encode_class(y)
+        mean, log_variance = self.encode_out(functional.relu(self.encode_hidden(functional.relu(h)))).chunk(2, dim=1)
+        return mean, log_variance
+
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the decoder's output before its nonlinearity, `[B, prod(shape)]`."""
         h = self.decode_in(z)
@@ -52,25 +60,19 @@ class VAE(nn.Module):
         return out
 
     def generate(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return samples `[B, *shape]` for latent values `z [B, latent]` and classes `y [B]`."""
-        out = self.decode(z, y)
-        return (torch.sigmoid(out) if self.bernoulli else out).reshape(-1, *self.input_shape)
+        """Return samples `[B, *shape]` for codes `z [B, latent]` and classes `y [B]`."""
+        return observed(self.decode(z, y), self.likelihood).reshape(-1, *self.input_shape)
 
-    def loss(self, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        """Return each sample's negative evidence lower bound in nats, `[B]`; `noise [B, latent]` is standard normal."""
+    def loss(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each sample's negative evidence lower bound in nats, `[B]`, and its code's mean and log variance.
+
+        `noise [B, latent]` is standard normal.
+        """
         x = x.flatten(1)
-        h = self.encode_in(x)
-        if self.encode_class is not None:
-            h = h + self.encode_class(y)
-        mean, log_variance = self.encode_out(functional.relu(self.encode_hidden(functional.relu(h)))).chunk(2, dim=1)
+        mean, log_variance = self.encode(x, y)
         out = self.decode(mean + torch.exp(0.5 * log_variance) * noise, y)
-        if self.bernoulli:
-            reconstruction = functional.binary_cross_entropy_with_logits(out, x.clamp(0, 1), reduction="none").sum(1)
-        else:
-            reconstruction = 0.5 * (out - x).square().sum(1)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        total: Tensor = reconstruction + divergence
-        return total
+        return reconstruction(out, x, self.likelihood) + divergence, mean, log_variance
 
     @torch.no_grad()
     def grow(self, num_classes: int) -> None:
@@ -82,3 +84,15 @@ class VAE(nn.Module):
                 grown.weight.zero_()
                 grown.weight[: old.num_embeddings] = old.weight
                 setattr(self, name, grown)
+
+
+def observed(out: Tensor, likelihood: str) -> Tensor:
+    """Return the mean of what a decoder's output describes."""
+    return torch.sigmoid(out) if likelihood == "bernoulli" else out
+
+
+def reconstruction(out: Tensor, x: Tensor, likelihood: str) -> Tensor:
+    """Return the negative log likelihood of `x [B, n]` in nats, `[B]`, up to a constant."""
+    if likelihood == "bernoulli":
+        return functional.binary_cross_entropy_with_logits(out, x.clamp(0, 1), reduction="none").sum(1)
+    return 0.5 * (out - x).square().sum(1)

@@ -1,22 +1,35 @@
 """Generative replay: Shin, Lee, Kim & Kim 2017, "Continual learning with deep generative replay".
 
-With k tasks begun, solver and generator both learn   1/k * L(new) + (1 - 1/k) * L(replay).
+With k tasks begun, solver and generator both learn   1/k * L(new) + (1 - 1/k) * L(replay), or by the samples seen.
 Replayed x comes from the *scholar*, frozen copies of generator and solver made when the last task ended; its targets are
-the frozen solver's outputs at temperature T (van de Ven & Tolias 2018), or their largest (hard).
+the frozen solver's outputs at temperature T (van de Ven & Tolias 2018), or their largest (hard). `prior: moments` draws the
+codes of a class from where that class's codes lie (`latent.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from streamlearn.data import Batch
+from streamlearn.data import Batch, StreamlearnError
+from streamlearn.models import registry
+from streamlearn.models.feedback import Feedback
 from streamlearn.models.vae import VAE
 from streamlearn.optimizers import Optimizer
+from streamlearn.strategies.latent import LatentMoments, codes
 from streamlearn.strategies.parts import Closing, Replay, State, World
+from streamlearn.strategies.shares import Shares
+from streamlearn.strategies.teacher import Teacher
 from streamlearn.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all, seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+MOMENTS_DECAY = 0.998  # where the weights have no average
 
 
 @dataclass(frozen=True)
@@ -29,26 +42,46 @@ class GeneratorSpec:
     lr: float
     likelihood: str
     average: float | None
+    moments: bool  # draw codes from where each class's codes lie, and not from N(0, I)
+    gated: float = 0.0  # brain-inspired: share of the decoder's units that a class switches off
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What replayed samples are learned toward, and how many there are for each new one."""
+
+    soft: bool
+    temperature: float
+    ratio: float
+    balance: str
+
+
+@dataclass(frozen=True)
+class Scholar:
+    """Generator and solver as they were when a task ended; `normals` of each class's codes, where they are drawn so."""
+
+    generator: VAE | Feedback
+    teacher: Teacher
+    normals: tuple[Tensor, Tensor] | None
+    pairs: Tensor  # [P, 2]: (task, output) of everything it can replay, on the host
 
 
 class GenerativeReplay(Replay):
     """Replays what a generator remembers, labelled by the solver as it was."""
 
-    def __init__(self, world: World, spec: GeneratorSpec, *, soft: bool, temperature: float, ratio: float) -> None:
+    generator: VAE | Feedback
+
+    def __init__(self, world: World, spec: GeneratorSpec, targets: Targets) -> None:
         self.world = world
         self.spec = spec
-        self.soft = soft
-        self.temperature = temperature
-        self.ratio = ratio
+        self.targets = targets
         self.num_outputs = world.num_outputs
         self.generator = self._build(world.num_outputs)
         self.average = clones(self._params)  # the weights that the scholar's generator is made of
         self.optimizer = self._optimizer()
-        self.scholar: tuple[VAE, nn.Module] | None = None
-        self.allowed = torch.empty(0)  # [T, C] of the scholar
-        self.pairs = torch.empty(0, 2, dtype=torch.int64)  # (task, output) of everything it can replay, on the host
-        self._pairs_there = self.pairs
-        self.tasks = 0  # ended
+        self.moments = LatentMoments(world.num_outputs, spec.latent, world.device) if spec.moments else None
+        self.scholar: Scholar | None = None
+        self.shares = Shares(targets.balance)
         self.steps = 0  # of the generator, in the current task
         self._noise = seeded(world.seed, "generative", world.device)
         self._choice = seeded(world.seed, "generative-choice")
@@ -57,7 +90,7 @@ class GenerativeReplay(Replay):
     def _params(self) -> list[Tensor]:
         return list(self.generator.parameters())
 
-    def _build(self, num_outputs: int) -> VAE:
+    def _build(self, num_outputs: int) -> VAE | Feedback:
         spec = self.spec
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.world.seed)
@@ -71,29 +104,41 @@ class GenerativeReplay(Replay):
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
-        if self.scholar is None or not len(self.pairs):  # a first task may have had no usable sample
+        self.shares.see(len(batch))
+        scholar, targets = self.scholar, self.targets
+        if scholar is None or not len(scholar.pairs):  # a first task may have had no usable sample
             self.share = 0.0
             return None
-        generator, solver = self.scholar
-        count = max(1, round(self.ratio * len(batch)))
-        self.share = self.tasks / (self.tasks + 1)
-        chosen = torch.randint(len(self.pairs), (count,), generator=self._choice)
-        task = self.pairs[chosen, 0]
-        y = self._pairs_there[chosen.to(self.world.device), 1]
+        count = max(1, round(targets.ratio * len(batch)))
+        self.share = self.shares.of_the_past
+        chosen = torch.randint(len(scholar.pairs), (count,), generator=self._choice)
+        task = scholar.pairs[chosen, 0]
+        y = scholar.pairs[chosen, 1].to(self.world.device, non_blocking=True)
         z = torch.randn(count, self.spec.latent, generator=self._noise, device=self.world.device)
-        x = generator.generate(z, y)
-        logits = solver(x).masked_fill(~self.allowed[task.to(self.world.device)], -torch.inf)
+        if scholar.normals is not None:
+            z = codes(scholar.normals, y, z)
+        x = scholar.generator.generate(z, y)
+        logits = scholar.teacher.logits(x, task)
+        if not targets.soft:
+            return Batch(x, logits.argmax(1), task)
         if not self.spec.conditional:
             y = logits.argmax(1)
-        if not self.soft:
-            return Batch(x, logits.argmax(1) if self.spec.conditional else y, task)
-        return Batch(x, y, task, soft=torch.softmax(logits / self.temperature, 1), temperature=self.temperature)
+        return Batch(x, y, task, soft=torch.softmax(logits / targets.temperature, 1), temperature=targets.temperature)
 
     def observe(self, mixed: Batch, finite: Tensor) -> None:
         noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.world.device)
         assert mixed.weight is not None
-        loss = (self.generator.loss(mixed.x, mixed.y, noise) * mixed.weight).sum()
-        loss.backward()
+        assert isinstance(self.generator, VAE)
+        losses, mean, log_variance = self.generator.loss(mixed.x, mixed.y, noise)
+        (losses * mixed.weight).sum().backward()
+        applied = self._step(finite)
+        if self.moments is not None:
+            rate = averaging_rate(self.spec.average or MOMENTS_DECAY, self.steps)
+            self.moments.note(mean.detach(), log_variance.detach(), mixed.y, rate, applied)
+        self.steps += 1
+
+    def _step(self, finite: Tensor) -> Tensor:
+        """Take the generator's optimizer step; return whether it was applied, 0-dim and on the device."""
         params = self._params
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
         _, sound = finite_norm(grads)
@@ -105,44 +150,41 @@ class GenerativeReplay(Replay):
             with torch.no_grad():
                 for mean, param in zip(self.average, params, strict=True):
                     mean.lerp_(param, rate)
-        self.steps += 1
+        return applied
 
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:
         if self.spec.average is not None:
             copy_into(self._params, self.average)
-        generator, solver = self._build(self.num_outputs), self.world.build_network(self.num_outputs)
+        generator = self._build(self.num_outputs)
         copy_into(list(generator.parameters()), self._params)
-        solver.load_state_dict(closing.network.state_dict())
-        self._freeze(generator, solver)
-        self.allowed = closing.allowed.clone()
-        self._remember([(t, y) for t, outputs in enumerate(closing.outputs) for y in outputs])
-        self.tasks = closing.task + 1
+        pairs = [(task, y) for task, outputs in enumerate(closing.outputs) for y in outputs]
+        self.scholar = Scholar(
+            generator.requires_grad_(requires_grad=False).eval(),
+            Teacher.of(self.world, closing),
+            self.moments.normals() if self.moments is not None else None,
+            torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        )
+        self.shares.end_task(closing.task)
         self.steps = 0
 
-    def grow(self, params: list[Tensor], num_outputs: int) -> None:  # type: ignore[override]  # a list is a sequence
+    def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
         del params
         self.num_outputs = num_outputs
         self.generator.grow(num_outputs)
         self.optimizer.follow(self._params)
         self.average = padded_all(self.average, self._params, copy_rest=True)
-        # the scholar knows nothing of the new outputs, and is never asked for them: its masks are made wider
-        if self.scholar is not None:
-            wide = torch.zeros(len(self.allowed), num_outputs, dtype=torch.bool, device=self.allowed.device)
-            wide[:, : self.allowed.shape[1]] = self.allowed
-            self.allowed = wide
-            generator, solver = self.scholar
-            generator.grow(num_outputs)
-            grown_solver = self.world.build_network(num_outputs)
-            with torch.no_grad():
-                for new, param in zip(grown_solver.parameters(), solver.parameters(), strict=True):
-                    new.copy_(padded_all([param], [new])[0])
-            self._freeze(generator, grown_solver)
+        if self.moments is not None:
+            self.moments.grow(num_outputs)
+        if self.scholar is not None:  # it knows nothing of the new outputs, and is never asked for them
+            self.scholar.generator.grow(num_outputs)
+            self.scholar.generator.requires_grad_(requires_grad=False)
+            self.scholar.teacher.grow(num_outputs)
 
     def state_dict(self) -> State:
         state: State = {
             "num_outputs": self.num_outputs,
-            "tasks": self.tasks,
+            "shares": self.shares.state_dict(),
             "steps": self.steps,
             "generator": dict(self.generator.state_dict()),
             "average": {str(n): mean for n, mean in enumerate(self.average)},
@@ -150,18 +192,21 @@ class GenerativeReplay(Replay):
             "noise": self._noise.get_state(),
             "choice": self._choice.get_state(),
         }
-        if self.scholar is not None:
-            generator, solver = self.scholar
+        if self.moments is not None:
+            state["moments"] = self.moments.state_dict()
+        if (scholar := self.scholar) is not None:
             state["scholar"] = {
-                "generator": dict(generator.state_dict()),
-                "solver": dict(solver.state_dict()),
-                "allowed": self.allowed,
-                "pairs": self.pairs,
+                "generator": dict(scholar.generator.state_dict()),
+                "teacher": scholar.teacher.state_dict(),
+                "pairs": scholar.pairs,
             }
+            if scholar.normals is not None:
+                state["scholar"] |= {"mean": scholar.normals[0], "root": scholar.normals[1]}
         return state
 
     def load_state_dict(self, state: State) -> None:
-        self.num_outputs, self.tasks, self.steps = state["num_outputs"], state["tasks"], state["steps"]
+        self.num_outputs, self.steps = state["num_outputs"], state["steps"]
+        self.shares.load_state_dict(state["shares"])
         self.generator = self._build(self.num_outputs)
         self.generator.load_state_dict(state["generator"])
         self.average = [state["average"][str(n)].to(self.world.device) for n in range(len(self._params))]
@@ -169,20 +214,53 @@ class GenerativeReplay(Replay):
         self.optimizer.load_state_dict(state["optimizer"])
         self._noise.set_state(state["noise"])
         self._choice.set_state(state["choice"])
+        if self.moments is not None:
+            self.moments.load_state_dict(state["moments"])
         if (frozen := state.get("scholar")) is not None:
-            generator, solver = self._build(self.num_outputs), self.world.build_network(self.num_outputs)
+            generator = self._build(self.num_outputs)
             generator.load_state_dict(frozen["generator"])
-            solver.load_state_dict(frozen["solver"])
-            self._freeze(generator, solver)
-            self.allowed = frozen["allowed"].to(self.world.device)
-            self._remember(frozen["pairs"].tolist())
+            normals = None
+            if "mean" in frozen:
+                normals = frozen["mean"].to(self.world.device), frozen["root"].to(self.world.device)
+            self.scholar = Scholar(
+                generator.requires_grad_(requires_grad=False).eval(),
+                Teacher.from_state(self.world, frozen["teacher"]),
+                normals,
+                frozen["pairs"],
+            )
 
-    def _freeze(self, generator: VAE, solver: nn.Module) -> None:
-        self.scholar = (
-            generator.requires_grad_(requires_grad=False).eval(),
-            solver.requires_grad_(requires_grad=False).eval(),
-        )
 
-    def _remember(self, pairs: list[tuple[int, int]]) -> None:
-        self.pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-        self._pairs_there = self.pairs.to(self.world.device)
+class FeedbackReplay(GenerativeReplay):
+    """Brain-inspired replay: the generator reads the solver's last hidden layer, and its loss shapes that layer, too.
+
+    So the solver is not naive's even before a first task has ended. What the generator replays are inputs: replay of hidden
+    features needs lower layers that no longer change, which a network that learns online does not have.
+    """
+
+    needs_features = True
+    generator: Feedback
+
+    def _build(self, num_outputs: int) -> Feedback:
+        spec = self.spec
+        head = registry.head_of(self.world.build_network(num_outputs))
+        if head is None:
+            message = (
+                "strategy.generative: variant brain-inspired needs a model whose last layer is linear and named head"
+            )
+            raise StreamlearnError(message, code=78)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.world.seed)
+            return Feedback(
+                self.world.input_shape, head.in_features, num_outputs, hidden=spec.hidden, latent=spec.latent,
+                likelihood=spec.likelihood, gated=spec.gated, seed=self.world.seed,
+            ).to(self.world.device)  # fmt: skip
+
+    def loss(self, mixed: Batch, features: Tensor) -> Tensor:
+        noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.world.device)
+        assert mixed.weight is not None
+        return (self.generator.loss(features, mixed.x, mixed.y, noise) * mixed.weight).sum()
+
+    def observe(self, mixed: Batch, finite: Tensor) -> None:
+        del mixed  # its gradients came with the solver's
+        self._step(finite)
+        self.steps += 1

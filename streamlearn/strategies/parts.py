@@ -104,11 +104,16 @@ class Replay(Part):
     """Slot two: past samples that join a batch. The default has none."""
 
     share: float = 0.0  # of the loss, that goes to the replayed samples
+    needs_features: bool = False  # whether `loss` is asked, with what the network's last layer was given
 
     def sample(self, batch: Batch) -> Batch | None:
         """Return samples of past tasks to learn beside `batch`, scaled and on the device, or None."""
         del batch
         return None
+
+    def loss(self, mixed: Batch, features: Tensor) -> Tensor:
+        """Return a further loss, 0-dim, on what the network has computed; `features [B, ...]` are its head's input."""
+        raise NotImplementedError
 
     def observe(self, mixed: Batch, finite: Tensor) -> None:
         """Learn from the batch that the solver has just learned; `finite` is false where its update was dropped."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(gt=0, le=100)]
+Temperature = Annotated[float, Field(gt=0, le=100)]
+Balance = Literal["tasks", "counts"]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Anchor = Literal["all", "last"]
 Step = Literal["explicit", "proximal"]
@@ -84,8 +86,8 @@ def derpp(
 def lwf(
     world: World,
     *,
-    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0,
-    balance: Literal["tasks", "counts"] = "tasks",
+    temperature: Temperature = 2.0,
+    balance: Balance = "tasks",
 ) -> Slots:
     """Learning without forgetting (Li & Hoiem 2016): the current inputs, labelled by the previous solver."""
     from streamlearn.strategies.distillation import Distillation
@@ -96,21 +98,30 @@ def lwf(
 def generative(
     world: World,
     *,
-    variant: Literal["conditional", "vae"] = "conditional",
+    variant: Literal["conditional", "vae", "brain-inspired"] = "conditional",
     targets: Literal["soft", "hard"] = "soft",
-    temperature: Annotated[float, Field(gt=0, le=100)] = 2.0,
-    ratio: Annotated[float, Field(gt=0, le=100)] = 2.0,
+    temperature: Temperature = 2.0,
+    ratio: Ratio = 2.0,
+    balance: Balance = "tasks",
+    prior: Literal["moments", "normal"] = "moments",
     hidden: Positive = 400,
     latent: Positive = 50,
+    gated: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
     average: Annotated[float, Field(gt=0, lt=1)] | None = 0.998,
 ) -> Slots:
-    """Deep generative replay (Shin et al. 2017): a generator replays the past, the frozen solver labels it."""
-    from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec
+    """Deep generative replay (Shin et al. 2017): a generator replays the past, the frozen solver labels it.
 
-    spec = GeneratorSpec(variant == "conditional", hidden, latent, lr, likelihood, average)
-    return {"replay": GenerativeReplay(world, spec, soft=targets == "soft", temperature=temperature, ratio=ratio)}
+    `conditional` draws the codes of a class from where its codes lie (`prior: moments`); `vae` is the plain published form, its
+    prior always normal; `brain-inspired` (van de Ven et al. 2020) learns a prior a class and gates its decoder (`gated`).
+    """
+    from streamlearn.strategies.generative import FeedbackReplay, GenerativeReplay, GeneratorSpec, Targets
+
+    moments = variant == "conditional" and prior == "moments"
+    spec = GeneratorSpec(variant != "vae", hidden, latent, lr, likelihood, average, moments, gated)
+    kind = FeedbackReplay if variant == "brain-inspired" else GenerativeReplay
+    return {"replay": kind(world, spec, Targets(targets == "soft", temperature, ratio, balance))}
 
 
 def l2(world: World, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:

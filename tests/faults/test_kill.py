@@ -31,14 +31,22 @@ def killed_to_end(config: Path, kills: int, chance: random.Random, longest: floa
             daemon.kill()
 
 
-@pytest.mark.parametrize(
-    "strategy", [{"generative": {"hidden": 64, "latent": 16}, "si": {}}, {"er": {"budget": 200}, "ewc": {}}]
-)
+STRATEGIES: list[dict[str, dict[str, object]]] = [
+    {"generative": {"hidden": 64, "latent": 16}, "si": {}},
+    {"er": {"budget": 200}, "ewc": {}},
+    {"derpp": {"budget": 200}, "rwalk": {}, "agem": {"momentum": "allow"}},
+    {"packnet": {"retrain_epochs": 2}},
+    {"pnn": {}},
+]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="+".join)
 def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, object]) -> None:
     """Three kills over embedded topics leave every tensor, the matrix and the totals as an undisturbed run has them."""
     print(f"seed {SEED}")
-    undisturbed = jobs.write_config(tmp_path / "a", strategy=strategy)
-    killed = jobs.write_config(tmp_path / "b", strategy=strategy)
+    scenario = "task" if {"pnn", "packnet"} & set(strategy) else "class"
+    undisturbed = jobs.write_config(tmp_path / "a", strategy=strategy, scenario=scenario)
+    killed = jobs.write_config(tmp_path / "b", strategy=strategy, scenario=scenario)
     for directory in ("a", "b"):
         jobs.publish_embedded(tmp_path / directory / "topics.sqlite", 1000)
     expected = jobs.run_to_end(undisturbed)

@@ -147,6 +147,21 @@ def test_figures_agree_over_kafka(tmp_path: Path, bootstrap: str, strategy: Any,
     assert json.loads(topics.stdout)[f"{prefix}t1"]["0"]["end"] == status["positions"][f"{prefix}t1"]["0"]
 
 
+@pytest.mark.parametrize("strategy", ["pnn", "packnet"])
+def test_isolated_tasks_are_predicted_by_task(tmp_path: Path, strategy: str) -> None:
+    """A saved network that isolates tasks answers for every task as the daemon did, and is asked which task."""
+    config = jobs.write_config(tmp_path, strategy=strategy, scenario="task")
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 300)
+    status = jobs.run_to_end(config).read_json("status.json")
+    assert status["average_forgetting"] == 0
+    for task, (_, probe) in zip(status["tasks"], jobs.tasks(1), strict=True):
+        np.savez(tmp_path / "probe.npz", x=probe.x, y=np.array(probe.y))
+        where = ("--state", tmp_path / "state", tmp_path / "probe.npz", "--json")
+        done = cli("predict", *where, "--task", task["name"])
+        assert json.loads(done.stdout)["accuracy"] == task["probe"]["accuracy"] > 0.8, done.stderr
+    assert "needs --task, one of: t1, t2" in cli("predict", *where).stderr
+
+
 def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
     """Control over the socket: pause holds, a checkpoint is durable when it returns, stop saves and frees the lock."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": None})

@@ -1,0 +1,40 @@
+"""Random small shifts, rotations and zooms of images: what a sample means does not depend on where exactly it lies."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from streamlearn.tensors import seeded
+
+if TYPE_CHECKING:
+    from streamlearn.config import Augment
+
+
+class Distortion:
+    """Distorts each image of a batch by an affine map of its own, bilinear, zero outside; draws from its own seeded stream."""
+
+    def __init__(self, spec: Augment, seed: int, device: torch.device) -> None:
+        self.spec = spec
+        self.generator = seeded(seed, "augment", device)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return distorted images for `x [B, H, W]` or `[B, channels, H, W]`."""
+        spec, (height, width) = self.spec, x.shape[-2:]
+        draws = torch.rand(len(x), 5, generator=self.generator, device=x.device) * 2 - 1
+        angle = draws[:, 0] * math.radians(spec.rotate)
+        across, down = 1 + draws[:, 1] * spec.zoom, 1 + draws[:, 2] * spec.zoom
+        sine, cosine = torch.sin(angle), torch.cos(angle)
+        # in units of half an image, as affine_grid has them: a rotation of one that is not square needs its aspect
+        rows = (
+            torch.stack([cosine * across, -sine * down * height / width, draws[:, 3] * 2 * spec.shift / width], 1),
+            torch.stack([sine * across * width / height, cosine * down, draws[:, 4] * 2 * spec.shift / height], 1),
+        )
+        images = x.unsqueeze(1) if x.dim() == 3 else x
+        grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid, align_corners=False).reshape(x.shape)
