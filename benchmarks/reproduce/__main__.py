@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import sys
 import time
@@ -151,7 +150,7 @@ def main() -> None:
     )
     failed: dict[str, BaseException] = {}
     if todo and not options.report:
-        logging.getLogger("streamlearn").setLevel(logging.ERROR)  # the book counts what is skipped
+        runner.quiet()
         begun = time.monotonic()
         try:
             failed = carry_out(todo, books, console, jobs=options.jobs, device=options.device)
@@ -189,7 +188,7 @@ def _side_by_side(
     todo: Sequence[Cell], device: str, jobs: int
 ) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
     # torch and its threads do not survive a fork
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=runner.quiet)
     try:
         runs = {pool.submit(runner.run, cell, device): cell for cell in todo}
         for run in as_completed(runs):
@@ -197,10 +196,6 @@ def _side_by_side(
             yield runs[run], run.result() if error is None else error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _quiet() -> None:
-    logging.getLogger("streamlearn").setLevel(logging.ERROR)
 
 
 def _digest(cell: Cell) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -117,8 +118,8 @@ class Cell:
         found = next((path for name in self.row.files if (path := ROOT / name).exists()), None)
         tree: Settings = yaml.safe_load(found.read_text()) if found is not None else {}
         own = {key: tree[key] for key in FROM_FILE if key in tree}
-        if isinstance(own.get("scenario"), str):
-            own["scenario"] = {"kind": own["scenario"], "active": "seen"}
+        if (scenario := own.get("scenario")) is not None:
+            own["scenario"] = {"active": "seen"} | ({"kind": scenario} if isinstance(scenario, str) else scenario)
         if "stream" in tree:
             own["stream"] = {"batch_size": tree["stream"].get("batch_size", 100)}
         own = merged(own, self.row.settings)
@@ -186,6 +187,11 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(str(job.learner.world.device)),
     }
+
+
+def quiet() -> None:
+    """Leave the log to errors: what is skipped is counted in the book. It stands here, where a new process finds it."""
+    logging.getLogger("streamlearn").setLevel(logging.ERROR)
 
 
 def _figures(job: Job, *, curve: bool) -> dict[str, Any]:

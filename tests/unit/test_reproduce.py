@@ -17,6 +17,7 @@ from benchmarks.reproduce.cells import Row, Table
 from benchmarks.reproduce.streams import Course
 from streamlearn.producer import Samples
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
+from tests.support.jobs import DATA, need
 
 SIZE = 7  # samples in a record
 PIXELS = np.arange(20 * 4, dtype=np.uint8).reshape(20, 2, 2)
@@ -196,3 +197,13 @@ def test_every_cell_of_this_version_is_sound() -> None:
     assert {cell.row.method for cell in todo} >= {"naive", "joint", "EWC", "SI", "generative replay"}
     assert all(reason.startswith("strategy") for reason in absent.values()), absent
     assert len({cell.key for cell in books.cells(None, "", 1.0)}) == len(books.cells(None, "", 1.0))
+
+
+@pytest.mark.slow
+def test_cells_run_side_by_side(tmp_path: Path) -> None:
+    """A cell reaches a process of its own and its figures come back, although nothing of this process is there."""
+    books = tool.Books(tmp_path)
+    (cell,) = books.cells(1, "two-tasks/sequential", 0.0)  # one sample a task
+    need((DATA / "mnist.npz").is_file(), "mnist.npz")
+    assert tool.carry_out([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
+    assert books.shown.entries[cell.key]["samples"] == 2
