@@ -186,8 +186,9 @@ BWT divides by the number of tasks less one (their script divides by the number 
             # theirs is 1000 * sum F (theta - theta*)^2, and F the square of the mean gradient of 1000 samples
             {"ewc": {"strength": 2 * 1000 * MEAN_SQUARED, "fisher": "empirical", "samples": 1000}},
             optimizer("sgd", 0.01),
-            note="Theirs squares the mean gradient of 1000 samples, which keeps 0.8 % of the Fisher (measured after the "
-            "first four tasks), and has no factor 1/2: their strength 1000 is our 16.",
+            note="Theirs squares the mean gradient of 1000 samples, which keeps 0.5 to 1 % of the Fisher (measured after "
+            "each of the first four tasks), and has no factor 1/2: their strength 1000 is about our 16. With 2 the accuracy "
+            "was 49.4, with 20 it was 57.2, and 100 diverged.",
         ),
         Row(
             "GEM",
@@ -203,7 +204,7 @@ BWT divides by the number of tasks less one (their script divides by the number 
             optimizer("sgd", 0.1),
             course=Course("shuffled", count=20, distinct=1000),
             note="All tasks' samples as one task in random order, evaluated on all test sets. Its rate is not published: "
-            "ours is 0.1, which is that of GEM.",
+            "ours is 0.1, that of GEM, chosen after 0.03 had given 81.0.",
         ),
     ),
     figures=("average_accuracy", "backward_transfer"),
@@ -270,7 +271,9 @@ TWO_TASKS = Table(
     "Two tasks, one after the other",
     """
 Digits 0 and 1, then 2 and 3, as odd and even (two outputs, `domain`), in batches of 128. The line is the accuracy on the first
-task along the stream: it falls where the second is learned without any memory, and stays where the first is kept.""",
+task along the stream: it falls where the second is learned without any memory, and stays where the first is kept. EWC, SI
+and MAS have the strengths that are published for `domain`, where EWC hardly helps (63.0 against 60.1 for naive); here 1e5
+and 1e7 were tried as well, and ended at 80 and 72 percent.""",
     Course("split", count=2, epochs=4),
     SPLIT | {"probes": {"every": 8}},
     tuple(Row(name, {"domain": (None, None)}, strategy) for name, strategy in DEMONSTRATED.items()),
