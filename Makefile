@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, with uv.
-.PHONY: demo test test-slow lint fmt bench kafka clean
+.PHONY: demo test test-slow lint fmt bench reproduce kafka clean
 SHELL := /bin/bash
 
 PYTHON ?= >=3.11,<3.14  # any that is here
@@ -26,6 +26,9 @@ fmt: .venv/.dev
 
 bench: .venv/.dev
 	$(IN)/python -m benchmarks $(ARGS)
+
+reproduce: .venv/.dev  # the published tables, into docs/results.md: hours, and it goes on where it was stopped
+	$(IN)/python -m benchmarks.reproduce $(ARGS)
 
 kafka: .venv/.dev  # the broker that the tests use, on localhost:9092, until Ctrl-C
 	$(IN)/python -m tests.support.kafka_broker

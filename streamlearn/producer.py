@@ -109,7 +109,7 @@ def by_rotation(samples: Samples, count: int) -> list[Samples]:
     """Return all images `count` times, turned by equal steps from 0 up to 180 degrees (nearest pixel)."""
     if samples.x.ndim != 3:
         raise StreamlearnError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}", code=2)
-    return [Samples(_rotated(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
+    return [Samples(rotated(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
 
 
 def shuffled(samples: Samples, seed: int) -> Samples:
@@ -245,7 +245,8 @@ def _label(text: str) -> Label:
         return text
 
 
-def _rotated(x: np.ndarray, degrees: float) -> np.ndarray:
+def rotated(x: np.ndarray, degrees: float) -> np.ndarray:
+    """Return images `[n, height, width]` turned about their middle, each pixel that of the nearest."""
     height, width = x.shape[1:]
     angle = np.deg2rad(degrees)
     row, column = np.mgrid[:height, :width]

@@ -1,0 +1,34 @@
+"""Finished cells in a JSON file: one line a cell, written as soon as it is finished."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from streamlearn.data import natural_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Book:
+    """Entries by cell. An entry counts as long as its digest is that of the cell's configuration."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def holds(self, key: str, digest: str) -> bool:
+        """Tell whether a cell is finished under this configuration."""
+        return self.entries.get(key, {}).get("digest") == digest
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        """Write down a finished cell; the file is whole at any moment."""
+        self.entries[key] = entry
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(self.entries[name])}" for name in sorted(self.entries, key=natural_key)
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        beside.replace(self.path)

@@ -1,0 +1,286 @@
+"""What is reproduced: every table, its protocol and its rows. A row is a strategy's parameters beside published figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.reproduce.streams import Course
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Settings = dict[str, Any]
+Figures = tuple[float | None, ...]
+
+LOWER_IS_BETTER = {"average_forgetting"}
+DEFAULT_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a table. `published`: by scenario, percent, a value for each of the table's figures."""
+
+    method: str
+    published: Mapping[str, Figures]
+    strategy: Settings = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)  # laid over the table's
+    by_scenario: Mapping[str, Settings] = field(default_factory=dict)  # laid over both
+    course: Course | None = None  # instead of the table's
+    files: tuple[str, ...] = ()  # strategy, model, learner and batch size come from the first of these that exists
+    note: str = ""  # what differs from the publication, and why a figure falls short where it does
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table: its protocol in words and in settings."""
+
+    name: str
+    title: str
+    protocol: str
+    course: Course
+    settings: Settings
+    rows: tuple[Row, ...]
+    figures: tuple[str, ...] = ("average_accuracy",)
+    seeds: int = DEFAULT_SEEDS
+    repeated: bool = True  # over seeds; else it shows one run
+
+
+def optimizer(name: str, lr: float) -> Settings:
+    """Return the settings of one update a batch by this optimizer, and no averaged weights."""
+    return {"learner": {"updates_per_batch": 1, "average": None, "optimizer": {"name": name, "lr": lr}}}
+
+
+def strengths(recipe: str, task: float, domain: float, class_: float) -> dict[str, Settings]:
+    """Return a recipe's strength by scenario."""
+    by_scenario = {"task": task, "domain": domain, "class": class_}
+    return {scenario: {"strategy": {recipe: {"strength": value}}} for scenario, value in by_scenario.items()}
+
+
+def tdc(task: float, domain: float, class_: float) -> dict[str, Figures]:
+    """Return published accuracies by scenario."""
+    return {"task": (task,), "domain": (domain,), "class": (class_,)}
+
+
+HIDDEN = {"model": {"name": "mlp", "hidden": [400, 400]}, "stream": {"batch_size": 128}}
+SPLIT = HIDDEN | optimizer("adam", 1e-3)
+VAE = {"hidden": 400, "latent": 100, "lr": 1e-3, "average": None, "ratio": 1.0}
+TASK_SAMPLES = 12_700  # as many as the largest task has
+
+HSU = Course("split", epochs=4)
+HSU_CLASS = {"scenario": {"active": "seen"}}  # their class-incremental head opens with the classes
+HSU_NOTE = (
+    "Hsu et al. 2018: four epochs a task. They pad and normalise the images, and make the optimizer anew for each task."
+)
+
+SPLIT_MNIST = Table(
+    "split-mnist",
+    "Split MNIST",
+    """
+Van de Ven, Tuytelaars & Tolias 2022: five tasks of two digits, pixels 0 to 1, MLP 784-400-400-10, Adam 1e-3 that is never
+reset, 2000 batches of 128 a task, 128 replayed samples beside them; in `class` all ten outputs compete from the start. The
+stream of a task is its training set, newly shuffled each time. MNIST's test set is the probe. No averaged weights.""",
+    Course("split", samples=2000 * 128),
+    SPLIT,
+    (
+        Row("naive", tdc(84.3, 60.1, 19.9), {"naive": {}}),
+        Row(
+            "joint",
+            tdc(99.67, 98.59, 98.17),
+            {"joint": {"budget": "all"}},
+            note="Ours meets the tasks in order and relearns all before; theirs is trained on all of them at once.",
+        ),
+        Row(
+            "EWC",
+            tdc(99.06, 63.0, 20.6),
+            {"ewc": {"fisher": "exact", "anchor": "all", "samples": TASK_SAMPLES}},
+            by_scenario=strengths("ewc", 1e5, 1e10, 1e9),
+            note="Their loss carries the factor 1/2, as ours does: the same strengths. The Fisher is over as many draws "
+            "from the stream as a task has samples.",
+        ),
+        Row(
+            "SI",
+            tdc(99.20, 66.9, 21.2),
+            {"si": {"xi": 0.1}},
+            # theirs is c * sum omega (theta - theta*)^2 with c = 10, 5e4, 5e3; ours has the factor 1/2
+            by_scenario=strengths("si", 2 * 10.0, 2 * 5e4, 2 * 5e3),
+            note="Their loss has no factor 1/2: our strengths are twice theirs (10, 5e4, 5e3). They integrate the "
+            "penalty's gradient too, we the task's alone.",
+        ),
+        Row("LwF", tdc(99.60, 71.2, 21.9), {"lwf": {"temperature": 2.0}}),
+        Row(
+            "generative replay",
+            tdc(99.50, 95.6, 90.4),
+            {"generative": {"variant": "vae", "targets": "hard", **VAE}},
+        ),
+        Row(
+            "generative, soft targets",
+            tdc(99.61, 96.8, 91.8),
+            {"generative": {"variant": "vae", "targets": "soft", "temperature": 2.0, **VAE}},
+            note="Published in their report of 2019, arXiv 1904.07734.",
+        ),
+        Row(
+            "brain-inspired replay",
+            tdc(99.61, 97.3, 94.4),
+            {"generative": {"variant": "brain-inspired", "targets": "soft", "temperature": 2.0, **VAE}},
+        ),
+        Row(
+            "episodic replay",
+            tdc(98.98, 93.8, 88.8),
+            {"er": {"budget": 1000, "selection": "balanced", "ratio": 1.0}},
+            note="100 samples a class at the end; before it, our budget of 1000 is shared by the classes so far.",
+        ),
+        Row("A-GEM", tdc(98.54, 87.7, 65.1), {"agem": {"budget": 1000}}, note="Memory as in episodic replay."),
+        Row(
+            "MAS",
+            tdc(99.22, 68.6, 19.5),
+            {"mas": {"samples": TASK_SAMPLES}},
+            # theirs is lambda * sum b (theta - theta*)^2 with lambda = 1, 1e4, 1, and b of the *mean* over C outputs
+            by_scenario={
+                **strengths("mas", 2 * 1.0 / 2, 2 * 1e4 / 2, 0.0),
+                "class": HSU_CLASS | {"strategy": {"mas": {"strength": 2 * 1.0 / 10}}},
+            },
+            course=HSU,
+            note=f"{HSU_NOTE} Strengths converted from theirs (1, 1e4, 1): ours has the factor 1/2, and sums over the "
+            "outputs where they average. Our importance is per sample, theirs that of a batch's mean.",
+        ),
+        Row(
+            "GEM",
+            tdc(98.4, 96.2, 92.2),
+            {"gem": {"budget": 4400, "margin": 0.5}, "er": {"budget": 4400, "ratio": 1.0}},
+            optimizer("sgd", 0.01),
+            by_scenario={"class": HSU_CLASS},
+            course=HSU,
+            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one: here `gem` + `er`.",
+        ),
+    ),
+)
+
+ROTATED = {
+    "model": {"name": "benchmarks.reproduce.models:glorot", "options": {"hidden": [100, 100]}},
+    "stream": {"batch_size": 10},
+}
+
+MEAN_SQUARED = 0.008  # what the square of the mean gradient of 1000 samples keeps of the mean of their squares, here
+
+ROTATIONS = Table(
+    "rotations",
+    "MNIST rotations",
+    """
+Lopez-Paz & Ranzato 2017: twenty tasks, each all ten digits turned by an angle of its own from 0 to 180 degrees; 1000 samples a
+task, once, in batches of 10; MLP 784-100-100-10, SGD. One head for all tasks. The probe of a task is MNIST's test set, turned.
+BWT divides by the number of tasks less one (their script divides by the number of tasks).""",
+    Course("rotations", count=20, distinct=1000),
+    ROTATED,
+    (
+        Row(
+            "naive",
+            {"class": (53.0, -8.0)},
+            {"naive": {}},
+            optimizer("sgd", 0.003),
+            note="Published is one run with one draw of the angles, and so in all rows.",
+        ),
+        Row(
+            "EWC",
+            {"class": (55.0, -19.0)},
+            # theirs is 1000 * sum F (theta - theta*)^2, and F the square of the mean gradient of 1000 samples
+            {"ewc": {"strength": 2 * 1000 * MEAN_SQUARED, "fisher": "empirical", "samples": 1000}},
+            optimizer("sgd", 0.01),
+            note="Theirs squares the mean gradient of 1000 samples, which keeps 0.5 to 1 % of the Fisher (measured after "
+            "each of the first four tasks), and has no factor 1/2: their strength 1000 is about our 16. With 2 the accuracy "
+            "was 49.4, with 20 it was 57.2, and 100 diverged.",
+        ),
+        Row(
+            "GEM",
+            {"class": (86.0, 5.0)},
+            {"gem": {"budget": 20 * 256, "margin": 0.5}},
+            optimizer("sgd", 0.1),
+            note="256 samples a task at the end; before it, our budget is shared by the tasks so far.",
+        ),
+        Row(
+            "shuffled",
+            {"class": (83.0, 0.0)},
+            {"naive": {}},
+            optimizer("sgd", 0.1),
+            course=Course("shuffled", count=20, distinct=1000),
+            note="All tasks' samples as one task in random order, evaluated on all test sets. Its rate is not published: "
+            "ours is 0.1, that of GEM, chosen after 0.03 had given 81.0.",
+        ),
+    ),
+    figures=("average_accuracy", "backward_transfer"),
+)
+
+ONLINE = Table(
+    "online",
+    "Online generative replay, Split MNIST",
+    """
+Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400; published 79.3 ± 0.6 with a forgetting of
+19.5, their best variant 82.9. Ours is the default job: generative replay with synaptic intelligence and averaged weights.""",
+    Course("split", distinct=1000),
+    HIDDEN,
+    (
+        Row(
+            "default, 1000 a task",
+            {"class": (79.3, 19.5)},
+            files=("configs/mnist-online.yaml", "configs/generative-si.yaml"),
+        ),
+        Row(
+            "default, all 60,000",
+            {"class": (None, None)},
+            files=("configs/mnist-split.yaml",),
+            course=Course("split"),
+            note="Nothing is published for this; a sketch before this project reached 94.5.",
+        ),
+    ),
+    figures=("average_accuracy", "average_forgetting"),
+    seeds=5,
+)
+
+ISOLATION = Table(
+    "isolation",
+    "PackNet and progressive networks",
+    """
+The protocol of Split MNIST, task-incremental. Published is what separate networks reach (van de Ven et al. 2022): nothing may
+be forgotten at all, and nothing lost against them.""",
+    Course("split", samples=2000 * 128),
+    SPLIT,
+    (
+        Row("PackNet", {"task": (99.57, 0.0)}, {"packnet": {}}),
+        Row("progressive networks", {"task": (99.57, 0.0)}, {"pnn": {}}),
+    ),
+    figures=("average_accuracy", "average_forgetting"),
+)
+
+DEMONSTRATED: dict[str, Settings] = {
+    "sequential": {"naive": {}},
+    "joint": {"joint": {}},
+    "generative replay": {"generative": {"variant": "conditional", "latent": 50, "average": None, "ratio": 1.0}},
+    "EWC": {"ewc": {"strength": 1e10, "samples": TASK_SAMPLES}},  # these three as published for `domain`
+    "SI": {"si": {"strength": 2 * 5e4}},
+    "MAS": {"mas": {"strength": 2 * 1e4 / 2, "samples": TASK_SAMPLES}},
+    "RWalk": {"rwalk": {}},
+    "L2": {"l2": {}},
+    "LwF": {"lwf": {}},
+    "GEM": {"gem": {}},
+    "progressive networks": {"pnn": {}},
+    "PackNet": {"packnet": {}},
+}
+
+TWO_TASKS = Table(
+    "two-tasks",
+    "Two tasks, one after the other",
+    """
+Digits 0 and 1, then 2 and 3, as odd and even (two outputs, `domain`), in batches of 128. The line is the accuracy on the first
+task along the stream: it falls where the second is learned without any memory, and stays where the first is kept. EWC, SI
+and MAS have the strengths that are published for `domain`, where EWC hardly helps (63.0 against 60.1 for naive); here 1e5
+and 1e7 were tried as well, and ended at 80 and 72 percent.""",
+    Course("split", count=2, epochs=4),
+    SPLIT | {"probes": {"every": 8}},
+    tuple(Row(name, {"domain": (None, None)}, strategy) for name, strategy in DEMONSTRATED.items()),
+    figures=("average_accuracy", "average_forgetting"),
+    seeds=1,
+    repeated=False,
+)
+
+PUBLISHED = (SPLIT_MNIST, ROTATIONS, ONLINE, ISOLATION)
+TABLES = (*PUBLISHED, TWO_TASKS)

@@ -1,0 +1,223 @@
+"""A cell: one method, scenario and seed of a table, through the stream, the loop and the learner that the daemon runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from benchmarks.reproduce import streams
+from streamlearn import loop
+from streamlearn.checkpoint import Store
+from streamlearn.config import Config
+from streamlearn.data import Progress, StreamlearnError
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.memory import MemoryLog
+from streamlearn.stream.reader import Stream
+from streamlearn.tensors import prepare
+from tests.support.jobs import merged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.reproduce.cells import Row, Settings, Table
+    from benchmarks.reproduce.streams import Course
+    from streamlearn.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parents[2]
+NEVER = 10**9
+POLLED = 16  # records at a time: a batch each, so that little waits encoded
+FROM_FILE = ("strategy", "model", "learner", "scenario")
+SHAPING = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy", "learner", "probes")
+
+
+class Unrunnable(StreamlearnError):  # noqa: N818 - it says what this version cannot do
+    """A cell's recipe is not there, or its parameters are not accepted."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `scale`: the part of its work that is done, 1 but for `--quick`."""
+
+    table: Table
+    row: Row
+    scenario: str
+    seed: int
+    scale: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """Its name in the book and for `--only`."""
+        return "/".join([self.table.name, self.row.method, self.scenario, str(self.seed)])
+
+    @property
+    def course(self) -> Course:
+        """What it is taught."""
+        return self.row.course or self.table.course
+
+    def config(self, device: str = "cpu") -> Config:
+        """Return its configuration; raises `Unrunnable` where this version has no such recipe or parameter."""
+        tree = merged(self._protocol(), {**self.table.settings})
+        tree = merged(merged(tree, self._own()), {"device": device, "seed": self.seed})
+        try:
+            return Config.model_validate(tree, context={"recipes": RECIPES})
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors()]
+            raise Unrunnable("; ".join(lines)) from error
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all that shapes its result. Where it runs, and how it is read, does not."""
+        config = self.config()
+        effective = config.effective()
+        shaping = {key: effective[key] for key in SHAPING}
+        taught = {"course": asdict(self.course), "scale": self.scale, "batch_size": config.stream.batch_size}
+        return hashlib.sha256(json.dumps([shaping, taught], sort_keys=True).encode()).hexdigest()
+
+    def _protocol(self) -> Settings:
+        topics = streams.topics(self.course)
+        declared = {topic: [2 * n, 2 * n + 1] for n, topic in enumerate(topics)}
+        scenarios: dict[str, Settings] = {
+            "class": {"kind": "class", "active": "all"},
+            "domain": {"kind": "domain", "tasks": declared},
+            "task": {"kind": "task", "tasks": declared},
+        }
+        return {
+            "name": "reproduce",
+            "input": {"shape": [28, 28], "dtype": "uint8", "scale": 255},
+            "classes": list(range(10)),
+            "scenario": scenarios[self.scenario],
+            "holdout": {"fraction": 0.0, "max": None},
+            # the markers end the tasks; silence never does
+            "stream": {
+                "topics": topics,
+                "on_finished": "exit",
+                "task_end": {"idle": NEVER},
+                "queue": {"samples": 4000},
+            },
+            "probes": {"every": NEVER},
+            "checkpoint": {"every_seconds": None},
+        }
+
+    def _own(self) -> Settings:
+        found = next((path for name in self.row.files if (path := ROOT / name).exists()), None)
+        tree: Settings = yaml.safe_load(found.read_text()) if found is not None else {}
+        own = {key: tree[key] for key in FROM_FILE if key in tree}
+        if (scenario := own.get("scenario")) is not None:
+            own["scenario"] = {"active": "seen"} | ({"kind": scenario} if isinstance(scenario, str) else scenario)
+        if "stream" in tree:
+            own["stream"] = {"batch_size": tree["stream"].get("batch_size", 100)}
+        own = merged(own, self.row.settings)
+        if self.row.strategy:
+            own["strategy"] = self.row.strategy
+        return merged(own, self.row.by_scenario.get(self.scenario, {}))
+
+
+class Unsaved(Job):
+    """A job that writes no checkpoints: a cell that was cut off begins again."""
+
+    def save(self, stream: Stream, trigger: str) -> Checkpoint | None:
+        del stream, trigger
+        return None
+
+
+class Watch:
+    """Asks nothing of the loop, and tells how far it is: the part of the batches that are learned."""
+
+    stopping = False
+    paused = False
+
+    def __init__(self, batches: int, progress: Callable[[float], None]) -> None:
+        self.batches = batches
+        self.progress = progress
+
+    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        del stream, idle
+        self.progress(job.learner.batches / self.batches)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for nobody."""
+
+
+def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
+    """Return what the book keeps of a cell, after running it."""
+    config = cell.config(device)
+    prepare(config.threads)
+    lessons = streams.lessons(cell.course, cell.seed)
+    totals = streams.sizes(cell.course, lessons, cell.scale)
+    store = streams.publish(cell.course, lessons, per_record=config.stream.batch_size, seed=cell.seed, scale=cell.scale)
+    job = Unsaved.make(config, Store(config.state_dir), Metrics())
+    dead = DeadLetters(store, "dlq")
+    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
+    stream = Stream(MemoryLog(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0)
+    batches = sum(-(-total // config.stream.batch_size) for total in totals)
+    begun, used = time.perf_counter(), time.process_time()
+    stream.start()
+    try:
+        loop.run(job, stream, Watch(batches, progress))
+    finally:
+        stream.stop()
+    seconds, used = time.perf_counter() - begun, time.process_time() - used
+    counted = job.progress.totals()
+    if counted["trained"] + counted["skipped"] != sum(totals):
+        raise StreamlearnError(f"{cell.key}: {dict(counted)}; expected {sum(totals)} samples to be learned")
+    return {
+        "digest": cell.digest(),
+        **_figures(job, curve=config.probes.every != NEVER),
+        "samples": sum(totals),
+        "skipped": counted["skipped"],  # updates that were not finite: a strength that was too large
+        "steps": job.learner.step,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(str(job.learner.world.device)),
+    }
+
+
+def quiet() -> None:
+    """Leave the log to errors: what is skipped is counted in the book. It stands here, where a new process finds it."""
+    logging.getLogger("streamlearn").setLevel(logging.ERROR)
+
+
+def _figures(job: Job, *, curve: bool) -> dict[str, Any]:
+    matrix = job.matrix
+    last = matrix.rows[max(matrix.rows)]
+    # where there is one task there is nothing to forget
+    figures: dict[str, Any] = {
+        "average_accuracy": matrix.average_accuracy,
+        "backward_transfer": matrix.backward_transfer or 0.0,
+        "average_forgetting": matrix.average_forgetting or 0.0,
+        "learned": [round(row[task], 4) for task, row in sorted(matrix.rows.items())],
+        "last": [round(value, 4) for _, value in sorted(last.items())],
+    }
+    if curve:
+        figures["curve"] = [[samples, round(row[0], 4)] for _, samples, row in matrix.history]
+    return figures
+
+
+def machine(device: str) -> str:
+    """Return the hardware and the library that a figure comes from, in a line."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = next(iter(names), processor)
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else "one thread"
+    return f"{processor}, {os.cpu_count()} cores, {where}, torch {torch.__version__}"

@@ -1,0 +1,187 @@
+"""Tasks as published, on topics in memory: records are made when they are read, so that repeating a task costs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, cast, overload
+
+import numpy as np
+
+from streamlearn import producer
+from streamlearn.producer import Publishing, Samples
+from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.memory import MemoryStore
+from tests.support.jobs import DATA
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HALF_TURN = 180.0
+PROBES_PER_RECORD = 1000
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is taught, in which order and how often."""
+
+    tasks: str  # a key of TASKS
+    count: int = 5
+    distinct: int | None = None  # samples of each task that are used at all; None: every one
+    epochs: int = 1
+    samples: int | None = None  # of each task, counting repetitions; None: `epochs` times those that are used
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A task's samples and its probe."""
+
+    train: Samples
+    probe: Samples
+
+
+class Repeated(Sequence[Record]):
+    """A topic's records: the probe's, then `total` samples, every epoch in a new order, then the marker.
+
+    What a list of them would hold, but each record is encoded when it is asked for: 256,000 samples a task are 200 MB.
+    """
+
+    def __init__(
+        self, samples: Samples, *, total: int, size: int, seed: tuple[int, ...], head: Sequence[Record], tail: Record
+    ) -> None:
+        self.x, self.y = samples.x, np.asarray(samples.y)
+        self.total = total
+        self.size = size  # samples in a record
+        self.seed = seed
+        self.head = head
+        self.middle = -(-total // size)
+        self.tail = replace(tail, offset=len(head) + self.middle)
+        self.created = time.time()
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.tail.offset + 1
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self._record(offset) for offset in range(*index.indices(len(self)))]
+        return self._record(range(len(self))[index])
+
+    def _record(self, offset: int) -> Record:
+        if offset < len(self.head):
+            return self.head[offset]
+        if offset == self.tail.offset:
+            return self.tail
+        start = (offset - len(self.head)) * self.size
+        chosen = self._chosen(start, min(start + self.size, self.total))
+        value = encode("batch", self.x[chosen], self.y[chosen].tolist())
+        headers = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+        return Record(self.tail.topic, self.tail.partition, offset, self.created, None, value, headers)
+
+    def _chosen(self, start: int, stop: int) -> np.ndarray:
+        """Return the samples at these places of the endless row of epochs."""
+        parts = []
+        while start < stop:
+            epoch, place = divmod(start, len(self.y))
+            part = self._order(epoch)[place : place + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # a record spans two epochs at most, where epochs are longer than records
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = np.random.default_rng([*self.seed, epoch]).permutation(len(self.y))
+        return self._orders[epoch]
+
+
+def topics(course: Course) -> list[str]:
+    """Return the names of a course's tasks."""
+    return ["all"] if course.tasks == "shuffled" else [f"{course.tasks}-{n + 1}" for n in range(course.count)]
+
+
+def sizes(course: Course, lessons: Sequence[Lesson], scale: float) -> list[int]:
+    """Return how many samples of each task are taught; `scale` is the part of the work that is done at all."""
+    whole = [course.epochs * len(lesson.train) if course.samples is None else course.samples for lesson in lessons]
+    return [max(1, round(scale * size)) for size in whole]
+
+
+def publish(course: Course, lessons: Sequence[Lesson], *, per_record: int, seed: int, scale: float) -> MemoryStore:
+    """Return topics in memory that hold the course."""
+    store = MemoryStore()
+    totals = sizes(course, lessons, scale)
+    for number, (topic, lesson, total) in enumerate(zip(topics(course), lessons, totals, strict=True)):
+        nothing = Samples(lesson.train.x[:0], [])
+        producer.publish(store, topic, nothing, Publishing(per_record=PROBES_PER_RECORD), probe=lesson.probe)
+        *head, marker = store.records[topic, 0]
+        records = Repeated(lesson.train, total=total, size=per_record, seed=(seed, number), head=head, tail=marker)
+        store.records[topic, 0] = cast("list[Record]", records)  # nothing more is appended to it
+    return store
+
+
+def lessons(course: Course, seed: int) -> list[Lesson]:
+    """Return a course's tasks; which of their samples are used, and by which angles they are turned, is the seed's."""
+    return TASKS[course.tasks](course, seed)
+
+
+@cache
+def mnist(split: str) -> Samples:
+    """Return MNIST, its pixels 0 to 255."""
+    return producer.read(str(DATA / "mnist.npz"), split)
+
+
+def _split(course: Course, seed: int) -> list[Lesson]:
+    """Two digits a task, in order."""
+    train, test = mnist("train"), mnist("test")
+    groups = [[2 * n, 2 * n + 1] for n in range(course.count)]
+    parts = zip(producer.by_classes(train, groups), producer.by_classes(test, groups), strict=True)
+    return [Lesson(_some(part, course.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
+
+
+def _rotations(course: Course, seed: int) -> list[Lesson]:
+    """All ten digits, turned: a task's angle is drawn from its own part of the half turn (Lopez-Paz & Ranzato 2017)."""
+    width = HALF_TURN / course.count
+    angles = [width * (n + np.random.default_rng([seed, n]).uniform()) for n in range(course.count)]
+    chosen = [_some(mnist("train"), course.distinct, seed, n) for n in range(course.count)]
+    return [
+        Lesson(Samples(producer.rotated(part.x, angle), part.y), _turned_test(angle))
+        for part, angle in zip(chosen, angles, strict=True)
+    ]
+
+
+def _shuffled(course: Course, seed: int) -> list[Lesson]:
+    """One task of all rotations together. Its probe holds all test sets, which are of one size: the mean is the same."""
+    parts = _rotations(course, seed)
+    return [Lesson(_joined([part.train for part in parts]), _joined([part.probe for part in parts]))]
+
+
+def _turned_test(angle: float) -> Samples:
+    test = mnist("test")
+    return Samples(producer.rotated(test.x, angle), test.y)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    return Samples(np.concatenate([part.x for part in parts]), [label for part in parts for label in part.y])
+
+
+def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
+    if count is None or count >= len(samples):
+        return samples
+    return samples.take(np.random.default_rng([seed, task]).permutation(len(samples))[:count])
+
+
+TASKS: dict[str, Callable[[Course, int], list[Lesson]]] = {
+    "split": _split,
+    "rotations": _rotations,
+    "shuffled": _shuffled,
+}

@@ -1,0 +1,209 @@
+"""The tool that reruns published tables: its streams, what it runs again, and its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks.reproduce import __main__ as tool
+from benchmarks.reproduce import cells, page, runner, streams
+from benchmarks.reproduce.book import Book
+from benchmarks.reproduce.cells import Row, Table
+from benchmarks.reproduce.streams import Course
+from streamlearn.producer import Samples
+from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
+from tests.support.jobs import DATA, need
+
+SIZE = 7  # samples in a record
+PIXELS = np.arange(20 * 4, dtype=np.uint8).reshape(20, 2, 2)
+TINY = Table(
+    "tiny",
+    "Tiny",
+    "\nTwo tasks.",
+    Course("tiny", count=2, epochs=3),
+    {"input": {"shape": [2, 2]}, "model": {"hidden": [4]}, "stream": {"batch_size": SIZE}}
+    | cells.optimizer("sgd", 0.1),
+    (
+        Row("naive", {"class": (50.0,), "task": (60.0,)}, {"naive": {}}),
+        Row("none yet", {"class": (50.0,)}, {"no-such-recipe": {}}, note="It will come."),
+    ),
+    seeds=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teach two tasks of twenty samples instead of MNIST."""
+
+    def lesson(task: int) -> streams.Lesson:
+        train = Samples(PIXELS, [2 * task + n % 2 for n in range(20)])
+        return streams.Lesson(train, train.take(np.arange(5)))
+
+    def tasks(course: Course, seed: int) -> list[streams.Lesson]:
+        del seed
+        return [lesson(number) for number in range(course.count)]
+
+    monkeypatch.setitem(streams.TASKS, "tiny", tasks)
+
+
+def topic(total: int) -> streams.Repeated:
+    """Return a topic of the twenty samples, repeated."""
+    course = Course("tiny", count=1, samples=total)
+    store = streams.publish(course, streams.lessons(course, 0), per_record=SIZE, seed=3, scale=1.0)
+    records = store.records["tiny-1", 0]
+    assert isinstance(records, streams.Repeated)
+    return records
+
+
+def learned(records: list[Any]) -> np.ndarray:
+    """Return which samples the training records hold, in order."""
+    trees = [
+        msgpack.unpackb(record.value) for record in records if not record.header(CONTROL) and not record.header(USE)
+    ]
+    pixels = np.concatenate([np.frombuffer(tree["x"], np.uint8) for tree in trees])
+    return pixels[::4] // 4
+
+
+@pytest.mark.parametrize("total", [20, 47, 61, 5])
+def test_records_made_when_read_are_those_of_a_list(total: int) -> None:
+    """Slices, single offsets and offsets from the end equal those of a list, in whatever order they are read."""
+    whole = list(topic(total))
+    again = topic(total)
+    assert len(again) == len(whole) == 1 + -(-total // SIZE) + 1
+    assert [record.offset for record in whole] == list(range(len(whole)))
+    for piece in (slice(2, 5), slice(0, 1), slice(-3, None), slice(4, 400), slice(1, 1), slice(0, None, 2)):
+        assert [(r.offset, r.value, r.headers) for r in again[piece]] == [
+            (r.offset, r.value, r.headers) for r in whole[piece]
+        ]
+    assert again[-1].header(CONTROL) == TASK_END
+    assert again[0].header(USE) == PROBE
+    with pytest.raises(IndexError):
+        again[len(whole)]
+
+
+def test_each_epoch_is_a_permutation_of_its_own() -> None:
+    """Every epoch has each sample once, in another order; the last one may be cut short."""
+    taught = learned(list(topic(50)))
+    first, second, third = taught[:20], taught[20:40], taught[40:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first.tolist() != second.tolist()
+    assert len(set(third)) == len(third) == 10
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run once, survive in the file, and run again only where their configuration has changed."""
+    ran: list[str] = []
+    really = runner.run
+
+    def run(cell: runner.Cell, *rest: Any) -> dict[str, Any]:
+        ran.append(cell.key)
+        return really(cell, *rest)
+
+    monkeypatch.setattr(runner, "run", run)
+    console = Console(quiet=True)
+
+    def reproduce(table: Table, *, pattern: str = "", again: bool = False) -> dict[tuple[str, str], str]:
+        ran.clear()
+        books = tool.Books(tmp_path, (table,))
+        todo, absent = tool.plan(books.cells(None, pattern, 1.0), books, again=again)
+        assert tool.carry_out(todo, books, console, jobs=1, device="cpu") == {}
+        return absent
+
+    absent = reproduce(TINY)
+    assert ran == ["tiny/naive/class/0", "tiny/naive/task/0"]
+    assert "no such recipe" in absent["tiny", "none yet"]
+    entry = Book(tmp_path / "reproduce.json").entries["tiny/naive/class/0"]
+    assert (entry["samples"], entry["steps"], len(entry["last"])) == (2 * 60, 2 * 9, 2)
+    reproduce(TINY)
+    assert ran == []
+    reproduce(TINY, pattern="NAIVE/task", again=True)
+    assert ran == ["tiny/naive/task/0"]
+    faster = Table(**{**vars(TINY), "settings": TINY.settings | cells.optimizer("sgd", 0.2)})
+    _, stale = tool.Books(tmp_path, (faster,)).finished(1.0)
+    assert stale == 2
+    reproduce(faster, pattern="class")
+    assert ran == ["tiny/naive/class/0"]
+
+
+def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went wrong is named by cell, and the rest is finished and kept."""
+    really = runner.run
+
+    def run(cell: runner.Cell, *rest: Any) -> dict[str, Any]:
+        if cell.scenario == "class":
+            raise ValueError("no memory left")
+        return really(cell, *rest)
+
+    monkeypatch.setattr(runner, "run", run)
+    books = tool.Books(tmp_path, (TINY,))
+    todo, _ = tool.plan(books.cells(1, "", 0.5), books, again=False)
+    failed = tool.carry_out(todo, books, Console(quiet=True), jobs=1, device="cpu")
+    assert list(failed) == ["tiny/naive/class/0"]
+    assert list(books.published.entries) == ["tiny/naive/task/0"]
+    assert books.published.entries["tiny/naive/task/0"]["samples"] == 2 * 30
+
+
+def entry(accuracy: float, **over: Any) -> dict[str, Any]:
+    """Return what a book keeps of a cell."""
+    figures = {"average_accuracy": accuracy, "backward_transfer": -0.1, "average_forgetting": 0.0}
+    spent = {"seconds": 30.0, "cpu_seconds": 36.0, "skipped": 0, "machine": "A machine, 2 cores"}
+    return {**figures, **spent, "learned": [1.0, 0.9], "last": [0.8, 0.9], "curve": [[0, 0.5], [10, 1.0]], **over}
+
+
+def test_the_page_sets_ours_beside_the_published(tmp_path: Path) -> None:
+    """Means, standard errors, verdicts, notes and hours are those of the entries; pictures are drawn for what is there."""
+    finished: page.Finished = {
+        ("split-mnist", "naive", "class"): [entry(0.195), entry(0.205), entry(0.2)],
+        ("split-mnist", "joint", "class"): [entry(0.9), entry(0.91)],
+        ("split-mnist", "EWC", "task"): [entry(0.9950, skipped=128)],
+        ("rotations", "naive", "class"): [entry(0.6)],
+        ("two-tasks", "sequential", "domain"): [entry(0.85)],
+    }
+    text = page.markdown(finished, {("split-mnist", "LwF"): "no such recipe"}, 3)
+    assert "| naive | class | accuracy | 19.9 | 20.00 ± 0.29 (3) | +0.10 | within | 30 s |" in text
+    assert "| joint | class | accuracy | 98.17 | 90.50 ± 0.50 (2) | -7.67 | short | 30 s |" in text
+    assert "| EWC | task | accuracy | 99.06 | 99.50 (1) | +0.44 | within | 30 s |" in text
+    assert "| LwF | class | accuracy | 21.9 | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in text
+    assert "| naive | class | accuracy | 53 | 60.00 (1) | +7.00 | above | 30 s |" in text
+    assert "| naive | class | backward transfer | -8 | -10.00 (1) | -2.00 | short | 30 s |" in text
+    assert "**LwF**: Not run by this version: no such recipe." in text
+    assert "128 samples were skipped" in text
+    assert "- A machine, 2 cores: 0.08 CPU hours" in text
+    assert "- 8 cells; of 5 published figures: 2 within, 1 above, 2 short" in text
+    assert "- 3 cells were run under earlier settings" in text
+    assert "| sequential | 100.0 | 80.0 | 90.0 |" in text
+    page.draw(tmp_path, finished)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"results-split-mnist.png", "results-rotations.png", "two-tasks.png"}
+
+
+def test_less_forgetting_is_better() -> None:
+    """A figure of which less is better is above what is published where it is lower."""
+    row = cells.ONLINE.rows[0]
+    line = page.Line(cells.ONLINE, row, "class", "average_forgetting", 19.5, (9.0, 9.2), 1.0, 0)
+    assert line.verdict == "above"
+    assert page.Line(cells.ONLINE, row, "class", "average_forgetting", 19.5, (25.0,), 1.0, 0).verdict == "short"
+
+
+def test_every_cell_of_this_version_is_sound() -> None:
+    """Each cell has a configuration, or a reason that names what is missing: a recipe, or one of its parameters."""
+    books = tool.Books(Path("/nowhere"))
+    todo, absent = tool.plan(books.cells(1, "", 1.0), books, again=False)
+    assert {cell.row.method for cell in todo} >= {"naive", "joint", "EWC", "SI", "generative replay"}
+    assert all(reason.startswith("strategy") for reason in absent.values()), absent
+    assert len({cell.key for cell in books.cells(None, "", 1.0)}) == len(books.cells(None, "", 1.0))
+
+
+@pytest.mark.slow
+def test_cells_run_side_by_side(tmp_path: Path) -> None:
+    """A cell reaches a process of its own and its figures come back, although nothing of this process is there."""
+    books = tool.Books(tmp_path)
+    (cell,) = books.cells(1, "two-tasks/sequential", 0.0)  # one sample a task
+    need((DATA / "mnist.npz").is_file(), "mnist.npz")
+    assert tool.carry_out([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
+    assert books.shown.entries[cell.key]["samples"] == 2
