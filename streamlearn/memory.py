@@ -55,15 +55,18 @@ class Reservoir:
         """Offer samples; ignored while sealed. Raises `StreamlearnError` when `ALL` no longer fits `max_bytes`."""
         if self.capacity == 0 or self.sealed:
             return
-        room = len(y) if self.capacity == ALL else min(self.capacity - self._size, len(y))
+        room = len(y) if self.capacity == ALL else max(0, min(self.capacity - self._size, len(y)))
         if room > 0:
             self._append(x[:room], y[:room])
-        self.seen += max(room, 0)
-        for index in range(max(room, 0), len(y)):
-            self.seen += 1
-            place = int(torch.randint(self.seen, (1,), generator=self._generator))
-            if place < self.capacity:
-                self._x[place], self._y[place] = x[index], y[index]
+        rest = torch.arange(room, len(y))
+        draws = torch.rand(len(rest), generator=self._generator, dtype=torch.float64)
+        places = (draws * (self.seen + rest + 1)).long().tolist()
+        self.seen += len(y)
+        # of two insertions into one place the later stays; written together, their order would be undefined
+        taken = {place: room + number for number, place in enumerate(places) if place < self.capacity}
+        if taken:
+            into, index = torch.tensor(list(taken)), torch.tensor(list(taken.values()))
+            self._x[into], self._y[into] = x[index], y[index]
 
     def clear(self) -> None:
         """Forget the task; the stream of random numbers goes on."""

@@ -195,7 +195,7 @@ def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -
 
 def test_resumes_bit_equal_with_distorted_images(tmp_path: Path) -> None:
     """Random distortions draw from a stream that is state; probes and the accuracy before training see images as they are."""
-    over = {
+    over: dict[str, Any] = {
         "input": {"shape": [4, 3]},
         "learner": {"updates_per_batch": 3, "augment": {"shift": 1, "rotate": 20, "zoom": 0.1}},
     }
