@@ -22,7 +22,7 @@ from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 BATCH, PIXELS, CLASSES, HIDDEN = 128, 784, 10, 400
 STEPS, ROUNDS = 40, 15
@@ -56,16 +56,17 @@ def learner(strategy: dict[str, Any]) -> Learner:
     return made
 
 
-def samples(task: int) -> Batch:
+def samples(seed: int, task: int | None = None) -> Batch:
     """Return a batch of noise."""
-    generator = torch.Generator().manual_seed(task)
+    generator = torch.Generator().manual_seed(seed)
     x = torch.rand(BATCH, PIXELS, generator=generator)
-    return Batch(x, torch.randint(CLASSES, (BATCH,), generator=generator), torch.full((BATCH,), task))
+    y = torch.randint(CLASSES, (BATCH,), generator=generator)
+    return Batch(x, y, torch.full((BATCH,), seed if task is None else task))
 
 
-def plain() -> Callable[[], None]:
+def plain(hidden: Sequence[int] = (HIDDEN, HIDDEN)) -> Callable[[], None]:
     """Return a plain loop of so many steps."""
-    model, batch = MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]), samples(1)
+    model, batch = MLP([PIXELS], CLASSES, hidden), samples(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def steps() -> None:

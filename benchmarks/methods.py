@@ -1,0 +1,127 @@
+"""What every recipe costs: milliseconds an update, the ratio to a plain torch loop in the same run, and memory by tasks."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.update import BATCH, CLASSES, PIXELS, STEPS, plain, ratio_of, samples
+from streamlearn import config as configuration
+from streamlearn import state
+from streamlearn.data import Task
+from streamlearn.learner import Learner, make_learner
+from streamlearn.scenario import Scenario
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.tensors import prepare
+from tests.support.jobs import merged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TASKS = 50
+SHOWN = (1, 10, 50)
+NAMES = [f"t{number}" for number in range(TASKS)]
+TARGETS = {"l2": 1.15, "ewc": 1.15, "mas": 1.15, "si": 1.4, "rwalk": 1.5, "agem": 2.2, "er": 1.9}
+GROWS = {"gem", "pnn", "joint"}  # cost more with every task, and say so
+SAME = 1.15  # of one and the same step, measured twice
+SGD = {"learner": {"optimizer": {"name": "sgd", "lr": 0.01}}}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "packnet": {"prune": 0.95},  # room for fifty tasks
+    "pnn": {"max_parameters": 10**9},
+    "generative": {"average": None},
+}
+NEEDS: dict[str, dict[str, Any]] = {
+    "gem": SGD,
+    "agem": SGD,
+    "pnn": {"model": {"hidden": [100, 100]}},  # fifty columns of 400 would be a billion bytes
+}
+
+
+def grown(name: str) -> Iterator[tuple[int, Learner]]:
+    """Give a learner of a recipe each time that it has begun a task, with the number of tasks that have ended."""
+    tree: dict[str, Any] = {
+        "device": "cpu",
+        "input": {"shape": [PIXELS]},
+        "classes": CLASSES,
+        "scenario": {"kind": "domain", "tasks": {task: list(range(CLASSES)) for task in NAMES}},
+        "stream": {"topics": NAMES, "batch_size": BATCH},
+        "learner": {"updates_per_batch": STEPS, "average": None},
+        "strategy": {name: PARAMETERS.get(name, {})},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "job.yaml"
+        path.write_text(configuration.dump(merged(tree, NEEDS.get(name, {}))))
+        config = configuration.load(path, RECIPES, {})
+    learner = make_learner(config, Scenario.from_config(config))
+    tasks: list[Task] = []
+    for index in range(TASKS + 1):
+        if index == TASKS:
+            yield index, learner
+            return
+        tasks.append(Task(index, NAMES[index], labels=list(range(CLASSES))))
+        learner.begin_task(tasks[-1])
+        learner.activate(tasks, list(range(CLASSES)))
+        yield index, learner
+        few = learner.spec.model_copy(update={"updates_per_batch": 1})
+        learner.spec, whole = few, learner.spec
+        for part in range(2):
+            learner.learn(samples(2 * index + part, index))
+        for delivery in learner.refine():
+            if delivery.batch is not None:
+                learner.learn(delivery.batch)
+        learner.end_task()
+        learner.spec = whole
+
+
+def megabytes(learner: Learner) -> float:
+    """Return the size of everything that a checkpoint keeps of a learner."""
+    files, _, _ = state.pack(learner.state_dict())
+    return sum(tensor.nbytes for content in files.values() for tensor in content.values()) / 1e6
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return a recipe's figures: its step beside a plain one in the second task and in the last, and its memory."""
+    memory: dict[str, float] = {}
+    early = late = (0.0, 0.0, 0.0)
+    hidden = NEEDS.get(name, {}).get("model", {}).get("hidden", [400, 400])
+    for ended, learner in grown(name):
+        if ended in SHOWN:
+            memory[str(ended)] = round(megabytes(learner), 1)
+        if ended in {1, TASKS - 1}:
+            batch = samples(0, ended)
+            figures = ratio_of(lambda learner=learner, batch=batch: learner.learn(batch), plain(hidden))  # type: ignore[misc]
+            early, late = (figures, late) if ended == 1 else (early, figures)
+    return {
+        "value": round(early[0], 3),
+        "ms_per_update": round(early[1], 3),
+        "plain_ms_per_update": round(early[2], 3),
+        "value_at_task_50": round(late[0], 3),
+        "megabytes": memory,
+    }
+
+
+def run() -> dict[str, Any]:
+    """Measure every recipe; print and return ratios, milliseconds and memory."""
+    prepare(1)
+    results: dict[str, Any] = {}
+    print(f"{'recipe':<12}{'ms':>8}{'ratio':>8}{'target':>8}{'task 50':>9}   MB after 1, 10, 50 tasks")
+    for name in RECIPES:
+        entry = measure(name)
+        target = TARGETS.get(name)
+        grew = entry["value_at_task_50"] / entry["value"]
+        entry["grows"] = name in GROWS
+        if target is not None:
+            entry |= {"target": f"<= {target}", "met": entry["value"] <= target}
+        if name not in GROWS and grew > SAME:
+            entry |= {"target": f"at task 50 at most {SAME} of task 2", "met": False}
+        results[name] = entry
+        shown = ", ".join(f"{value:.1f}" for value in entry["megabytes"].values())
+        limit = "" if target is None else f"{target:.2f}"
+        note = "  grows with tasks" if name in GROWS else ""
+        print(
+            f"{name:<12}{entry['ms_per_update']:>8.2f}{entry['value']:>8.2f}{limit:>8}{entry['value_at_task_50']:>9.2f}"
+            f"   {shown}{note}",
+            flush=True,
+        )
+    return results
