@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.config import TextInput
 from streamlearn.data import Batch, Delivery
 from streamlearn.memory import ALL, Reservoir
 from streamlearn.models import registry
@@ -362,10 +363,15 @@ class Learner:
         self.task_start = padded_all(self.task_start, params, copy_rest=True)
 
 
-def scaling(divisor: float, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from samples as they arrived to what the network sees: float32, on the device, divided."""
+def scaling(divisor: float, device: torch.device, *, names: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return the function from samples as they arrived to what the network sees: float32, on the device, divided.
+
+    Where they are `names`, the token ids of a text, they stay integers.
+    """
 
     def scale(x: Tensor) -> Tensor:
+        if names:
+            return x.to(device)
         there = x.to(device, torch.float32)
         return there if divisor == 1 else there / divisor
 
@@ -379,13 +385,14 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     """
     device = choose_device(config.device)
     spec = config.model.model_dump()
+    vocabulary = config.input.vocabulary if isinstance(config.input, TextInput) else None
 
     def build_network(num_outputs: int) -> nn.Module:
-        return registry.build(spec, config.input.shape, num_outputs, config.seed).to(device)
+        return registry.build(spec, config.input.shape, num_outputs, config.seed, vocabulary).to(device)
 
     world = World(
         config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
-        scaling(config.input.scale, device), build_network,
+        scaling(config.input.scale, device, names=vocabulary is not None), build_network,
     )  # fmt: skip
     return Learner(
         compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size
