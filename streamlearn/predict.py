@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from streamlearn import state
-from streamlearn.data import StreamlearnError
+from streamlearn.data import Rejected, StreamlearnError
 from streamlearn.models import registry
+from streamlearn.stream.text import Vocabulary, parse
 from streamlearn.tensors import prepare
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ class Model:
             raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
-        self.module = registry.build(tree["model"], tree["input"]["shape"], tree["num_outputs"], tree["seed"]).eval()
+        self.input: dict[str, Any] = tree["input"]
+        self.text = self.input["kind"] == "text"
+        size = self.input["vocabulary"] if self.text else None
+        self.module = registry.build(tree["model"], self.input["shape"], tree["num_outputs"], tree["seed"], size).eval()
         self.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
 
     def outputs(self, task: str | None) -> list[int]:
@@ -58,22 +62,37 @@ class Model:
     @torch.no_grad()
     def predict(self, x: np.ndarray, task: str | None = None) -> tuple[list[Label], np.ndarray]:
         """Return the most likely labels of `x [n, ...]`, as it would arrive in a record, and their probabilities."""
-        shape = self.description["input"]["shape"]
+        shape = self.input["shape"]
+        if (x.dtype == object) != self.text:
+            raise StreamlearnError(f"x is {'numbers' if self.text else 'text'}; the model expects {self.input['kind']}")
+        if self.text:
+            x = self._ids(x)
         if list(x.shape[1:]) != shape:
             raise StreamlearnError(f"x has shape {list(x.shape[1:])}; the model expects {shape}")
         outputs, labels = self.outputs(task), self.labels(task)
         forbidden = torch.ones(self.description["num_outputs"], dtype=torch.bool)
         forbidden[outputs] = False
-        scale = self.description["input"]["scale"]
+        scale = self.input["scale"]
         chosen, sure = [], []
         for part in torch.from_numpy(np.ascontiguousarray(x)).split(CHUNK):
-            scaled = part.to(torch.float32) if scale == 1 else part.to(torch.float32) / scale
+            scaled = part if self.text else part.to(torch.float32) / scale
             logits = self.module(scaled).masked_fill(forbidden, -torch.inf)
             best = functional.softmax(logits, 1).max(1)
             chosen.append(best.indices)
             sure.append(best.values)
         indices = torch.cat(chosen).tolist()
         return [labels[index] for index in indices], torch.cat(sure).numpy()
+
+    def _ids(self, x: np.ndarray) -> np.ndarray:
+        known = Vocabulary(self.description["vocabulary"], self.input["vocabulary"])
+        found = []
+        for number, text in enumerate(x):
+            try:
+                rows = parse(text, self.input["sentences"], self.input["words"])
+            except Rejected as error:
+                raise StreamlearnError(f"sample {number}: {error}") from error
+            found.append(known.encode(rows, self.input["shape"]))
+        return np.stack(found)
 
 
 def accuracy(predicted: Sequence[Label], y: Sequence[Label]) -> float:
