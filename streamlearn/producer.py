@@ -6,6 +6,7 @@ import csv
 import gzip
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from streamlearn.stream.codec import TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, Sink
@@ -74,10 +75,8 @@ def read(source: str, split: str = "train") -> Samples:
     readers: dict[str, Callable[[Path, str], Samples]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}
     if (reader := readers.get(_kind(path))) is None:
         raise StreamlearnError(f"{source}: expected a .npz, .csv or .jsonl file, or the example set: digits", code=2)
-    try:
+    with _naming(path):
         samples = reader(path, split)
-    except (OSError, EOFError, zlib.error) as error:
-        raise StreamlearnError(f"{path}: {getattr(error, 'strerror', None) or error}", code=74) from error
     if not len(samples):
         raise StreamlearnError(f"{path}: holds no samples", code=74)
     for index, label in enumerate(samples.y):
@@ -216,17 +215,28 @@ def _npz(path: Path, split: str) -> Samples:
     return Samples(x, y.tolist())
 
 
-def unlabelled(path: Path) -> Samples | None:
-    """Return the samples of a `.npz` that has `x` and no labels, or None where it has labels or is another file."""
+def unlabelled(path: Path, split: str) -> Samples | None:
+    """Return the samples of a `.npz` or `.jsonl` that has no labels, or None where it has some, or is another file."""
+    if _kind(path) == ".jsonl":
+        with _naming(path):
+            samples = _jsonl(path, split, labelled=False)
+        return None if samples.y or not len(samples.x) else samples
     if path.suffix != ".npz":
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with _naming(path), np.load(path, allow_pickle=False) as arrays:
             return Samples(arrays["x"], []) if "x" in arrays and "y" not in arrays else None
-    except OSError as error:
-        raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
-    except (ValueError, EOFError, BadZipFile) as error:
+    except (ValueError, BadZipFile) as error:
         raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise StreamlearnError(f"{path}: {getattr(error, 'strerror', None) or error}", code=74) from error
 
 
 def _csv(path: Path, split: str) -> Samples:
@@ -253,7 +263,7 @@ def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _jsonl(path: Path, split: str) -> Samples:
+def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
     x: list[Any] = []
     y: list[Label] = []
     tasks: list[str] = []
@@ -266,16 +276,17 @@ def _jsonl(path: Path, split: str) -> Samples:
                 if tree.get("split", split) != split:
                     continue
                 x.append({"story": tree["story"], "question": tree["question"]} if is_text else tree["x"])
-                y.append(tree["answer" if is_text else "y"])
+                label = "answer" if is_text else "y"
+                if labelled or label in tree:
+                    y.append(tree[label])
                 if "task" in tree:
                     tasks.append(str(tree["task"]))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 expected = '"story": ..., "question": ..., "answer"' if is_text else '"x": ..., "y"'
                 raise StreamlearnError(f"{path}:{number}: {error}; expected {{{expected}: ...}}", code=74) from error
-    if tasks and len(tasks) != len(y):
-        raise StreamlearnError(
-            f"{path}: {len(tasks)} of {len(y)} lines name their task; expected all, or none", code=74
-        )
+    for what, some in (("name a task", tasks), ("have a label", y)):
+        if some and len(some) != len(x):
+            raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
     if is_text:
         return Samples(_objects(x), y, tasks)
     try:

@@ -136,7 +136,7 @@ def produce(
 
 
 def predict(
-    file: Annotated[Path, typer.Argument(help="A .npz with x and, to be scored, y; or a labelled .csv or .jsonl.")],
+    file: Annotated[Path, typer.Argument(help="A .npz or .jsonl, to be scored with labels; or a labelled .csv.")],
     checkpoint: Annotated[
         str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")
     ] = "latest",
@@ -151,7 +151,7 @@ def predict(
     from streamlearn.checkpoint import Store
     from streamlearn.predict import Model, accuracy
 
-    if (samples := producer.unlabelled(file)) is None:
+    if (samples := producer.unlabelled(file, split)) is None:
         samples = producer.read(str(file), split)
     if classes is not None:
         samples = producer.by_classes(samples, [classes.split(",")])[0]

@@ -88,6 +88,25 @@ def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
         producer.by_permutation(train, 2, 0)
 
 
+def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
+    """What is to be predicted needs no labels, and a file that has them is scored."""
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 3)))
+    (tmp_path / "a.jsonl").write_text('{"story": [], "question": "Who?"}\n{"x": 1, "split": "train"}\n')
+    (tmp_path / "b.jsonl").write_text('{"x": [1], "y": 0}\n')
+    (tmp_path / "c.jsonl").write_text('{"x": [1], "y": 0}\n{"x": [1]}\n')
+    arrays, texts = (producer.unlabelled(tmp_path / name, "test") for name in ("a.npz", "a.jsonl"))
+    assert arrays is not None
+    assert arrays.x.shape == (2, 3)
+    assert texts is not None
+    assert texts.x.tolist() == [{"story": [], "question": "Who?"}]
+    assert producer.unlabelled(tmp_path / "b.jsonl", "test") is None
+    assert producer.unlabelled(tmp_path / "b.csv", "test") is None
+    with pytest.raises(StreamlearnError, match="1 of 2 lines have a label"):
+        producer.unlabelled(tmp_path / "c.jsonl", "test")
+    with pytest.raises(StreamlearnError, match="No such file"):
+        producer.unlabelled(tmp_path / "d.jsonl.gz", "test")
+
+
 CASES = [
     ("a.txt", b"", "expected a .npz, .csv or .jsonl file"),
     ("a.npz", b"no", "not a .npz file of plain arrays"),
@@ -104,7 +123,7 @@ CASES = [
         b'{"question": "?", "story": []}\n',
         r"a\.jsonl:1: 'answer'; expected \{\"story\": .*\"answer\": \.\.\.\}",
     ),
-    ("a.jsonl", b'{"x": [1], "y": 0, "task": 1}\n{"x": [1], "y": 0}\n', "1 of 2 lines name their task"),
+    ("a.jsonl", b'{"x": [1], "y": 0, "task": 1}\n{"x": [1], "y": 0}\n', "1 of 2 lines name a task"),
     ("a.jsonl", b'{"x": [1], "y": 0, "split": "test"}\n', "holds no samples"),
     ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(TEXTS)[:-20], r"a\.jsonl\.gz: "),
