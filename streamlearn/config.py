@@ -191,6 +191,7 @@ class Stream(Section):
 class Input(Section):
     """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
 
+    kind: Literal["numbers"] = "numbers"
     shape: list[int] = Field(min_length=1)
     dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
     scale: float = Field(1.0, gt=0, description="the model sees x / scale")
@@ -201,6 +202,30 @@ class Input(Section):
         if any(size < 1 for size in value):
             raise PydanticCustomError("shape", "every dimension must be at least 1")
         return value
+
+
+class TextInput(Section):
+    """A story, a question about it, and its answer as the label: the model sees `[1 + sentences, words]` token ids."""
+
+    kind: Literal["text"]
+    sentences: int = Field(ge=1, description="of a story, the newest; older ones are left out")
+    words: int = Field(ge=1, description="in a sentence at most; a text with a longer one is rejected")
+    vocabulary: int = Field(ge=1, description="words that are told apart, in order of first appearance")
+
+    @property
+    def shape(self) -> list[int]:
+        """The question's row, then the story's."""
+        return [1 + self.sentences, self.words]
+
+    @property
+    def dtype(self) -> str:
+        """That of token ids."""
+        return "int32"
+
+    @property
+    def scale(self) -> float:
+        """Ids are names: no division."""
+        return 1.0
 
 
 class ScenarioSpec(Section):
@@ -247,18 +272,21 @@ class LearnerSpec(Section):
 
 
 class Model(Section):
-    """`mlp`, `resnet`, or `package.module:function` with parameters of its own under `options`."""
+    """`mlp`, `resnet`, `memnet` (of text), or `package.module:function` with parameters of its own under `options`."""
 
     name: str = "mlp"
     hidden: list[int] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
     width: int = Field(16, ge=1, description="resnet: channels of the first stage")
+    embedding: int = Field(48, ge=1, description="memnet: numbers that stand for a word")
+    hops: int = Field(3, ge=1, description="memnet: how often the story is consulted")
+    heads: int = Field(4, ge=1, description="memnet: sentences that a hop can tell apart at once")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a model of your own")
 
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in {"mlp", "resnet"} and value.count(":") != 1:
-            raise PydanticCustomError("model", "accepted: mlp, resnet, package.module:function")
+        if value not in {"mlp", "resnet", "memnet"} and value.count(":") != 1:
+            raise PydanticCustomError("model", "accepted: mlp, resnet, memnet, package.module:function")
         return value
 
 
@@ -308,7 +336,7 @@ class Config(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
     threads: int = Field(1, ge=1)
     shutdown_grace: float = Field(25.0, gt=0)
-    input: Input
+    input: Input | TextInput
     classes: list[Label] | int = Field(description="the labels, or how many there may be")
     grow_head: bool = False
     scenario: ScenarioSpec = ScenarioSpec()
@@ -324,6 +352,15 @@ class Config(Section):
     checkpoint: Checkpoints = Checkpoints()
     service: Service = Service()
     log: Log = Log()
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _input(cls, value: Any) -> Any:
+        if isinstance(value, (Input, TextInput)):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticCustomError("input", "expected keys and values: shape and others, or kind: text and others")
+        return _check_input(value)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -369,7 +406,8 @@ class Config(Section):
                 )
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
             raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
-        if self.learner.augment is not None and len(self.input.shape) not in {2, 3}:
+        images = isinstance(self.input, Input) and len(self.input.shape) in {2, 3}
+        if self.learner.augment is not None and not images:
             shape = str(self.input.shape)
             text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not {s}"
             raise PydanticCustomError("augment", text, {"s": shape})
@@ -385,6 +423,28 @@ class Config(Section):
         ]
         if errors:
             raise ValidationError.from_exception_data("strategy", errors)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_input(self) -> Config:
+        text = isinstance(self.input, TextInput)
+        if text and self.model.name in {"mlp", "resnet"}:
+            raise PydanticCustomError(
+                "model", "model {m} sees numbers, and input is text; accepted: memnet, package.module:function",
+                {"m": self.model.name},
+            )  # fmt: skip
+        if self.model.name == "memnet" and not text:
+            raise PydanticCustomError("model", "model memnet sees text: it needs input with kind: text")
+        if text and "generative" in self.strategy:
+            raise PydanticCustomError(
+                "strategy",
+                "strategy generative replays what a VAE of numbers makes, and it cannot make the token ids of a text; "
+                "er and joint replay stored samples of any kind",
+            )
+        if text and self.stream.codec == "batch":
+            raise PydanticCustomError(
+                "codec", "stream.codec batch holds numbers, and input is text: use json or msgpack"
+            )
         return self
 
     @property
@@ -503,6 +563,25 @@ def _as_recipes(value: Any) -> dict[str, Any]:
     raise PydanticCustomError("strategy", "expected a recipe's name, a list of names, or names with parameters")
 
 
+def _check_input(value: dict[str, Any]) -> Input | TextInput:
+    kinds: dict[Any, type[Input | TextInput]] = {"numbers": Input, "text": TextInput}
+    kind = value.get("kind", "numbers")
+    if not isinstance(kind, str) or kind not in kinds:
+        message = PydanticCustomError("kind", "accepted: {kinds}", {"kinds": ", ".join(kinds)})
+        raise ValidationError.from_exception_data("input", [{"type": message, "loc": ("kind",), "input": kind}])
+    try:
+        return kinds[kind].model_validate(value)
+    except ValidationError as error:
+        raise ValidationError.from_exception_data("input", [_told(d, kinds[kind]) for d in error.errors()]) from error
+
+
+def _told(details: ErrorDetails, model: type[BaseModel]) -> InitErrorDetails:
+    """Return an error of a model that its place in the file alone does not tell, with what that model accepts."""
+    kind = details["type"] if details["type"] == "missing" else "told"
+    message = PydanticCustomError(kind, "{why}", {"why": _expected(details, model)})
+    return {"type": message, "loc": details["loc"], "input": details["input"]}
+
+
 def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema]) -> dict[str, dict[str, Any]]:
     errors: list[InitErrorDetails] = []
     complete: dict[str, dict[str, Any]] = {}
@@ -523,9 +602,8 @@ def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema])
         try:
             complete[name] = recipes[name].parameters.model_validate(parameters).model_dump()
         except ValidationError as error:
-            for details in error.errors():
-                kind = PydanticCustomError("parameter", "{why}", {"why": _expected(details, recipes[name].parameters)})
-                errors.append({"type": kind, "loc": (name, *details["loc"]), "input": details["input"]})
+            told = [_told(details, recipes[name].parameters) for details in error.errors()]
+            errors += [{**details, "loc": (name, *details["loc"])} for details in told]
     if errors:
         raise ValidationError.from_exception_data("strategy", errors)
     return complete

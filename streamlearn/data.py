@@ -22,6 +22,14 @@ REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_tas
 """Why a sample can be rejected: a closed set, so that it can be a metric's label."""
 
 
+class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """A sample cannot be used; `reason` is one of `REASONS`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class StreamlearnError(Exception):
     """An expected failure: one line for the user, and the exit code that operators act on.
 
@@ -155,6 +163,7 @@ class Found:
     gaps: Counter[tuple[str, str]] = field(default_factory=Counter)  # offsets lost, by (topic, reason)
     held_out: list[HeldOut] = field(default_factory=list)
     labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
+    words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
     markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
 
     def __bool__(self) -> bool:
@@ -202,12 +211,13 @@ class Delivery:
 
 @dataclass
 class Progress:
-    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels and totals. All state."""
+    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels, words and totals. All state."""
 
     positions: Positions = field(default_factory=Positions)
     tasks: list[Task] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # in order of first appearance; append-only
     ledger: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
+    vocabulary: list[str] = field(default_factory=list)  # of text: in order of first appearance; append-only
 
     @property
     def current(self) -> Task | None:
@@ -215,7 +225,8 @@ class Progress:
         return self.tasks[-1] if self.tasks and self.tasks[-1].state != "ended" else None
 
     def meet(self, found: Found) -> None:
-        """Note the labels of a delivery, so that its own batch can be learned with them."""
+        """Note the labels and words of a delivery, so that its own batch can be learned with them."""
+        self.vocabulary += found.words
         for index, label in found.labels:
             task = self.tasks[index]
             if label not in task.labels:
@@ -261,13 +272,15 @@ class Progress:
             "tasks": [task.to_json() for task in self.tasks],
             "labels": self.labels,
             "ledger": {topic: dict(count) for topic, count in self.ledger.items()},
+            "vocabulary": list(self.vocabulary),
         }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any], positions: Positions) -> Progress:
         """Return the progress that `to_json` described."""
         ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
-        return cls(positions, [Task.from_json(task) for task in tree["tasks"]], list(tree["labels"]), ledger)
+        tasks = [Task.from_json(task) for task in tree["tasks"]]
+        return cls(positions, tasks, list(tree["labels"]), ledger, list(tree["vocabulary"]))
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

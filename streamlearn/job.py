@@ -238,7 +238,11 @@ class Job:
         return {
             "format": 1,
             "model": config.model.model_dump(),
-            "input": config.input.model_dump(),
+            "input": {
+                **config.input.model_dump(),
+                **{key: getattr(config.input, key) for key in ("shape", "dtype", "scale")},
+            },
+            "vocabulary": progress.vocabulary,
             "seed": config.seed,
             "num_outputs": int(self.learner.allowed.shape[1]),
             "scenario": self.scenario.kind,

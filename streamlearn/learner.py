@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.augment import Distortion
+from streamlearn.config import TextInput
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Reservoir
 from streamlearn.models import registry
@@ -25,11 +26,12 @@ from streamlearn.tensors import (
     finite_norm,
     padded,
     padded_all,
+    scaling,
     seeded,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from streamlearn.config import Config, LearnerSpec
     from streamlearn.data import Label, Task
@@ -453,16 +455,6 @@ def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:
     return apart.sum(1) / known.sum(1).clamp(min=1)
 
 
-def scaling(divisor: float, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from samples as they arrived to what the network sees: float32, on the device, divided."""
-
-    def scale(x: Tensor) -> Tensor:
-        there = x.to(device, torch.float32)
-        return there if divisor == 1 else there / divisor
-
-    return scale
-
-
 def make_learner(config: Config, scenario: Scenario) -> Learner:
     """Return the learner that a configuration describes, untrained.
 
@@ -470,13 +462,15 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     """
     device = choose_device(config.device)
     spec = config.model.model_dump()
+    vocabulary = config.input.vocabulary if isinstance(config.input, TextInput) else None
 
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-        return registry.build(spec, config.input.shape, num_outputs, config.seed + offset).to(device)
+        return registry.build(spec, config.input.shape, num_outputs, config.seed + offset, vocabulary).to(device)
 
     world = World(
         config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
-        scaling(config.input.scale, device), build_network, config.stream.batch_size, tuple(config.stream.topics or ()),
+        scaling(config.input.scale, device, names=vocabulary is not None), build_network,
+        config.stream.batch_size, tuple(config.stream.topics or ()),
     )  # fmt: skip
     return Learner(
         compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size

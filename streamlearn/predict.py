@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from streamlearn import state
-from streamlearn.data import StreamlearnError
+from streamlearn.data import Rejected, StreamlearnError
 from streamlearn.models import registry
 from streamlearn.strategies.parts import World
 from streamlearn.strategies.recipes import network_of
-from streamlearn.tensors import prepare
+from streamlearn.stream.text import Vocabulary, parse
+from streamlearn.tensors import prepare, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,31 +39,24 @@ class Model:
             raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
+        self.input: dict[str, Any] = tree["input"]
+        self.text = self.input["kind"] == "text"
+        self.scale = scaling(self.input["scale"], torch.device("cpu"), names=self.text)
         self.network = self._build()
         self.network.load_state_dict(tree["network"])
         self.network.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
         self.network.module.eval()
 
     def _build(self) -> Network:
-        tree = self.description
+        tree, shape = self.description, self.input["shape"]
+        vocabulary = self.input["vocabulary"] if self.text else None
 
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-            return registry.build(tree["model"], tree["input"]["shape"], num_outputs, tree["seed"] + offset)
+            return registry.build(tree["model"], shape, num_outputs, tree["seed"] + offset, vocabulary)
 
-        world = World(
-            tree["seed"],
-            torch.device("cpu"),
-            tuple(tree["input"]["shape"]),
-            tree["num_outputs"],
-            0,
-            self._scale,
-            build_network,
-        )
+        cpu = torch.device("cpu")
+        world = World(tree["seed"], cpu, tuple(shape), tree["num_outputs"], 0, self.scale, build_network)
         return network_of(tree["strategy"], world)
-
-    def _scale(self, x: Tensor) -> Tensor:
-        scale = self.description["input"]["scale"]
-        return x.to(torch.float32) if scale == 1 else x.to(torch.float32) / scale
 
     def outputs(self, task: str | None) -> list[int]:
         """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
@@ -85,7 +79,11 @@ class Model:
     @torch.no_grad()
     def predict(self, x: np.ndarray, task: str | None = None) -> tuple[list[Label], np.ndarray]:
         """Return the most likely labels of `x [n, ...]`, as it would arrive in a record, and their probabilities."""
-        shape = self.description["input"]["shape"]
+        shape = self.input["shape"]
+        if (x.dtype == object) != self.text:
+            raise StreamlearnError(f"x is {'numbers' if self.text else 'text'}; the model expects {self.input['kind']}")
+        if self.text:
+            x = self._ids(x)
         if list(x.shape[1:]) != shape:
             raise StreamlearnError(f"x has shape {list(x.shape[1:])}; the model expects {shape}")
         outputs, labels = self.outputs(task), self.labels(task)
@@ -95,13 +93,24 @@ class Model:
         place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
         chosen, sure = [], []
         for part in torch.from_numpy(np.ascontiguousarray(x)).split(CHUNK):
-            logits = self.network.forward(self._scale(part), torch.full((len(part),), place))
+            logits = self.network.forward(self.scale(part), torch.full((len(part),), place))
             logits = logits.masked_fill(forbidden, -torch.inf)
             best = functional.softmax(logits, 1).max(1)
             chosen.append(best.indices)
             sure.append(best.values)
         indices = torch.cat(chosen).tolist()
         return [labels[index] for index in indices], torch.cat(sure).numpy()
+
+    def _ids(self, x: np.ndarray) -> np.ndarray:
+        known = Vocabulary(self.description["vocabulary"], self.input["vocabulary"])
+        found = []
+        for number, text in enumerate(x):
+            try:
+                rows = parse(text, self.input["sentences"], self.input["words"])
+            except Rejected as error:
+                raise StreamlearnError(f"sample {number}: {error}") from error
+            found.append(known.encode(rows, self.input["shape"]))
+        return np.stack(found)
 
 
 def accuracy(predicted: Sequence[Label], y: Sequence[Label]) -> float:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import time
-from dataclasses import dataclass
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -12,12 +15,12 @@ from zipfile import BadZipFile
 import numpy as np
 import orjson
 
-from streamlearn.data import StreamlearnError
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.data import StreamlearnError, natural_key
+from streamlearn.stream.codec import TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, Sink
@@ -27,17 +30,25 @@ DIGITS_TEST = 0.25
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled samples: `x [n, ...]`, and n labels."""
+    """Labelled samples: `x [n, ...]`, of text n objects with `story` and `question`; n labels; the tasks they name."""
 
     x: np.ndarray
     y: list[Label]
+    task: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def is_text(self) -> bool:
+        """Whether they are stories with questions."""
+        return self.x.dtype == object
+
     def take(self, chosen: np.ndarray) -> Samples:
         """Return those with these indices, in this order."""
-        return Samples(self.x[chosen], [self.y[index] for index in chosen.tolist()])
+        indices = chosen.tolist()
+        task = [self.task[index] for index in indices] if self.task else []
+        return Samples(self.x[chosen], [self.y[index] for index in indices], task)
 
 
 @dataclass(frozen=True)
@@ -52,21 +63,20 @@ class Publishing:
 
 
 def read(source: str, split: str = "train") -> Samples:
-    """Return the samples of a `.npz`, `.csv` or `.jsonl` file, or of the example set `digits`.
+    """Return the samples of a `.npz`, `.csv`, `.jsonl` or `.jsonl.gz` file, or of the example set `digits`.
 
     An `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`; a `.csv` has the label in its last column;
-    a `.jsonl` has an object with `x` and `y` on each line. Raises `StreamlearnError`, naming file and line.
+    a `.jsonl` has an object with `x` and `y`, or with `story`, `question` and `answer`, on each line, and perhaps `task`
+    and `split`. Raises `StreamlearnError`, naming file and line.
     """
     if source == "digits":
         return _digits(split)
     path = Path(source)
     readers: dict[str, Callable[[Path, str], Samples]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}
-    if (reader := readers.get(path.suffix)) is None:
+    if (reader := readers.get(_kind(path))) is None:
         raise StreamlearnError(f"{source}: expected a .npz, .csv or .jsonl file, or the example set: digits", code=2)
-    try:
+    with _naming(path):
         samples = reader(path, split)
-    except OSError as error:
-        raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
     if not len(samples):
         raise StreamlearnError(f"{path}: holds no samples", code=74)
     for index, label in enumerate(samples.y):
@@ -88,6 +98,27 @@ def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samp
     return tasks
 
 
+def task_names(samples: Samples, count: int | None) -> list[str]:
+    """Return the tasks that the samples name, numbers in their order; of them the first `count`."""
+    if not samples.task:
+        raise StreamlearnError("the samples name no task: expected a .jsonl file with a field task", code=2)
+    names = sorted(set(samples.task), key=natural_key)
+    if count is not None and count > len(names):
+        raise StreamlearnError(f"{len(names)} tasks are named: {', '.join(names)}; expected {count}", code=2)
+    return names[:count]
+
+
+def by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
+    """Return the samples of each task that is named; raises `StreamlearnError` for one that no sample names."""
+    places: dict[str, list[int]] = {name: [] for name in names}
+    for place, name in enumerate(samples.task):
+        if name in places:
+            places[name].append(place)
+    if missing := [name for name, chosen in places.items() if not chosen]:
+        raise StreamlearnError(f"no sample is of task {', '.join(missing)}", code=2)
+    return [samples.take(np.asarray(chosen)) for chosen in places.values()]
+
+
 def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
     """Return the classes in order, cut into `count` groups as equal as can be."""
     classes = sorted(set(samples.y), key=lambda label: (isinstance(label, str), label))
@@ -98,6 +129,8 @@ def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
 
 def by_permutation(samples: Samples, count: int, seed: int) -> list[Samples]:
     """Return all samples `count` times, their features in a fixed random order each time (the first as they are)."""
+    if samples.is_text:
+        raise StreamlearnError("permutation needs numbers, got text", code=2)
     flat = samples.x.reshape(len(samples), -1)
     orders = [np.arange(flat.shape[1])] + [
         np.random.default_rng([seed, n]).permutation(flat.shape[1]) for n in range(1, count)
@@ -129,6 +162,8 @@ def publish(
     """Write a task to its topic, its probe first and its marker last; returns when all is acknowledged."""
     sink.create_topic(topic, how.partitions)
     partitions = sink.partitions(topic)
+    if samples.is_text and how.codec == "batch":
+        raise StreamlearnError("codec batch holds numbers, and these samples are text: use json or msgpack", code=2)
     typed: Headers = ((CONTENT_TYPE, TYPE_OF[how.codec]),)
     if probe is not None:
         _write(sink, topic, probe, how, partitions, (*typed, (USE, PROBE)), lambda _: None)
@@ -152,7 +187,10 @@ def _write(
     begun = time.monotonic()
     for number, start in enumerate(range(0, len(samples), size)):
         x, y = samples.x[start : start + size], samples.y[start : start + size]
-        value = encode(how.codec, x, y) if how.codec == "batch" else encode(how.codec, x[0], y[0])
+        if samples.is_text:
+            value = encode_text(how.codec, x[0], y[0])
+        else:
+            value = encode(how.codec, x, y) if how.codec == "batch" else encode(how.codec, x[0], y[0])
         sink.append(topic, number % partitions, value, headers=headers)
         progress(len(y))
         if how.rate is not None:
@@ -177,15 +215,28 @@ def _npz(path: Path, split: str) -> Samples:
     return Samples(x, y.tolist())
 
 
-def unlabelled(path: Path) -> Samples | None:
-    """Return the samples of a `.npz` that has `x` and no labels, or None where it has labels."""
+def unlabelled(path: Path, split: str) -> Samples | None:
+    """Return the samples of a `.npz` or `.jsonl` that has no labels, or None where it has some, or is another file."""
+    if _kind(path) == ".jsonl":
+        with _naming(path):
+            samples = _jsonl(path, split, labelled=False)
+        return None if samples.y or not len(samples.x) else samples
+    if path.suffix != ".npz":
+        return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with _naming(path), np.load(path, allow_pickle=False) as arrays:
             return Samples(arrays["x"], []) if "x" in arrays and "y" not in arrays else None
-    except OSError as error:
-        raise StreamlearnError(f"{path}: {error.strerror}", code=74) from error
-    except (ValueError, EOFError, BadZipFile) as error:
+    except (ValueError, BadZipFile) as error:
         raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name a file that cannot be read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise StreamlearnError(f"{path}: {getattr(error, 'strerror', None) or error}", code=74) from error
 
 
 def _csv(path: Path, split: str) -> Samples:
@@ -208,22 +259,46 @@ def _csv(path: Path, split: str) -> Samples:
         raise StreamlearnError(f"{path}: not every line has the same number of columns", code=74) from error
 
 
-def _jsonl(path: Path, split: str) -> Samples:
-    del split
+def _kind(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
     x: list[Any] = []
     y: list[Label] = []
-    with path.open("rb") as file:
+    tasks: list[str] = []
+    is_text = False
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 tree = orjson.loads(line)
-                x.append(tree["x"])
-                y.append(tree["y"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise StreamlearnError(f'{path}:{number}: {error}; expected {{"x": ..., "y": ...}}', code=74) from error
+                is_text = "question" in tree if number == 1 else is_text
+                if tree.get("split", split) != split:
+                    continue
+                x.append({"story": tree["story"], "question": tree["question"]} if is_text else tree["x"])
+                label = "answer" if is_text else "y"
+                if labelled or label in tree:
+                    y.append(tree[label])
+                if "task" in tree:
+                    tasks.append(str(tree["task"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                expected = '"story": ..., "question": ..., "answer"' if is_text else '"x": ..., "y"'
+                raise StreamlearnError(f"{path}:{number}: {error}; expected {{{expected}: ...}}", code=74) from error
+    for what, some in (("name a task", tasks), ("have a label", y)):
+        if some and len(some) != len(x):
+            raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
+    if is_text:
+        return Samples(_objects(x), y, tasks)
     try:
-        return Samples(np.asarray(x, np.float32), y)
+        return Samples(np.asarray(x, np.float32), y, tasks)
     except ValueError as error:
         raise StreamlearnError(f"{path}: x is not numbers of the same shape on every line", code=74) from error
+
+
+def _objects(texts: Sequence[Any]) -> np.ndarray:
+    made = np.empty(len(texts), object)
+    made[:] = texts
+    return made
 
 
 def _digits(split: str) -> Samples:

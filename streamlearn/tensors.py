@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def prepare(threads: int) -> None:
@@ -85,3 +85,18 @@ def averaging_rate(decay: float, steps: int) -> float:
     A fixed rate would still hold the weights of long ago at the end of a short task.
     """
     return max(1 - decay, 9 / (10 + steps))
+
+
+def scaling(divisor: float, device: torch.device, *, names: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return the function from samples as they arrived to what the network sees: float32, on the device, divided.
+
+    Where they are `names`, the token ids of a text, they stay integers.
+    """
+
+    def scale(x: Tensor) -> Tensor:
+        if names:
+            return x.to(device)
+        there = x.to(device, torch.float32)
+        return there if divisor == 1 else there / divisor
+
+    return scale

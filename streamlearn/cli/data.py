@@ -60,7 +60,7 @@ def topics(
 
 def produce(
     source: Annotated[
-        list[str], typer.Argument(help="A .npz, .csv or .jsonl file (several: a task each), or `digits`.")
+        list[str], typer.Argument(help="A .npz, .csv, .jsonl or .jsonl.gz file (several: a task each), or `digits`.")
     ],
     config: ConfigOption = None,
     servers: ServersOption = None,
@@ -69,9 +69,12 @@ def produce(
         list[str] | None,
         typer.Option("--topic", help="A topic for each task; default: the configuration's, or task-1, task-2 ..."),
     ] = None,
-    tasks: Annotated[int, typer.Option("--tasks", min=1, help="How many tasks.")] = 1,
+    tasks: Annotated[
+        int | None, typer.Option("--tasks", min=1, help="How many tasks; default: 1, or all where a file names them.")
+    ] = None,
     by: Annotated[
-        Literal["classes", "permutation", "rotation", "file"], typer.Option(help="What makes a task.")
+        Literal["classes", "permutation", "rotation", "file", "task"],
+        typer.Option(help="What makes a task; `task` is the field of that name on each line of a .jsonl."),
     ] = "classes",
     groups: Annotated[
         str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")
@@ -82,7 +85,10 @@ def produce(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a task.")] = None,
     shuffle: Annotated[bool, typer.Option(help="In random order within a task.")] = True,
     seed: Annotated[int, typer.Option(help="Of shuffling and permutations.")] = 0,
-    codec: Annotated[Literal["json", "msgpack", "batch"], typer.Option(help="How samples are written.")] = "batch",
+    codec: Annotated[
+        Literal["json", "msgpack", "batch"] | None,
+        typer.Option(help="How samples are written; default: batch, or json where they are text."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a batch record.")] = 100,
     partitions: Annotated[int, typer.Option(min=1, help="Of topics that are created.")] = 1,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Samples a second.")] = None,
@@ -92,22 +98,28 @@ def produce(
     from streamlearn import producer
 
     def split(samples: Samples) -> list[Samples]:
-        return _tasks(samples, tasks, by, groups, seed)
+        return producer.by_task(samples, names) if by == "task" else _tasks(samples, tasks or 1, by, groups, seed)
 
-    parts = [producer.read(name) for name in source] if by == "file" else split(_one(source))
+    names: list[str] = []
+    if by == "file":
+        parts = [producer.read(name) for name in source]
+    else:
+        whole = _one(source)
+        names = producer.task_names(whole, tasks) if by == "task" else []
+        parts = split(whole)
     probes = None
     if probe is not None:
         held = [producer.read(n, "test") for n in source] if by == "file" else split(_probe(source[0], probe))
         probes = dict(enumerate(held))
-    names = _names(topic, config, len(parts))
+    topics_ = _names(topic, config, len(parts))
     _, sink = _open(config, servers, embedded)
-    how = producer.Publishing(codec, batch, partitions, markers, rate)
+    how = producer.Publishing(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)
     try:
         with _progress() as advance:
-            for index, (name, part) in enumerate(zip(names, parts, strict=True)):
+            for index, (name, part) in enumerate(zip(topics_, parts, strict=True)):
                 chosen = producer.shuffled(part, seed + index) if shuffle else part
                 if limit is not None:
-                    chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit])
+                    chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit], chosen.task[:limit])
                 producer.publish(
                     sink,
                     name,
@@ -124,13 +136,13 @@ def produce(
 
 
 def predict(
-    file: Annotated[Path, typer.Argument(help="A .npz with x and, to be scored, y.")],
+    file: Annotated[Path, typer.Argument(help="A .npz or .jsonl, to be scored with labels; or a labelled .csv.")],
     checkpoint: Annotated[
         str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")
     ] = "latest",
     state: StateOption = None,
     task: Annotated[str | None, typer.Option(help="The task, in scenarios task and domain.")] = None,
-    split: Annotated[str, typer.Option(help="Of a file that has x_train and x_test.")] = "test",
+    split: Annotated[str, typer.Option(help="Of a file that has several.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Only samples of these classes: 0,1.")] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -139,7 +151,7 @@ def predict(
     from streamlearn.checkpoint import Store
     from streamlearn.predict import Model, accuracy
 
-    if (samples := producer.unlabelled(file)) is None:
+    if (samples := producer.unlabelled(file, split)) is None:
         samples = producer.read(str(file), split)
     if classes is not None:
         samples = producer.by_classes(samples, [classes.split(",")])[0]

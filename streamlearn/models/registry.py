@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from streamlearn.data import StreamlearnError
+from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
 
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-def build(spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, seed: int) -> nn.Module:
-    """Return `mlp`, `resnet`, or what `package.module:function(input_shape, num_outputs, **options)` returns.
+def build(
+    spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, seed: int, vocabulary: int | None = None
+) -> nn.Module:
+    """Return `mlp`, `resnet`, `memnet`, or what `package.module:function(input_shape, num_outputs, **options)` returns.
 
-    `spec` is the configuration's `model` section. Raises `StreamlearnError` (78) when the model cannot be built.
+    `spec` is the configuration's `model` section. Where the input is text, the number of its words is passed to a
+    function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -28,9 +32,13 @@ def build(spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int,
                 return MLP(input_shape, num_outputs, spec["hidden"])
             if spec["name"] == "resnet":
                 return ResNet(input_shape, num_outputs, spec["width"])
+            told = {} if vocabulary is None else {"vocabulary": vocabulary}
+            if spec["name"] == "memnet":
+                sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
+                return MemNet(input_shape, num_outputs, **told, **sizes)
             module, _, function = spec["name"].partition(":")
             model = getattr(importlib.import_module(module), function)(
-                list(input_shape), num_outputs, **spec["options"]
+                list(input_shape), num_outputs, **told, **spec["options"]
             )
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise StreamlearnError(f"model {spec['name']}: {error}", code=78) from error

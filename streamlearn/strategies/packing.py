@@ -68,7 +68,7 @@ class PackedNetwork(Network):
         if not self.module.packed:
             kinds = ", ".join(kind.__name__ for kind in PACKED)
             raise StreamlearnError(f"strategy.packnet: the model has no layer that it can mask ({kinds})", code=78)
-        if any(buffer.is_floating_point() for buffer in self.module.buffers()):
+        if any(getattr(layer, "track_running_stats", False) for layer in self.module.modules()):
             message = "strategy.packnet: the model keeps statistics of batches, which every later task would change"
             raise StreamlearnError(message, code=78)
 

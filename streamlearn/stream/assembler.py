@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions
-from streamlearn.stream.codec import Rejected
+from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions, Rejected
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.text import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from streamlearn.stream.deadletter import DeadLetters
     from streamlearn.stream.holdout import HoldOut
     from streamlearn.stream.log import Record
+
+log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT, REJECTED = 0, 1, 2
 FLUSH_SAMPLES = 2000
@@ -68,6 +71,8 @@ class Assembler:
         self._newest: float | None = None
         self._ids: dict[str, str] = dict(progress.positions.topic_ids)
         self._partitions: tuple[int, ...] = ()
+        text = rules.codec.text
+        self._vocabulary = Vocabulary(progress.vocabulary, text.vocabulary if text is not None else 0)
 
     def follow(self, topic: str, topic_id: str | None, partitions: tuple[int, ...]) -> None:
         """Say which partitions the current task has; new ones may be added while it runs."""
@@ -191,8 +196,10 @@ class Assembler:
                     chunk.bad[index] = Rejected("label_range", f"label {label!r:.80} has no output; {self._accepted()}")
                 else:
                     outputs[index] = output
-                    if probe or self.rules.holdout.takes(chunk.x[index], label, record.key):
+                    if probe or self.rules.holdout.takes(chunk.value(index), label, record.key):
                         codes[index] = HELD_OUT
+                    if index in chunk.text:
+                        self._read(chunk, index)
             if index in chunk.bad:
                 codes[index] = REJECTED
         for index in np.flatnonzero(codes == REJECTED).tolist():
@@ -210,6 +217,15 @@ class Assembler:
             if label not in labels:
                 labels.append(label)
         return output
+
+    def _read(self, chunk: Chunk, index: int) -> None:
+        """Write a text's ids into its sample; what is new in it travels with the delivery, as labels do."""
+        rows, vocabulary = chunk.text[index], self._vocabulary
+        was_full = vocabulary.full
+        self._found.words += vocabulary.learn(rows)
+        chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape)
+        if vocabulary.full and not was_full:
+            log.warning("input.vocabulary: all %d words are taken; others are unknown from here on", vocabulary.size)
 
     def _accepted(self) -> str:
         assert self.task is not None

@@ -3,6 +3,7 @@
 JSON          {"x": [...], "y": 3}
 MessagePack   {"x": <bin>, "dtype": "uint8", "shape": [28, 28], "y": 3}, or "x" as nested lists
 batch         MessagePack {"x": <bin>, "dtype": "uint8", "shape": [N, 28, 28], "y": <bin of int64> or [labels]}
+text          JSON or MessagePack {"story": ["...", ...], "question": "...", "answer": "..."}
 
 All may name their "task", which must then be the topic's. Binary data is little-endian and in C order.
 """
@@ -17,13 +18,17 @@ import msgpack
 import numpy as np
 import orjson
 
+from streamlearn.config import TextInput
+from streamlearn.data import Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.text import fingerprint, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from streamlearn.config import Config
     from streamlearn.data import Label
+    from streamlearn.stream.text import Rows
 
 CONTENT_TYPES = {
     b"application/json": "json",
@@ -33,33 +38,34 @@ CONTENT_TYPES = {
 TYPE_OF = {codec: content_type for content_type, codec in CONTENT_TYPES.items()}
 
 
-class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """A sample cannot be used; `reason` is one of `data.REASONS`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 @dataclass
 class Chunk:
     """The samples of one record: `x [n, ...]`, their labels, and those that were rejected, by index.
 
-    A record that cannot be decoded is a chunk of one rejected sample.
+    A record that cannot be decoded is a chunk of one rejected sample. Of text, `x` is padding until the assembler, which
+    has the vocabulary, writes the ids of the words in `text` there.
     """
 
     x: np.ndarray
     y: list[Any]
     bad: dict[int, Rejected] = field(default_factory=dict)
+    text: dict[int, Rows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def value(self, index: int) -> np.ndarray:
+        """Return what a sample's hash is taken of: a text's words, because ids depend on what came before."""
+        return fingerprint(self.text[index]) if index in self.text else self.x[index]
 
 
 class Codec:
     """Decodes records into samples of a fixed shape and dtype."""
 
-    def __init__(self, shape: Sequence[int], dtype: str, default: str, max_record_bytes: int) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: str, default: str, max_record_bytes: int, text: TextInput | None = None
+    ) -> None:
+        self.text = text
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.default = default
@@ -69,7 +75,9 @@ class Codec:
     @classmethod
     def from_config(cls, config: Config) -> Codec:
         """Return the codec that a configuration describes."""
-        return cls(config.input.shape, config.input.dtype, config.stream.codec, config.stream.max_record_bytes)
+        text = config.input if isinstance(config.input, TextInput) else None
+        spec = config.stream
+        return cls(config.input.shape, config.input.dtype, spec.codec, spec.max_record_bytes, text)
 
     def decode(self, record: Record) -> Chunk:
         """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
@@ -82,18 +90,30 @@ class Codec:
             return Chunk(self._empty, [None], {0: Rejected("schema", f"cannot be read: {type(error).__name__}")})
 
     def _samples(self, tree: dict[str, Any], record: Record) -> Chunk:
+        if self.text is not None:
+            return self._text(self.text, tree, record)
         if "y" not in tree or tree["y"] is None:
             raise Rejected("missing_label", "no label: expected a field y")
         if "x" not in tree:
             raise Rejected("schema", f"no field x; found {', '.join(map(repr, list(tree)[:8])) or 'nothing'}")
-        if tree.get("task", record.topic) != record.topic:
-            raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
+        _check_task(tree, record)
         if tree["codec"] == "batch":
             return self._batch(tree)
         x = self._binary(tree, self.shape) if isinstance(tree["x"], bytes) else self._nested(tree["x"])
         chunk = Chunk(x[np.newaxis], [tree["y"]])
         self._check(chunk)
         return chunk
+
+    def _text(self, text: TextInput, tree: dict[str, Any], record: Record) -> Chunk:
+        if tree["codec"] == "batch":
+            raise Rejected("schema", "a batch record holds numbers; expected JSON or MessagePack of a text")
+        answer = tree.get("answer")
+        if answer is None or answer == "":
+            raise Rejected("missing_label", "no label: expected a field answer")
+        if type(answer) is not str:
+            raise Rejected("schema", f"answer is {answer!r:.80}; expected a string")
+        _check_task(tree, record)
+        return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words)})
 
     def _parse(self, record: Record) -> dict[str, Any]:
         if record.value is None:
@@ -109,7 +129,8 @@ class Codec:
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise Rejected("decode", f"not {codec}: {error!s:.160}") from error
         if not isinstance(tree, dict):
-            raise Rejected("schema", f"expected an object with x and y, got {type(tree).__name__}")
+            fields = "x and y" if self.text is None else "story, question and answer"
+            raise Rejected("schema", f"expected an object with {fields}, got {type(tree).__name__}")
         return {**tree, "codec": codec}
 
     def _batch(self, tree: dict[str, Any]) -> Chunk:
@@ -180,6 +201,17 @@ def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
         labels = np.asarray(y, "<i8").tobytes()
     tree = {"x": x.astype(dtype).tobytes(), "dtype": x.dtype.name, "shape": list(x.shape), "y": labels}
     return bytes(msgpack.packb(tree))
+
+
+def encode_text(codec: str, text: Mapping[str, Any], answer: Label) -> bytes:
+    """Return the bytes of a text, its `story` and `question`, with its answer (`json`, `msgpack`)."""
+    tree = {"story": text["story"], "question": text["question"], "answer": answer}
+    return orjson.dumps(tree) if codec == "json" else bytes(msgpack.packb(tree))
+
+
+def _check_task(tree: dict[str, Any], record: Record) -> None:
+    if tree.get("task", record.topic) != record.topic:
+        raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
 
 
 def _is_count(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streamlearn.stream.codec import Rejected
+    from streamlearn.data import Rejected
     from streamlearn.stream.log import Record, Sink
 
 PREFIX = "streamlearn.errors."

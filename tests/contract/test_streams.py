@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from streamlearn.config import Kafka
+from streamlearn.config import Kafka, TextInput
 from streamlearn.config import Stream as StreamSpec
 from streamlearn.data import Delivery, Position, Positions, Progress, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
-from streamlearn.stream.codec import TYPE_OF, Codec, encode
+from streamlearn.stream.codec import TYPE_OF, Codec, encode, encode_text
 from streamlearn.stream.deadletter import DeadLetters
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TYPED = ((CONTENT_TYPE, TYPE_OF["json"]),)
 SECONDS = 30
+TEXT = TextInput(kind="text", sentences=2, words=4, vocabulary=8)
 
 
 @dataclass
@@ -66,6 +67,11 @@ class World:
         value = encode("json", np.array([x], np.float32), label)
         self.sink.append(name, partition, value, headers=(*TYPED, *headers))
 
+    def tell(self, name: str, sentence: str, question: str = "who?", answer: str = "me") -> None:
+        """Publish a text of one sentence."""
+        text = {"story": [sentence], "question": question}
+        self.sink.append(name, 0, encode_text("json", text, answer), headers=TYPED)
+
     def mark(self, name: str, partitions: int = 1) -> None:
         """Publish a task's end."""
         for partition in range(partitions):
@@ -73,12 +79,20 @@ class World:
         self.sink.flush()
 
     def stream(
-        self, progress: Progress | None = None, *, fraction: float = 0.0, classes: Any = 10, **spec: Any
+        self,
+        progress: Progress | None = None,
+        *,
+        fraction: float = 0.0,
+        classes: Any = 10,
+        text: TextInput | None = None,
+        **spec: Any,
     ) -> Stream:
         """Return a started stream."""
         full = StreamSpec.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
         dead = DeadLetters(self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
+        if text is not None:
+            codec = Codec(text.shape, text.dtype, "json", full.max_record_bytes, text)
         rules = Rules(
             codec,
             HoldOut("value", fraction),
@@ -410,3 +424,69 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
     letters = world.read_all("dlq")
     assert [letter.value for letter in letters] == [value] + [None] * 49
     assert {letter.header("streamlearn.errors.value-in") for letter in letters[1:]} == {letters[0].key}
+
+
+def told(world: World) -> list[str]:
+    """Publish two topics of texts, most with a new word; some are rejected, and the last comes late."""
+    a, b = world.name("a"), world.name("b")
+    for name in (a, b):
+        world.sink.create_topic(name, 1)
+    for n in range(6):
+        world.tell(a, f"w{n} w0")
+        world.tell(a, f"bad{n}", question="?")
+    world.tell(a, "unlabelled", answer="one too many")
+    world.mark(a)
+    world.tell(a, "late")
+    for n in range(4, 9):
+        world.tell(b, f"w{n} w1")
+    world.mark(b)
+    return [a, b]
+
+
+def ids(deliveries: list[Delivery]) -> list[Any]:
+    """Return the token ids of each batch."""
+    return [delivery.batch.x.tolist() for delivery in deliveries if delivery.batch is not None]
+
+
+WORDS = ["w0", "who", "w1", "w2", "w3", "w4", "w5", "w6"]  # w7 and w8 find no room
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4, 6])
+def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
+    """Words get ids as they appear in what can be used, take effect with their delivery, and never change."""
+    topics = told(world)
+    spec: dict[str, Any] = {"topics": topics, "text": TEXT, "classes": ["me"], "batch_size": 2, "fraction": 0.3}
+    whole = Progress()
+    expected = everything(world.stream(**spec), whole)
+    assert whole.vocabulary == WORDS
+    assert (whole.totals()["rejected"], whole.totals()["late"], whole.unaccounted()) == (7, 1, {})
+    assert whole.totals()["held_out"] > 0
+
+    progress = Progress()
+    first = world.stream(**spec)
+    begun = until(first, lambda found: len(found) >= cut, progress)
+    first.stop()
+    at = progress.positions.at.get((topics[0], 0), Position(0)).offset
+    if len(progress.tasks) == 1:  # what the reader had seen beyond the applied positions is nowhere
+        assert [word for word in progress.vocabulary if word != "who"] == [f"w{n}" for n in range(6) if 2 * n < at]
+    tree = json.loads(json.dumps(progress.to_json()))
+    copied = Progress.from_json(tree, Positions.from_json(progress.positions.to_json()))
+    rest = everything(world.stream(copied, **spec), progress)
+    assert ids(begun) + ids(rest) == ids(expected)
+    assert progress.to_json() == whole.to_json()
+
+
+def test_a_text_is_held_out_with_its_duplicates(world: World) -> None:
+    """Equal texts share their fate, whatever the vocabulary has met between them."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    for _ in range(2):
+        for n in range(20):
+            world.tell(a, f"w{n} came")
+    world.mark(a)
+    progress = Progress()
+    found = everything(world.stream(topics=[a], text=TEXT, fraction=0.3), progress)
+    held = [row.tobytes() for delivery in found for part in delivery.found.held_out for row in part.x]
+    assert 0 < len(held) < 40
+    assert len(held) + progress.totals()["trained"] == 40
+    assert len(progress.vocabulary) == TEXT.vocabulary

@@ -104,6 +104,61 @@ def test_strategies_that_make_no_sense_are_refused(tmp_path: Path, over: dict[st
     assert [line in one for one in str(caught.value).splitlines()] == [True], caught.value
 
 
+TEXT: dict[str, Any] = {
+    "input": {"kind": "text", "sentences": 3, "words": 5, "vocabulary": 9},
+    "classes": 3,
+    "stream": {"topics": ["a"]},
+    "model": "memnet",
+    "strategy": "er",
+}
+
+
+def test_input_may_be_text(tmp_path: Path) -> None:
+    """A text's shape follows from its bounds: a row for the question, then one for each sentence."""
+    config = written(tmp_path, TEXT)
+    assert (config.input.shape, config.input.dtype, config.input.scale) == ([4, 5], "int32", 1.0)
+    assert written(tmp_path, config.effective()) == config
+    assert written(tmp_path, MINIMAL).input.shape == [4]
+
+
+INPUTS: list[tuple[Any, str]] = [
+    ({"kind": "txt"}, r"input\.kind: is 'txt'; accepted: numbers, text"),
+    ({"kind": ["text"]}, r"input\.kind: is \['text'\]; accepted: numbers, text"),
+    ({"kind": "text", "sentences": 3, "words": 5}, r"input\.vocabulary: Field required"),
+    (
+        {**TEXT["input"], "word": 1},
+        r"input\.word: is 1; no such key \(did you mean words\?\); accepted: kind, sentences",
+    ),
+    ({**TEXT["input"], "words": 0}, r"input\.words: is 0; Input should be greater than or equal to 1"),
+    ({"shape": [0]}, r"input\.shape: is \[0\]; every dimension must be at least 1"),
+    ({"dtype": "uint8"}, r"input\.shape: Field required"),
+    ([4], r"input: is \[4\]; expected keys and values"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), INPUTS)
+def test_errors_of_either_input_are_told(tmp_path: Path, value: Any, message: str) -> None:
+    """Each names its key, its value and what that kind of input accepts."""
+    with pytest.raises(StreamlearnError, match=message):
+        written(tmp_path, {**TEXT, "input": value})
+
+
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": "generative"}, "strategy generative replays what a VAE of numbers makes"),
+    ({"strategy": ["generative", "si"]}, "cannot make the token ids of a text; er and joint replay stored samples"),
+    ({"model": "mlp"}, "model mlp sees numbers, and input is text; accepted: memnet"),
+    ({"input": {"shape": [4, 5]}}, "model memnet sees text"),
+    ({"stream": {"topics": ["a"], "codec": "batch"}}, r"stream\.codec batch holds numbers"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS)
+def test_what_cannot_learn_text_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Models, strategies and codecs of numbers do not go with text, and the line says why."""
+    with pytest.raises(StreamlearnError, match=message):
+        written(tmp_path, {**TEXT, **change})
+
+
 def test_two_recipes_for_one_slot_are_refused(tmp_path: Path) -> None:
     """A strategy takes one recipe for each slot."""
     with pytest.raises(StreamlearnError, match="slot penalty is already filled by ewc"):

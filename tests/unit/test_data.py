@@ -41,6 +41,7 @@ def test_progress_accounts_for_every_sample() -> None:
         consumed=Counter(a=5, b=1),
         outcomes=Counter({("a", "held_out"): 2, ("a", "rejected"): 3, ("b", "late"): 1}),
         labels=[(0, 7), (0, "x"), (0, 7)],
+        words=["mary", "went"],
         markers=[("a", 0)],
     )
     progress.meet(found)
@@ -48,6 +49,8 @@ def test_progress_accounts_for_every_sample() -> None:
     assert progress.unaccounted() == {}
     assert (progress.labels, progress.tasks[0].labels, progress.tasks[0].marked) == ([7, "x"], [7, "x"], [0])
     assert progress.tasks[0].ends == {0: 9}
+    progress.meet(Found(words=["home"]))
+    assert progress.vocabulary == ["mary", "went", "home"]
     tree = json.loads(json.dumps(progress.to_json()))
     assert Progress.from_json(tree, progress.positions) == progress
     progress.ledger["a"]["consumed"] += 1

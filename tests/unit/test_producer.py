@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.data import StreamlearnError
+from streamlearn.stream.codec import TYPE_OF
+from streamlearn.stream.log import CONTENT_TYPE
+from streamlearn.stream.memory import MemoryStore
 
 IMAGES = producer.Samples(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0, 1, 0, "x"])
 
@@ -47,6 +51,62 @@ def test_files_are_read(tmp_path: Path) -> None:
         assert samples.y == [0, 1]
 
 
+TEXTS = b"""\
+{"task": 10, "split": "train", "story": ["Mary went home."], "question": "Where is Mary?", "answer": "home"}
+{"task": 2, "split": "train", "story": [], "question": "Who?", "answer": "Mary", "support": [0]}
+{"task": 2, "split": "test", "story": [], "question": "What?", "answer": "nothing"}
+{"task": 10, "split": "test", "story": [], "question": "Where?", "answer": "there"}
+"""
+
+
+def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
+    """A packed file of stories is read by split, cut by the task each line names, and published without that name."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(TEXTS))
+    train, test = producer.read(str(path)), producer.read(str(path), "test")
+    names = producer.task_names(train, None)
+    assert (names, producer.task_names(train, 1)) == (["2", "10"], ["2"])
+    first, second = producer.by_task(train, names)
+    assert (first.y, second.y) == (["Mary"], ["home"])
+    assert [part.y for part in producer.by_task(test, names)] == [["nothing"], ["there"]]
+    assert second.x[0] == {"story": ["Mary went home."], "question": "Where is Mary?"}
+    assert producer.shuffled(train, 0).is_text
+    store = MemoryStore()
+    producer.publish(store, "t", second, producer.Publishing("json"))
+    record = store.records["t", 0][0]
+    assert record.value == b'{"story":["Mary went home."],"question":"Where is Mary?","answer":"home"}'
+    assert record.header(CONTENT_TYPE) == TYPE_OF["json"]
+    with pytest.raises(StreamlearnError, match="codec batch holds numbers"):
+        producer.publish(store, "t", second, producer.Publishing("batch"))
+    with pytest.raises(StreamlearnError, match="2 tasks are named: 2, 10; expected 3"):
+        producer.task_names(train, 3)
+    with pytest.raises(StreamlearnError, match="no sample is of task 7"):
+        producer.by_task(train, ["2", "7"])
+    with pytest.raises(StreamlearnError, match="name no task"):
+        producer.task_names(IMAGES, 1)
+    with pytest.raises(StreamlearnError, match="permutation needs numbers, got text"):
+        producer.by_permutation(train, 2, 0)
+
+
+def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
+    """What is to be predicted needs no labels, and a file that has them is scored."""
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 3)))
+    (tmp_path / "a.jsonl").write_text('{"story": [], "question": "Who?"}\n{"x": 1, "split": "train"}\n')
+    (tmp_path / "b.jsonl").write_text('{"x": [1], "y": 0}\n')
+    (tmp_path / "c.jsonl").write_text('{"x": [1], "y": 0}\n{"x": [1]}\n')
+    arrays, texts = (producer.unlabelled(tmp_path / name, "test") for name in ("a.npz", "a.jsonl"))
+    assert arrays is not None
+    assert arrays.x.shape == (2, 3)
+    assert texts is not None
+    assert texts.x.tolist() == [{"story": [], "question": "Who?"}]
+    assert producer.unlabelled(tmp_path / "b.jsonl", "test") is None
+    assert producer.unlabelled(tmp_path / "b.csv", "test") is None
+    with pytest.raises(StreamlearnError, match="1 of 2 lines have a label"):
+        producer.unlabelled(tmp_path / "c.jsonl", "test")
+    with pytest.raises(StreamlearnError, match="No such file"):
+        producer.unlabelled(tmp_path / "d.jsonl.gz", "test")
+
+
 CASES = [
     ("a.txt", b"", "expected a .npz, .csv or .jsonl file"),
     ("a.npz", b"no", "not a .npz file of plain arrays"),
@@ -57,6 +117,17 @@ CASES = [
     ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: could not convert"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
     ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not numbers of the same shape on every line"),
+    ("a.jsonl", b"[]\n", r'a\.jsonl:1: .*; expected \{"x": \.\.\., "y": \.\.\.\}'),
+    (
+        "a.jsonl",
+        b'{"question": "?", "story": []}\n',
+        r"a\.jsonl:1: 'answer'; expected \{\"story\": .*\"answer\": \.\.\.\}",
+    ),
+    ("a.jsonl", b'{"x": [1], "y": 0, "task": 1}\n{"x": [1], "y": 0}\n', "1 of 2 lines name a task"),
+    ("a.jsonl", b'{"x": [1], "y": 0, "split": "test"}\n', "holds no samples"),
+    ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: Not a gzipped file"),
+    ("a.jsonl.gz", gzip.compress(TEXTS)[:-20], r"a\.jsonl\.gz: "),
+    ("a.gz", b"", "expected a .npz, .csv or .jsonl file"),
 ]
 
 
@@ -67,4 +138,4 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
     with pytest.raises(StreamlearnError, match=message):
         producer.read(str(tmp_path / name))
     with pytest.raises(StreamlearnError):
-        producer.read(str(tmp_path / ("missing" + Path(name).suffix)))
+        producer.read(str(tmp_path / ("missing" + "".join(Path(name).suffixes))))

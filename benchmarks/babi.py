@@ -1,0 +1,175 @@
+"""The 20 bAbI tasks one after the other: what naive, joint and er know of task 5, and of all tasks so far, as they go.
+
+`python -m benchmarks.babi` learns them from `configs/babi.yaml`, writes `docs/data/babi.json` and draws
+`docs/images/babi.png`; `--quick` takes a tenth of the samples and writes nothing, `--draw` only draws again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.ingest import Nobody
+from streamlearn import config as configuration
+from streamlearn import loop, producer
+from streamlearn.checkpoint import Store
+from streamlearn.data import Progress
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.reader import Stream
+from streamlearn.tensors import prepare
+from tests.support.jobs import DATA
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+
+    from streamlearn.config import Config
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "docs" / "data" / "babi.json", ROOT / "docs" / "images" / "babi.png"
+METHODS = {"naive": "naive: {}", "er": None, "joint": "joint: {}"}  # er as configs/babi.yaml has it
+COLOURS = {"naive": "#c1483c", "joint": "#8a8f98", "er": "#2a6fb0"}
+WATCHED = 4  # task 5
+
+
+def settings(directory: str, strategy: str | None, **over: str) -> Config:
+    """Return the shipped configuration with another strategy; `over` are further keys, as the environment names them."""
+    environ = {"STATE_DIR": f"{directory}/state", "STREAM__ON_FINISHED": "exit", "DEVICE": "cpu", **over}
+    environ |= {"CHECKPOINT__EVERY_SECONDS": "null", "PROBES__EVERY": "10"}
+    if strategy is not None:
+        environ["STRATEGY"] = strategy
+    named = {f"{configuration.ENV_PREFIX}{key}": value for key, value in environ.items()}
+    return configuration.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
+
+
+def published(topics: Sequence[str], limit: int | None) -> MemoryStore:
+    """Return a log in memory with all tasks, each with its test questions as the probe."""
+    path = str(DATA / "babi_en.jsonl.gz")
+    train, test = producer.read(path), producer.read(path, "test")
+    names = producer.task_names(train, len(topics))
+    store = MemoryStore()
+    pairs = zip(topics, producer.by_task(train, names), producer.by_task(test, names), strict=True)
+    for number, (topic, part, probe) in enumerate(pairs):
+        chosen = producer.shuffled(part, number)
+        few = chosen.take(np.arange(len(chosen))[:limit]), probe.take(np.arange(len(probe))[:limit])
+        producer.publish(store, topic, few[0], producer.Publishing("json"), probe=few[1])
+    return store
+
+
+def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
+    """Learn the whole log; return the curves, the matrix and the CPU seconds."""
+    spec = config.stream
+    job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
+    dead = DeadLetters(store, "dlq")
+    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    stream = Stream(MemoryLog(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    begun = time.process_time()
+    stream.start()
+    loop.run(job, stream, Nobody())
+    stream.stop()
+    assert job.progress.totals()["trained"] == job.progress.totals()["consumed"] - job.progress.totals()["held_out"]
+    return {
+        "history": [[trained, named(row)] for _, trained, row in job.matrix.history],
+        "matrix": job.matrix.matrix(),
+        "average_accuracy": job.matrix.average_accuracy,
+        "average_forgetting": job.matrix.average_forgetting,
+        "words": len(job.progress.vocabulary),
+        "labels": len(job.progress.labels),
+        "cpu_seconds": round(time.process_time() - begun),
+    }
+
+
+def named(row: Mapping[int, float]) -> dict[str, float]:
+    """Return a row of accuracies as JSON has it."""
+    return {str(task): round(value, 4) for task, value in sorted(row.items())}
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw task 5 on the left, the average over tasks seen on the right, along the stream."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    for axes, watched in ((left, True), (right, False)):
+        ends = {}
+        for name in METHODS:
+            rows = [(trained, row) for trained, row in results[name]["history"] if not watched or str(WATCHED) in row]
+            values = [row[str(WATCHED)] if watched else sum(row.values()) / len(row) for _, row in rows]
+            axes.plot([trained for trained, _ in rows], values, color=COLOURS[name], linewidth=1.6)
+            ends[name] = (rows[-1][0], values[-1])
+        label(axes, ends)
+    tasks = len(results["er"]["matrix"])
+    per_task = results["er"]["history"][-1][0] / tasks
+    for axes, title in (
+        (left, "Accuracy on task 5 (three-argument relations)"),
+        (right, "Average over the tasks seen"),
+    ):
+        finish(axes, title, tasks, per_task)
+    left.set_ylabel("accuracy on 1,000 test questions a task")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def label(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Write each method's name and last value beside its curve, none over another."""
+    lowest = -1.0
+    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        lowest = max(y, lowest + 0.055)
+        axes.annotate(f" {name} {100 * y:.0f} %", (x, lowest), color=COLOURS[name], va="center", fontsize=9)
+
+
+def finish(axes: Axes, title: str, tasks: int, per_task: float) -> None:
+    """Mark where tasks begin, and name what is shown."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlim(0, tasks * per_task * 1.14)
+    axes.set_ylim(-0.02, 1.03)
+    axes.set_xticks([(n + 0.5) * per_task for n in range(tasks)], [str(n + 1) for n in range(tasks)], fontsize=8)
+    axes.tick_params(axis="x", length=0)
+    for n in range(1, tasks + 1):
+        axes.axvline(n * per_task, color="#dddddd", linewidth=0.6, zorder=0)
+    axes.set_xlabel("task being learned")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def main() -> None:
+    """Learn, or with `--draw` only draw."""
+    quick = "--quick" in sys.argv
+    if "--draw" not in sys.argv:
+        prepare(1)
+        results: dict[str, Any] = {}
+        for name, strategy in METHODS.items():
+            with tempfile.TemporaryDirectory() as directory:
+                config = settings(directory, strategy)
+                topics = config.stream.topics or []
+                results[name] = learn(published(topics, 100 if quick else None), config)
+            last = results[name]["matrix"][-1]
+            print(f"{name:<6} average {results[name]['average_accuracy']:.3f}, forgotten "
+                  f"{results[name]['average_forgetting']:.3f}, {results[name]['cpu_seconds']} s: "
+                  + " ".join(f"{100 * value:.0f}" for value in last), flush=True)  # fmt: skip
+            if not quick:
+                RESULTS.parent.mkdir(parents=True, exist_ok=True)
+                RESULTS.write_text(json.dumps(results) + "\n")
+    if not quick:
+        draw(json.loads(RESULTS.read_text()), PICTURE)
+
+
+if __name__ == "__main__":
+    main()

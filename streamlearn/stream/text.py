@@ -1,0 +1,85 @@
+"""Text to token ids: a question and its story become rows of words, and words become ids in order of first appearance.
+
+Row 0 is the question, row 1 the story's newest sentence, row 2 the one before it, and so on: what is nearest to the
+question has the same place in every story. 0 is padding, 1 an unknown word, and the first word of a log is 2.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamlearn.data import Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Rows = list[list[str]]
+
+PADDING, UNKNOWN, FIRST = 0, 1, 2
+MAX_LETTERS = 64  # what is longer is no word, and would be kept for ever
+
+WORD = re.compile(r"[^\W_]+")
+
+
+class Vocabulary:
+    """Words to ids, append-only: an id never changes, so samples that are stored as ids keep their meaning."""
+
+    def __init__(self, words: Sequence[str], size: int) -> None:
+        self.size = size
+        self.full = False  # a word has found no room
+        self._ids = {word: FIRST + place for place, word in enumerate(words)}
+
+    def learn(self, rows: Rows) -> list[str]:
+        """Take in a text's new words, as far as there is room; return them in the order in which they are read."""
+        new = []
+        for row in (*reversed(rows[1:]), rows[0]):
+            for word in row:
+                if word in self._ids or len(word) > MAX_LETTERS:
+                    continue
+                if len(self._ids) == self.size:
+                    self.full = True
+                    continue
+                self._ids[word] = FIRST + len(self._ids)
+                new.append(word)
+        return new
+
+    def encode(self, rows: Rows, shape: Sequence[int]) -> np.ndarray:
+        """Return a text's ids, `[1 + sentences, words]`."""
+        ids = np.full(shape, PADDING, np.int32)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = [self._ids.get(word, UNKNOWN) for word in row]
+        return ids
+
+
+def parse(tree: Mapping[str, Any], sentences: int, words: int) -> Rows:
+    """Return a text's words, lower-cased: the question, then the newest `sentences` of its story, the newest first.
+
+    Older sentences are left out, and those without a word. Raises `Rejected` where it is no text, or a row is too long.
+    """
+    question, story = tree.get("question"), tree.get("story")
+    if not isinstance(question, str) or not (asked := split(question)):
+        raise Rejected("schema", f"question is {question!r:.80}; expected a string with a word in it")
+    if not isinstance(story, list) or not all(isinstance(sentence, str) for sentence in story):
+        raise Rejected("schema", f"story is {story!r:.80}; expected a list of strings")
+    rows = [asked]
+    for sentence in reversed(story):
+        if len(rows) > sentences:
+            break
+        if row := split(sentence):
+            rows.append(row)
+    if (longest := max(map(len, rows))) > words:
+        raise Rejected("shape", f"a sentence has {longest} words; expected at most {words}")
+    return rows
+
+
+def split(text: str) -> list[str]:
+    """Return a text's words: runs of letters and digits, lower-cased."""
+    return WORD.findall(text.lower())
+
+
+def fingerprint(rows: Rows) -> np.ndarray:
+    """Return bytes that are equal exactly where two texts have the same words in the same places."""
+    return np.frombuffer("\n".join(map(" ".join, rows)).encode(), np.uint8)

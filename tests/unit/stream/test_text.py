@@ -1,0 +1,149 @@
+"""Text: what is read of a record, what is rejected, and how words get ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamlearn.config import TextInput
+from streamlearn.data import REASONS
+from streamlearn.stream.codec import TYPE_OF, Codec, encode_text
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.text import FIRST, MAX_LETTERS, PADDING, UNKNOWN, Vocabulary, fingerprint, parse, split
+
+SENTENCES, WORDS = 3, 5
+CODEC = Codec(
+    [1 + SENTENCES, WORDS], "int32", "json", 1 << 16,
+    TextInput(kind="text", sentences=SENTENCES, words=WORDS, vocabulary=9),
+)  # fmt: skip
+
+sentences = st.lists(st.text("ab1Ä", min_size=1, max_size=3), min_size=1, max_size=WORDS).map(" ".join)
+rows = st.lists(st.lists(st.text("ab1", min_size=1, max_size=2), min_size=1, max_size=WORDS), min_size=1, max_size=4)
+
+
+def record(value: bytes, codec: str | None = None) -> Record:
+    """Return a record with a value, and a content type where a codec is named."""
+    headers = () if codec is None else ((CONTENT_TYPE, TYPE_OF[codec]),)
+    return Record("t", 0, 0, 0.0, None, value, headers)
+
+
+@given(story=st.lists(sentences, max_size=6), question=sentences, answer=st.text(min_size=1, max_size=9),
+       codec=st.sampled_from(["json", "msgpack"]))  # fmt: skip
+def test_a_text_comes_back(story: list[str], question: str, answer: str, codec: str) -> None:
+    """The question comes first, then the newest sentences, the newest first; the answer is one label as it is."""
+    value = encode_text(codec, {"story": story, "question": question}, answer)
+    chunk = CODEC.decode(record(value, codec))
+    assert (chunk.bad, chunk.y) == ({}, [answer])
+    assert chunk.text[0] == [split(question), *[split(sentence) for sentence in story[::-1][:SENTENCES]]]
+
+
+trees = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(), st.text(max_size=5), st.binary(max_size=9)),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(tree=st.fixed_dictionaries({}, optional=dict.fromkeys(("story", "question", "answer", "task", "x", "y"), trees)),
+       codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
+def test_malformed_texts_never_raise(tree: dict[str, Any], codec: str) -> None:
+    """Well-formed MessagePack with any nonsense inside is one sample or one rejection, never an exception."""
+    chunk = CODEC.decode(record(msgpack.packb(tree), codec))
+    assert all(rejected.reason in REASONS for rejected in chunk.bad.values())
+    assert (len(chunk), chunk.x.shape) == (1, (1, 1 + SENTENCES, WORDS))
+    assert set(chunk.bad) | set(chunk.text) == {0}
+
+
+@given(value=st.binary(max_size=100), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
+def test_noise_is_rejected_and_never_raises(value: bytes, codec: str | None) -> None:
+    """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
+    assert CODEC.decode(record(value, codec)).bad[0].reason in REASONS
+
+
+GOOD: dict[str, Any] = {"story": ["Mary went home."], "question": "Where is Mary?", "answer": "home"}
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    ({"answer": None}, "missing_label", "no label: expected a field answer"),
+    ({"answer": ""}, "missing_label", "no label"),
+    ({"answer": ["a", "b"]}, "schema", r"answer is \['a', 'b'\]; expected a string"),
+    ({"question": None}, "schema", "question is None; expected a string with a word in it"),
+    ({"question": " ?"}, "schema", "question is"),
+    ({"story": "Mary went home."}, "schema", "expected a list of strings"),
+    ({"story": ["a", 1]}, "schema", "expected a list of strings"),
+    ({"story": ["a b c d e f"]}, "shape", "a sentence has 6 words; expected at most 5"),
+    ({"question": "a b c d e f?"}, "shape", "a sentence has 6 words"),
+    ({"task": 1}, "unknown_task", "task is 1; expected 't', the topic's"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason", "message"), CASES)
+def test_reasons(change: dict[str, Any], reason: str, message: str) -> None:
+    """Each fault has its reason and one line that says what was expected."""
+    bad = CODEC.decode(record(orjson.dumps({**GOOD, **change}))).bad[0]
+    assert bad.reason == reason
+    with pytest.raises(type(bad), match=message):
+        raise bad
+
+
+def test_what_is_old_or_empty_is_left_out() -> None:
+    """Only the newest sentences count, and those with a word in them: an old one that is too long does no harm."""
+    story = ["a b c d e f g", "one", "...", "Two!", "three-3"]
+    assert parse({"story": story, "question": "WHO?"}, SENTENCES, WORDS) == [["who"], ["three", "3"], ["two"], ["one"]]
+    assert parse({"story": [], "question": "who"}, SENTENCES, WORDS) == [["who"]]
+
+
+@given(texts=st.lists(rows, max_size=6), size=st.integers(1, 8), cut=st.integers(0, 6))
+def test_ids_are_append_only(texts: list[list[list[str]]], size: int, cut: int) -> None:
+    """However often it is made anew from its words, a vocabulary gives every word the id of its first appearance."""
+    words: list[str] = []
+    whole = Vocabulary([], size)
+    for text in texts:
+        words += whole.learn(text)
+    assert len(words) == len(set(words)) <= size
+    first = Vocabulary([], size)
+    known = [word for text in texts[:cut] for word in first.learn(text)]
+    second = Vocabulary(known, size)
+    for text in texts[cut:]:
+        known += second.learn(text)
+    assert known == words
+    for text in texts:
+        x = whole.encode(text, (4, WORDS))
+        np.testing.assert_array_equal(x, second.encode(text, (4, WORDS)))
+        for row, ids in zip(text, x, strict=False):
+            expected = [FIRST + words.index(word) if word in words else UNKNOWN for word in row]
+            assert ids.tolist() == expected + [PADDING] * (WORDS - len(row))
+
+
+def test_words_come_in_the_order_in_which_they_are_read() -> None:
+    """The story from its oldest sentence that counts, then the question; what is absurdly long is never kept."""
+    text = parse({"story": ["Mary went.", "John " + "x" * (MAX_LETTERS + 1)], "question": "Where is Mary?"}, 3, 5)
+    vocabulary = Vocabulary([], 5)
+    assert vocabulary.learn(text) == ["mary", "went", "john", "where", "is"]
+    assert vocabulary.encode(text, (4, 5)).tolist()[:2] == [[5, 6, 2, 0, 0], [4, UNKNOWN, 0, 0, 0]]
+    assert not vocabulary.full
+    assert vocabulary.learn([["new"]]) == []
+    assert vocabulary.full
+
+
+@given(one=rows, other=rows)
+def test_a_fingerprint_tells_texts_apart(one: list[list[str]], other: list[list[str]]) -> None:
+    """Equal bytes mean equal words in equal places."""
+    assert (fingerprint(one).tobytes() == fingerprint(other).tobytes()) == (one == other)
+
+
+@given(story=st.lists(sentences, max_size=4), question=sentences, fraction=st.floats(0, 0.99))
+def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: str, fraction: float) -> None:
+    """A text's fate depends on its words alone: not on its codec, its case, or on what the vocabulary has met."""
+    hold_out, fates = HoldOut("value", fraction), set()
+    for codec, tell in (("json", story), ("msgpack", [f"{sentence.upper()} ." for sentence in story])):
+        chunk = CODEC.decode(record(encode_text(codec, {"story": tell, "question": question}, "a"), codec))
+        fates.add(hold_out.takes(chunk.value(0), chunk.y[0], None))
+        chunk.x[0] = 7
+        fates.add(hold_out.takes(chunk.value(0), chunk.y[0], None))
+    assert len(fates) == 1
