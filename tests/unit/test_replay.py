@@ -1,0 +1,180 @@
+"""Replay without a stream: shares of the loss, targets, and what generators are made of, against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional
+
+from streamlearn.data import Batch
+from streamlearn.learner import squared_distance
+from streamlearn.memory import EpisodicMemory
+from streamlearn.models.feedback import Feedback
+from streamlearn.models.mlp import MLP
+from streamlearn.strategies.distillation import Distillation
+from streamlearn.strategies.latent import JITTER, LatentMoments, codes
+from streamlearn.strategies.parts import Closing, World
+from streamlearn.strategies.replay import DarkReplay
+from streamlearn.strategies.shares import Shares
+
+CPU, YES = torch.device("cpu"), torch.tensor(data=True)
+
+
+def build(num_outputs: int, offset: int = 0) -> nn.Module:
+    """Return a small network, the same for the same offset."""
+    torch.manual_seed(offset)
+    return MLP([5], num_outputs, [6])
+
+
+WORLD = World(0, CPU, (5,), 4, 1 << 20, lambda x: x, build, 8)
+
+
+def closing(task: int, solver: nn.Module) -> Closing:
+    """Return the end of a task in which the outputs up to its own two have been met."""
+    allowed = torch.zeros(task + 1, 4, dtype=torch.bool)
+    allowed[:, : 2 * task + 2] = True
+    x, y = torch.randn(8, 5), torch.arange(8) % 2 + 2 * task
+    outputs = [[2 * t, 2 * t + 1] for t in range(task + 1)]
+    return Closing(task, x, y, list(solver.parameters()), solver, allowed, outputs, torch.Generator())
+
+
+def test_shares_by_tasks_and_by_counts() -> None:
+    """By tasks the past has 1 - 1/k; by counts what it had of the samples, a new task counting as an average one at first."""
+    by_tasks, by_counts = Shares("tasks"), Shares("counts")
+    seen = []
+    for shares in (by_tasks, by_counts):
+        row = [shares.of_the_past]
+        for task, samples in enumerate((30, 90)):
+            shares.see(samples)
+            shares.end_task(task)
+            row.append(shares.of_the_past)
+        shares.see(240)
+        seen.append([*row, shares.of_the_past])
+    assert seen == [[0, 1 / 2, 2 / 3, 2 / 3], [0, 1 / 2, 120 / 180, 120 / 360]]
+
+
+def test_a_past_without_samples_has_its_share_by_tasks() -> None:
+    """A first task without a sample leaves nothing to divide by."""
+    shares = Shares("counts")
+    shares.end_task(0)
+    assert shares.of_the_past == 1 / 2
+
+
+def test_distillation_is_the_old_softmax_on_new_samples() -> None:
+    """LwF: the current inputs, with the old solver's distribution at T over the outputs of its time; 1 - 1/k of the loss."""
+    part, solver = Distillation(WORLD, temperature=2.0, balance="tasks"), build(4)
+    batch = Batch(torch.randn(3, 5), torch.tensor([2, 3, 2]), torch.ones(3, dtype=torch.int64))
+    assert part.sample(batch) is None
+    part.end_task(closing(0, solver))
+    with torch.no_grad():
+        expected = torch.softmax(solver(batch.x)[:, :2] / 2, 1)
+        for param in solver.parameters():
+            param.add_(1.0)  # the teacher stays what it was
+    replayed = part.sample(batch)
+    assert replayed is not None
+    assert replayed.soft is not None
+    assert part.share == 1 / 2
+    assert torch.equal(replayed.x, batch.x)
+    torch.testing.assert_close(replayed.soft[:, :2], expected)
+    assert replayed.soft[:, 2:].abs().max() == 0
+    assert replayed.task.tolist() == [0, 0, 0]
+
+
+def test_dark_replay_matches_the_logits_of_its_time() -> None:
+    """DER++: beta of the stored samples' cross-entropy and alpha of the squared distance from the logits stored with them."""
+    memory = EpisodicMemory(8, 1 << 20, 0)
+    part, solver = DarkReplay(WORLD, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
+    end = closing(0, solver)
+    part.end_task(end)
+    slot = memory.slots[0]
+    with torch.no_grad():
+        torch.testing.assert_close(slot["logits"][:, :2], solver(slot["x"])[:, :2])
+    assert torch.isneginf(slot["logits"][:, 2:]).all()
+    batch = Batch(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    replayed = part.sample(batch)
+    assert replayed is not None
+    assert replayed.weight is not None
+    mixed = batch.join(replayed, part.share)
+    assert mixed.weight is not None
+    assert mixed.weight.tolist() == pytest.approx([1 / 4] * 4 + [0.7 / 4] * 4 + [0.3 / 4] * 4)
+    assert mixed.logits
+    logits = torch.randn(4, 4)
+    assert replayed.soft is not None
+    by_hand = (logits[:, :2] - replayed.soft[:, :2]).square().mean(1)
+    torch.testing.assert_close(squared_distance(logits, replayed.soft), by_hand)
+
+
+def test_moments_are_those_of_the_codes() -> None:
+    """At a rate of 1 a class has the mean and covariance of its codes, their own variances included."""
+    torch.manual_seed(0)
+    mean, log_variance, y = torch.randn(600, 3) @ torch.randn(3, 3), torch.randn(600, 3) - 2, torch.arange(600) % 2
+    moments = LatentMoments(3, 3, CPU)
+    moments.note(mean, log_variance, y, 1.0, YES)
+    moments.note(torch.full_like(mean, torch.nan), log_variance, y, 1.0, ~YES)  # a dropped step says nothing
+    found, root = moments.normals()
+    for label in range(2):
+        own = y == label
+        torch.testing.assert_close(found[label], mean[own].mean(0))
+        expected = torch.cov(mean[own].T, correction=0) + torch.diag(log_variance[own].exp().mean(0) + JITTER)
+        torch.testing.assert_close(root[label] @ root[label].T, expected, rtol=1e-4, atol=1e-4)
+    assert bool(root[2].isfinite().all())  # a class that was never seen
+    drawn = codes((found, root), torch.ones(200_000, dtype=torch.int64), torch.randn(200_000, 3))
+    torch.testing.assert_close(drawn.mean(0), found[1], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(torch.cov(drawn.T), root[1] @ root[1].T, rtol=0.05, atol=0.05)
+    moments.grow(5)
+    torch.testing.assert_close(moments.normals()[0][:3], found)
+
+
+def generator(gated: float = 0.5, likelihood: str = "gaussian") -> Feedback:
+    """Return a brain-inspired generator of three classes."""
+    torch.manual_seed(0)
+    return Feedback([2, 2], 6, 3, hidden=40, latent=3, likelihood=likelihood, gated=gated, seed=0)
+
+
+def test_the_bound_of_brain_inspired_replay_is_its_definition() -> None:
+    """The loss is reconstruction plus the divergence of a sample's code from its own class's prior."""
+    made, features, x = generator(), torch.randn(7, 6), torch.randn(7, 2, 2)
+    with torch.no_grad():
+        made.prior_log_variance.normal_()
+    y, noise = torch.arange(7) % 3, torch.randn(7, 3)
+    mean, log_variance = made.encode_out(features).chunk(2, 1)
+    prior = Normal(made.prior_mean[y], torch.exp(0.5 * made.prior_log_variance[y]))
+    divergence = kl_divergence(Normal(mean, torch.exp(0.5 * log_variance)), prior).sum(1)
+    out = made.decode(mean + torch.exp(0.5 * log_variance) * noise, y)
+    torch.testing.assert_close(
+        made.loss(features, x, y, noise), 0.5 * (out - x.flatten(1)).square().sum(1) + divergence
+    )
+    bernoulli = generator(likelihood="bernoulli")
+    assert bool(((images := bernoulli.generate(noise, y)) >= 0).all())
+    assert images.shape == (7, 2, 2)
+
+
+def test_classes_gate_units_of_their_own() -> None:
+    """A class's gates follow from its number alone, so they stay when classes are added; a gated unit says nothing."""
+    made, z = generator(), torch.randn(1, 3)
+    before = [made.decode(z, torch.tensor([label])) for label in range(3)]
+    gates = made.get_buffer("gates").clone()
+    assert 0.35 < float(gates.mean()) < 0.65
+    off = int((gates[1, 0] == 0).nonzero()[0])
+    with torch.no_grad():
+        made.decode_hidden.bias[off] += 100
+    after = [made.decode(z, torch.tensor([label])) for label in range(3)]
+    assert torch.equal(before[0], after[0])
+    made.grow(5)
+    assert torch.equal(made.get_buffer("gates")[:, :3], gates)
+    assert torch.equal(made.decode(z, torch.tensor([0])), after[0])
+    assert made.prior_mean.shape == (5, 3)
+
+
+def test_soft_targets_ask_for_the_temperature_squared() -> None:
+    """The gradient of a soft target at T, times T squared, tends to that of matched logits (Hinton et al. 2015)."""
+    logits, target = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    logits, target = logits - logits.mean(), target - target.mean()
+    logits.requires_grad_()
+    temperature = 1e4
+    soft = torch.softmax(target / temperature, 1)
+    loss = -(temperature**2) * (soft * functional.log_softmax(logits / temperature, 1)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, (logits - target).detach() / 4, rtol=1e-3, atol=1e-4)
