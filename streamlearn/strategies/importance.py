@@ -222,10 +222,8 @@ class RiemannianWalk(Importance):
         torch._foreach_sub_(walk["before"], list(params))
         torch._foreach_addcmul_(walk["decrease"], self._gradient, walk["before"])
         copy_into(walk["before"], params)
-        rate = (1 - self.keep) * finite  # a dropped step says nothing
-        torch._foreach_mul_(self.fisher, 1 - rate)
-        torch._foreach_mul_(self._gradient, torch.sqrt(rate * self.batch_size))
-        torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient)
+        torch._foreach_mul_(self.fisher, 1 - (1 - self.keep) * finite)  # a dropped step says nothing: its gradient is 0
+        torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient, (1 - self.keep) * self.batch_size)
         self.steps += 1
         if self.steps == self.interval:
             self._score(params)

@@ -31,13 +31,11 @@ class LatentMoments:
     @torch.no_grad()
     def note(self, mean: Tensor, log_variance: Tensor, y: Tensor, rate: float, finite: Tensor) -> None:
         """Follow by `rate` to the sums over a batch: `mean` and `log_variance` `[B, z]`; where not `finite`, stay."""
-        variance = torch.diag_embed(log_variance.exp())
-        for old, values in (
-            (self.count, torch.ones_like(mean[:, 0])),
-            (self.total, mean),
-            (self.products, mean[:, :, None] * mean[:, None, :] + variance),
-        ):
-            new = torch.zeros_like(old).index_add_(0, y, values)
+        count = torch.zeros_like(self.count).index_add_(0, y, torch.ones_like(mean[:, 0]))
+        total = torch.zeros_like(self.total).index_add_(0, y, mean)
+        products = torch.zeros_like(self.products).index_add_(0, y, mean[:, :, None] * mean[:, None, :])
+        products.diagonal(dim1=1, dim2=2).index_add_(0, y, log_variance.exp())
+        for old, new in ((self.count, count), (self.total, total), (self.products, products)):
             old.lerp_(torch.where(finite, new, old), rate)
 
     def normals(self) -> tuple[Tensor, Tensor]:

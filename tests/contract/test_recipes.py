@@ -79,7 +79,7 @@ class Run:
         }
         for name in like or chosen:
             tree = jobs.merged(tree, NEEDS.get(name, {}))
-        tree = jobs.merged(tree, over)
+        tree = {**jobs.merged(tree, over), "input": over.get("input", tree["input"])}
         path = tmp_path / "job.yaml"
         path.write_text(configuration.dump(tree))
         config = configuration.load(path, RECIPES, {})
