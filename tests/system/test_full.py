@@ -1,4 +1,4 @@
-"""Split MNIST at full size: 60,000 samples seen once, 10,000 as probes. `make test-slow` runs it (about half an hour)."""
+"""Split MNIST at full size: 60,000 samples seen once, 10,000 as probes. `make test-slow` runs it (about three quarters of an hour)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ SEED = random.randrange(10_000)
 ALL: dict[str, Any] = {
     "model": {"hidden": [400, 400]},
     "strategy": {"generative": {}, "si": {}},
-    "learner": {"updates_per_batch": 10},
+    "learner": {
+        "updates_per_batch": 10,
+        "augment": {"shift": 2, "rotate": 10, "zoom": 0.1},
+    },  # as configs/mnist-split.yaml
     "stream": {"batch_size": 100},
     "checkpoint": {"every_seconds": 15, "every_batches": None},
 }
@@ -76,10 +79,10 @@ def undisturbed(broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_default_remembers(undisturbed: Checkpoint) -> None:
-    """Class-incremental, every sample seen once: an average accuracy of at least 0.92, and every sample accounted for."""
+    """Class-incremental, every sample seen once: an average accuracy of at least 0.955 (0.96 is usual), and every sample accounted for."""
     status = undisturbed.read_json("status.json")
     print(status["average_accuracy"], status["average_forgetting"])
-    assert status["average_accuracy"] >= 0.92
+    assert status["average_accuracy"] >= 0.955
     assert status["samples"]["trained"] == 60_000
     assert jobs.accounted(status)
 
