@@ -1,4 +1,4 @@
-"""Split MNIST at full size: 60,000 samples seen once, 10,000 as probes. `make test-slow` runs it (about three quarters of an hour)."""
+"""Split MNIST at full size: 60,000 samples seen once, 10,000 as probes. `make test-slow` runs it (45 minutes)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def undisturbed(broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_default_remembers(undisturbed: Checkpoint) -> None:
-    """Class-incremental, every sample seen once: an average accuracy of at least 0.955 (0.96 is usual), and every sample accounted for."""
+    """Class-incremental, every sample seen once: at least 0.955 (0.96 is usual), and every sample accounted for."""
     status = undisturbed.read_json("status.json")
     print(status["average_accuracy"], status["average_forgetting"])
     assert status["average_accuracy"] >= 0.955
