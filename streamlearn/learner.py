@@ -90,9 +90,7 @@ class Learner:
         self.optimizer = self._make_optimizer()
         self.averaged: Network = strategy.network  # where there is an average, a copy that holds it
         self._average: list[Tensor] = self.params  # the parameters that probes see, aligned with `params`
-        self._buffers: list[
-            tuple[Tensor, Tensor]
-        ] = []  # running statistics of a model that has them: the average's, the live
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # running statistics, the average's and the live network's
         self._make_average(self.params)
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
@@ -198,9 +196,8 @@ class Learner:
         """Prepare for a task: its samples so far are none. Raises `StreamlearnError`, naming it, where it has no room."""
         start = clones(self._average)
         try:
-            for (
-                part
-            ) in self.strategy.parts.values():  # the network first: it alone may refuse, and nothing has changed then
+            # the network comes first: it alone may refuse, and nothing has changed then
+            for part in self.strategy.parts.values():
                 part.begin_task(task.index, self.params)
         except StreamlearnError as error:
             raise StreamlearnError(f"task {task.name}: {error}", code=error.code) from error
@@ -334,7 +331,7 @@ class Learner:
         for name in ("initial", "task_start"):
             values = state["transfer"][
                 name
-            ]  # empty where forward transfer is undefined: anything of the right shapes will do
+            ]  # empty where forward transfer is undefined: then any of the right shapes do
             kept = [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))]
             setattr(self, name, kept or clones(self.params))
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
