@@ -329,9 +329,8 @@ class Learner:
             self.averaged.module.load_state_dict(state["model"])
         self.reservoir.load_state_dict(state["reservoir"])
         for name in ("initial", "task_start"):
-            values = state["transfer"][
-                name
-            ]  # empty where forward transfer is undefined: then any of the right shapes do
+            # empty where forward transfer is undefined: then any values of the right shapes will do
+            values = state["transfer"][name]
             kept = [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))]
             setattr(self, name, kept or clones(self.params))
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]

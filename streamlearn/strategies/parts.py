@@ -28,9 +28,7 @@ class World:
     num_outputs: int
     max_bytes: int
     scale: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
-    build_network: Callable[
-        ..., nn.Module
-    ]  # (number of outputs, offset of the seed = 0) -> an untrained network, there
+    build_network: Callable[..., nn.Module]  # (outputs, offset of the seed = 0) -> an untrained network, there
     batch_size: int = 1
     tasks: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
 
