@@ -83,8 +83,6 @@ class Learner:
         self.task = -1  # index of the current task
         self.cursor: int | None = None  # refinement batches done, while refining
         needed = [part.samples_needed for part in strategy.parts.values()]
-        if strategy.refine_epochs:
-            needed.append(ALL)
         self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
         self.names, self.params = self._trained()
         self.optimizer = self._make_optimizer()

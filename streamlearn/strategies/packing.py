@@ -60,9 +60,10 @@ class PackedNetwork(Network):
 
     module: Packed
 
-    def __init__(self, world: World, *, prune: float) -> None:
+    def __init__(self, world: World, *, prune: float, samples: int) -> None:
         super().__init__(Packed(world.build_network(world.num_outputs)))
         self.prune = prune
+        self.samples_needed = samples  # to be trained on after pruning
         self.task = 0
         self.refining = False
         if not self.module.packed:

@@ -238,11 +238,18 @@ def pnn(world: World, *, max_parameters: Positive = 50_000_000) -> Slots:
     return {"network": ProgressiveNetwork(world, max_parameters=max_parameters)}
 
 
-def packnet(world: World, *, prune: Annotated[float, Field(gt=0, lt=1)] = 0.75, retrain_epochs: Positive = 1) -> Slots:
-    """PackNet (Mallya & Lazebnik 2018): each task keeps `1 - prune` of the free weights, retrained on its reservoir."""
+def packnet(
+    world: World,
+    *,
+    prune: Annotated[float, Field(gt=0, lt=1)] = 0.75,
+    retrain_epochs: Positive = 1,
+    samples: Positive | Literal["all"] = 20_000,
+) -> Slots:
+    """PackNet (Mallya & Lazebnik 2018): each task keeps `1 - prune` of the free weights, retrained on `samples` of its own."""
+    from streamlearn.memory import ALL
     from streamlearn.strategies.packing import OwnershipConstraint, PackedNetwork
 
-    network = PackedNetwork(world, prune=prune)
+    network = PackedNetwork(world, prune=prune, samples=ALL if samples == "all" else samples)
     return {"network": network, "constraint": OwnershipConstraint(network), "refine_epochs": retrain_epochs}
 
 

@@ -40,7 +40,7 @@ def closing(network: PackedNetwork, task: int, samples: int = 5) -> Closing:
 
 def test_packnet_keeps_the_largest_of_what_is_free() -> None:
     """Of each layer's free weights the smallest are zeroed and stay free; the rest belongs to the task."""
-    network = PackedNetwork(world(), prune=0.75)
+    network = PackedNetwork(world(), prune=0.75, samples=9)
     first = dict(network.module.named_parameters())["net.body.0.weight"].detach().clone()
     network.begin_task(0, [])
     network.begin_refine(closing(network, 0))
@@ -58,7 +58,7 @@ def test_packnet_keeps_the_largest_of_what_is_free() -> None:
 
 def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
     """Weights of outputs that a task never uses are not claimed by it."""
-    network = PackedNetwork(world(), prune=0.5)
+    network = PackedNetwork(world(), prune=0.5, samples=9)
     network.begin_refine(closing(network, 0))
     owned = (network.module.owner("net.head.weight") == 0).sum(1).tolist()
     assert sum(owned[:2]) == 7
@@ -67,7 +67,7 @@ def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
 
 def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:
     """Capacity left is a figure, and running out an error that names the layer."""
-    network = PackedNetwork(world(), prune=0.5)
+    network = PackedNetwork(world(), prune=0.5, samples=9)
     left = []
     for task in range(2):
         network.begin_task(task, [])
@@ -82,7 +82,7 @@ def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:
 
 def test_a_task_without_samples_claims_nothing() -> None:
     """A task that ended before a usable sample came leaves all weights free, and biases to the next."""
-    network = PackedNetwork(world(), prune=0.5)
+    network = PackedNetwork(world(), prune=0.5, samples=9)
     network.begin_refine(closing(network, 0, samples=0))
     assert network.figures()["free_ratio"] == 1
     network.begin_task(1, [])
@@ -112,7 +112,7 @@ class Averaging(nn.Module):
 def test_packnet_refuses_what_it_cannot_mask(build: Any, message: str) -> None:
     """A model without a layer that can be masked is refused when it is built."""
     with pytest.raises(StreamlearnError, match=message) as caught:
-        PackedNetwork(world(build), prune=0.5)
+        PackedNetwork(world(build), prune=0.5, samples=9)
     assert caught.value.code == 78
 
 
