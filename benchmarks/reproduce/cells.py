@@ -255,28 +255,27 @@ be forgotten at all, and nothing lost against them.""",
 DEMONSTRATED: dict[str, Settings] = {
     "sequential": {"naive": {}},
     "joint": {"joint": {}},
-    "generative replay": {"generative": {"variant": "conditional", "latent": 50, "average": None, "ratio": 1.0}},
-    "EWC": {"ewc": {"strength": 1e10, "samples": TASK_SAMPLES}},  # these three as published for `domain`
-    "SI": {"si": {"strength": 2 * 5e4}},
-    "MAS": {"mas": {"strength": 2 * 1e4 / 2, "samples": TASK_SAMPLES}},
-    "RWalk": {"rwalk": {}},
-    "L2": {"l2": {}},
-    "LwF": {"lwf": {}},
-    "GEM": {"gem": {}},
+    "generative replay": {"generative": {"average": None, "ratio": 1.0}},
+    "EWC": {"ewc": {"strength": 5000.0}},
+    "SI": {"si": {"strength": 10.0}},
+    "MAS": {"mas": {"strength": 1.0}},
+    "RWalk": {"rwalk": {"strength": 10.0}},
+    "L2": {"l2": {"strength": 0.1}},
+    "GEM": {"gem": {"momentum": "allow"}},
     "progressive networks": {"pnn": {}},
-    "PackNet": {"packnet": {}},
+    "PackNet": {"packnet": {"samples": TASK_SAMPLES}},
 }
 
 TWO_TASKS = Table(
     "two-tasks",
     "Two tasks, one after the other",
     """
-Digits 0 and 1, then 2 and 3, as odd and even (two outputs, `domain`), in batches of 128. The line is the accuracy on the first
-task along the stream: it falls where the second is learned without any memory, and stays where the first is kept. EWC, SI
-and MAS have the strengths that are published for `domain`, where EWC hardly helps (63.0 against 60.1 for naive); here 1e5
-and 1e7 were tried as well, and ended at 80 and 72 percent.""",
-    Course("split", count=2, epochs=4),
-    SPLIT | {"probes": {"every": 8}},
+The demonstration of Kirkpatrick et al. 2017: all ten digits, and then all ten digits with their pixels in another order; one
+head of ten outputs (`domain`), MLP 784-400-400-10, Adam 1e-3, four epochs of each in batches of 128, no averaged weights. The
+line is the accuracy on the first task along the stream: it falls where the second is learned without any memory, and stays
+where the first is kept. The strengths were chosen by a few short runs; GEM runs with Adam here, as all others do.""",
+    Course("permuted", count=2, epochs=4),
+    SPLIT | {"probes": {"every": 40}},
     tuple(Row(name, {"domain": (None, None)}, strategy) for name, strategy in DEMONSTRATED.items()),
     figures=("average_accuracy", "average_forgetting"),
     seeds=1,

@@ -91,7 +91,8 @@ class Cell:
 
     def _protocol(self) -> Settings:
         topics = streams.topics(self.course)
-        declared = {topic: [2 * n, 2 * n + 1] for n, topic in enumerate(topics)}
+        pairs = self.course.tasks == "split"
+        declared = {topic: [2 * n, 2 * n + 1] if pairs else list(range(10)) for n, topic in enumerate(topics)}
         scenarios: dict[str, Settings] = {
             "class": {"kind": "class", "active": "all"},
             "domain": {"kind": "domain", "tasks": declared},

@@ -159,6 +159,16 @@ def _rotations(course: Course, seed: int) -> list[Lesson]:
     ]
 
 
+def _permuted(course: Course, seed: int) -> list[Lesson]:
+    """All ten digits, their pixels in an order of each task's own, the first as they are (Kirkpatrick et al. 2017)."""
+    train = producer.by_permutation(mnist("train"), course.count, seed)
+    test = producer.by_permutation(mnist("test"), course.count, seed)
+    return [
+        Lesson(_some(part, course.distinct, seed, n), probe)
+        for n, (part, probe) in enumerate(zip(train, test, strict=True))
+    ]
+
+
 def _shuffled(course: Course, seed: int) -> list[Lesson]:
     """One task of all rotations together. Its probe holds all test sets, which are of one size: the mean is the same."""
     parts = _rotations(course, seed)
@@ -183,5 +193,6 @@ def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
 TASKS: dict[str, Callable[[Course, int], list[Lesson]]] = {
     "split": _split,
     "rotations": _rotations,
+    "permuted": _permuted,
     "shuffled": _shuffled,
 }
