@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
+import math
+import os
+import re
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SecretStr,
+    Strict,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from streamlearn.data import Label, StreamlearnError
+from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from typing import Self
+
+    Rule = Iterator[tuple[str, str]]  # dotted keys, each with the reason why what is there cannot be accepted
+
+# looking for plugins reads the metadata of every package that is installed, and none is meant for these models
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 ENV_PREFIX = "STREAMLEARN__"
 REDACTED = "***"
+SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
+SAMPLE_SIZE = 1 << 28  # numbers in one sample
+MAX_CLASSES = 1_000_000
+
+
+def _topic(value: str) -> str:
+    """Refuse what Kafka refuses."""
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in {".", ".."}:
+        why = "a topic's name is 1 to 249 letters, digits, dots, hyphens and underscores, and not . or .."
+        raise PydanticCustomError("topic", why)
+    return value
+
+
+# Bounds of numbers are far beyond what is useful, and within what torch, clocks and memory can bear.
+Int = Annotated[int, Strict()]  # or true would be 1
+Whole = Annotated[Int, Field(le=(1 << 31) - 1)]
+NumBytes = Annotated[Int, Field(ge=1, le=1 << 53)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Label = Int | str
+Topic = Annotated[str, AfterValidator(_topic)]
 
 
 class RecipeSchema(Protocol):
@@ -49,7 +80,55 @@ class RecipeSchema(Protocol):
 class Section(BaseModel):
     """A part of the file: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True)
+
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        """Give what must hold between keys, apart from each other: a rule is left out where a key that it reads is wrong."""
+        del recipes
+        yield from ()
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _follow_rules(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Check the rules together with the last field: a model's own validators are not run where a field is wrong."""
+        if info.field_name != next(reversed(cls.model_fields)):
+            return handler(value)
+        valid, errors = dict(info.data), list[InitErrorDetails]()
+        try:
+            valid[info.field_name] = value = handler(value)
+        except ValidationError as error:
+            errors = [_told(details) for details in error.errors()]
+        partial = cls.model_construct(**valid)
+        wrong = cls.model_fields.keys() - valid.keys()
+        for name in wrong:  # to read it is an AttributeError now
+            vars(partial).pop(name, None)
+        broken: list[tuple[str, str]] = []
+        for rule in partial.rules((info.context or {}).get("recipes", {})):
+            try:
+                broken += rule
+            except AttributeError:
+                if not wrong:
+                    raise
+        for key, why in broken:
+            message = PydanticCustomError("rule", "{why}", {"why": why})
+            loc = tuple(filter(None, key.split(".")))
+            errors.append({"type": message, "loc": loc, "input": _value_at(partial, loc)})
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _place_rules(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Take the last field's name off the keys of broken rules: they are those of this section."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            errors = error.errors()
+            for details in errors:
+                if details["type"] == "rule":
+                    details.update({"type": "told", "loc": details["loc"][1:]})
+            raise ValidationError.from_exception_data(cls.__name__, [_told(details) for details in errors]) from error
 
 
 class Sasl(Section):
@@ -57,26 +136,28 @@ class Sasl(Section):
 
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
     username: str
-    password: SecretStr | None = None
+    password: SecretStr | None = Field(None, min_length=1)
     password_file: Path | None = None
 
-    @model_validator(mode="after")
-    def _has_password(self) -> Sasl:
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        del recipes
+        yield self._has_password()
+
+    def _has_password(self) -> Rule:
         if self.password is None and self.password_file is None:
-            raise PydanticCustomError(
-                "password",
-                "no password: set STREAMLEARN__KAFKA__SASL__PASSWORD in the environment, or password_file",
-            )
-        return self
+            yield "", "no password: set STREAMLEARN__KAFKA__SASL__PASSWORD in the environment, or password_file"
 
     def secret(self) -> str:
-        """Return the password; raises `StreamlearnError` (77) when its file cannot be read."""
+        """Return the password; raises `StreamlearnError` (77) when its file cannot be read, or is empty."""
         if self.password is not None:
             return self.password.get_secret_value()
         try:
-            return Path(str(self.password_file)).read_text().rstrip("\n")
-        except OSError as error:
+            secret = Path(str(self.password_file)).read_text().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
             raise StreamlearnError(f"kafka.sasl.password_file: {error}", code=77) from error
+        if not secret:
+            raise StreamlearnError(f"kafka.sasl.password_file: {self.password_file} is empty", code=77)
+        return secret
 
 
 class Kafka(Section):
@@ -89,25 +170,27 @@ class Kafka(Section):
     ssl_cafile: Path | None = None
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
-    ssl_password: SecretStr | None = None
+    ssl_password: SecretStr | None = Field(None, min_length=1)
     ssl_check_hostname: bool = True
     sasl: Sasl | None = None
     isolation_level: Literal["read_committed", "read_uncommitted"] = "read_committed"
-    metadata_refresh_seconds: float = Field(10.0, gt=0, description="how soon new topics and partitions are found")
-    replication_factor: int = Field(-1, description="of topics created here (dead letters); -1 is the broker's default")
+    metadata_refresh_seconds: Seconds = Field(10.0, description="how soon new topics and partitions are found")
+    replication_factor: Int = Field(
+        -1, ge=-1, le=32767, description="of topics created here (dead letters); -1 is the broker's default"
+    )
 
     @field_validator("bootstrap_servers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _sasl_matches(self) -> Kafka:
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        del recipes
+        yield self._has_sasl()
+
+    def _has_sasl(self) -> Rule:
         if self.security_protocol.startswith("SASL") and self.sasl is None:
-            raise PydanticCustomError(
-                "sasl", "security_protocol {p} needs a sasl section", {"p": self.security_protocol}
-            )
-        return self
+            yield "sasl", f"security_protocol {self.security_protocol} needs a sasl section"
 
 
 class Embedded(Section):
@@ -119,7 +202,7 @@ class Embedded(Section):
 class Queue(Section):
     """Bounds on what the reader may have waiting for the learner."""
 
-    samples: int = Field(20_000, ge=1)
+    samples: Whole = Field(20_000, ge=1)
     megabytes: float = Field(256.0, gt=0)
 
 
@@ -127,37 +210,39 @@ class TaskEnd(Section):
     """The rule that ends a task when no marker does: exactly one of these."""
 
     next_topic: bool = False
-    records: int | None = Field(None, ge=1, description="samples after which the task ends")
-    idle: float | None = Field(None, gt=0, description="seconds without a record, once caught up")
+    records: Whole | None = Field(None, ge=1, description="samples after which the task ends, those of a probe too")
+    idle: Seconds | None = Field(None, description="seconds without a record, once caught up")
 
-    @model_validator(mode="after")
-    def _one(self) -> TaskEnd:
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        del recipes
+        yield self._is_one()
+
+    def _is_one(self) -> Rule:
         if (self.records is not None) + (self.idle is not None) + self.next_topic != 1:
-            raise PydanticCustomError("one_rule", "exactly one of next_topic, records: N, idle: SECONDS is accepted")
-        return self
+            yield "", "exactly one of next_topic, records: N, idle: SECONDS is accepted"
 
 
 class DeadLetter(Section):
     """Where samples that cannot be used go."""
 
-    topic: str | None = Field(None, description="default: <name>.dlq")
+    topic: Topic | None = Field(None, description="default: <name>.dlq")
 
 
 class Stream(Section):
     """Which topics are tasks, in which order, and when a task ends."""
 
     source: Literal["kafka", "embedded"] | None = Field(None, description="default: kafka where configured")
-    topics: list[str] | None = Field(None, min_length=1, description="tasks in this order")
+    topics: list[Topic] | None = Field(None, min_length=1, description="tasks in this order")
     pattern: str | None = Field(None, description="a regular expression that must match a topic's whole name")
     order: Literal["name", "first_record"] = "name"
     task_end: TaskEnd = TaskEnd(next_topic=True)
     on_finished: Literal["wait", "exit"] = "wait"
     codec: Literal["json", "msgpack", "batch"] = Field("json", description="of records without a content-type header")
-    batch_size: int = Field(100, ge=1)
-    linger: float | None = Field(None, gt=0, description="seconds after which a short batch is learned all the same")
-    max_record_bytes: int = Field(16 << 20, ge=1)
+    batch_size: Whole = Field(100, ge=1)
+    linger: Seconds | None = Field(None, description="seconds after which a short batch is learned all the same")
+    max_record_bytes: NumBytes = 16 << 20
     on_offset_out_of_range: Literal["stop", "earliest", "latest", "exit"] = "stop"
-    startup_timeout: float | None = Field(None, gt=0, description="seconds to wait for a broker; default: for ever")
+    startup_timeout: Seconds | None = Field(None, description="seconds to wait for a broker; default: for ever")
     queue: Queue = Queue()
     dead_letter: DeadLetter = DeadLetter()
 
@@ -169,38 +254,41 @@ class Stream(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        import re
-
         try:
             re.compile(value or "")
         except re.error as error:
             raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from error
         return value
 
-    @model_validator(mode="after")
-    def _topics_or_pattern(self) -> Stream:
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        del recipes
+        yield self._topics_or_pattern()
+        yield self._topics_differ()
+
+    def _topics_or_pattern(self) -> Rule:
         if (self.topics is None) == (self.pattern is None):
-            raise PydanticCustomError(
-                "topics", "exactly one of topics (a list) and pattern (a regular expression) is needed"
-            )
+            yield "", "exactly one of topics (a list) and pattern (a regular expression) is needed"
+
+    def _topics_differ(self) -> Rule:
         if self.topics is not None and len(set(self.topics)) != len(self.topics):
-            raise PydanticCustomError("topics", "a topic is listed twice")
-        return self
+            yield "topics", "a topic is listed twice"
 
 
 class Input(Section):
     """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
 
     kind: Literal["numbers"] = "numbers"
-    shape: list[int] = Field(min_length=1)
+    shape: list[Whole] = Field(min_length=1)
     dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
-    scale: float = Field(1.0, gt=0, description="the model sees x / scale")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="the model sees x / scale")
 
     @field_validator("shape")
     @classmethod
     def _positive(cls, value: list[int]) -> list[int]:
         if any(size < 1 for size in value):
             raise PydanticCustomError("shape", "every dimension must be at least 1")
+        if math.prod(value) > SAMPLE_SIZE:
+            raise PydanticCustomError("shape", "a sample may have {n} numbers at most", {"n": SAMPLE_SIZE})
         return value
 
 
@@ -208,9 +296,9 @@ class TextInput(Section):
     """A story, a question about it, and its answer as the label: the model sees `[1 + sentences, words]` token ids."""
 
     kind: Literal["text"]
-    sentences: int = Field(ge=1, description="of a story, the newest; older ones are left out")
-    words: int = Field(ge=1, description="in a sentence at most; a text with a longer one is rejected")
-    vocabulary: int = Field(ge=1, description="words that are told apart, in order of first appearance")
+    sentences: Int = Field(ge=1, le=10_000, description="of a story, the newest; older ones are left out")
+    words: Int = Field(ge=1, le=10_000, description="in a sentence at most; a text with a longer one is rejected")
+    vocabulary: Int = Field(ge=1, le=10_000_000, description="words that are told apart, in order of first appearance")
 
     @property
     def shape(self) -> list[int]:
@@ -241,7 +329,7 @@ class Holdout(Section):
 
     by: Literal["value", "key"] = "value"
     fraction: float = Field(0.1, ge=0, lt=1)
-    max: int | None = Field(1000, ge=1, description="samples of a task's probe; null: no bound")
+    max: Whole | None = Field(1000, ge=1, description="samples of a task's probe; null: no bound")
 
 
 class Optimizer(Section):
@@ -264,7 +352,7 @@ class Augment(Section):
 class LearnerSpec(Section):
     """How a batch is learned."""
 
-    updates_per_batch: int = Field(10, ge=1)
+    updates_per_batch: Whole = Field(10, ge=1)
     optimizer: Optimizer = Optimizer()
     average: float | None = Field(0.998, gt=0, lt=1, description="decay of the weights' moving average; null: none")
     max_norm: float | None = Field(None, gt=0, description="clip the gradient's norm")
@@ -275,11 +363,11 @@ class Model(Section):
     """`mlp`, `resnet`, `memnet` (of text), or `package.module:function` with parameters of its own under `options`."""
 
     name: str = "mlp"
-    hidden: list[int] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
-    width: int = Field(16, ge=1, description="resnet: channels of the first stage")
-    embedding: int = Field(48, ge=1, description="memnet: numbers that stand for a word")
-    hops: int = Field(3, ge=1, description="memnet: how often the story is consulted")
-    heads: int = Field(4, ge=1, description="memnet: sentences that a hop can tell apart at once")
+    hidden: list[Whole] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
+    width: Whole = Field(16, ge=1, description="resnet: channels of the first stage")
+    embedding: Whole = Field(48, ge=1, description="memnet: numbers that stand for a word")
+    hops: Whole = Field(3, ge=1, description="memnet: how often the story is consulted")
+    heads: Whole = Field(4, ge=1, description="memnet: sentences that a hop can tell apart at once")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a model of your own")
 
     @field_validator("name")
@@ -293,31 +381,31 @@ class Model(Section):
 class Memory(Section):
     """A bound on the samples that are kept: the reservoir of the current task, and the memories of past ones."""
 
-    max_bytes: int = Field(2 << 30, ge=1)
+    max_bytes: NumBytes = 2 << 30
 
 
 class Probes(Section):
     """When held-out samples are evaluated."""
 
-    every: int = Field(20, ge=1, description="batches between evaluations")
-    minimum: int = Field(20, ge=1, description="samples from which on the open task's probe is shown")
+    every: Whole = Field(20, ge=1, description="batches between evaluations")
+    minimum: Whole = Field(20, ge=1, description="samples from which on the open task's probe is shown")
 
 
 class Checkpoints(Section):
     """When the state is saved, besides at every task's end and at the stop."""
 
-    every_batches: int | None = Field(None, ge=1)
-    every_seconds: float | None = Field(30.0, gt=0)
-    keep: int = Field(3, ge=1)
-    hourly: int = Field(24, ge=0, description="older checkpoints kept, one for each hour")
+    every_batches: Whole | None = Field(None, ge=1)
+    every_seconds: Seconds | None = 30.0
+    keep: Whole = Field(3, ge=1)
+    hourly: Whole = Field(24, ge=0, description="older checkpoints kept, one for each hour")
 
 
 class Service(Section):
     """The read-only HTTP listener."""
 
     host: str = "127.0.0.1"
-    port: int = Field(9464, ge=0, le=65535, description="0: any free port, shown in status")
-    liveness_timeout: float = Field(60.0, gt=0)
+    port: Int = Field(9464, ge=0, le=65535, description="0: any free port, shown in status")
+    liveness_timeout: Seconds = 60.0
 
 
 class Log(Section):
@@ -332,12 +420,12 @@ class Config(Section):
 
     name: str = Field("streamlearn", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     state_dir: Path = Path("state/streamlearn")
-    seed: int = Field(0, ge=0)
+    seed: Int = Field(0, ge=0, le=1 << 53)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
-    threads: int = Field(1, ge=1)
-    shutdown_grace: float = Field(25.0, gt=0)
+    threads: Int = Field(1, ge=1, le=1024)
+    shutdown_grace: Seconds = 25.0
     input: Input | TextInput
-    classes: list[Label] | int = Field(description="the labels, or how many there may be")
+    classes: list[Label] | Int = Field(description="the labels, or how many there may be")
     grow_head: bool = False
     scenario: ScenarioSpec = ScenarioSpec()
     stream: Stream
@@ -375,8 +463,10 @@ class Config(Section):
     @field_validator("classes")
     @classmethod
     def _classes(cls, value: list[Label] | int) -> list[Label] | int:
-        if isinstance(value, int) and value < 1:
-            raise PydanticCustomError("classes", "a number of classes must be at least 1")
+        if isinstance(value, int) and not 1 <= value <= MAX_CLASSES:
+            raise PydanticCustomError(
+                "classes", "a number of classes must be at least 1, and {n} at most", {"n": MAX_CLASSES}
+            )
         if isinstance(value, list) and (not value or len(set(value)) != len(value)):
             raise PydanticCustomError("classes", "a list of classes must name each once, and at least one")
         return value
@@ -386,66 +476,75 @@ class Config(Section):
     def _strategy(cls, value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]:
         return _check_strategy(_as_recipes(value), (info.context or {}).get("recipes", {}))
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Config:
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        yield self._source_is_there()
+        yield self._tasks_are_declared()
+        yield self._classes_are_declared()
+        yield self._head_may_grow()
+        yield self._dead_letters_are_apart()
+        yield self._augments_images()
+        yield self._model_fits_input()
+        yield self._strategy_fits_input()
+        yield self._codec_fits_input()
+        for name in getattr(self, "strategy", ()):
+            yield ((f"strategy.{name}", why) for why in recipes[name].refusals(self, name))
+
+    def _source_is_there(self) -> Rule:
         if self.source == "kafka" and self.kafka is None:
-            raise PydanticCustomError(
-                "kafka", "stream.source is kafka, but there is no kafka section with bootstrap_servers"
-            )
-        if self.scenario.kind == "domain" and not self.scenario.tasks:
-            raise PydanticCustomError(
-                "scenario", "scenario domain needs scenario.tasks: the classes of each task in order"
-            )
+            yield "kafka", "stream.source is kafka, but there is no kafka section with bootstrap_servers"
+
+    def _tasks_are_declared(self) -> Rule:
+        spec = self.scenario
+        if spec.kind == "domain" and not spec.tasks:
+            yield "scenario", "scenario domain needs scenario.tasks: the classes of each task in order"
+            return
+        topics = self.stream.topics
+        if spec.kind == "domain" and (bare := [name for name in topics or () if name not in spec.tasks]):
+            names = ", ".join(bare)
+            yield "scenario.tasks", f"scenario domain needs the classes of each task, and has none for topic {names}"
+        strange = [name for name in spec.tasks if topics is not None and name not in topics]
+        if spec.kind in {"task", "domain"} and strange:
+            yield "scenario.tasks", f"{', '.join(strange)}: not in stream.topics; accepted: {', '.join(topics or ())}"
+
+    def _classes_are_declared(self) -> Rule:
         if isinstance(self.classes, list):
-            unknown = sorted(
-                {str(c) for known in self.scenario.tasks.values() for c in known} - {str(c) for c in self.classes}
-            )
+            known = {str(c) for c in self.classes}
+            unknown = sorted({str(c) for declared in self.scenario.tasks.values() for c in declared} - known)
             if unknown:
-                raise PydanticCustomError(
-                    "tasks", "scenario.tasks names classes that are not in classes: {u}", {"u": ", ".join(unknown)}
-                )
+                yield "scenario.tasks", f"scenario.tasks names classes that are not in classes: {', '.join(unknown)}"
+
+    def _head_may_grow(self) -> Rule:
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
-            raise PydanticCustomError("grow_head", "grow_head needs classes as a number, and scenario class or task")
+            yield "grow_head", "grow_head needs classes as a number, and scenario class or task"
+
+    def _dead_letters_are_apart(self) -> Rule:
+        if self.dead_letter_topic in (self.stream.topics or ()):
+            why = f"dead letters may not go to a task's topic, and {self.dead_letter_topic} is in stream.topics"
+            yield "stream.dead_letter.topic", why
+
+    def _augments_images(self) -> Rule:
         images = isinstance(self.input, Input) and len(self.input.shape) in {2, 3}
         if self.learner.augment is not None and not images:
-            shape = str(self.input.shape)
-            text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not {s}"
-            raise PydanticCustomError("augment", text, {"s": shape})
-        return self
+            text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not"
+            yield "learner.augment", f"{text} {self.input.shape}"
 
-    @model_validator(mode="after")
-    def _strategy_fits(self, info: ValidationInfo) -> Config:
-        recipes: Mapping[str, RecipeSchema] = (info.context or {}).get("recipes", {})
-        errors: list[InitErrorDetails] = [
-            {"type": PydanticCustomError("recipe", "{why}", {"why": why}), "loc": ("strategy", name), "input": {}}
-            for name in self.strategy
-            for why in recipes[name].refusals(self, name)
-        ]
-        if errors:
-            raise ValidationError.from_exception_data("strategy", errors)
-        return self
+    def _model_fits_input(self) -> Rule:
+        name, text = self.model.name, isinstance(self.input, TextInput)
+        if text and name in {"mlp", "resnet"}:
+            yield "model", f"model {name} sees numbers, and input is text; accepted: memnet, package.module:function"
+        if name == "memnet" and not text:
+            yield "model", "model memnet sees text: it needs input with kind: text"
 
-    @model_validator(mode="after")
-    def _fits_input(self) -> Config:
-        text = isinstance(self.input, TextInput)
-        if text and self.model.name in {"mlp", "resnet"}:
-            raise PydanticCustomError(
-                "model", "model {m} sees numbers, and input is text; accepted: memnet, package.module:function",
-                {"m": self.model.name},
-            )  # fmt: skip
-        if self.model.name == "memnet" and not text:
-            raise PydanticCustomError("model", "model memnet sees text: it needs input with kind: text")
-        if text and "generative" in self.strategy:
-            raise PydanticCustomError(
-                "strategy",
+    def _strategy_fits_input(self) -> Rule:
+        if isinstance(self.input, TextInput) and "generative" in self.strategy:
+            why = (
                 "strategy generative replays what a VAE of numbers makes, and it cannot make the token ids of a text; "
-                "er and joint replay stored samples of any kind",
             )
-        if text and self.stream.codec == "batch":
-            raise PydanticCustomError(
-                "codec", "stream.codec batch holds numbers, and input is text: use json or msgpack"
-            )
-        return self
+            yield "strategy", why + "er and joint replay stored samples of any kind"
+
+    def _codec_fits_input(self) -> Rule:
+        if isinstance(self.input, TextInput) and self.stream.codec == "batch":
+            yield "stream.codec", "stream.codec batch holds numbers, and input is text: use json or msgpack"
 
     @property
     def source(self) -> str:
@@ -482,6 +581,8 @@ class Config(Section):
 
     def digest(self) -> str:
         """Return the SHA-256 of the effective values."""
+        import hashlib
+
         return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()
 
     def shaping(self) -> dict[str, Any]:
@@ -501,22 +602,19 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
     Raises `StreamlearnError` (78) whose message has a line for every error, with key, value and what is accepted.
     """
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except OSError as error:
-        raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=78) from error
-    try:
-        tree = yaml.safe_load(text)
-        lines = _line_numbers(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise StreamlearnError(f"{path}: not YAML: {' '.join(str(error).split())}", code=78) from error
-    if not isinstance(tree, dict):
-        raise StreamlearnError(f"{path}: expected keys and values, got {type(tree).__name__}", code=78)
-    problems = [
+        code = 77 if isinstance(error, PermissionError) else 78
+        raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=code) from error
+    tree, lines, problems = _parse(path, content)
+    problems += [
         f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use the environment or {key[-1]}_file"
         for key in (("kafka", "sasl", "password"), ("kafka", "ssl_password"))
         if _get(tree, key) is not None
     ]
-    _overlay(tree, environ)
+    problems += _overlay({} if tree is None else tree, environ)
+    if tree is None:
+        raise StreamlearnError("\n".join(problems), code=78)
     try:
         config = Config.model_validate(tree, context={"recipes": recipes})
     except ValidationError as error:
@@ -553,6 +651,21 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
 
 
+def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tuple[str, ...], int], list[str]]:
+    """Return the file's tree, None where there is none, the line of each key, and what is wrong with the text itself."""
+    try:
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is the second
+        mark = getattr(error, "problem_mark", None)
+        where = path if mark is None else f"{path}:{mark.line + 1}"
+        return None, {}, [f"{where}: not YAML: {_one_line(error)}"]
+    if not isinstance(tree, dict):
+        return None, {}, [f"{path}: expected keys and values, got {type(tree).__name__}"]
+    twice = [f"{path}:{line}: {'.'.join(key)}: is here twice; a key is accepted once" for key, line in _repeated(node)]
+    return tree, _line_numbers(node), twice
+
+
 def _as_recipes(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {value: {}}
@@ -575,9 +688,9 @@ def _check_input(value: dict[str, Any]) -> Input | TextInput:
         raise ValidationError.from_exception_data("input", [_told(d, kinds[kind]) for d in error.errors()]) from error
 
 
-def _told(details: ErrorDetails, model: type[BaseModel]) -> InitErrorDetails:
-    """Return an error of a model that its place in the file alone does not tell, with what that model accepts."""
-    kind = details["type"] if details["type"] == "missing" else "told"
+def _told(details: ErrorDetails, model: type[BaseModel] | None = None) -> InitErrorDetails:
+    """Return an error to raise again; of a model that its place in the file alone does not tell, with what it accepts."""
+    kind = details["type"] if model is None or details["type"] == "missing" else "told"
     message = PydanticCustomError(kind, "{why}", {"why": _expected(details, model)})
     return {"type": message, "loc": details["loc"], "input": details["input"]}
 
@@ -625,6 +738,8 @@ def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...],
 
 def _expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
     if details["type"] == "extra_forbidden" and model is not None:
+        import difflib
+
         accepted = sorted(model.model_fields)
         close = difflib.get_close_matches(str(details["loc"][-1]), accepted, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -647,10 +762,23 @@ def _model_at(key: Sequence[str]) -> type[BaseModel] | None:
 
 
 def _show(key: Sequence[str], value: Any) -> str:
-    return REDACTED if key and "password" in key[-1] else repr(value)
+    return REDACTED if _is_secret(key) else repr(value)
 
 
-def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
+def _is_secret(key: Sequence[str]) -> bool:
+    """Tell whether a value may be a secret, by a key that may be mistyped."""
+    if "sasl" in key and key[-1] not in {"mechanism", "username"}:
+        return True
+    return any(word in part.lower() for part in key for word in SECRET_WORDS)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """Lay the environment's values over a tree; return what is wrong with those that are not YAML."""
+    problems = []
     for name, text in sorted(environ.items()):
         if not name.startswith(ENV_PREFIX):
             continue
@@ -660,8 +788,11 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]
-        # a password is text whatever it looks like
-        node[last] = text if "password" in last else yaml.safe_load(text)
+        try:  # a password is text whatever it looks like
+            node[last] = text if "password" in last else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
+    return problems
 
 
 def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
@@ -672,6 +803,26 @@ def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tup
             lines[below] = name.start_mark.line + 1
             lines |= _line_numbers(value, below)
     return lines
+
+
+def _repeated(node: yaml.Node | None, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Give each key that its section has already, and the line where it comes again: YAML keeps the last one."""
+    if isinstance(node, yaml.MappingNode):
+        met = set()
+        for name, value in node.value:
+            one, below = (name.tag, str(name.value)), (*key, str(name.value))
+            if one in met:
+                yield below, name.start_mark.line + 1
+            met.add(one)
+            yield from _repeated(value, below)
+
+
+def _value_at(section: Section, key: Sequence[str]) -> Any:
+    """Return what is below a section, or an empty tree, which is not shown, where there is nothing."""
+    found: Any = section
+    for part in key:
+        found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
+    return {} if found is None else found
 
 
 def _get(tree: Any, key: Sequence[str]) -> Any:

@@ -270,14 +270,15 @@ class Job:
         for (topic, partition), end in sorted(ends.items()):
             position = self.progress.positions.at.get((topic, partition))
             lag.setdefault(topic, {})[str(partition)] = max(0, end - (position.offset if position else 0))
-        problem = stream.status.problem if stream is not None else None
+        reader = stream.status if stream is not None else None
         return {
             "name": self.config.name,
             "version": __version__,
             "state": self.state,
             "pid": os.getpid(),
             "started": self.started,
-            "problem": problem,
+            "problem": reader.problem if reader is not None else None,
+            "waiting_for": reader.waiting_for if reader is not None else None,
             "strategy": " + ".join(self.config.strategy),
             "scenario": self.scenario.kind,
             "model": self.config.model.name,
@@ -297,7 +298,7 @@ class Job:
             "forward_transfer": self.matrix.forward_transfer,
             "average_forgetting": self.matrix.average_forgetting,
             "positions": self.progress.positions.by_topic(),
-            "lag": lag,
+            "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
             "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
         }
 

@@ -204,13 +204,16 @@ def headline(tree: dict[str, Any]) -> str:
 def figures(tree: dict[str, Any]) -> str:
     """Return the lines of figures below the tasks."""
     counts = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in tree["samples"].items())
-    lag = sum(count for partitions in tree["lag"].values() for count in partitions.values())
+    lag = "-"
+    if tree["lag"] is not None:
+        lag = f"{sum(count for partitions in tree['lag'].values() for count in partitions.values())} records"
+    waiting = f"; waiting for topic {tree['waiting_for']}" if tree.get("waiting_for") is not None else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
         f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {percent(tree['forward_transfer'])}\n"
-        f"samples: {counts}; lag {lag} records\ncheckpoint: {last}"
+        f"samples: {counts}; lag {lag}{waiting}\ncheckpoint: {last}"
     )
 
 

@@ -23,7 +23,8 @@ def build(
     """Return `mlp`, `resnet`, `memnet`, or what `package.module:function(input_shape, num_outputs, **options)` returns.
 
     `spec` is the configuration's `model` section. Where the input is text, the number of its words is passed to a
-    function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built.
+    function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built, or does not fit its input
+    and outputs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -36,15 +37,45 @@ def build(
             if spec["name"] == "memnet":
                 sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
                 return MemNet(input_shape, num_outputs, **told, **sizes)
-            module, _, function = spec["name"].partition(":")
-            model = getattr(importlib.import_module(module), function)(
-                list(input_shape), num_outputs, **told, **spec["options"]
-            )
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise StreamlearnError(f"model {spec['name']}: {error}", code=78) from error
+        except (TypeError, ValueError, RuntimeError) as error:  # the last where memory is too small
+            raise _unfit(spec, error) from error
+        return _build_own(spec, input_shape, num_outputs, told)
+
+
+def _build_own(
+    spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, told: Mapping[str, Any]
+) -> nn.Module:
+    """Return the user's model, after it has seen two samples of zeros."""
+    module, _, function = spec["name"].partition(":")
+    try:
+        model = getattr(importlib.import_module(module), function)(
+            list(input_shape), num_outputs, **told, **spec["options"]
+        )
+    except Exception as error:  # whatever a user's function raises is not our fault
+        raise _unfit(spec, error) from error
     if not isinstance(model, nn.Module):
-        raise StreamlearnError(f"model {spec['name']}: expected a torch.nn.Module, got {type(model).__name__}", code=78)
+        raise _unfit(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
+    device = next((param.device for param in model.parameters()), None)
+    zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
+    shape = list(zeros.shape)
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        with torch.no_grad():
+            logits = model.eval()(zeros)
+    except Exception as error:
+        raise _unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
+    for part, mode in modes:
+        part.training = mode
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise _unfit(spec, f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}")
     return model
+
+
+def _unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
+    if not isinstance(why, str):
+        why = f"{type(why).__name__}: {' '.join(str(why).split())}"
+    return StreamlearnError(f"model {spec['name']}: {doing}{why}", code=78)
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

@@ -265,6 +265,8 @@ class KafkaSink:
             admin.create_topics([NewTopic(name, partitions, self.kafka.replication_factor)])
         except kafka_errors.TopicAlreadyExistsError:
             return False
+        except kafka_errors.InvalidTopicError as error:
+            raise StreamlearnError(f"{name}: not a name that Kafka accepts for a topic", code=78) from error
         except PERMISSION as error:
             raise StreamlearnError(f"{name}: may not be created: {error}", code=77) from error
         except kafka_errors.KafkaError as error:

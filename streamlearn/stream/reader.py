@@ -39,11 +39,14 @@ class StreamStatus:
 
     connected: bool = False
     last_contact: float | None = None  # Unix seconds
-    ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets
+    ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets; none while no broker tells them
     read: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
     assigned: int = 0
     paused: bool = False
     problem: str | None = None  # why reading stands still
+    waiting_for: str | None = (
+        None  # the topic, or the pattern of topics, of which the next task's first record must come
+    )
 
 
 class Stream:
@@ -168,6 +171,7 @@ class Stream:
                 if self.status.connected or self.status.last_contact is None:
                     log.warning("%s; waiting for it", error)
                 self.status.connected = False
+                self.status.ends = {}
                 self.status.problem = str(error)
                 limit = self.spec.startup_timeout
                 if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
@@ -302,7 +306,7 @@ class Stream:
         return [name for name in names if name not in begun]
 
     def _choose(self, names: list[str]) -> None:
-        """Begin the next task when none is current and its topic has a record."""
+        """Begin the next task when none is current and its topic has a record; refuse (78) what a domain cannot learn."""
         if self.assembler.task is not None:
             return
         tasks = self.assembler.progress.tasks
@@ -313,12 +317,15 @@ class Stream:
             over = upcoming is None
         else:
             later = [name for name in later if self._has_records(name)]
+            upcoming = self.spec.pattern
             over = bool(tasks) and not later
         if self.spec.on_finished == "exit" and over:
             self._exhausted = True
         if not later or not self._has_records(later[0]):
+            self._wait_for(None if self._exhausted else upcoming)
             return
         name = later[0]
+        self._wait_for(None)
         if (
             self.spec.order == "name"
             and self.spec.pattern
@@ -326,10 +333,19 @@ class Stream:
             and natural_key(name) < natural_key(tasks[-1].name)
         ):
             log.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
-        declared = self.assembler.rules.scenario.declared.get(name, [])
-        task = Task(len(tasks), name, labels=list(declared) if self.assembler.rules.scenario.kind == "domain" else [])
+        scenario = self.assembler.rules.scenario
+        if scenario.kind == "domain" and name not in scenario.declared:
+            known = ", ".join(scenario.declared)
+            raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)
+        task = Task(len(tasks), name, labels=list(scenario.declared[name]) if scenario.kind == "domain" else [])
         self._put(self.assembler.begin(task))
         self._last_record = time.monotonic()
+
+    def _wait_for(self, topic: str | None) -> None:
+        if topic is not None and topic != self.status.waiting_for:
+            missing = "has no record yet" if topic in self._topics else "does not exist yet"
+            log.info("waiting for topic %s, which %s", topic, missing, extra={"topic": topic})
+        self.status.waiting_for = topic
 
     def _assign(self) -> None:
         offsets: dict[Partition, int] = {}

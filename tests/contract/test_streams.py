@@ -13,7 +13,7 @@ import pytest
 
 from streamlearn.config import Kafka, TextInput
 from streamlearn.config import Stream as StreamSpec
-from streamlearn.data import Delivery, Position, Positions, Progress, Task
+from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import TYPE_OF, Codec, encode, encode_text
@@ -85,6 +85,7 @@ class World:
         fraction: float = 0.0,
         classes: Any = 10,
         text: TextInput | None = None,
+        scenario: Scenario | None = None,
         **spec: Any,
     ) -> Stream:
         """Return a started stream."""
@@ -96,7 +97,7 @@ class World:
         rules = Rules(
             codec,
             HoldOut("value", fraction),
-            Scenario("class", "seen", classes),
+            scenario or Scenario("class", "seen", classes),
             dead,
             full.batch_size,
             full.task_end.records,
@@ -318,6 +319,56 @@ def test_a_pattern_orders_topics_as_people_do(world: World) -> None:
     assert [d.begins.name for d in found if d.begins is not None] == [names[2], names[1], names[0]]
 
 
+def test_dead_letters_are_no_task_though_the_pattern_matches(world: World) -> None:
+    """The topic that takes what cannot be used is never learned from, whatever its name."""
+    world.topic("dlq", [5])
+    a = world.topic("a", [0])
+    progress = Progress()
+    everything(world.stream(pattern=f"{world.prefix}-.*"), progress)
+    assert [task.name for task in progress.tasks] == [a]
+
+
+def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """One log line and the status tell of a topic that is missing or empty; reading goes on when its record comes."""
+    caplog.set_level("INFO", "streamlearn.stream.reader")
+    a = world.topic("a", [0])
+    progress = Progress()
+    stream = world.stream(topics=[a, world.name("missing")], on_finished="wait")
+    until(stream, lambda found: any(d.ends for d in found), progress)
+    until(stream, lambda _: stream.status.waiting_for is not None, progress)
+    assert stream.status.waiting_for == world.name("missing")
+    assert stream.status.problem is None
+    time.sleep(1.2)  # the next look at the log says nothing again
+    lines = [record.getMessage() for record in caplog.records if "waiting for topic" in record.getMessage()]
+    assert lines == [f"waiting for topic {world.name('missing')}, which does not exist yet"]
+    world.topic("missing", [1])
+    until(stream, lambda found: any(d.begins for d in found), progress)
+    assert stream.status.waiting_for is None
+
+
+def test_a_pattern_that_matches_nothing_is_waited_for(world: World) -> None:
+    """Where no topic can be named, the pattern is."""
+    stream = world.stream(pattern=f"{world.prefix}-t.*", on_finished="wait")
+    until(stream, lambda _: stream.status.waiting_for is not None)
+    assert stream.status.waiting_for == f"{world.prefix}-t.*"
+
+
+def test_a_domain_without_classes_is_not_begun(world: World) -> None:
+    """A topic that a pattern finds and scenario.tasks does not name is told, and nothing of it is learned."""
+    domain = Scenario("domain", "seen", 10, {world.name("t-1"): [0]})
+    world.topic("t-1", [0])
+    other = world.topic("t-2", [0])
+    stream = world.stream(pattern=f"{world.prefix}-t.*", scenario=domain)
+    progress = Progress()
+    with pytest.raises(
+        StreamlearnError, match=f"topic {other}: scenario.tasks has no classes for it, only for"
+    ) as caught:
+        everything(stream, progress)
+    assert caught.value.code == 78
+    assert [task.name for task in progress.tasks] == [world.name("t-1")]
+    assert progress.totals()["trained"] == 1
+
+
 def test_a_topic_found_later_is_learned_too(world: World) -> None:
     """New topics are found while running."""
     progress = Progress()
@@ -389,7 +440,7 @@ def test_a_smaller_count_ends_the_task_at_once(world: World) -> None:
 
 def test_an_outage_is_not_silence(world: World) -> None:
     """A task that ends by silence is not ended by a broker that was away: the silence counts from its return."""
-    idle, connected, progress = 1.5, [], Progress()
+    idle, connected, ends, progress = 1.5, list[float](), dict[Any, int](), Progress()
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], task_end={"idle": idle}, on_finished="wait")
     until(stream, bool, progress)
@@ -397,6 +448,7 @@ def test_an_outage_is_not_silence(world: World) -> None:
 
     def reconnect() -> None:
         connected.append(time.monotonic())
+        ends.update(stream.status.ends)
         connect()
 
     def fail(timeout: float) -> list[Record]:
@@ -404,10 +456,12 @@ def test_an_outage_is_not_silence(world: World) -> None:
             raise BrokerUnavailable("away")
         return poll(timeout)
 
+    assert stream.status.ends == {(a, 0): 2}
     # An outage, where no broker can be stopped.
     stream.source.connect, stream.source.poll = reconnect, fail  # type: ignore[method-assign]
     until(stream, lambda found: any(delivery.ends == "idle" for delivery in found), progress)
     assert len(connected) > 1, "there was no outage"
+    assert ends == {}, "nobody tells where the log ends"
     assert time.monotonic() - connected[-1] >= idle
 
 

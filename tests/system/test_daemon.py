@@ -65,7 +65,7 @@ def waiting(status: Mapping[str, Any]) -> bool:
 
 def any_lag(status: Mapping[str, Any]) -> bool:
     """Tell whether anything waits in the log."""
-    return any(count for partitions in status["lag"].values() for count in partitions.values())
+    return any(count for partitions in (status["lag"] or {}).values() for count in partitions.values())
 
 
 def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None = 200) -> dict[str, Any]:

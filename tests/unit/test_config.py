@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streamlearn.config import Config, load, schema
+from streamlearn.config import Config, Sasl, load, schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 
@@ -51,6 +51,146 @@ def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
     assert any(
         "strategy.foo" in line and "accepted: agem, derpp, er, ewc, gem, generative, joint" in line for line in lines
     )
+
+
+def refused(tmp_path: Path, tree: Any, **environ: str) -> list[str]:
+    """Return the lines that refuse a tree, without the directory."""
+    with pytest.raises(StreamlearnError) as caught:
+        written(tmp_path, tree, **environ)
+    assert caught.value.code == 78
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_rules_between_keys_are_told_with_errors_of_keys(tmp_path: Path) -> None:
+    """A wrong key hides no rule that does not read it, and a broken rule no other: in the file as in its sections."""
+    text = """
+input: {shape: [4]}
+classes: 3
+threads: 0
+scenario: domain
+grow_head: true
+learner: {augment: {shift: 1}}
+stream: {topics: [a, a], batch_size: -1}
+kafka: {security_protocol: SASL_SSL}
+strategy: [pnn, gem]
+log: {level: loud}
+"""
+    lines = refused(tmp_path, text)
+    wrong = [
+        "4: threads: is 0; Input should be greater than or equal to 1",
+        "5: scenario: scenario domain needs scenario.tasks",
+        "6: grow_head: is True; grow_head needs classes as a number",
+        "7: learner.augment: learner.augment needs images",
+        "8: stream.batch_size: is -1; Input should be greater than or equal to 1",
+        "8: stream.topics: is ['a', 'a']; a topic is listed twice",
+        "9: kafka.bootstrap_servers: Field required",
+        "9: kafka.sasl: security_protocol SASL_SSL needs a sasl section",
+        "10: strategy.pnn: cannot be combined with gem",
+        "10: strategy.pnn: pnn has outputs that do not grow",
+        "10: strategy.gem: learner.optimizer is adam",
+        "11: log.level: is 'loud'; Input should be 'debug', 'info', 'warning' or 'error'",
+    ]
+    assert [sum(line.startswith(f"job.yaml:{one}") for line in lines) for one in wrong] == [1] * len(wrong), lines
+    assert len(lines) == len(wrong)
+
+
+def test_a_rule_is_silent_where_a_key_that_it_reads_is_wrong(tmp_path: Path) -> None:
+    """What would follow from a default in place of what was meant is not told."""
+    wrong = {"scenario": "domian", "model": {"name": "mlq"}, "input": TEXT["input"], "strategy": "er"}
+    lines = refused(tmp_path, {**MINIMAL, **wrong, "grow_head": True, "stream": {}})
+    assert [line.split(": ")[1] for line in lines] == ["scenario.kind", "stream", "model.name"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would take the second without a word; the line of the second is told, in sections too."""
+    text = "input: {shape: [4]}\nclasses: 3\nstream:\n  topics: [a]\n  topics: [b]\nclasses: 4\n"
+    assert refused(tmp_path, text) == [
+        "job.yaml:5: stream.topics: is here twice; a key is accepted once",
+        "job.yaml:6: classes: is here twice; a key is accepted once",
+    ]
+
+
+def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    """One line names the variable, beside all other errors."""
+    lines = refused(tmp_path, {**MINIMAL, "threads": 0}, STREAMLEARN__NAME="[", STREAMLEARN__SEED="2020-13-45")
+    assert lines == [
+        "STREAMLEARN__NAME: is '['; not YAML: expected the node content, but found '<stream end>'",
+        "STREAMLEARN__SEED: is '2020-13-45'; not YAML: month must be in 1..12",
+        "job.yaml:8: threads: is 0; Input should be greater than or equal to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"name: \xff\xfe\n", "job.yaml: not YAML: unacceptable character #x00ff: invalid start byte"),
+        (b"a: [1\nb: 2\n", "job.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        (b"a: 2020-13-45\n", "job.yaml: not YAML: month must be in 1..12"),
+        (b"- a\n", "job.yaml: expected keys and values, got list"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_one_line(tmp_path: Path, content: bytes, line: str) -> None:
+    """The environment's errors are told with it."""
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(StreamlearnError) as caught:
+        load(path, RECIPES, {"STREAMLEARN__NAME": "["})
+    lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert (caught.value.code, len(lines)) == (78, 2)
+    assert lines[0].startswith(line)
+    assert lines[1].startswith("STREAMLEARN__NAME")
+
+
+NUMBERS: list[tuple[dict[str, Any], str]] = [
+    ({"input": {"shape": [80_000_000_000, 8]}}, "input.shape.0: is 80000000000; Input should be less than"),
+    ({"input": {"shape": [1 << 20, 1 << 20]}}, "input.shape: is [1048576, 1048576]; a sample may have 268435456"),
+    ({"classes": 10**12}, "classes: is 1000000000000; a number of classes must be at least 1, and 1000000 at most"),
+    ({"threads": 10**10}, "threads: is 10000000000; Input should be less than or equal to 1024"),
+    ({"seed": 1 << 63}, "seed: is 9223372036854775808; Input should be less than or equal to 9007199254740992"),
+    ({"shutdown_grace": float("inf")}, "shutdown_grace: is inf; Input should be less than or equal to"),
+    ({"classes": True}, "classes: is True; Input should be a valid integer"),
+    ({"classes": [True, False]}, "classes.0: is True; Input should be a valid integer"),
+    ({"stream": {"topics": ["a"], "batch_size": True}}, "stream.batch_size: is True; Input should be a valid integer"),
+    ({"stream": {"topics": ["a"], "task_end": {"records": True}}}, "stream.task_end.records: is True; Input should be"),
+]
+
+
+@pytest.mark.parametrize(("over", "line"), NUMBERS)
+def test_numbers_are_bounded_and_no_booleans(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """What no machine can bear is refused before it is tried, and yes is not 1."""
+    assert any(line in one for one in refused(tmp_path, {**MINIMAL, **over}))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x/y", "a" * 300, "..", "ä", "a\n"])
+def test_topics_are_named_as_kafka_accepts(tmp_path: Path, name: str) -> None:
+    """A name that no broker takes would be waited for without end."""
+    assert "1 to 249 letters" in refused(tmp_path, {**MINIMAL, "stream": {"topics": [name]}})[0]
+    letters = {"topics": ["a"], "dead_letter": {"topic": name}}
+    assert "1 to 249 letters" in refused(tmp_path, {**MINIMAL, "stream": letters})[0]
+
+
+APART = {"topics": ["a", "b.dlq"], "dead_letter": {"topic": "a"}}
+TASKS: list[tuple[dict[str, Any], str]] = [
+    ({"scenario": {"kind": "domain", "tasks": {"b": [1]}}}, "has none for topic a"),
+    ({"scenario": {"kind": "domain", "tasks": {"a": [1], "b": [1]}}}, "b: not in stream.topics; accepted: a"),
+    ({"scenario": {"kind": "task", "tasks": {"b": [1]}}}, "b: not in stream.topics; accepted: a"),
+    ({"stream": APART}, "stream.dead_letter.topic: is 'a'; dead letters may not go to a task's topic"),
+    ({"stream": {"topics": ["b.dlq"]}, "name": "b"}, "stream.dead_letter.topic: dead letters may not go to"),
+]
+
+
+@pytest.mark.parametrize(("over", "line"), TASKS)
+def test_topics_and_tasks_agree(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """Each topic's classes are known where they must be, no task is a stranger, and dead letters are apart."""
+    assert any(line in one for one in refused(tmp_path, {**MINIMAL, **over}))
+
+
+def test_what_need_not_agree_is_accepted(tmp_path: Path) -> None:
+    """Some topics of scenario task may have no declaration, and a pattern's topics are found later."""
+    some = {"scenario": {"kind": "task", "tasks": {"a": [1]}}, "stream": {"topics": ["a", "b"]}}
+    assert written(tmp_path, {**MINIMAL, **some}).stream.topics == ["a", "b"]
+    domain = {"scenario": {"kind": "domain", "tasks": {"a": [1]}}, "stream": {"pattern": ".*"}}
+    assert written(tmp_path, {**MINIMAL, **domain}).scenario.tasks == {"a": [1]}
 
 
 REFUSED = [
@@ -187,8 +327,29 @@ def test_a_password_is_never_in_the_file_nor_shown(tmp_path: Path) -> None:
     assert config.kafka.sasl.secret() == "12345"
     assert "12345" not in json.dumps(config.effective())
     assert "12345" not in repr(config)
+    empty = refused(tmp_path, tree, STREAMLEARN__KAFKA__SASL__PASSWORD="")
+    assert empty == [
+        "job.yaml:7: kafka.sasl.password: is ***; Value should have at least 1 item after validation, not 0"
+    ]
     with pytest.raises(StreamlearnError, match="a secret is not accepted in the file"):
         written(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {"username": "me", "password": "12345"}}})
+
+
+@pytest.mark.parametrize("name", ["KAFKA__SASL__PASSWRD", "KAFKA__SASL__PW", "KAFKA__SASL", "API_TOKEN", "KAFKA__PASS"])
+def test_a_mistyped_secret_is_not_echoed(tmp_path: Path, name: str) -> None:
+    """The line names the key and not the value, whatever it looks like."""
+    for value in ("canary", "canary: [", "[canary"):
+        lines = refused(tmp_path, MINIMAL, **{f"STREAMLEARN__{name}": value})
+        assert lines
+        assert not any("canary" in line for line in lines), lines
+
+
+def test_a_password_file_may_not_be_empty(tmp_path: Path) -> None:
+    """An empty secret is a mistake, told before a broker refuses it."""
+    (tmp_path / "secret").write_text("\n")
+    sasl = Sasl(username="me", password_file=tmp_path / "secret")
+    with pytest.raises(StreamlearnError, match="secret is empty"):
+        sasl.secret()
 
 
 def test_only_what_shapes_the_state_must_agree(tmp_path: Path) -> None:

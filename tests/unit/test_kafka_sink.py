@@ -52,6 +52,27 @@ def sink(*failures: Exception) -> tuple[KafkaSink, Producer]:
     return made, producer
 
 
+class Admin:
+    """A broker's refusal to create a topic."""
+
+    def list_topics(self) -> list[str]:
+        """Have none."""
+        return []
+
+    def create_topics(self, topics: list[Any]) -> None:
+        """Refuse the name."""
+        raise kafka_errors.InvalidTopicError(f"CreateTopicsRequest({topics})")
+
+
+def test_a_name_that_kafka_forbids_is_a_mistake_of_configuration() -> None:
+    """One line says so; it is no outage to wait for."""
+    made, _ = sink()
+    made._admin = Admin()
+    with pytest.raises(StreamlearnError, match=r"^a b: not a name that Kafka accepts for a topic$") as caught:
+        made.create_topic("a b", 1)
+    assert caught.value.code == 78
+
+
 def test_what_was_not_acknowledged_is_sent_again() -> None:
     """A flush that fails keeps the record; only a flush that succeeds has written it."""
     made, producer = sink(kafka_errors.KafkaTimeoutError(), kafka_errors.KafkaTimeoutError())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -89,7 +90,10 @@ def test_it_needs_text() -> None:
 def options(input_shape: list[int], num_outputs: int, *, vocabulary: int) -> nn.Module:
     """Return a model of one's own that is told the vocabulary."""
     return nn.Sequential(
-        nn.Flatten(), nn.Embedding(vocabulary, num_outputs), nn.Flatten(), nn.Linear(input_shape[0], 1)
+        nn.Flatten(),
+        nn.Embedding(vocabulary, num_outputs),
+        nn.Flatten(),
+        nn.Linear(math.prod(input_shape) * num_outputs, num_outputs),
     )
 
 
