@@ -1,5 +1,17 @@
-"""`python -m streamlearn`: the same as the `streamlearn` command."""
+"""`streamlearn`, and `python -m streamlearn`: so small that Ctrl-C is understood from the first import on."""
 
-from streamlearn.cli.app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from streamlearn.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -109,18 +109,36 @@ class Store:
 
     def all(self) -> list[Checkpoint]:
         """Return the checkpoints whose manifest can be read, newest first."""
-        return [checkpoint for checkpoint, _ in self._all() if checkpoint is not None]
+        return [checkpoint for path in self.paths() if (checkpoint := _parse(path)) is not None]
 
-    def find(self, name: str) -> Checkpoint:
-        """Return a checkpoint by id, sequence number or `latest`; raises `StreamlearnError` if there is none."""
-        found = self.all()
-        if name == "latest" and found:
-            return found[0]
-        for checkpoint in found:
-            if name in {checkpoint.id, str(checkpoint.sequence)}:
-                return checkpoint
-        known = ", ".join(checkpoint.id for checkpoint in found[:5]) or "none"
-        raise StreamlearnError(f"{self.root}: no checkpoint {name}; there are: {known}")
+    def paths(self) -> list[Path]:
+        """Return every checkpoint's directory, newest first, broken ones too."""
+        if not self.root.is_dir():
+            return []
+        return sorted((path for path in self.root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+
+    def find(self, name: str, *files: str) -> Checkpoint:
+        """Return a checkpoint by id or sequence number, or as `latest` the newest whose manifest and `files` are sound.
+
+        Raises `Broken` where the one that is named is, and `StreamlearnError` if there is none.
+        """
+        paths = self.paths()
+        for path in paths:
+            if name in {"latest", path.name, str(int(path.name.removeprefix("ckpt-")))}:
+                try:
+                    checkpoint = _load(path)
+                    for file in files:
+                        checkpoint.read(file)
+                except Broken as error:
+                    if name != "latest":
+                        raise
+                    log.warning("%s; falling back to the one before it", error)
+                else:
+                    return checkpoint
+        known = ", ".join(path.name for path in paths[:5]) or "none"
+        broken = "; broken: " + ", ".join(path.name for path in self._corrupt()) if any(self._corrupt()) else ""
+        what = "sound checkpoint" if name == "latest" else f"checkpoint {name}"
+        raise StreamlearnError(f"{self.root}: no {what}; there are: {known}{broken}")
 
     def newest_sound(self) -> Checkpoint | None:
         """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
@@ -129,10 +147,9 @@ class Store:
         """
         self._sweep()
         broken = 0
-        for checkpoint, path in self._all():
+        for path in self.paths():
             try:
-                if checkpoint is None:
-                    raise Broken(f"{path / MANIFEST}: cannot be read")  # noqa: TRY301 - both ends of one short story
+                checkpoint = _load(path)
                 checkpoint.verify()
             except Broken as error:
                 broken += 1
@@ -209,12 +226,6 @@ class Store:
                 shutil.rmtree(doomed, ignore_errors=True)
         return gone
 
-    def _all(self) -> Iterator[tuple[Checkpoint | None, Path]]:
-        if not self.root.is_dir():
-            return
-        for path in sorted((p for p in self.root.iterdir() if NAME.fullmatch(p.name)), reverse=True):
-            yield _load(path), path
-
     def _corrupt(self) -> Iterator[Path]:
         return self.root.glob(".corrupt-*") if self.root.is_dir() else iter(())
 
@@ -240,7 +251,14 @@ class Store:
         return entry
 
 
-def _load(path: Path) -> Checkpoint | None:
+def _load(path: Path) -> Checkpoint:
+    """Return a checkpoint; raises `Broken` where its manifest cannot be read."""
+    if (checkpoint := _parse(path)) is None:
+        raise Broken(f"{path / MANIFEST}: cannot be read", code=74)
+    return checkpoint
+
+
+def _parse(path: Path) -> Checkpoint | None:
     try:
         file = path / MANIFEST
         if file.stat().st_size > MAX_MANIFEST_BYTES:

@@ -23,7 +23,7 @@ from streamlearn.data import Progress, StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import control as control_routes
 from streamlearn.service.api import read_only
-from streamlearn.service.client import process_start_time
+from streamlearn.service.client import held, process_start_time
 from streamlearn.service.server import Server, bind_control, bind_tcp
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Desk:
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._published = 0.0
+        self._waited_for: str | None = None  # the topic that was last said to be waited for
         self._turned = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
@@ -73,6 +74,9 @@ class Desk:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish(job, stream)
+        if idle and self._status["waiting_for"] not in {None, self._waited_for}:
+            self._waited_for = self._status["waiting_for"]
+            log.info("waiting for topic %s: it does not exist, or has no record", self._waited_for)
 
     def refuse(self) -> None:
         """Answer those whose wish came too late."""
@@ -90,7 +94,7 @@ class Desk:
         ready = all(check["ok"] for check in self._checks.values())
         job.publish(stream)
         self.metrics.record_state(job.state, ready=ready)
-        self._status = {**job.status(stream), "ready": ready}
+        self._status = {**job.status(stream), "ready": ready, "waiting_for": self._awaited(job, stream)}
         if ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
@@ -165,6 +169,12 @@ class Desk:
             "checkpoint": {"ok": job.save_failed is None},
             "not_draining": {"ok": not self.stopping},
         }
+
+    def _awaited(self, job: Job, stream: Stream) -> str | None:
+        """Return the listed topic that must show a record before anything can be learned, or None."""
+        upcoming = (stream.spec.topics or [])[len(job.progress.tasks) :]
+        held = self.paused or job.progress.current is not None or stream.queued or not stream.status.connected
+        return None if held or not upcoming else upcoming[0]
 
     def _hold_to_grace(self) -> None:
         self._bell.set()
@@ -311,7 +321,7 @@ def locked(state_dir: Path) -> Iterator[None]:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(state_dir / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StreamlearnError(f"{state_dir}: cannot be used: {error.strerror}", code=77) from error
+        raise StreamlearnError.of_system(error) from error
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -320,7 +330,7 @@ def locked(state_dir: Path) -> Iterator[None]:
         except OSError as error:
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise StreamlearnError(f"{state_dir}: another daemon runs here (its LOCK is held)", code=73) from error
+                raise held(state_dir) from error
             time.sleep(0.05)
     try:
         yield
@@ -342,19 +352,25 @@ def take_over(state_dir: Path, socket_path: Path, http: str) -> str:
         "http": http,
         "version": __version__,
     }
-    replace(path, hints)
+    write_hints(path, hints)
     return cause
 
 
 def end_well(state_dir: Path) -> None:
-    """Note that this process ended as it should."""
+    """Note that this process ended as it should; a full disk costs only the note."""
     path = state_dir / "daemon.json"
-    replace(path, {**json.loads(path.read_text()), "ended": time.time()})
+    try:
+        write_hints(path, {**json.loads(path.read_text()), "ended": time.time()})
+    except (StreamlearnError, OSError, ValueError) as error:
+        log.warning("this stop will be taken for a crash: %s", error)
 
 
-def replace(path: Path, tree: dict[str, Any]) -> None:
-    """Write a small JSON file so that a reader sees the old or the new one."""
+def write_hints(path: Path, tree: dict[str, Any]) -> None:
+    """Write a small JSON file so that a reader sees the old or the new one; raises `StreamlearnError` (74 or 77)."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(tree))
-    temporary.chmod(0o600)
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(tree))
+        temporary.chmod(0o600)
+        temporary.replace(path)
+    except OSError as error:
+        raise StreamlearnError.of_system(error, path) from error

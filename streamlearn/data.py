@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Self
 
     import numpy as np
     from torch import Tensor
@@ -40,6 +42,14 @@ class StreamlearnError(Exception):
     def __init__(self, message: str, *, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
+
+    @classmethod
+    def of_system(cls, error: OSError, what: object = None) -> Self:
+        """Return what the system refused: a line that names the file, or `what`; 77 for a missing permission, else 74."""
+        name = what if what is not None else error.filename
+        reason = error.strerror or str(error)
+        code = 77 if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else 74
+        return cls(reason if name is None else f"{name}: {reason}", code=code)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -36,5 +36,14 @@ def set_up(level: str, style: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("kafka", "uvicorn", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)  # what they know, our own checks say in one line
+    for noisy in ("uvicorn", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_kafka()
+
+
+def quiet_kafka() -> None:
+    """Keep the client's own lines and tracebacks to who listens for the cause: what matters our checks say in one line."""
+    kafka = logging.getLogger("kafka")
+    kafka.setLevel(logging.ERROR)
+    kafka.propagate = False
+    kafka.addHandler(logging.NullHandler())  # or the last resort prints them

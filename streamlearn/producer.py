@@ -20,12 +20,13 @@ from streamlearn.stream.codec import TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, Sink
 
 DIGITS_TEST = 0.25
+INT64 = np.iinfo(np.int64)  # of labels, as a batch record holds them
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Samples:
     x: np.ndarray
     y: list[Label]
     task: list[str] = field(default_factory=list)
+    is_split: bool = False  # of a source that has several splits
 
     def __len__(self) -> int:
         return len(self.y)
@@ -80,9 +82,19 @@ def read(source: str, split: str = "train") -> Samples:
     if not len(samples):
         raise StreamlearnError(f"{path}: holds no samples", code=74)
     for index, label in enumerate(samples.y):
-        if type(label) is not int and type(label) is not str:
-            message = f"{path}: the label of sample {index} is {label!r:.60}; expected an integer or a string"
+        if type(label) is not str and not (type(label) is int and INT64.min <= label <= INT64.max):
+            message = (
+                f"{path}: the label of sample {index} is {label!r:.60}; expected an integer of 64 bits or a string"
+            )
             raise StreamlearnError(message, code=74)
+    return samples
+
+
+def test_split(source: str) -> Samples:
+    """Return a source's own test split; raises `StreamlearnError` (2) where it has none."""
+    samples = read(source, "test")
+    if not samples.is_split:
+        raise StreamlearnError(f"{source}: has no test split; give a file of probes", code=2)
     return samples
 
 
@@ -201,18 +213,16 @@ def _write(
 
 
 def _npz(path: Path, split: str) -> Samples:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = ("x", "y") if "x" in arrays else (f"x_{split}", f"y_{split}")
-            missing = [name for name in names if name not in arrays]
-            if missing:
-                raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
-            x, y = (arrays[name] for name in names)
-    except (ValueError, EOFError, BadZipFile) as error:
-        raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
-    if len(x) != len(y):
-        raise StreamlearnError(f"{path}: {len(x)} samples, but {len(y)} labels", code=74)
-    return Samples(x, y.tolist())
+    with _arrays(path) as arrays:
+        whole = "x" in arrays
+        names = ("x", "y") if whole else (f"x_{split}", f"y_{split}")
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
+        x, y = (np.asarray(arrays[name]) for name in names)
+    if not x.ndim or y.ndim != 1 or len(x) != len(y):
+        raise StreamlearnError(f"{path}: x is {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]", code=74)
+    return Samples(_numbers(x), y.tolist(), is_split=not whole)
 
 
 def unlabelled(path: Path, split: str) -> Samples | None:
@@ -223,40 +233,69 @@ def unlabelled(path: Path, split: str) -> Samples | None:
         return None if samples.y or not len(samples.x) else samples
     if path.suffix != ".npz":
         return None
-    try:
-        with _naming(path), np.load(path, allow_pickle=False) as arrays:
-            return Samples(arrays["x"], []) if "x" in arrays and "y" not in arrays else None
-    except (ValueError, BadZipFile) as error:
-        raise StreamlearnError(f"{path}: not a .npz file of plain arrays", code=74) from error
+    with _naming(path):
+        with _arrays(path) as arrays:
+            x = arrays["x"] if "x" in arrays and "y" not in arrays else None
+        return None if x is None else Samples(_numbers(x), [])
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name a file that cannot be read."""
+    """Name a file that cannot be read, or makes no sense."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise StreamlearnError(f"{path}: {getattr(error, 'strerror', None) or error}", code=74) from error
+    except OSError as error:
+        raise StreamlearnError.of_system(error, path) from error
+    except UnicodeDecodeError as error:
+        raise StreamlearnError(f"{path}: not UTF-8: {error}", code=74) from error
+    except (EOFError, zlib.error, csv.Error, ValueError) as error:
+        raise StreamlearnError(f"{path}: {error}", code=74) from error
+
+
+@contextmanager
+def _arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except (ValueError, EOFError, BadZipFile, TypeError) as error:
+        raise ValueError("not a .npz file of plain arrays") from error
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """Return an array of real numbers; raises ValueError for anything else."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"x holds {array.dtype}; expected numbers")
+    return array
+
+
+def _floats(rows: list[Any]) -> np.ndarray:
+    """Return rows as float32; raises ValueError where they are not numbers of one shape, or too large."""
+    try:
+        with np.errstate(over="raise"):
+            return _numbers(rows).astype(np.float32)
+    except FloatingPointError as error:
+        raise ValueError("x holds a number that is too large for float32") from error
+    except ValueError as error:
+        raise ValueError("x is not numbers of the same shape on every line") from error
 
 
 def _csv(path: Path, split: str) -> Samples:
     del split
     x, y = [], []
-    with path.open(newline="") as file:
-        for row in csv.reader(file):
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file)
+        for number, row in enumerate(filter(None, lines)):
             try:
                 x.append([float(value) for value in row[:-1]])
+                y.append(_label(row[-1]))
             except ValueError as error:
-                if x:
-                    raise StreamlearnError(
-                        f"{path}:{len(x) + 1}: {error}; expected numbers, then a label", code=74
-                    ) from error
-                continue  # the header
-            y.append(_label(row[-1]))
-    try:
-        return Samples(np.asarray(x, np.float32), y)
-    except ValueError as error:
-        raise StreamlearnError(f"{path}: not every line has the same number of columns", code=74) from error
+                if number:  # only the first may be the header
+                    where = f"{path}:{lines.line_num}"
+                    raise StreamlearnError(f"{where}: {error}; expected numbers, then a label", code=74) from error
+    if len({len(row) for row in x}) > 1:
+        raise StreamlearnError(f"{path}: not every line has the same number of columns", code=74)
+    return Samples(_floats(x), y)
 
 
 def _kind(path: Path) -> str:
@@ -267,12 +306,13 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
     x: list[Any] = []
     y: list[Label] = []
     tasks: list[str] = []
-    is_text = False
+    is_text = is_split = False
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 tree = orjson.loads(line)
                 is_text = "question" in tree if number == 1 else is_text
+                is_split |= "split" in tree
                 if tree.get("split", split) != split:
                     continue
                 x.append({"story": tree["story"], "question": tree["question"]} if is_text else tree["x"])
@@ -288,11 +328,8 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
         if some and len(some) != len(x):
             raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
     if is_text:
-        return Samples(_objects(x), y, tasks)
-    try:
-        return Samples(np.asarray(x, np.float32), y, tasks)
-    except ValueError as error:
-        raise StreamlearnError(f"{path}: x is not numbers of the same shape on every line", code=74) from error
+        return Samples(_objects(x), y, tasks, is_split)
+    return Samples(_floats(x), y, tasks, is_split)
 
 
 def _objects(texts: Sequence[Any]) -> np.ndarray:
@@ -310,7 +347,7 @@ def _digits(split: str) -> Samples:
     digits = load_digits()
     test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST) == 0
     chosen = test if split == "test" else ~test
-    return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist())
+    return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist(), is_split=True)
 
 
 def _label(text: str) -> Label:

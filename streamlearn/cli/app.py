@@ -10,8 +10,7 @@ import typer
 
 from streamlearn import __version__
 from streamlearn.cli import checkpoints, data, lifecycle, reports, settings
-from streamlearn.cli.common import JsonOption, print_error, print_json
-from streamlearn.data import StreamlearnError
+from streamlearn.cli.common import JsonOption, explain, print_error, print_json
 
 app = typer.Typer(
     name="streamlearn",
@@ -68,18 +67,25 @@ app.add_typer(settings.app, name="config")
 def main() -> None:
     """Run the command line; an expected failure is one line and an exit code."""
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("STREAMLEARN_DEBUG"))
+    open_closed_streams()
     try:
         app()
-    except StreamlearnError as error:
-        if debug:
-            raise
-        print_error(f"streamlearn: {error}")
-        sys.exit(error.code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
-        sys.exit(0)
     except Exception as error:
+        if isinstance(
+            error, OSError
+        ):  # perhaps of stdout itself: the interpreter would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
         if debug:
             raise
-        print_error(f"streamlearn: {type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
-        sys.exit(1)
+        failure = explain(error)
+        print_error(f"streamlearn: {failure}")
+        sys.exit(failure.code)
+
+
+def open_closed_streams() -> None:
+    """Stand in for what the caller closed (`>&-`): else a file or socket opened later takes its number, and its output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for life, at the lowest free number

@@ -29,11 +29,14 @@ def create(state: StateOption = None, json_: JsonOption = False) -> None:
 @app.command("list")
 def list_(state: StateOption = None, json_: JsonOption = False) -> None:
     """List the checkpoints, newest first."""
-    found = Store(find_state(state)).all()
-    rows = [
-        {**c.summary(), "average_accuracy": c.manifest.get("average_accuracy"), "parent": c.manifest["parent"]}
-        for c in found
-    ]
+    store, rows = Store(find_state(state)), []
+    for path in store.paths():
+        try:
+            found = store.find(path.name)
+        except Broken as error:
+            print_error(f"{path.name}: broken: {error}")
+        else:
+            rows.append({**found.summary(), **{key: found.manifest.get(key) for key in ("average_accuracy", "parent")}})
     if json_:
         print_json(rows)
         return
@@ -48,7 +51,7 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
 @app.command()
 def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOption = False) -> None:
     """Show a checkpoint: where the stream stood, what the accuracy was, and its files."""
-    found = Store(find_state(state)).find(id_)
+    found = Store(find_state(state)).find(id_, "offsets.json")
     tree = {**dict(found.manifest), "positions": found.read_json("offsets.json")}
     if json_:
         print_json(tree)
@@ -71,14 +74,18 @@ def verify(
 ) -> None:
     """Compare every file with its hash; 74 where one does not match."""
     store = Store(find_state(state))
+    names = [path.name for path in store.paths()]
+    if not everything:
+        names = [id_] if id_ not in {None, "latest"} else names[:1] or ["latest"]
     broken = 0
-    for checkpoint in store.all() if everything else [store.find(id_ or "latest")]:
+    for name in names:
         try:
+            checkpoint = store.find(name)
             checkpoint.verify()
             typer.echo(f"{checkpoint.id}: sound")
         except Broken as error:
             broken += 1
-            print_error(f"{checkpoint.id}: broken: {error}")
+            print_error(f"{name}: broken: {error}")
     if broken:
         raise typer.Exit(74)
 
@@ -91,6 +98,7 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
     directory = find_state(state)
     if is_locked(directory):
         raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)
+    Store(directory).find(id_)  # before the lock, which would make a directory that is not there
     with locked(directory):
         store = Store(directory)
         store.keep = max(store.keep, len(store.all()) + 1)  # restoring removes nothing

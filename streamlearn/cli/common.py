@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 StateOption = Annotated[
     Path | None,
-    typer.Option("--state", envvar="STREAMLEARN_STATE_DIR", help="State directory; else that of ./streamlearn.yaml."),
+    typer.Option(
+        "--state",
+        envvar="STREAMLEARN_STATE_DIR",
+        help="State directory; else that of ./streamlearn.yaml.",
+        readable=False,  # whether it is, reading tells, in one line and with the right code
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", readable=False)]
 
 
 def load_config(path: Path) -> Config:
@@ -46,9 +51,18 @@ def find_state(state: Path | None) -> Path:
     )
 
 
-def print_json(tree: Any) -> None:
+def explain(error: Exception) -> StreamlearnError:
+    """Return any failure as one line and an exit code."""
+    if isinstance(error, StreamlearnError):
+        return error
+    if isinstance(error, OSError):
+        return StreamlearnError.of_system(error)
+    return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
+
+
+def print_json(tree: Any, indent: int | None = 2) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(tree, indent=2) + "\n")
+    typer.echo(json.dumps(tree, indent=indent))
 
 
 def print_error(line: str) -> None:

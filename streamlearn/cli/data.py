@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_json
 from streamlearn.data import StreamlearnError
+from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +26,9 @@ ServersOption = Annotated[
     str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")
 ]
 EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
+
+SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+)(:\d{1,5})?")
+TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")  # what Kafka takes
 
 
 def add_to(app: typer.Typer) -> None:
@@ -80,11 +85,11 @@ def produce(
         str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")
     ] = None,
     probe: Annotated[
-        str | None, typer.Option(help="A file whose samples are probes; `test` is the same source's test split.")
+        str | None, typer.Option(help="A file whose samples are probes; `test` is the source's own test split.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a task.")] = None,
     shuffle: Annotated[bool, typer.Option(help="In random order within a task.")] = True,
-    seed: Annotated[int, typer.Option(help="Of shuffling and permutations.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of shuffling and permutations.")] = 0,
     codec: Annotated[
         Literal["json", "msgpack", "batch"] | None,
         typer.Option(help="How samples are written; default: batch, or json where they are text."),
@@ -98,7 +103,10 @@ def produce(
     from streamlearn import producer
 
     def split(samples: Samples) -> list[Samples]:
-        return producer.by_task(samples, names) if by == "task" else _tasks(samples, tasks or 1, by, groups, seed)
+        return producer.by_task(samples, names) if by == "task" else _tasks(samples, tasks, by, groups, seed)
+
+    if by == "file" and probe not in {None, "test"}:
+        raise StreamlearnError("--by file: --probe takes `test`, each file's own test split", code=2)
 
     names: list[str] = []
     if by == "file":
@@ -109,7 +117,7 @@ def produce(
         parts = split(whole)
     probes = None
     if probe is not None:
-        held = [producer.read(n, "test") for n in source] if by == "file" else split(_probe(source[0], probe))
+        held = [producer.test_split(n) for n in source] if by == "file" else split(_probe(source[0], probe))
         probes = dict(enumerate(held))
     topics_ = _names(topic, config, len(parts))
     _, sink = _open(config, servers, embedded)
@@ -155,7 +163,9 @@ def predict(
         samples = producer.read(str(file), split)
     if classes is not None:
         samples = producer.by_classes(samples, [classes.split(",")])[0]
-    directory = Path(checkpoint) if Path(checkpoint).is_dir() else Store(find_state(state)).find(checkpoint).path
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        directory = Store(find_state(state)).find(checkpoint, "model.json", "model.safetensors").path
     predicted, sure = Model(directory).predict(samples.x, task)
     tree: dict[str, Any] = {
         "samples": len(predicted),
@@ -175,7 +185,12 @@ def _open(
 ) -> tuple[Log, Sink]:
     if sum(option is not None for option in (config, servers, embedded)) > 1:
         raise StreamlearnError("give one of --config, --bootstrap-servers and --embedded", code=2)
+    quiet_kafka()
     if servers is not None:
+        if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
+            raise StreamlearnError(
+                f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several with commas", code=2
+            )
         from streamlearn.config import Kafka
         from streamlearn.stream.kafka import KafkaLog, KafkaSink
 
@@ -203,6 +218,9 @@ def _names(topic: list[str] | None, config: Path | None, count: int) -> list[str
         return [f"task-{n + 1}" for n in range(count)]
     if len(names) < count:
         raise StreamlearnError(f"{count} tasks, but {len(names)} topics: {', '.join(names)}", code=2)
+    for name in names:
+        if not TOPIC.fullmatch(name):
+            raise StreamlearnError(f"topic {name!r:.80}: expected 1 to 249 letters, digits, dots, _ and -", code=2)
     return names[:count]
 
 
@@ -217,19 +235,23 @@ def _one(source: list[str]) -> Samples:
 def _probe(source: str, probe: str) -> Samples:
     from streamlearn import producer
 
-    return producer.read(source, "test") if probe == "test" else producer.read(probe, "test")
+    return producer.test_split(source) if probe == "test" else producer.read(probe, "test")
 
 
-def _tasks(samples: Samples, tasks: int, by: str, groups: str | None, seed: int) -> list[Samples]:
+def _tasks(samples: Samples, tasks: int | None, by: str, groups: str | None, seed: int) -> list[Samples]:
     from streamlearn import producer
 
     if by == "permutation":
-        return producer.by_permutation(samples, tasks, seed)
+        return producer.by_permutation(samples, tasks or 1, seed)
     if by == "rotation":
-        return producer.by_rotation(samples, tasks)
+        return producer.by_rotation(samples, tasks or 1)
     chosen: list[list[Label]] = (
-        [list(group.split(",")) for group in groups.split("/")] if groups else producer.equal_groups(samples, tasks)
+        [list(group.split(",")) for group in groups.split("/")]
+        if groups
+        else producer.equal_groups(samples, tasks or 1)
     )
+    if tasks not in {None, len(chosen)}:
+        raise StreamlearnError(f"--tasks is {tasks}, but --groups names {len(chosen)}", code=2)
     return producer.by_classes(samples, chosen)
 
 

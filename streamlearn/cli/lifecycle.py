@@ -18,6 +18,7 @@ from streamlearn.cli.common import (
     ConfigArgument,
     JsonOption,
     StateOption,
+    explain,
     find_state,
     load_config,
     megabytes,
@@ -25,7 +26,7 @@ from streamlearn.cli.common import (
     print_json,
 )
 from streamlearn.data import StreamlearnError
-from streamlearn.service.client import Client, is_locked, read_hints
+from streamlearn.service.client import Client, held, is_locked, read_hints
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STOPPED = 3
+ENDING_SECONDS = 30.0  # between a process's last word and its end
 
 
 def add_to(app: typer.Typer) -> None:
@@ -61,9 +63,13 @@ def run(
         logs.set_up(loaded.log.level, loaded.log.format)
         live = sys.stdout.isatty() and not quiet and ready_fd is None
         daemon.run(loaded, tell=tell, watch=_live_table if live else None)
-    except StreamlearnError as error:
-        tell({"event": "failed", "error": str(error), "code": error.code})
+    except Exception as error:
+        failure = explain(error)
+        tell({"event": "failed", "error": str(failure), "code": failure.code})
         raise
+    finally:
+        if pipe is not None:
+            pipe.close()
 
 
 def start(
@@ -74,12 +80,12 @@ def start(
     """Learn in the background; returns when the daemon runs, or with its error and exit code."""
     loaded = load_config(config)
     if is_locked(loaded.state_dir):
-        raise StreamlearnError(f"{loaded.state_dir}: another daemon runs here (its LOCK is held)", code=73)
+        raise held(loaded.state_dir)
     try:
         loaded.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file = os.open(loaded.state_dir / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise StreamlearnError(f"{loaded.state_dir}: cannot be used: {error.strerror}", code=77) from error
+        raise StreamlearnError.of_system(error) from error
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -89,13 +95,13 @@ def start(
     os.close(log_file)
     event = _await_event(reading, {wait, "failed"}, timeout)
     if event is None:
-        if (code := child.poll()) is not None:
-            raise StreamlearnError(
-                f"the daemon ended at once; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1)
-            )
         raise StreamlearnError(f"not {wait} after {timeout:.0f} s; it goes on as process {child.pid}", code=75)
+    if event["event"] == "ended":
+        code = child.wait(ENDING_SECONDS)
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+        raise StreamlearnError(f"the daemon {how}; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1))
     if event["event"] == "failed":
-        child.wait(10)
+        child.wait(ENDING_SECONDS)
         raise StreamlearnError(event["error"], code=event["code"])
     child.returncode = 0  # it is no longer ours to wait for
     typer.echo(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
@@ -145,12 +151,14 @@ def resume(state: StateOption = None) -> None:
 def status(
     state: StateOption = None,
     json_: JsonOption = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C; with --json a line each.")
+    ] = False,
 ) -> None:
     """Show what is learned and what was forgotten; without a daemon (exit code 3), as of the last checkpoint."""
     directory = find_state(state)
     if watch:
-        _watch(directory)
+        _watch(directory, json_)
         return
     tree = read_status(directory)
     if json_:
@@ -172,10 +180,11 @@ def read_status(directory: Path) -> dict[str, Any]:
         return tree
     from streamlearn.checkpoint import Store
 
-    for checkpoint in Store(directory).all():
-        tree = checkpoint.read_json("status.json")
-        return {**tree, "checkpoint": checkpoint.summary()}
-    raise StreamlearnError(f"{directory}: no daemon runs here, and there is no checkpoint", code=STOPPED)
+    try:
+        checkpoint = Store(directory).find("latest", "status.json")
+    except StreamlearnError as error:
+        raise StreamlearnError(f"no daemon runs here; {error}", code=STOPPED) from error
+    return {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
 
 
 def print_plain(tree: dict[str, Any]) -> None:
@@ -183,6 +192,8 @@ def print_plain(tree: dict[str, Any]) -> None:
     typer.echo(headline(tree))
     if tree.get("problem"):
         typer.echo(f"problem: {tree['problem']}")
+    if tree.get("waiting_for"):
+        typer.echo(f"waiting for topic {tree['waiting_for']}")
     for task in tree.get("tasks", []):
         probe = task["probe"]
         typer.echo(
@@ -239,13 +250,19 @@ def render(tree: dict[str, Any]) -> Table:
     if tree.get("problem"):
         table.add_section()
         table.add_row(f"[red]{tree['problem']}")
+    if tree.get("waiting_for"):
+        table.add_section()
+        table.add_row(f"waiting for topic {tree['waiting_for']}")
     return table
 
 
-def _watch(directory: Path) -> None:
+def _watch(directory: Path, json_: bool) -> None:
     from rich.live import Live
 
     try:
+        while json_:
+            print_json(read_status(directory), indent=None)
+            time.sleep(1)
         with Live(render(read_status(directory)), refresh_per_second=2) as live:
             while True:
                 time.sleep(1)
@@ -283,14 +300,14 @@ def _live_table(desk: Any) -> Any:
 
 
 def _await_event(reading: int, wanted: set[str], timeout: float) -> dict[str, Any] | None:
-    """Return the first wanted event that the child writes, or None when it ended or the time is over."""
+    """Return the first wanted event that the child writes, `ended` when it writes no more, or None when the time is over."""
     deadline = time.monotonic() + timeout
     buffered = b""
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([reading], [], [], left)[0]:
             break
         if not (content := os.read(reading, 4096)):
-            return None
+            return {"event": "ended"}
         *lines, buffered = (buffered + content).split(b"\n")
         for line in lines:
             event: dict[str, Any] = json.loads(line)

@@ -25,7 +25,7 @@ def report(
     from streamlearn.checkpoint import Store
     from streamlearn.report import Curves, write
 
-    saved = Store(find_state(state)).find(checkpoint)
+    saved = Store(find_state(state)).find(checkpoint, "status.json", "state.json")
     page = write(output, [Curves.of(saved)])
     typer.echo(str(page))
 

@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -55,15 +56,21 @@ def control(backend: Backend) -> Starlette:
         name = request.path_params["name"]
         if name not in COMMANDS:
             return JSONResponse({"error": f"no command {name}; accepted: {', '.join(COMMANDS)}"}, status_code=404)
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
         if len(body) > MAX_BODY_BYTES:
             return JSONResponse({"error": "the request is too large"}, status_code=413)
         try:
             arguments = json.loads(body or b"{}")
-            log.info("control: %s", name, extra={"command": name})
-            return JSONResponse(await run_in_threadpool(backend.command, name, arguments))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             return JSONResponse({"error": f"not JSON: {error}"}, status_code=400)
+        if not isinstance(arguments, dict):
+            return JSONResponse({"error": f"expected an object, got {type(arguments).__name__}"}, status_code=400)
+        log.info("control: %s", name, extra={"command": name})
+        try:
+            return JSONResponse(await run_in_threadpool(backend.command, name, arguments))
         except StreamlearnError as error:
             return JSONResponse({"error": str(error), "code": error.code}, status_code=409)
 

@@ -58,11 +58,13 @@ def read_hints(state_dir: Path) -> Hints | None:
 
 
 def is_locked(state_dir: Path) -> bool:
-    """Tell whether a daemon holds the state directory."""
+    """Tell whether a daemon holds the state directory; raises `StreamlearnError` (77) where that may not be asked."""
     try:
         descriptor = os.open(state_dir / "LOCK", os.O_RDONLY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise StreamlearnError.of_system(error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
@@ -71,6 +73,13 @@ def is_locked(state_dir: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def held(state_dir: Path) -> StreamlearnError:
+    """Return the refusal (73) of a second daemon, which names the first where that is known."""
+    hints = read_hints(state_dir)
+    who = f"process {hints.pid}" if hints is not None and hints.is_alive else "its LOCK is held"
+    return StreamlearnError(f"{state_dir}: another daemon runs here ({who})", code=73)
 
 
 class Client:
@@ -93,9 +102,11 @@ class Client:
         return found
 
     def _ask(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        if not is_locked(self.state_dir):
+            raise StreamlearnError(f"{self.state_dir}: not running", code=3)
         hints = read_hints(self.state_dir)
         if hints is None:
-            raise StreamlearnError(f"{self.state_dir}: no daemon has run here", code=3)
+            raise StreamlearnError(f"{self.state_dir}: the daemon is only starting", code=75)
         connection = _UnixConnection(hints.socket, self.timeout)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))

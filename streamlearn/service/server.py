@@ -48,7 +48,7 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
         finally:
             os.umask(before)
     except OSError as error:
-        raise StreamlearnError(f"{path}: {error.strerror}", code=77) from error
+        raise StreamlearnError.of_system(error, path) from error
     return listener, path
 
 

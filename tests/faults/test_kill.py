@@ -75,6 +75,7 @@ def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
             time.sleep(1)
             broker.start()
             assert daemon.finish() == 0, daemon.tail()
+            assert "Traceback" not in daemon.log.read_text()  # an outage is one line
         actual = Store(daemon.state).all()[0]
     assert jobs.differences(expected, actual) == []
     assert jobs.accounted(actual.read_json("status.json"))

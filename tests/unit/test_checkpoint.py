@@ -130,6 +130,25 @@ def test_restore_makes_a_new_generation(tmp_path: Path) -> None:
     assert len(store.all()) == 3
 
 
+def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
+    """What cannot be read is passed over where no checkpoint is named, and told where one is, or where none is left."""
+    store = Store(tmp_path)
+    good, flipped, garbled = save(store, b"1"), save(store, b"2"), save(store, b"3")
+    (flipped.path / "state.json").write_bytes(b"?")
+    (garbled.path / MANIFEST).write_bytes(b"{")
+    assert [path.name for path in store.paths()] == [garbled.id, flipped.id, good.id]
+    assert store.find("latest").id == flipped.id
+    assert store.find("latest", "state.json").id == good.id
+    for name in ("3", garbled.id):
+        with pytest.raises(Broken, match=r"3/MANIFEST\.json: cannot be read"):
+            store.find(name)
+    (good.path / "state.json").write_bytes(b"?")
+    with pytest.raises(StreamlearnError, match="no sound checkpoint is left"):
+        store.newest_sound()
+    with pytest.raises(StreamlearnError, match=r"no sound checkpoint; there are: none; broken: .*\.corrupt-ckpt-0"):
+        store.find("latest")
+
+
 def test_names_that_leave_the_directory_are_refused(tmp_path: Path) -> None:
     """A manifest that names a path outside its directory is no checkpoint."""
     store = Store(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 
@@ -60,3 +61,15 @@ def test_progress_accounts_for_every_sample() -> None:
 def test_names_are_ordered_as_people_do() -> None:
     """Digits are compared as numbers."""
     assert sorted(["t-10", "t-2", "t", "a9", "t-1"], key=natural_key) == ["a9", "t", "t-1", "t-2", "t-10"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EACCES, 77), (errno.EPERM, 77), (errno.EROFS, 77), (errno.ENOSPC, 74), (errno.ENOENT, 74)],
+)
+def test_what_the_system_refuses_is_one_line_and_its_code(number: int, code: int) -> None:
+    """A missing permission is told from a fault of input or output, and the file is named."""
+    failure = StreamlearnError.of_system(OSError(number, "why", "a/file"))
+    assert (str(failure), failure.code) == ("a/file: why", code)
+    assert str(StreamlearnError.of_system(OSError(number, "why", "a/file"), "a state")) == "a state: why"
+    assert str(StreamlearnError.of_system(OSError(number, "why"))) == "why"

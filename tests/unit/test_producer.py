@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,10 +114,21 @@ CASES = [
     ("a.npz", b"", "not a .npz file of plain arrays"),
     ("a.csv", b"", "holds no samples"),
     ("a.csv", b"1,2,0\n1,0\n", "not every line has the same number of columns"),
-    ("a.jsonl", b'{"x": [1], "y": [2]}\n', r"the label of sample 0 is \[2\]; expected an integer or a string"),
+    (
+        "a.jsonl",
+        b'{"x": [1], "y": [2]}\n',
+        r"the label of sample 0 is \[2\]; expected an integer of 64 bits or a string",
+    ),
     ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: could not convert"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
     ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not numbers of the same shape on every line"),
+    ("a.csv", b"a,b\nc,d\n1,2\n", r"a\.csv:2: could not convert"),
+    ("a.csv", b"1,\xe9\n", r"a\.csv: not UTF-8"),
+    ("a.csv", b"1e300,0\n", "too large for float32"),
+    ("a.jsonl", b'{"x": [1e300], "y": 0}\n', "too large for float32"),
+    ("a.jsonl", b'{"x": {"a": 1}, "y": 0}\n', "not numbers of the same shape on every line"),
+    ("a.jsonl", b'{"x": ["1"], "y": 0}\n', "not numbers of the same shape on every line"),
+    ("a.jsonl", b'{"x": [1], "y": 18446744073709551615}\n', "expected an integer of 64 bits"),
     ("a.jsonl", b"[]\n", r'a\.jsonl:1: .*; expected \{"x": \.\.\., "y": \.\.\.\}'),
     (
         "a.jsonl",
@@ -129,6 +141,61 @@ CASES = [
     ("a.jsonl.gz", gzip.compress(TEXTS)[:-20], r"a\.jsonl\.gz: "),
     ("a.gz", b"", "expected a .npz, .csv or .jsonl file"),
 ]
+
+
+ARRAYS: list[tuple[dict[str, Any], str]] = [
+    ({"x": ["a", "b"], "y": [0, 1]}, "x holds <U1; expected numbers"),
+    ({"x": [1j, 2j], "y": [0, 1]}, "x holds complex128; expected numbers"),
+    ({"x": 1, "y": 1}, r"x is \[\], y \[\]; expected \[n, \.\.\.\] and \[n\]"),
+    ({"x": [1, 2], "y": [0]}, r"x is \[2\], y \[1\]"),
+    ({"x": [1.0], "y": np.array([2**63], np.uint64)}, "is 9223372036854775808; expected an integer of 64 bits"),
+]
+
+
+@pytest.mark.parametrize(("arrays", "message"), ARRAYS)
+def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    """What a record cannot hold is refused before anything is published, with labels or without."""
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(StreamlearnError, match=rf"a\.npz: .*{message}") as caught:
+        producer.read(str(tmp_path / "a.npz"))
+    assert caught.value.code == 74
+    np.savez(tmp_path / "b.npz", x=arrays["x"])
+    if "holds" in message:
+        with pytest.raises(StreamlearnError, match=message):
+            producer.unlabelled(tmp_path / "b.npz", "test")
+
+
+def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
+    """A `.npy` under another name is told from a `.npz`."""
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(StreamlearnError, match=r"not a \.npz file of plain arrays"):
+        producer.read(str(tmp_path / "a.npz"))
+    with pytest.raises(StreamlearnError, match=r"not a \.npz file of plain arrays"):
+        producer.unlabelled(tmp_path / "a.npz", "test")
+
+
+def test_no_row_of_a_table_is_lost(tmp_path: Path) -> None:
+    """A byte order mark is no part of the first number, and blank lines are no rows."""
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf1,2,0\n\n3,4,1\n\n")
+    samples = producer.read(str(tmp_path / "a.csv"))
+    assert (samples.x.tolist(), samples.y) == ([[1, 2], [3, 4]], [0, 1])
+
+
+def test_a_test_split_is_the_files_own(tmp_path: Path) -> None:
+    """Where a file does not say which samples are for testing, all are read, and never called a test split."""
+    np.savez(tmp_path / "one.npz", x=np.ones((1, 2)), y=np.array([0]))
+    (tmp_path / "one.csv").write_text("1,2,0\n")
+    (tmp_path / "one.jsonl").write_text('{"x": [1], "y": 0}\n')
+    np.savez(tmp_path / "two.npz", x_test=np.ones((1, 2)), y_test=np.array([0]))
+    (tmp_path / "two.jsonl").write_text('{"x": [1], "y": 0, "split": "test"}\n')
+    for name in ("one.npz", "one.csv", "one.jsonl"):
+        assert len(producer.read(str(tmp_path / name), "test")) == 1
+        with pytest.raises(StreamlearnError, match="has no test split") as caught:
+            producer.test_split(str(tmp_path / name))
+        assert caught.value.code == 2
+    for name in ("two.npz", "two.jsonl"):
+        assert producer.test_split(str(tmp_path / name)).y == [0]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), CASES)

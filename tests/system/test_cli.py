@@ -1,0 +1,206 @@
+"""Commands in odd surroundings: closed streams, missing permissions, full disks, broken checkpoints, wrong options."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from streamlearn import daemon
+from streamlearn.checkpoint import MANIFEST, Store
+from streamlearn.cli import lifecycle
+from tests.support import jobs
+from tests.system.test_daemon import cli, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+COMMAND = [sys.executable, "-m", "streamlearn"]
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
+
+
+def obey_modes() -> None:
+    """Have the program that is about to start obey file modes even as root."""
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def powerless(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that file modes bind."""
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=obey_modes)
+
+
+@contextmanager
+def mode(path: Path, bits: int) -> Iterator[None]:
+    """Give a directory another mode for a while."""
+    before = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(bits)
+    yield
+    path.chmod(before)
+
+
+def saved(directory: Path, count: int = 2) -> Store:
+    """Return a state directory's checkpoints, which hold no more than a status."""
+    store = Store(directory)
+    for number in range(count):
+        status = {"name": f"status {number + 1}", "state": "stopped", "pid": None}
+        store.save({"status.json": json.dumps(status).encode()}, {"step": number})
+    return store
+
+
+def test_a_missing_permission_is_77(tmp_path: Path) -> None:
+    """Whatever may not be read or written is one line that names it, for every verb."""
+    state, config = tmp_path / "state", jobs.write_config(tmp_path)
+    saved(state)
+    (state / "LOCK").touch(0o600)
+    with mode(state, 0o000):
+        for arguments in (["status", "--state", str(state)], ["run", str(config)], ["start", str(config)]):
+            done = powerless(*arguments)
+            assert (done.returncode, one_line(done)) == (77, f"streamlearn: {state}/LOCK: Permission denied")
+    with mode(state / "checkpoints", 0o500):
+        done = powerless("checkpoint", "prune", "--keep-last", "1", "--hourly", "0", "--state", state)
+        assert (done.returncode, "ckpt-000000000001: Permission denied" in one_line(done)) == (77, True)
+    (state / "run").mkdir(0o700)
+    with mode(state, 0o500):
+        done = powerless("run", config)
+        assert (done.returncode, one_line(done)) == (77, f"streamlearn: {state}/daemon.json: Permission denied")
+
+
+def test_a_state_directory_that_cannot_be_written_is_74(tmp_path: Path) -> None:
+    """A fault that is no matter of permission, as of a full disk, has its own code."""
+    config = jobs.write_config(tmp_path)
+    (tmp_path / "state" / "daemon.tmp").mkdir(parents=True)
+    done = cli("run", config)
+    assert (done.returncode, one_line(done)) == (74, f"streamlearn: {tmp_path}/state/daemon.json: Is a directory")
+
+
+def test_closed_and_full_streams(tmp_path: Path) -> None:
+    """A command whose stdout was closed does its work; one whose stdout is full says so, once, with 74."""
+    saved(tmp_path / "state")
+    wrong = jobs.write_config(tmp_path, service={"host": "192.0.2.1"})
+    for arguments, redirection, code, message in (
+        (f"status --state {tmp_path / 'state'}", ">&-", 3, ""),
+        (f"run {wrong}", ">&-", 78, "192.0.2.1"),
+        (f"run {wrong}", "<&- >&- 2>&-", 78, ""),
+        (f"status --json --state {tmp_path / 'state'}", ">/dev/full", 74, "No space left on device"),
+    ):
+        shell = f"{' '.join(COMMAND)} {arguments} {redirection}"
+        done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        assert done.returncode == code, (shell, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == bool(message)
+
+
+def test_broken_checkpoints_are_told(tmp_path: Path) -> None:
+    """A checkpoint that cannot be read is broken to `verify` and `list`, and `status` shows the one before it."""
+    store = saved(tmp_path)
+    assert cli("checkpoint", "verify", "--all", "--state", tmp_path).returncode == 0
+    (store.root / "ckpt-000000000002" / MANIFEST).write_text("{")
+    for arguments in (["--all"], [], ["2"]):
+        done = cli("checkpoint", "verify", *arguments, "--state", tmp_path)
+        assert (done.returncode, "ckpt-000000000002/MANIFEST.json: cannot be read" in one_line(done)) == (74, True)
+    listed = cli("checkpoint", "list", "--state", tmp_path)
+    assert "ckpt-000000000001" in listed.stdout
+    assert "ckpt-000000000002: broken" in one_line(listed)
+    shown = cli("status", "--state", tmp_path)
+    assert (shown.returncode, shown.stdout) == (3, "status 1: stopped\n")
+    assert "falling back" in one_line(shown)
+    for path in store.paths():
+        path.rename(store.root / f".corrupt-{path.name}")
+    shown = cli("status", "--state", tmp_path)
+    assert (shown.returncode, "broken: .corrupt-ckpt-000000000001" in one_line(shown)) == (3, True)
+
+
+def test_a_directory_that_is_not_there_stays_so(tmp_path: Path) -> None:
+    """Asking about a state directory makes none, and a daemon that does not run is not one that does not answer."""
+    missing = tmp_path / "missing"
+    assert "no checkpoint 1" in one_line(cli("checkpoint", "restore", "1", "--state", missing))
+    for verb in (["pause"], ["checkpoint", "create"]):
+        done = cli(*verb, "--state", missing)
+        assert (done.returncode, one_line(done)) == (3, f"streamlearn: {missing}: not running")
+    assert not missing.exists()
+
+
+def test_start_tells_what_its_daemon_died_of(tmp_path: Path) -> None:
+    """A daemon that ends without a word is not said to go on."""
+    (tmp_path / "dying.py").write_text("import os\ndef model(*_):\n    os.kill(os.getpid(), 9)\n")
+    config = jobs.write_config(tmp_path, model={"name": "dying:model"}, strategy="naive")
+    done = cli("start", config, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, "the daemon was ended by signal 9; see " in one_line(done)) == (1, True)
+
+
+def test_run_tells_who_started_it_of_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody expected is told through the pipe too, as one line with its code."""
+    reading, writing = os.pipe()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr(daemon, "run", fail)
+    monkeypatch.setattr("streamlearn.logs.set_up", lambda *_: None)
+    with pytest.raises(KeyError):
+        lifecycle.run(jobs.write_config(tmp_path), ready_fd=writing)
+    event = json.loads(os.read(reading, 4096))
+    os.close(reading)
+    assert (event["event"], event["code"], "KeyError: 'x' (this is a fault of ours" in event["error"]) == (
+        "failed",
+        1,
+        True,
+    )
+
+
+def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
+    """A topic that does not exist is named by one log line and by status; and a stop that cannot note itself ends with 0."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
+    with jobs.Daemon(config) as daemon:
+        status = daemon.until(lambda status: status.get("waiting_for") is not None)
+        assert (status["waiting_for"], status["ready"]) == ("t1", True)
+        state = ["--state", str(daemon.state)]
+        assert "waiting for topic t1\n" in cli("status", *state).stdout
+        with subprocess.Popen([*COMMAND, "status", "--watch", "--json", *state], stdout=subprocess.PIPE) as watching:
+            assert watching.stdout is not None
+            assert [json.loads(watching.stdout.readline())["waiting_for"] for _ in range(2)] == ["t1", "t1"]
+            watching.send_signal(signal.SIGINT)
+        assert watching.returncode == 0
+        (daemon.state / "daemon.tmp").mkdir()
+        assert daemon.stop() == 0, daemon.tail()
+    log = daemon.log.read_text()
+    assert log.count("waiting for topic t1: it does not exist, or has no record") == 1
+    assert "this stop will be taken for a crash" in log
+
+
+def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:
+    """An interrupt before anything runs ends the command without a traceback."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = cli("status", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+WRONG = [
+    (["--by", "file", "--probe", "missing.npz"], "--probe takes `test`"),
+    (["--probe", "test"], "has no test split"),
+    (["--groups", "0/1", "--tasks", "5"], "--tasks is 5, but --groups names 2"),
+    (["--topic", "a b"], "topic 'a b': expected 1 to 249 letters"),
+    (["--seed", "-1"], "Invalid value for '--seed'"),
+    (["--bootstrap-servers", ""], "--bootstrap-servers is ''; expected HOST:PORT"),
+    (["--bootstrap-servers", "foo:bar:baz"], "--bootstrap-servers is 'foo:bar:baz'; expected HOST:PORT"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
+def test_a_wrong_option_of_produce_is_2(tmp_path: Path, options: list[str], message: str) -> None:
+    """What would publish something else than was asked for publishes nothing."""
+    (tmp_path / "a.csv").write_text("1,2,0\n3,4,1\n")
+    where = [] if "--bootstrap-servers" in options else ["--embedded", str(tmp_path / "topics")]
+    done = cli("produce", tmp_path / "a.csv", *where, *options)
+    assert (done.returncode, message in done.stderr.splitlines()[-1]) == (2, True), done.stderr

@@ -1,0 +1,67 @@
+"""The control socket, asked by what no client of ours would send."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from streamlearn.service.api import Backend, control
+from streamlearn.service.client import _UnixConnection
+from streamlearn.service.server import Server, bind_control
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BODIES = [b"[1]", b"5", b"null", b"\xff\xfe{", b"{", b"[" * 100_000]
+
+
+class Nobody:
+    """A daemon that must not be asked."""
+
+    def command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Do nothing."""
+        raise AssertionError((name, arguments))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give a control socket that is listened to."""
+    listener, path = bind_control(tmp_path_factory.mktemp("state"))
+    server = Server(control(cast("Backend", Nobody())), listener, "control")
+    server.start()
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                break
+        time.sleep(0.01)
+    yield path
+    server.stop()
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:8]))
+def test_a_body_that_is_no_object_is_400(path: Path, body: bytes) -> None:
+    """Whatever bytes arrive, the answer is one line, and the daemon is not asked."""
+    connection = _UnixConnection(path, 10)
+    connection.request("POST", "/v1/pause", body)
+    answer = connection.getresponse()
+    assert answer.status == 400
+    assert json.loads(answer.read())["error"].startswith(("not JSON: ", "expected an object, got "))
+    connection.close()
+
+
+def test_who_leaves_in_mid_request_leaves_no_trace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that ends before its body does is no fault of ours, and so no traceback in the log."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b"POST /v1/pause HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.1)  # until the route waits for the rest
+    connection = _UnixConnection(path, 10)
+    connection.request("POST", "/v1/nothing")
+    assert connection.getresponse().status == 404  # so the one before it was dealt with
+    connection.close()
+    assert "Traceback" not in caplog.text
