@@ -58,7 +58,6 @@ class Desk:
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._published = 0.0
-        self._waited_for: str | None = None  # the topic that was last said to be waited for
         self._turned = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
@@ -74,9 +73,6 @@ class Desk:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish(job, stream)
-        if idle and self._status["waiting_for"] not in {None, self._waited_for}:
-            self._waited_for = self._status["waiting_for"]
-            log.info("waiting for topic %s: it does not exist, or has no record", self._waited_for)
 
     def refuse(self) -> None:
         """Answer those whose wish came too late."""
@@ -94,7 +90,7 @@ class Desk:
         ready = all(check["ok"] for check in self._checks.values())
         job.publish(stream)
         self.metrics.record_state(job.state, ready=ready)
-        self._status = {**job.status(stream), "ready": ready, "waiting_for": self._awaited(job, stream)}
+        self._status = {**job.status(stream), "ready": ready}
         if ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
@@ -170,12 +166,6 @@ class Desk:
             "not_draining": {"ok": not self.stopping},
         }
 
-    def _awaited(self, job: Job, stream: Stream) -> str | None:
-        """Return the listed topic that must show a record before anything can be learned, or None."""
-        upcoming = (stream.spec.topics or [])[len(job.progress.tasks) :]
-        held = self.paused or job.progress.current is not None or stream.queued or not stream.status.connected
-        return None if held or not upcoming else upcoming[0]
-
     def _hold_to_grace(self) -> None:
         self._bell.set()
         time.sleep(self.config.shutdown_grace)
@@ -214,9 +204,8 @@ def run(
             stack.callback(server.stop)
         cause = take_over(config.state_dir, path, f"http://{host}:{port}")
 
-        from streamlearn.tensors import (
-            prepare,
-        )  # torch is imported only now: lock, ports and sockets are quick to refuse
+        # torch is imported only now: lock, ports and sockets are quick to refuse
+        from streamlearn.tensors import prepare
 
         prepare(config.threads)
         from streamlearn.job import Job

@@ -192,8 +192,6 @@ def print_plain(tree: dict[str, Any]) -> None:
     typer.echo(headline(tree))
     if tree.get("problem"):
         typer.echo(f"problem: {tree['problem']}")
-    if tree.get("waiting_for"):
-        typer.echo(f"waiting for topic {tree['waiting_for']}")
     for task in tree.get("tasks", []):
         probe = task["probe"]
         typer.echo(
@@ -250,9 +248,6 @@ def render(tree: dict[str, Any]) -> Table:
     if tree.get("problem"):
         table.add_section()
         table.add_row(f"[red]{tree['problem']}")
-    if tree.get("waiting_for"):
-        table.add_section()
-        table.add_row(f"waiting for topic {tree['waiting_for']}")
     return table
 
 

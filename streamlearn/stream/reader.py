@@ -44,9 +44,7 @@ class StreamStatus:
     assigned: int = 0
     paused: bool = False
     problem: str | None = None  # why reading stands still
-    waiting_for: str | None = (
-        None  # the topic, or the pattern of topics, of which the next task's first record must come
-    )
+    waiting_for: str | None = None  # topic, or pattern of topics, from which the next task's first record must come
 
 
 class Stream:
