@@ -175,7 +175,7 @@ def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
         (daemon.state / "daemon.tmp").mkdir()
         assert daemon.stop() == 0, daemon.tail()
     log = daemon.log.read_text()
-    assert log.count("waiting for topic t1: it does not exist, or has no record") == 1
+    assert log.count("waiting for topic t1, which does not exist yet") == 1
     assert "this stop will be taken for a crash" in log
 
 
