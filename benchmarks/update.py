@@ -111,10 +111,12 @@ def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
     return steps
 
 
-def ratio_of(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
+def ratio_of(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int = ROUNDS
+) -> tuple[float, float, float]:
     """Return the median ratio of alternating rounds, and the median milliseconds a step of each."""
     pairs = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         times = []
         for steps in (theirs, ours):
             begun = time.perf_counter()
