@@ -252,12 +252,12 @@ def render(tree: dict[str, Any]) -> Table:
 
 
 def _watch(directory: Path, json_: bool) -> None:
-    from rich.live import Live
-
     try:
         while json_:
             print_json(read_status(directory), indent=None)
             time.sleep(1)
+        from rich.live import Live
+
         with Live(render(read_status(directory)), refresh_per_second=2) as live:
             while True:
                 time.sleep(1)

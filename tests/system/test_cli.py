@@ -171,6 +171,7 @@ def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
             assert watching.stdout is not None
             assert [json.loads(watching.stdout.readline())["waiting_for"] for _ in range(2)] == ["t1", "t1"]
             watching.send_signal(signal.SIGINT)
+            watching.communicate(timeout=60)  # a pipe that is closed too early would be another end
         assert watching.returncode == 0
         (daemon.state / "daemon.tmp").mkdir()
         assert daemon.stop() == 0, daemon.tail()
