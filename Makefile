@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= >=3.11,<3.14  # any that is here
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
 IN := .venv/bin
+# compiled once, half a minute: else every start of a command may do it again, and takes twice as long
+INSTALL = $(UV) pip install --quiet --compile-bytecode --python .venv
 
 demo: .venv/.demo
 	$(IN)/streamlearn demo --output demo
@@ -44,9 +46,9 @@ clean:
 	$(UV) venv --quiet --allow-existing --python "$(strip $(PYTHON))" .venv
 
 .venv/.demo: pyproject.toml | .venv/bin/python
-	$(UV) pip install --quiet --python .venv -e '.[demo]'
+	$(INSTALL) -e '.[demo]'
 	touch $@
 
 .venv/.dev: pyproject.toml | .venv/bin/python
-	$(UV) pip install --quiet --python .venv -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@ .venv/.demo
