@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, Strict, create_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Check = Callable[[Config, str], Iterator[str]]
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Strict(), Field(ge=1)]  # or true would be 1
 Ratio = Annotated[float, Field(gt=0, le=100)]
 Temperature = Annotated[float, Field(gt=0, le=100)]
 Balance = Literal["tasks", "counts"]
