@@ -229,6 +229,11 @@ REFUSED = [
     ("strength", {"strategy": {"mas": {"strength": float("nan")}}}, "strategy.mas.strength: is nan; Input should be"),
     ("misspelt", {"strategy": {"agem": {"budgt": 3}}}, "strategy.agem.budgt: is 3; no such key (did you mean budget?)"),
     (
+        "a boolean",
+        {"strategy": {"er": {"budget": True}}},
+        "strategy.er.budget: is True; Input should be a valid integer",
+    ),
+    (
         "per class",
         {"strategy": {"er": {"per_class": 3}}},
         "strategy.er: per_class is 3, and selection reservoir; accepted",
