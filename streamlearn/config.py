@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import TOPIC_NAME, StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ MAX_CLASSES = 1_000_000
 
 def _topic(value: str) -> str:
     """Refuse what Kafka refuses."""
-    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in {".", ".."}:
+    if not TOPIC_NAME.fullmatch(value):
         why = "a topic's name is 1 to 249 letters, digits, dots, hyphens and underscores, and not . or .."
         raise PydanticCustomError("topic", why)
     return value

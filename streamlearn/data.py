@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Label = int | str
 Partition = tuple[str, int]
+
+TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
+"""What Kafka takes for a topic's name, as a whole."""
 
 OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
 """How a consumed sample can end; until then it is queued. Their sum is the number consumed."""
@@ -295,6 +299,4 @@ class Progress:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key that compares digits as numbers: `task-2` comes before `task-10`."""
-    import re
-
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]

@@ -71,9 +71,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if isinstance(
-            error, OSError
-        ):  # perhaps of stdout itself: the interpreter would try again at its end, and complain
+        if isinstance(error, OSError):
+            # perhaps of stdout itself: the interpreter would try again at its end, and complain
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_json
-from streamlearn.data import StreamlearnError
+from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ ServersOption = Annotated[
 EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
 
 SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+)(:\d{1,5})?")
-TOPIC = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")  # what Kafka takes
 
 
 def add_to(app: typer.Typer) -> None:
@@ -219,7 +218,7 @@ def _names(topic: list[str] | None, config: Path | None, count: int) -> list[str
     if len(names) < count:
         raise StreamlearnError(f"{count} tasks, but {len(names)} topics: {', '.join(names)}", code=2)
     for name in names:
-        if not TOPIC.fullmatch(name):
+        if not TOPIC_NAME.fullmatch(name):
             raise StreamlearnError(f"topic {name!r:.80}: expected 1 to 249 letters, digits, dots, _ and -", code=2)
     return names[:count]
 

@@ -146,13 +146,7 @@ class PathIntegral(Importance):
 
     @torch.no_grad()
     def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        nothing = torch.zeros((), device=finite.device)
-        for gradient in self._gradient:
-            torch.where(finite, gradient, nothing, out=gradient)  # a dropped step moves nothing, but 0 * NaN is NaN
-        # before - after, so that path += gradient * way down
-        torch._foreach_sub_(self._before, list(params))
-        torch._foreach_addcmul_(self.path, self._gradient, self._before)
-        copy_into(self._before, params)
+        _integrate(self.path, self._gradient, self._before, params, finite)
 
     @torch.no_grad()
     def consolidate(self, closing: Closing) -> list[Tensor]:
@@ -216,12 +210,7 @@ class RiemannianWalk(Importance):
 
     @torch.no_grad()
     def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        walk, nothing = self._walk, torch.zeros((), device=finite.device)
-        for gradient in self._gradient:
-            torch.where(finite, gradient, nothing, out=gradient)  # as in the path integral: 0 * NaN is NaN
-        torch._foreach_sub_(walk["before"], list(params))
-        torch._foreach_addcmul_(walk["decrease"], self._gradient, walk["before"])
-        copy_into(walk["before"], params)
+        _integrate(self._walk["decrease"], self._gradient, self._walk["before"], params, finite)
         torch._foreach_mul_(self.fisher, 1 - (1 - self.keep) * finite)  # a dropped step says nothing: its gradient is 0
         torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient, (1 - self.keep) * self.batch_size)
         self.steps += 1
@@ -271,6 +260,18 @@ class RiemannianWalk(Importance):
         self.fisher, self.past = loaded.pop("fisher"), loaded.pop("past")
         self._walk = loaded
         self._gradient = zeros(self.fisher)
+
+
+def _integrate(
+    path: list[Tensor], gradient: list[Tensor], before: list[Tensor], params: Sequence[Tensor], finite: Tensor
+) -> None:
+    """Add `gradient * (before - params)` to `path`, and let `before` follow; a dropped step adds nothing, its gradient is 0."""
+    nothing = torch.zeros((), device=finite.device)
+    for value in gradient:
+        torch.where(finite, value, nothing, out=value)  # it moves nothing, but 0 * NaN is NaN
+    torch._foreach_sub_(before, list(params))
+    torch._foreach_addcmul_(path, gradient, before)
+    copy_into(before, params)
 
 
 def _normalised(values: Sequence[Tensor]) -> list[Tensor]:
