@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.update import BATCH, CLASSES, PIXELS, STEPS, plain, ratio_of, samples
+from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
 from streamlearn import config as configuration
 from streamlearn import state
 from streamlearn.data import Task
@@ -41,7 +41,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 def grown(name: str) -> Iterator[tuple[int, Learner]]:
     """Give a learner of a recipe each time that it has begun a task, with the number of tasks that have ended."""
     tree: dict[str, Any] = {
-        "device": "cpu",
+        "device": DEVICE,
         "input": {"shape": [PIXELS]},
         "classes": CLASSES,
         "scenario": {"kind": "domain", "tasks": {task: list(range(CLASSES)) for task in NAMES}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -24,6 +25,7 @@ from streamlearn.tensors import prepare
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+DEVICE = os.environ.get("STREAMLEARN_BENCH_DEVICE", "cpu")
 BATCH, PIXELS, CLASSES, HIDDEN = 128, 784, 10, 400
 STEPS, ROUNDS = 40, 15
 TARGETS = {"naive": 1.05, "ewc": 1.2, "si": 1.5, "er": 2.0, "generative": 1.2}
@@ -32,7 +34,7 @@ TARGETS = {"naive": 1.05, "ewc": 1.2, "si": 1.5, "er": 2.0, "generative": 1.2}
 def learner(strategy: dict[str, Any]) -> Learner:
     """Return a learner with one finished task, so that the past is there to be protected."""
     tree = {
-        "device": "cpu",
+        "device": DEVICE,
         "input": {"shape": [PIXELS]},
         "classes": CLASSES,
         "scenario": {"kind": "class", "active": "all"},
@@ -66,47 +68,58 @@ def samples(seed: int, task: int | None = None) -> Batch:
 
 def plain(hidden: Sequence[int] = (HIDDEN, HIDDEN)) -> Callable[[], None]:
     """Return a plain loop of so many steps."""
-    model, batch = MLP([PIXELS], CLASSES, hidden), samples(1)
+    model, batch = MLP([PIXELS], CLASSES, hidden).to(DEVICE), samples(1)
+    x, y = batch.x.to(DEVICE), batch.y.to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def steps() -> None:
         for _ in range(STEPS):
-            functional.cross_entropy(model(batch.x), batch.y).backward()
+            functional.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
+        wait()
 
     return steps
+
+
+def wait() -> None:
+    """Return when the device has done what it was asked."""
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
 
 
 def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
     """Return a loop that does the work of generative replay, written out: generate, label, learn both nets."""
     batch, count = samples(1), ratio * BATCH
-    solver, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]) for _ in range(2))
+    new_x, new_y = batch.x.to(DEVICE), batch.y.to(DEVICE)
+    solver, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]).to(DEVICE) for _ in range(2))
     generator, old = (
-        VAE([PIXELS], CLASSES, conditional=True, hidden=HIDDEN, latent=latent, likelihood="bernoulli") for _ in range(2)
+        VAE([PIXELS], CLASSES, conditional=True, hidden=HIDDEN, latent=latent, likelihood="bernoulli").to(DEVICE)
+        for _ in range(2)
     )
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in (solver, generator)]
-    weight = torch.cat([torch.full((BATCH,), 0.5 / BATCH), torch.full((count,), 0.5 / count)])
+    weight = torch.cat([torch.full((BATCH,), 0.5 / BATCH), torch.full((count,), 0.5 / count)]).to(DEVICE)
 
     def generated() -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            y = torch.randint(CLASSES, (count,))
-            x = old.generate(torch.randn(count, latent), y)
+            y = torch.randint(CLASSES, (count,), device=DEVICE)
+            x = old.generate(torch.randn(count, latent, device=DEVICE), y)
             return x, y, torch.softmax(frozen(x) / 2, 1)
 
     def steps() -> None:
         for _ in range(STEPS):
             x_old, y_old, soft = generated()
-            x, y = torch.cat([batch.x, x_old]), torch.cat([batch.y, y_old])
+            x, y = torch.cat([new_x, x_old]), torch.cat([new_y, y_old])
             logits = solver(x)
-            new = functional.cross_entropy(logits[:BATCH], batch.y, reduction="none")
+            new = functional.cross_entropy(logits[:BATCH], new_y, reduction="none")
             past = -4 * (soft * functional.log_softmax(logits[BATCH:] / 2, 1)).sum(1)
             torch.dot(torch.cat([new, past]), weight).backward()
-            losses, _, _ = generator.loss(x, y, torch.randn(len(x), latent))
+            losses, _, _ = generator.loss(x, y, torch.randn(len(x), latent, device=DEVICE))
             (losses * weight).sum().backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+        wait()
 
     return steps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,10 @@ def prepare(threads: int) -> None:
     """Set the thread count and flush denormals; before any model is built, or runs are neither fast nor bit-equal."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decaying moments become denormal and make a step several times slower
+    if torch.cuda.is_available():  # sums there come in another order from run to run, unless told otherwise
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
 def choose_device(name: str) -> torch.device:

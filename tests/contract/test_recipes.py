@@ -69,7 +69,7 @@ class Run:
 
     def __init__(self, tmp_path: Path, chosen: dict[str, Any], like: dict[str, Any] | None = None, **over: Any) -> None:
         tree: dict[str, Any] = {
-            "device": "cpu",
+            "device": jobs.DEVICE,
             "input": {"shape": [SIZE]},
             "classes": CLASSES,
             "stream": {"topics": ["a", "b", "c"], "batch_size": BATCH},
@@ -160,8 +160,8 @@ def test_is_naive_until_the_first_task_ends(tmp_path: Path, chosen: dict[str, An
     for one in (run, naive):
         one.begin()
         one.learn(range(5))
-    expected = [param.detach().numpy().tobytes() for param in naive.learner.params]
-    assert [param.detach().numpy().tobytes() for param in run.learner.params] == expected
+    expected = [param.detach().cpu().numpy().tobytes() for param in naive.learner.params]
+    assert [param.detach().cpu().numpy().tobytes() for param in run.learner.params] == expected
 
 
 @every_recipe
@@ -321,8 +321,8 @@ def test_every_method_changes_training(tmp_path: Path, chosen: dict[str, Any]) -
         one.through(2)
     last = "columns.1" if "pnn" in chosen else ""
     ours = [p for name, p in run.learner.strategy.network.module.named_parameters() if name.startswith(last)]
-    expected = {param.detach().numpy().tobytes() for param in naive.learner.params}
-    assert not {param.detach().numpy().tobytes() for param in ours} & expected
+    expected = {param.detach().cpu().numpy().tobytes() for param in naive.learner.params}
+    assert not {param.detach().cpu().numpy().tobytes() for param in ours} & expected
 
 
 @every_recipe
@@ -367,7 +367,7 @@ def test_isolated_tasks_never_change(tmp_path: Path, name: str, model: dict[str,
         x = run.batch(50, 40).x.reshape(-1, *shape)
         seen.append((x, run.logits(x, index)))
         for task, (probe, before) in enumerate(seen):
-            assert run.logits(probe, task).numpy().tobytes() == before.numpy().tobytes()
+            assert run.logits(probe, task).cpu().numpy().tobytes() == before.cpu().numpy().tobytes()
 
 
 def test_slots_default_to_nothing(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.log import Sink
 
 DATA = Path(os.environ.get("STREAMLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` where there is one: what holds on a CPU holds there
 TOPICS = ["t1", "t2", "t3", "t4", "t5"]
 DEADLINE = 240
 
@@ -62,7 +63,7 @@ def settings(directory: Path, **over: Any) -> dict[str, Any]:
         "name": "job",
         "state_dir": str(directory / "state"),
         "embedded": {"path": str(directory / "topics.sqlite")},
-        "device": "cpu",
+        "device": DEVICE,
         "input": {"shape": [28, 28], "dtype": "uint8", "scale": 255},
         "classes": 10,
         "holdout": {"fraction": 0.0, "max": None},
