@@ -19,7 +19,8 @@ def prepare(threads: int) -> None:
     if torch.cuda.is_available():  # sums there come in another order from run to run, unless told otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(mode=True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+        # nothing here reads what it has not written; torch makes this a module that is a class
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def choose_device(name: str) -> torch.device:
