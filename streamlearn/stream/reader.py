@@ -42,6 +42,7 @@ class StreamStatus:
 
     connected: bool = False
     last_contact: float | None = None  # Unix seconds
+    contacted: float | None = None  # the same, monotonic: a clock that jumps makes no outage
     ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets; none while no broker tells them
     read: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
     assigned: int = 0
@@ -156,8 +157,8 @@ class Stream:
                     self._commit()
                     self.source.poll(POLL_SECONDS)  # a client sends only while it polls
                 self.source.close()
-            except Exception:
-                log.exception("closing the log failed")
+            except Exception as error:  # noqa: BLE001 - what it ends with is known already, and closing is no reason to hide it
+                log.warning("closing the log failed: %s", error)
 
     def _read_on(self) -> None:
         backoff, since = 1.0, time.monotonic()
@@ -303,7 +304,7 @@ class Stream:
         self._bounds = self.source.bounds(partitions)
         self._checked = now
         self.status.connected = True
-        self.status.last_contact = time.time()
+        self.status.last_contact, self.status.contacted = time.time(), now
         self.status.problem = self._trouble()
         if self.status.problem is not None:
             return
