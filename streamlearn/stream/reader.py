@@ -313,6 +313,8 @@ class Stream:
             upcoming = self.spec.topics[len(tasks)] if len(tasks) < len(self.spec.topics) else None
             later = [name for name in later if name == upcoming]
             over = upcoming is None
+            if upcoming is not None and upcoming not in self._topics:
+                self.source.topic_id(upcoming)  # or one that is there, and not ours to see, would be waited for
         else:
             later = [name for name in later if self._has_records(name)]
             upcoming = self.spec.pattern
