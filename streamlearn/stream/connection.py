@@ -34,7 +34,7 @@ PERMISSION = (
 # a handshake that one side ended because of a certificate; the client's error has only OpenSSL's words for it
 UNTRUSTED = re.compile(r"CERTIFICATE|UNKNOWN_CA|_CERT_")
 HUNG_UP = re.compile(r"WRONG_VERSION_NUMBER|UNEXPECTED_EOF|socket disconnected|reset by peer")
-REPEATED = re.compile(r"^(\[Error \d+\] (\w+: )?|KafkaConnectionError: )")  # names of the error that say nothing more
+REPEATED = re.compile(r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )")  # names of the error that say nothing more
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
 TLS_ALERT = 0x1503  # type of the record, and the first byte of its version
 

@@ -279,8 +279,13 @@ class KafkaSink:
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"not acknowledged within {SEND_SECONDS} s: {error!s:.160}") from error
         if self._failed:
-            why = self._failed[0][1]
-            raise StreamlearnError(f"{len(self._failed)} records: {why}", code=77 if "Authorization" in why else 74)
+            record, why = self._failed[0]
+            if "AuthorizationFailed" in why:  # of the topic, or where no topic may be written, of the producer itself
+                why = (
+                    f"topic {record[0]}: no permission to write to it (WRITE), {len(self._failed)} records are waiting"
+                )
+                raise StreamlearnError(why, code=77)
+            raise StreamlearnError(f"{len(self._failed)} records: {why}", code=74)
 
     def close(self) -> None:
         for client in (self._producer, self._admin):

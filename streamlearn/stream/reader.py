@@ -30,6 +30,7 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
+DENIED = 77  # the exit code of a missing permission
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
 
@@ -113,7 +114,12 @@ class Stream:
 
     def settle(self) -> None:
         """Return when every dead letter is acknowledged; a checkpoint begins only after it."""
-        self.dead_letters.flush()
+        try:
+            self.dead_letters.flush()
+        except StreamlearnError as error:
+            if error.code == DENIED:
+                self._error = error  # no later try would help: the loop gets it when it has applied what is queued
+            raise
 
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
