@@ -34,7 +34,9 @@ PERMISSION = (
 # a handshake that one side ended because of a certificate; the client's error has only OpenSSL's words for it
 UNTRUSTED = re.compile(r"CERTIFICATE|UNKNOWN_CA|_CERT_")
 HUNG_UP = re.compile(r"WRONG_VERSION_NUMBER|UNEXPECTED_EOF|socket disconnected|reset by peer")
-REPEATED = re.compile(r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )")  # names of the error that say nothing more
+REPEATED = re.compile(
+    r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )"
+)  # names of the error that say nothing more
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
 TLS_ALERT = 0x1503  # type of the record, and the first byte of its version
 
@@ -92,6 +94,11 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, StreamlearnError):
         return not isinstance(error, BrokerUnavailable)
     return isinstance(error, PERMISSION) or UNTRUSTED.search(str(error)) is not None or _speaks_tls(error)
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, without the client's names for it."""
+    return REPEATED.sub("", f"{error!s:.300}")
 
 
 def _speaks_tls(error: BaseException) -> bool:
@@ -156,7 +163,7 @@ def _told(cause: BaseException, settings: Mapping[str, Any]) -> StreamlearnError
     servers, protocol = ", ".join(settings["bootstrap_servers"]), settings["security_protocol"]
     if _speaks_tls(cause):
         return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but the broker speaks TLS", code=78)
-    why = REPEATED.sub("", f"{cause!s:.300}")
+    why = reason(cause)
     if isinstance(cause, kafka_errors.UnsupportedSaslMechanismError):
         why = f"it does not offer the mechanism {settings['sasl_mechanism']}"
     if is_refusal(cause):

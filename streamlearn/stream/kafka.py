@@ -16,7 +16,7 @@ from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.connection import PERMISSION, client_settings, connected
+from streamlearn.stream.connection import PERMISSION, client_settings, connected, reason
 from streamlearn.stream.log import Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
         return StreamlearnError(f"group {what}: no permission to report positions under its name (READ)", code=77)
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
         return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
-    return StreamlearnError(f"no permission: {error!s:.200}", code=77)
+    return StreamlearnError(f"refused: {reason(error)}", code=77)
 
 
 class KafkaLog:

@@ -1,14 +1,10 @@
-"""A TCP relay on loopback that counts who connects."""
+"""A TCP relay on loopback that counts who gets through."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 class Relay:
@@ -19,14 +15,10 @@ class Relay:
         self.connections = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
-
-    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take no further connection."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
@@ -34,8 +26,12 @@ class Relay:
         with contextlib.suppress(OSError):  # the listener was closed
             while True:
                 client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(("127.0.0.1", self.target))
+                except ConnectionRefusedError:
+                    client.close()
+                    continue
                 self.connections += 1
-                server = socket.create_connection(("127.0.0.1", self.target))
                 for source, sink in ((client, server), (server, client)):
                     threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ from kafka.admin import (
     ResourcePattern,
     ResourcePatternFilter,
     ResourceType,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
 )
 
 from tests.support.kafka_broker import KafkaBroker, free_port
+from tests.support.relay import Relay
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,13 +39,14 @@ class SecureBroker(KafkaBroker):
         self.users = users
         self.settings = settings
         self.secure_port = free_port()
+        self.relay = Relay(self.secure_port)  # all connections of users come through it, to be counted
         self.authority = directory / "ca.pem"
         self._admin: Any = None
 
     @property
     def secure(self) -> str:
         """The bootstrap server of the users."""
-        return f"{HOST}:{self.secure_port}"
+        return f"{HOST}:{self.relay.port}"
 
     def start(self) -> None:
         if not self.authority.exists():
@@ -50,9 +55,14 @@ class SecureBroker(KafkaBroker):
         super().start()
 
     def kill(self) -> None:
+        self.relay.close()
+        super().kill()
+
+    def stop(self, sig: int = signal.SIGTERM) -> None:
         if self._admin is not None:
             self._admin.close()
-        super().kill()
+            self._admin = None
+        super().stop(sig)
 
     @property
     def admin(self) -> Any:
@@ -76,6 +86,11 @@ class SecureBroker(KafkaBroker):
         self.admin.delete_acls(
             [ACLFilter(f"User:{user}", "*", ACLOperation[operation], ACLPermissionType.ALLOW, pattern)]
         )
+
+    def change_password(self, user: str, password: str) -> None:
+        """Give a user another password for SCRAM-SHA-512."""
+        change = UserScramCredentialUpsertion(user, ScramMechanism.SCRAM_SHA_512, password.encode())
+        self.admin.alter_user_scram_credentials([change])
 
     def format_options(self) -> list[str]:
         added = [f"SCRAM-SHA-512=[name={user},password={password}]" for user, password in self.users.items()]

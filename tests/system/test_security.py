@@ -16,7 +16,6 @@ from streamlearn.checkpoint import Store
 from streamlearn.config import Kafka
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from tests.support import jobs
-from tests.support.relay import Relay
 from tests.support.secure_broker import SecureBroker, make_authority
 from tests.support.token_server import TokenServer
 from tests.system.test_daemon import cli
@@ -28,6 +27,7 @@ pytestmark = pytest.mark.kafka
 
 USER, PASSWORD, CLIENT_SECRET = "learner", "c4n4ry-password", "c4n4ry-client-secret"
 SAMPLES = 40
+CLIENTS = 5  # reader and writer of a daemon have two each, and the reader may have made one anew
 PASSWORD_KEY = "STREAMLEARN__KAFKA__SASL__PASSWORD"
 SECRET_KEY = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
 
@@ -176,13 +176,14 @@ def test_a_connection_outlives_its_token(job: Job) -> None:
 
 def test_a_refused_client_is_told_why(job: Job) -> None:
     """A token server that does not know us ends the daemon at once, before any broker is asked twice."""
-    with TokenServer(USER, "another") as server, Relay(job.broker.secure_port) as relay:
+    before = job.broker.relay.connections
+    with TokenServer(USER, "another") as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
-        config = job.config(sasl=sasl, bootstrap_servers=f"localhost:{relay.port}")
+        config = job.config(sasl=sasl)
         with jobs.Daemon(config, None, **{SECRET_KEY: CLIENT_SECRET}) as daemon:
             why = f"{server.url}: no token for client {USER}, scope None: refused with 401 (invalid_client)"
             assert ended(daemon) == (77, why)
-        assert (len(server.asked), relay.connections) == (1, 1)
+        assert (len(server.asked), job.broker.relay.connections - before) == (1, 1)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str, int, str]] = {
@@ -215,13 +216,13 @@ def test_a_refusal_ends_the_daemon_at_once(job: Job, case: str) -> None:
     over, host, code, why = REFUSALS[case]
     if "ssl_cafile" in over:
         over = {"ssl_cafile": str(make_authority(job.directory / "other"))}
-    with Relay(job.broker.secure_port) as relay:
-        config = job.config(**{**over, "bootstrap_servers": f"{host}:{relay.port}"})
-        with jobs.Daemon(config, None, **{PASSWORD_KEY: "wrong"}) as daemon:
-            ending = ended(daemon)
-        assert relay.connections == 1
-    assert ending[0] == code
-    assert re.fullmatch(f"{host}:{relay.port}: {why}", ending[1]), ending[1]
+    relay = job.broker.relay
+    before, address = relay.connections, f"{host}:{relay.port}"
+    with jobs.Daemon(job.config(**{**over, "bootstrap_servers": address}), None, **{PASSWORD_KEY: "wrong"}) as daemon:
+        told_code, told = ended(daemon)
+    assert relay.connections - before == 1
+    assert told_code == code
+    assert re.fullmatch(f"{address}: {why}", told), told
 
 
 PERMISSIONS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -259,6 +260,28 @@ def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
         code, why = ended(daemon)
     assert (code, why.startswith(f"topic {job.topic}: no permission")) == (77, True), why
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
+    """Connections live on; when the broker starts anew, one attempt with the old password is enough."""
+    job.allow()
+    with jobs.Daemon(job.config(), None, **{PASSWORD_KEY: PASSWORD}) as daemon:
+        daemon.until(all_learned, 60)
+        job.broker.change_password(USER, "another")
+        try:
+            job.broker.stop()
+            before = job.broker.relay.connections
+            job.broker.start()
+            assert daemon.finish(120) == 77, daemon.tail()
+            attempts = job.broker.relay.connections - before
+        finally:
+            job.broker.change_password(USER, PASSWORD)
+    text = daemon.log.read_text()
+    assert "Traceback" not in text
+    assert re.fullmatch(
+        "streamlearn: (localhost:[0-9]+: )?refused: Authentication failed .*SCRAM-SHA-512", text.splitlines()[-1]
+    ), text
+    assert 1 <= attempts <= CLIENTS
 
 
 def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> None:
