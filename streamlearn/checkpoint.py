@@ -1,9 +1,11 @@
 """Checkpoints: directories that either exist or do not, each with the stream's positions inside.
 
-A save, in order: (1) the dead letters before its positions are acknowledged (the loop's part), (2) every file is written
-and synced under a temporary name, files that never change are linked from the parent, (3) MANIFEST.json with every
-file's hash is written last, (4) the directory is synced, renamed and its parent synced, (5) positions are reported to
-the broker (the loop's part), (6) old checkpoints are removed. A crash between any two leaves the previous one in force.
+A save, in order: (1) a copy of everything is taken between two batches, and from here on a thread beside the loop works
+(the job's part), (2) the dead letters before its positions are acknowledged (the job's part), (3) space is checked, (4)
+every file is written and synced under a temporary name, files that never change are linked from the parent, (5)
+MANIFEST.json with every file's hash is written last, (6) the directory is synced, renamed and its parent synced, (7) old
+checkpoints are removed, (8) positions are reported to the broker (the job's part). A crash between any two leaves the
+previous one in force.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from streamlearn import __version__
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    Content = bytes | Callable[[], bytes] | None
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-(\d{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
 MAX_MANIFEST_BYTES = 16 << 20
+SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
 
 
 class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
@@ -54,6 +59,11 @@ class Checkpoint:
     def sequence(self) -> int:
         """Its place in the order of saving."""
         return int(self.path.name.removeprefix("ckpt-"))
+
+    @property
+    def origin(self) -> str:
+        """The id of the one whose copy it is, or its own."""
+        return str(self.manifest.get("restored_from", self.id))
 
     @property
     def created(self) -> float:
@@ -143,12 +153,14 @@ class Store:
     def newest_sound(self) -> Checkpoint | None:
         """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
 
-        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent.
+        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent. So too if
+        a later version has written one: falling back behind it would be a silent loss.
         """
         self._sweep()
         broken = 0
         for path in self.paths():
             try:
+                _check_format(path)
                 checkpoint = _load(path)
                 checkpoint.verify()
             except Broken as error:
@@ -165,12 +177,14 @@ class Store:
             )
         return None
 
-    def save(self, files: Mapping[str, bytes | None], info: Mapping[str, Any]) -> Checkpoint:
+    def save(self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int = 0) -> Checkpoint:
         """Write a checkpoint and return it; a file given as None is linked from the newest one.
 
-        Raises `StreamlearnError` (74) when it cannot be written; nothing is left behind then.
+        A file given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will
+        be written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
         """
         self._make_root()
+        self._check_space(num_bytes)
         newest = next(iter(self.all()), None)
         sequence = (
             max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
@@ -199,6 +213,18 @@ class Store:
         self.prune()
         return Checkpoint(final, manifest)
 
+    def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Return the newest sound checkpoint that is older than what this one holds, or None."""
+        for older in self.all():
+            if older.id < checkpoint.origin:
+                try:
+                    older.verify()
+                except Broken as error:
+                    log.warning("%s; not to be gone back to", error)
+                else:
+                    return older
+        return None
+
     def restore(self, name: str) -> Checkpoint:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
         old = self.find(name)
@@ -208,7 +234,9 @@ class Store:
             for key, value in old.manifest.items()
             if key not in {"format", "id", "parent", "created", "version", "files"}
         }
-        return self.save({file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.id})
+        return self.save(
+            {file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.origin}
+        )
 
     def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
         """Remove all but the newest `keep` and the newest of each of the last `hourly` hours; return what went."""
@@ -222,9 +250,21 @@ class Store:
         if not dry_run:
             for checkpoint in gone:
                 doomed = self.root / f".del-{checkpoint.id}"
-                checkpoint.path.rename(doomed)
+                try:
+                    checkpoint.path.rename(doomed)
+                except OSError as error:  # what is to be kept is safe; another process may have been faster
+                    log.warning("%s: cannot be removed: %s", checkpoint.path, error.strerror)
+                    continue
                 shutil.rmtree(doomed, ignore_errors=True)
         return gone
+
+    def _check_space(self, num_bytes: int) -> None:
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes + SPARE_BYTES:
+            raise StreamlearnError(
+                f"{self.root}: a checkpoint of {num_bytes / 1e6:.1f} MB needs more than the {free / 1e6:.1f} MB that are free",
+                code=74,
+            )
 
     def _corrupt(self) -> Iterator[Path]:
         return self.root.glob(".corrupt-*") if self.root.is_dir() else iter(())
@@ -241,14 +281,29 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     @staticmethod
-    def _put(directory: Path, name: str, content: bytes | None, parent: Checkpoint | None) -> dict[str, Any]:
+    def _put(directory: Path, name: str, content: Content, parent: Checkpoint | None) -> dict[str, Any]:
         if content is not None:
+            content = content() if callable(content) else content
             _write(directory / name, content)
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert parent is not None
         os.link(parent.path / name, directory / name)
         entry: dict[str, Any] = parent.manifest["files"][name]
         return entry
+
+
+def _check_format(path: Path) -> None:
+    """Raise `StreamlearnError` (78) for a checkpoint of a later version, which is not broken: it is not ours to judge."""
+    try:
+        found = json.loads((path / MANIFEST).read_bytes()[:MAX_MANIFEST_BYTES])["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(found, int) and found > FORMAT:
+        raise StreamlearnError(
+            f"{path}: has format {found}, of a later streamlearn; this one reads up to {FORMAT}. Install that version, or move "
+            "the checkpoint away to go on from the one before it",
+            code=78,
+        )
 
 
 def _load(path: Path) -> Checkpoint:

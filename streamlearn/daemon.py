@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.config import Config
-    from streamlearn.job import Job
+    from streamlearn.job import Diverged, Job, Saving
     from streamlearn.stream.log import Log, Sink
     from streamlearn.stream.reader import Stream
 
@@ -54,6 +54,7 @@ class Desk:
         self.metrics = metrics
         self.servers: list[Server] = []
         self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
+        self._awaited: list[tuple[Future[dict[str, Any]], Saving]] = []
         self._bell = threading.Event()
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
@@ -67,8 +68,9 @@ class Desk:
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
         self._turned = time.monotonic()
         job.state = "draining" if self.stopping else "paused" if self.paused else "running"
+        self._answer()
         while not self._asked.empty():
-            self._save(self._asked.get(), job, stream)
+            self._awaited.append((self._asked.get(), job.save(stream, "manual")))
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
@@ -76,6 +78,7 @@ class Desk:
 
     def refuse(self) -> None:
         """Answer those whose wish came too late."""
+        self._answer()
         while not self._asked.empty():
             self._asked.get().set_exception(StreamlearnError("the daemon is ending", code=75))
 
@@ -148,12 +151,14 @@ class Desk:
                 raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
         return {"state": "draining" if self.stopping else "paused" if self.paused else "running"}
 
-    @staticmethod
-    def _save(asked: Future[dict[str, Any]], job: Job, stream: Stream) -> None:
-        if (checkpoint := job.save(stream, "manual")) is not None:
-            asked.set_result(checkpoint.summary())
-        else:
-            asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
+    def _answer(self) -> None:
+        """Tell those who asked for a checkpoint, once it is durable or could not be written."""
+        for asked, saving in [pair for pair in self._awaited if pair[1].collected]:
+            self._awaited.remove((asked, saving))
+            if saving.checkpoint is not None:
+                asked.set_result(saving.checkpoint.summary())
+            else:
+                asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
 
     def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
         contact = stream.status.last_contact
@@ -216,9 +221,6 @@ def run(
         )
         job.restore()
         announce(job, cause)
-        stream = make_stream(job)
-        stream.start()
-        stack.callback(stream.stop)
         desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))
         tell({"event": "running", "pid": os.getpid(), "http": f"http://{host}:{port}"})
         log.info(
@@ -230,8 +232,26 @@ def run(
         )
         if watch is not None:
             stack.enter_context(watch(desk))
-        learn(job, stream, desk)
+        stack.callback(desk.refuse)
+        while (diverged := learn_from(job, desk)) is not None:
+            metrics.record_state("restoring", ready=False)
+            job = job.roll_back(diverged)
         end_well(config.state_dir)
+
+
+def learn_from(job: Job, desk: Desk) -> Diverged | None:
+    """Learn from where a job stands until it is told to stop; return what it diverged with, where it did."""
+    from streamlearn.job import Diverged
+
+    stream = make_stream(job)
+    stream.start()
+    try:
+        learn(job, stream, desk)
+    except Diverged as error:
+        return error
+    finally:
+        stream.stop()
+    return None
 
 
 def learn(job: Job, stream: Stream, desk: Desk) -> None:
@@ -240,17 +260,32 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
 
     try:
         loop.run(job, stream, desk)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        job.metrics.count("out_of_memory", 1)
+        raise StreamlearnError(f"out of memory: {str(error).splitlines()[0]:.200}", code=75) from error
     finally:
-        desk.refuse()
         job.state = "draining"
         desk.publish(job, stream)
-        if job.progress.positions != job.saved:
+        job.collect(stream, wait=True)
+        if job.progress.positions != job.saved and not job.torn:
             job.save(stream, "shutdown")
+            job.collect(stream, wait=True)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
         totals = dict(job.progress.totals())
         log.info("stopped at step %d: %s", job.learner.step, totals, extra={"step": job.learner.step})
         desk.publish(job, stream)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether the host or the device had no memory left; torch says so of a device by a type, of the host by words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def make_stream(job: Job) -> Stream:
