@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import random
@@ -158,9 +159,10 @@ class Stream:
             self.status.problem = str(error)
         finally:
             try:
-                if self.status.connected and self._commits:
-                    self._commit()
-                    self.source.poll(POLL_SECONDS)  # a client sends only while it polls
+                with contextlib.suppress(StreamlearnError):  # a report is not worth an error, least of all after one
+                    if self.status.connected and self._commits:
+                        self._commit()
+                        self.source.poll(POLL_SECONDS)  # a client sends only while it polls
                 self.source.close()
             except Exception:
                 log.exception("closing the log failed")

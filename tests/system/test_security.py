@@ -14,6 +14,7 @@ import pytest
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import Kafka
+from streamlearn.data import StreamlearnError
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from tests.support import jobs
 from tests.support.secure_broker import SecureBroker, make_authority
@@ -77,9 +78,9 @@ class Job:
             if name not in but:
                 self.broker.allow(USER, *permission)
 
-    def config(self, **kafka: Any) -> Path:
-        """Write the configuration."""
-        secure = {
+    def settings(self) -> dict[str, Any]:
+        """Return how to reach the broker, without a secret."""
+        return {
             "bootstrap_servers": self.broker.secure,
             "security_protocol": "SASL_SSL",
             "ssl_cafile": str(self.broker.authority),
@@ -87,9 +88,17 @@ class Job:
             "group_id": self.group,
             "metadata_refresh_seconds": 1,
         }
+
+    def kafka(self, **over: Any) -> Kafka:
+        """Return the same for a client of this process, the password with it."""
+        sasl = {"username": USER, "password": PASSWORD}
+        return Kafka.model_validate({**self.settings(), "sasl": sasl, **over})
+
+    def config(self, **kafka: Any) -> Path:
+        """Write the configuration."""
         return jobs.write_config(
             self.directory,
-            kafka={**secure, **kafka},
+            kafka={**self.settings(), **kafka},
             input={"shape": [2], "dtype": "float32", "scale": 1},
             classes=2,
             stream={"topics": [self.topic], "batch_size": 10, "dead_letter": {"topic": self.letters}},
@@ -154,13 +163,7 @@ def test_a_connection_outlives_its_token(job: Job) -> None:
     job.allow()
     with TokenServer(USER, CLIENT_SECRET, lifetime=3) as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER, "client_secret": CLIENT_SECRET}
-        kafka = {
-            "bootstrap_servers": job.broker.secure,
-            "security_protocol": "SASL_SSL",
-            "ssl_cafile": job.broker.authority,
-            "sasl": sasl,
-        }
-        log = KafkaLog(Kafka.model_validate(kafka), job.group)
+        log = KafkaLog(job.kafka(sasl=sasl), job.group)
         log.connect()
         log.assign({(job.topic, 0): 0})
         count, deadline = 0, time.monotonic() + 60
@@ -260,6 +263,31 @@ def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
         code, why = ended(daemon)
     assert (code, why.startswith(f"topic {job.topic}: no permission")) == (77, True), why
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def look_until_refused(log: KafkaLog) -> None:
+    """Poll, and ask for the topics, until one of the two raises, or half a minute is over."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert log.poll(0.1) == []
+        log.topics()
+
+
+@pytest.mark.parametrize("case", WITHDRAWN)
+def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
+    """While the queue is full nothing is fetched, so that nothing can be refused: the list of topics tells."""
+    job.allow()
+    log = KafkaLog(job.kafka(), job.group)
+    log.connect()
+    log.assign({(job.topic, 0): 0})
+    log.hold({(job.topic, 0)})
+    assert job.topic in log.topics()
+    for operation in WITHDRAWN[case]:
+        job.broker.withdraw(USER, "TOPIC", job.topic, operation)
+    with pytest.raises(StreamlearnError, match=f"^topic {job.topic}: no permission to (read|see) it") as caught:
+        look_until_refused(log)
+    assert caught.value.code == 77
+    log.close()
 
 
 def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
