@@ -140,7 +140,7 @@ def test_learns_to_the_end_with_a_password(job: Job, mechanism: str) -> None:
     job.allow()
     job.mark()
     with jobs.Daemon(
-        job.config(sasl={"mechanism": mechanism, "username": USER}), None, **{PASSWORD_KEY: PASSWORD}
+        job.config(sasl={"mechanism": mechanism, "username": USER}), environment={PASSWORD_KEY: PASSWORD}
     ) as daemon:
         assert daemon.finish(60) == 0, daemon.tail()
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
@@ -152,7 +152,7 @@ def test_learns_to_the_end_with_tokens(job: Job) -> None:
     job.mark()
     with TokenServer(USER, CLIENT_SECRET) as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
-        with jobs.Daemon(job.config(sasl=sasl), None, **{SECRET_KEY: CLIENT_SECRET}) as daemon:
+        with jobs.Daemon(job.config(sasl=sasl), environment={SECRET_KEY: CLIENT_SECRET}) as daemon:
             assert daemon.finish(60) == 0, daemon.tail()
         assert len(server.asked) == 1
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
@@ -183,7 +183,7 @@ def test_a_refused_client_is_told_why(job: Job) -> None:
     with TokenServer(USER, "another") as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
         config = job.config(sasl=sasl)
-        with jobs.Daemon(config, None, **{SECRET_KEY: CLIENT_SECRET}) as daemon:
+        with jobs.Daemon(config, environment={SECRET_KEY: CLIENT_SECRET}) as daemon:
             why = f"{server.url}: no token for client {USER}, scope None: refused with 401 (invalid_client)"
             assert ended(daemon) == (77, why)
         assert (len(server.asked), job.broker.relay.connections - before) == (1, 1)
@@ -221,7 +221,9 @@ def test_a_refusal_ends_the_daemon_at_once(job: Job, case: str) -> None:
         over = {"ssl_cafile": str(make_authority(job.directory / "other"))}
     relay = job.broker.relay
     before, address = relay.connections, f"{host}:{relay.port}"
-    with jobs.Daemon(job.config(**{**over, "bootstrap_servers": address}), None, **{PASSWORD_KEY: "wrong"}) as daemon:
+    with jobs.Daemon(
+        job.config(**{**over, "bootstrap_servers": address}), environment={PASSWORD_KEY: "wrong"}
+    ) as daemon:
         told_code, told = ended(daemon)
     assert relay.connections - before == 1
     assert told_code == code
@@ -245,7 +247,7 @@ def test_a_missing_permission_ends_the_daemon_at_once(job: Job, case: str) -> No
     """One line names what is missing, and on what; the client itself would say nothing."""
     but, why = PERMISSIONS[case]
     job.allow(*but)
-    with jobs.Daemon(job.config(), None, **{PASSWORD_KEY: PASSWORD}) as daemon:
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         assert ended(daemon) == (77, why.format(**vars(job)))
 
 
@@ -256,7 +258,7 @@ WITHDRAWN = {"READ": ["READ"], "READ and DESCRIBE": ["READ", "DESCRIBE"]}
 def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
     """No record comes that could fail: the daemon looks by itself, saves what it has, and says what is missing."""
     job.allow()
-    with jobs.Daemon(job.config(), None, **{PASSWORD_KEY: PASSWORD}) as daemon:
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
         for operation in WITHDRAWN[case]:
             job.broker.withdraw(USER, "TOPIC", job.topic, operation)
@@ -293,7 +295,7 @@ def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
 def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
     """Connections live on; when the broker starts anew, one attempt with the old password is enough."""
     job.allow()
-    with jobs.Daemon(job.config(), None, **{PASSWORD_KEY: PASSWORD}) as daemon:
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
         job.broker.change_password(USER, "another")
         try:
@@ -315,7 +317,7 @@ def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
 def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> None:
     """The position does not move past a letter that was not taken: the next start finds the record again."""
     job.allow()
-    with jobs.Daemon(job.config(), None, **{PASSWORD_KEY: PASSWORD}) as daemon:
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
         job.broker.withdraw(USER, "TOPIC", job.letters, "WRITE")
         job.publish("no sample")
@@ -325,7 +327,7 @@ def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> No
         assert daemon.tail().splitlines()[-1] == f"streamlearn: {why}"
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["rejected"] == 0
     job.broker.allow(USER, "TOPIC", job.letters, "WRITE")
-    with jobs.Daemon(daemon.config, None, **{PASSWORD_KEY: PASSWORD}) as again:
+    with jobs.Daemon(daemon.config, environment={PASSWORD_KEY: PASSWORD}) as again:
         assert again.finish(60) == 0, again.tail()
     samples = Store(daemon.state).all()[0].read_json("status.json")["samples"]
     assert (samples["trained"], samples["rejected"]) == (SAMPLES, 1)
@@ -342,7 +344,7 @@ def test_secrets_are_nowhere(job: Job, mechanism: str) -> None:
             sasl = {"mechanism": mechanism, "token_url": server.url, "client_id": USER}
             environment = {SECRET_KEY: CLIENT_SECRET}
         config = job.config(sasl=sasl)
-        with jobs.Daemon(config, None, **environment) as daemon:
+        with jobs.Daemon(config, environment=environment) as daemon:
             daemon.until(all_learned, 60)
             shown = [
                 cli("status", "--json", "--state", daemon.state).stdout,
