@@ -51,6 +51,7 @@ class Desk:
         self.config = config
         self.stopping = False
         self.paused = False
+        self.resumed = False  # asked to go on, and the stream does not know yet
         self.metrics = metrics
         self.servers: list[Server] = []
         self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
@@ -69,6 +70,9 @@ class Desk:
         job.state = "draining" if self.stopping else "paused" if self.paused else "running"
         while not self._asked.empty():
             self._save(self._asked.get(), job, stream)
+        if self.resumed:
+            self.resumed = False
+            stream.acknowledge()
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
@@ -137,6 +141,7 @@ class Desk:
             self.stop()
         elif name in {"pause", "resume"}:
             self.paused = name == "pause"
+            self.resumed = name == "resume"
             self._bell.set()
         else:
             asked: Future[dict[str, Any]] = Future()

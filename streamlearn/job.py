@@ -108,7 +108,7 @@ class Job:
         """Save everything, then report the positions; return None where it failed, which is logged and counted."""
         begun = time.perf_counter()
         try:
-            self._settle(stream)  # the dead letters before these positions are acknowledged first
+            stream.settle()  # the dead letters before these positions are acknowledged first
             files, info = self._snapshot()
             snapshot = time.perf_counter()
             checkpoint = self.store.save(files, info)
@@ -130,13 +130,6 @@ class Job:
             extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step},
         )
         return checkpoint
-
-    def _settle(self, stream: Stream) -> None:
-        try:
-            stream.settle()
-        except StreamlearnError:
-            self.metrics.count("dlq_records", 1, "failure")
-            raise
 
     def restore(self) -> bool:
         """Take over the newest sound checkpoint; return False where there is none.
@@ -328,6 +321,7 @@ class Job:
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
+        metrics.catch_up("dlq_records", "dead letters that failed", stream.dead_letters.failures, "failure")
         applied = self.progress.positions.at
         behind = Counter[str]()
         for place, end in stream.status.ends.items():

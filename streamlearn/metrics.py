@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PREFIX = "streamlearn_"
 STATES = ("starting", "restoring", "running", "paused", "draining", "failed")
-TRIGGERS = ("interval", "task_end", "shutdown", "manual")
+TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
 LOSS_SMOOTHING = 0.9

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -17,7 +18,7 @@ from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.log import Bounds, BrokerUnavailable, Headers, Record, TopicInfo
+from streamlearn.stream.log import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 BOOTSTRAP_MS = 5000
 REQUEST_MS = 10_000
 MAX_POLL_RECORDS = 2000
-SEND_SECONDS = 60
-CUT_BYTES = 64 << 10
+CUT_BYTES = (64 << 10, 1 << 10, 0)  # to what a record is cut that its topic does not take, in this order
+CUT_HEADER_BYTES = 256  # and each of its headers with the last of them
 CUT_HEADER = "streamlearn.cut-from-bytes"  # a record that was too large for its topic, and its size
 
 _Sent = tuple[str, int, bytes | None, bytes | None, Headers]
@@ -239,7 +240,8 @@ class KafkaSink:
         self._admin: Any = None
         self._producer: Any = None
         self._lock = threading.Lock()
-        self._failed: list[tuple[_Sent, str]] = []  # not acknowledged: sent again by the next flush
+        self._flushing = threading.Lock()
+        self._failed: deque[tuple[_Sent, str]] = deque()  # not acknowledged: sent again by the next flush
 
     def _clients(self) -> tuple[Any, Any]:
         with self._lock:
@@ -251,7 +253,8 @@ class KafkaSink:
                     "linger_ms": 20,
                     "batch_size": 512 << 10,
                     "max_request_size": 32 << 20,
-                    "delivery_timeout_ms": SEND_SECONDS * 1000,
+                    "delivery_timeout_ms": int(FLUSH_SECONDS * 1000),
+                    "max_block_ms": REQUEST_MS,  # for a topic that is gone
                     "compression_type": "lz4",
                 }
                 self._producer = _connected(KafkaProducer, settings)
@@ -306,18 +309,29 @@ class KafkaSink:
         too_large = isinstance(error, kafka_errors.MessageSizeTooLargeError | kafka_errors.RecordListTooLargeError)
         return (_cut(record) if too_large else record), f"{record[0]}: not acknowledged: {error!s:.160}"
 
-    def flush(self) -> None:
-        again, self._failed = self._failed, []
-        for record, _ in again:
-            self._send(record)
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        with self._flushing:  # else one thread would find nothing while another is about to send it again
+            self._flush(timeout)
+            for _ in CUT_BYTES:  # what its topic does not take is taken once it is cut
+                if self._failed:
+                    self._flush(timeout)
+            if self._failed:
+                raise StreamlearnError(f"{len(self._failed)} records: {self._failed[0][1]}", code=74)
+
+    def _flush(self, timeout: float) -> None:
+        for _ in range(len(self._failed)):
+            record, why = self._failed.popleft()
+            try:
+                self._send(record)
+            except StreamlearnError:
+                self._failed.append((record, why))
+                raise
         if self._producer is None:
             return
         try:
-            self._producer.flush(timeout=SEND_SECONDS)
+            self._producer.flush(timeout=timeout)
         except kafka_errors.KafkaError as error:
-            raise BrokerUnavailable(f"not acknowledged within {SEND_SECONDS} s: {error!s:.160}") from error
-        if self._failed:
-            raise StreamlearnError(f"{len(self._failed)} records: {self._failed[0][1]}", code=74)
+            raise BrokerUnavailable(f"not acknowledged within {timeout:.0f} s: {error!s:.160}") from error
 
     def close(self) -> None:
         for client in (self._producer, self._admin):
@@ -326,13 +340,12 @@ class KafkaSink:
 
 
 def _cut(record: _Sent) -> _Sent:
-    """Return a record that its topic takes: the beginning of its value, and a header that says so."""
+    """Return a record that its topic may take: the beginning of its value, and a header that says so."""
     topic, partition, value, key, headers = record
-    size = len(value or b"")
-    return (
-        topic,
-        partition,
-        (value or b"")[: min(CUT_BYTES, size // 2)],
-        key,
-        (*headers, (CUT_HEADER, str(size).encode())),
-    )
+    whole = value or b""
+    size = next((size for size in CUT_BYTES if size < len(whole)), 0)
+    if size == 0:
+        headers = tuple((name[:CUT_HEADER_BYTES], data[:CUT_HEADER_BYTES]) for name, data in headers)
+    if CUT_HEADER not in dict(headers):
+        headers += ((CUT_HEADER, str(len(whole)).encode()),)
+    return topic, partition, whole[:size], key, headers

@@ -20,6 +20,8 @@ TASK_END = b"task-end"
 
 Headers = tuple[tuple[str, bytes], ...]
 
+FLUSH_SECONDS = 60.0  # how long a writer waits to be acknowledged
+
 
 class BrokerUnavailable(StreamlearnError):  # noqa: N818 - it names a state of the world, and callers wait for it to pass
     """No broker answers now; trying again later may help."""
@@ -120,8 +122,11 @@ class Sink(Protocol):
     ) -> None:
         """Write a record; it is durable after the next `flush`."""
 
-    def flush(self) -> None:
-        """Return when everything appended is acknowledged; raises `StreamlearnError` if something was not."""
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Return when everything appended is acknowledged; raises `StreamlearnError` if something is not, `timeout` in seconds.
+
+        What was not acknowledged is kept, and written by a later flush.
+        """
 
     def close(self) -> None:
         """Let go of everything."""

@@ -82,6 +82,8 @@ class Stream:
         self._checked = self._refreshed = -1e9
         self._last_record = time.monotonic()
         self._linger_since: float | None = None
+        self._burst: str | None = None  # why reading stands still until it is acknowledged
+        self._acknowledged = threading.Event()
 
     # -- for the loop
 
@@ -114,6 +116,11 @@ class Stream:
     def settle(self) -> None:
         """Return when every dead letter is acknowledged; a checkpoint begins only after it."""
         self.dead_letters.flush()
+
+    def acknowledge(self) -> None:
+        """Have reading go on where a burst of rejects stopped it, with the count anew."""
+        if self._burst is not None:
+            self._acknowledged.set()
 
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
@@ -179,6 +186,11 @@ class Stream:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        if self._acknowledged.is_set():
+            self._acknowledged.clear()
+            self._burst = None
+            self.assembler.burst.clear()
+            self._restore()  # what was polled beyond the burst is read again
         if now - self._checked >= CHECK_SECONDS:
             self._check(now)
         self._commit()
@@ -191,7 +203,26 @@ class Stream:
         for record in records:
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
+            if self._stops_at_burst():
+                return  # before anything is concluded from how far the log was read
         self._after_poll(records)
+
+    def _stops_at_burst(self) -> bool:
+        """Tell whether reading stands still here, because too many samples in a row were rejected."""
+        spec, burst = self.spec.dead_letter, self.assembler.burst
+        if spec.burst is None or burst.length < spec.burst:
+            return False
+        why = str(burst)
+        log.error("%s (stream.dead_letter.on_burst: %s)", why, spec.on_burst)
+        if spec.on_burst == "continue":
+            burst.clear()
+            return False
+        self._put(self.assembler.flush())
+        self._put(self.assembler.excuse())
+        if spec.on_burst == "exit":
+            raise StreamlearnError(why, code=65)
+        self._burst = self.status.problem = why
+        return True
 
     def _identify(self, topics: set[str]) -> None:
         """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
@@ -268,7 +299,7 @@ class Stream:
         self._checked = now
         self.status.connected = True
         self.status.last_contact = time.time()
-        self.status.problem = self._trouble()
+        self.status.problem = self.dead_letters.trouble() or self._trouble() or self._burst
         if self.status.problem is not None:
             return
         self._choose(names)
