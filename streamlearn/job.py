@@ -321,7 +321,7 @@ class Job:
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
-        metrics.catch_up("dlq_records", "dead letters that failed", stream.dead_letters.failures, "failure")
+        metrics.catch_up("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
         applied = self.progress.positions.at
         behind = Counter[str]()
         for place, end in stream.status.ends.items():

@@ -205,7 +205,8 @@ class Metrics:
         }
         self._known: dict[str, set[str]] = {"task": set(), "topic": set()}
         self._smoothed: dict[tuple[str, str], float] = {}
-        self._seen = dict.fromkeys(("drawn", "evicted", "projected", "failed", "dead letters"), 0)
+        totals = ("drawn", "evicted", "projected", "failed", "dead letters", "dead letter failures")
+        self._seen = dict.fromkeys(totals, 0)
         for trigger in TRIGGERS:
             for result in ("success", "failure"):
                 self.counters["checkpoints"].labels(result, trigger)

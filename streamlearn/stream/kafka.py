@@ -18,7 +18,7 @@ from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.log import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
+from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +31,6 @@ REQUEST_MS = 10_000
 MAX_POLL_RECORDS = 2000
 CUT_BYTES = (64 << 10, 1 << 10, 0)  # to what a record is cut that its topic does not take, in this order
 CUT_HEADER_BYTES = 256  # and each of its headers with the last of them
-CUT_HEADER = "streamlearn.cut-from-bytes"  # a record that was too large for its topic, and its size
 
 _Sent = tuple[str, int, bytes | None, bytes | None, Headers]
 
@@ -346,6 +345,6 @@ def _cut(record: _Sent) -> _Sent:
     size = next((size for size in CUT_BYTES if size < len(whole)), 0)
     if size == 0:
         headers = tuple((name[:CUT_HEADER_BYTES], data[:CUT_HEADER_BYTES]) for name, data in headers)
-    if CUT_HEADER not in dict(headers):
-        headers += ((CUT_HEADER, str(len(whole)).encode()),)
+    if CUT not in dict(headers):
+        headers += ((CUT, str(len(whole)).encode()),)
     return topic, partition, whole[:size], key, headers

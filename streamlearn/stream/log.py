@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "content-type"
 USE = "streamlearn-use"  # header; the value `probe` sends a sample to the probe whatever its hash says
 CONTROL = "streamlearn-control"  # header; the value `task-end` makes a record a marker
+ATTEMPT = "streamlearn-attempt"  # header of a dead letter that was sent again: how often
+CUT = "streamlearn.cut-from-bytes"  # header of a record that was too large for its topic: its size
 PROBE = b"probe"
 TASK_END = b"task-end"
 
