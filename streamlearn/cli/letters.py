@@ -142,7 +142,10 @@ def replay(
         chosen = [letter for letter in matching if letter.attempts < max_attempts]
         if refused := len(matching) - len(chosen):
             print_error(f"{refused} letters were sent {max_attempts} times already (--max-attempts)")
-        if dry_run or not chosen:
+        if not chosen:
+            typer.echo("nothing to send")
+            return
+        if dry_run:
             _tell("would be sent", chosen, to)
             return
         _confirm(chosen, to, yes=yes)

@@ -9,8 +9,8 @@ from kafka import errors as kafka_errors
 
 from streamlearn.config import Kafka
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.kafka import CUT_HEADER, CUT_HEADER_BYTES, KafkaSink
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaSink
+from streamlearn.stream.log import CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +100,7 @@ def test_what_is_too_large_is_cut_and_says_so() -> None:
     made, producer = sink(*[kafka_errors.MessageSizeTooLargeError()] * 3)
     made.append("t", 0, b"x" * 100_000, headers=(("mine", b"y" * 1000),))
     made.flush()
-    assert producer.sent == [("t", b"", {"mine": b"y" * CUT_HEADER_BYTES, CUT_HEADER: b"100000"})]
+    assert producer.sent == [("t", b"", {"mine": b"y" * CUT_HEADER_BYTES, CUT: b"100000"})]
 
 
 def test_what_cannot_be_sent_again_is_kept() -> None:
