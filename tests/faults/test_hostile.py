@@ -126,7 +126,9 @@ def misshapen(draw: st.DrawFn) -> Hostile:
     elif kind == "label":
         y = draw(bad_labels)
     elif kind == "task":
-        tree["task"] = draw(st.one_of(st.text(max_size=9), st.integers(), st.none()).filter(lambda name: name != TOPIC))
+        tree["task"] = draw(
+            st.one_of(st.text(max_size=9), st.integers(0, 9), st.none()).filter(lambda name: name != TOPIC)
+        )
     elif kind == "dtype":
         x = np.array(x, np.float32).tobytes()
         tree["dtype"] = draw(st.sampled_from(["float64", "uint8", "object", "", 3, None, "O", "f4,f4"]))
