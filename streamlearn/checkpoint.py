@@ -8,6 +8,7 @@ the broker (the loop's part), (6) old checkpoints are removed. A crash between a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -171,10 +172,7 @@ class Store:
         Raises `StreamlearnError` (74) when it cannot be written; nothing is left behind then.
         """
         self._make_root()
-        newest = next(iter(self.all()), None)
-        sequence = (
-            max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
-        )
+        newest, sequence = self._next()
         final = self.root / f"ckpt-{sequence:012d}"
         temporary = self.root / f".tmp-{final.name}"
         try:
@@ -196,7 +194,10 @@ class Store:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
-        self.prune()
+        try:
+            self.prune()
+        except OSError as error:  # the new one is durable: an old one too many is no failure
+            log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return Checkpoint(final, manifest)
 
     def restore(self, name: str) -> Checkpoint:
@@ -235,6 +236,14 @@ class Store:
         except OSError as error:
             raise StreamlearnError(f"{self.root}: cannot be made: {error.strerror}", code=77) from error
 
+    def _next(self) -> tuple[Checkpoint | None, int]:
+        """Return the newest checkpoint, and the number that follows every one that ever was; raises `StreamlearnError`."""
+        try:
+            numbers = [int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))]
+            return next(iter(self.all()), None), max(numbers, default=0) + 1
+        except OSError as error:
+            raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
+
     def _sweep(self) -> None:
         if self.root.is_dir():
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
@@ -245,7 +254,8 @@ class Store:
         if content is not None:
             _write(directory / name, content)
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        assert parent is not None
+        if parent is None:
+            raise OSError(errno.ENOENT, f"the checkpoint that holds {name} cannot be read")
         os.link(parent.path / name, directory / name)
         entry: dict[str, Any] = parent.manifest["files"][name]
         return entry
