@@ -1,9 +1,11 @@
 """Checkpoints: directories that either exist or do not, each with the stream's positions inside.
 
-A save, in order: (1) the dead letters before its positions are acknowledged (the loop's part), (2) every file is written
-and synced under a temporary name, files that never change are linked from the parent, (3) MANIFEST.json with every
-file's hash is written last, (4) the directory is synced, renamed and its parent synced, (5) positions are reported to
-the broker (the loop's part), (6) old checkpoints are removed. A crash between any two leaves the previous one in force.
+A save, in order: (1) a copy of everything is taken between two batches, and from here on a thread beside the loop works
+(the job's part), (2) the dead letters before its positions are acknowledged (the job's part), (3) space is checked, (4)
+every file is written and synced under a temporary name, files that never change are linked from the parent, (5)
+MANIFEST.json with every file's hash is written last, (6) the directory is synced, renamed and its parent synced, (7) old
+checkpoints are removed, (8) positions are reported to the broker (the job's part). A crash between any two leaves the
+previous one in force.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,8 +26,10 @@ from streamlearn import __version__
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    Content = bytes | Callable[[], bytes] | None
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,9 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-(\d{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
+OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
 MAX_MANIFEST_BYTES = 16 << 20
+SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
 
 
 class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
@@ -81,7 +88,7 @@ class Checkpoint:
         if entry is None:
             raise Broken(f"{self.path}: has no {name}", code=74)
         try:
-            content = (self.path / name).read_bytes()
+            content = _content(self.path / name, entry["size"])
         except OSError as error:
             raise Broken(f"{self.path / name}: {error.strerror}", code=74) from error
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -144,12 +151,14 @@ class Store:
     def newest_sound(self) -> Checkpoint | None:
         """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
 
-        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent.
+        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent. So too if
+        a later version has written one: falling back behind it would be a silent loss.
         """
         self._sweep()
         broken = 0
         for path in self.paths():
             try:
+                _check_format(path)
                 checkpoint = _load(path)
                 checkpoint.verify()
             except Broken as error:
@@ -166,12 +175,14 @@ class Store:
             )
         return None
 
-    def save(self, files: Mapping[str, bytes | None], info: Mapping[str, Any]) -> Checkpoint:
+    def save(self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int = 0) -> Checkpoint:
         """Write a checkpoint and return it; a file given as None is linked from the newest one.
 
-        Raises `StreamlearnError` (74) when it cannot be written; nothing is left behind then.
+        A file given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will
+        be written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
         """
         self._make_root()
+        self._check_space(num_bytes)
         newest, sequence = self._next()
         final = self.root / f"ckpt-{sequence:012d}"
         temporary = self.root / f".tmp-{final.name}"
@@ -187,6 +198,7 @@ class Store:
                 **info,
                 "files": entries,
             }
+            manifest["sha256"] = _digest(manifest)
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
             _sync_directory(temporary)
             temporary.rename(final)
@@ -204,11 +216,7 @@ class Store:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
         old = self.find(name)
         old.verify()
-        info = {
-            key: value
-            for key, value in old.manifest.items()
-            if key not in {"format", "id", "parent", "created", "version", "files"}
-        }
+        info = {key: value for key, value in old.manifest.items() if key not in OWN}
         return self.save({file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.id})
 
     def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
@@ -223,9 +231,21 @@ class Store:
         if not dry_run:
             for checkpoint in gone:
                 doomed = self.root / f".del-{checkpoint.id}"
-                checkpoint.path.rename(doomed)
+                try:
+                    checkpoint.path.rename(doomed)
+                except OSError as error:  # what is to be kept is safe; another process may have been faster
+                    log.warning("%s: cannot be removed: %s", checkpoint.path, error.strerror)
+                    continue
                 shutil.rmtree(doomed, ignore_errors=True)
         return gone
+
+    def _check_space(self, num_bytes: int) -> None:
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes + SPARE_BYTES:
+            raise StreamlearnError(
+                f"{self.root}: a checkpoint of {num_bytes / 1e6:.1f} MB needs more than the {free / 1e6:.1f} MB that are free",
+                code=74,
+            )
 
     def _corrupt(self) -> Iterator[Path]:
         return self.root.glob(".corrupt-*") if self.root.is_dir() else iter(())
@@ -250,8 +270,9 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     @staticmethod
-    def _put(directory: Path, name: str, content: bytes | None, parent: Checkpoint | None) -> dict[str, Any]:
+    def _put(directory: Path, name: str, content: Content, parent: Checkpoint | None) -> dict[str, Any]:
         if content is not None:
+            content = content() if callable(content) else content
             _write(directory / name, content)
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if parent is None:
@@ -259,6 +280,20 @@ class Store:
         os.link(parent.path / name, directory / name)
         entry: dict[str, Any] = parent.manifest["files"][name]
         return entry
+
+
+def _check_format(path: Path) -> None:
+    """Raise `StreamlearnError` (78) for a checkpoint of a later version, which is not broken: it is not ours to judge."""
+    try:
+        found = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    if isinstance(found, int) and found > FORMAT:
+        raise StreamlearnError(
+            f"{path}: has format {found}, of a later streamlearn; this one reads up to {FORMAT}. Install that version, or move "
+            "the checkpoint away to go on from the one before it",
+            code=78,
+        )
 
 
 def _load(path: Path) -> Checkpoint:
@@ -270,10 +305,9 @@ def _load(path: Path) -> Checkpoint:
 
 def _parse(path: Path) -> Checkpoint | None:
     try:
-        file = path / MANIFEST
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
+        manifest = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))
+        if manifest["sha256"] != _digest(manifest):
             return None
-        manifest = json.loads(file.read_bytes())
         names = manifest["files"]
         if (
             manifest["format"] != FORMAT
@@ -282,9 +316,30 @@ def _parse(path: Path) -> Checkpoint | None:
         ):
             return None
         manifest["step"], datetime.fromisoformat(manifest["created"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Checkpoint(path, manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of everything else that a manifest says."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """Return what a plain file holds, if that is no more than `limit` bytes; a link, a pipe or a device is an error.
+
+    Raises `OSError`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"has {found.st_size} bytes, expected at most {limit}")
+        return file.read(limit)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.config import Config
-    from streamlearn.job import Job
+    from streamlearn.job import Job, Saving
     from streamlearn.stream.log import Log, Sink
     from streamlearn.stream.reader import Stream
 
@@ -54,6 +54,7 @@ class Desk:
         self.metrics = metrics
         self.servers: list[Server] = []
         self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
+        self._awaited: list[tuple[Future[dict[str, Any]], Saving]] = []
         self._bell = threading.Event()
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
@@ -67,8 +68,9 @@ class Desk:
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
         self._turned = time.monotonic()
         job.state = "draining" if self.stopping else "paused" if self.paused else "running"
+        self._answer()
         while not self._asked.empty():
-            self._save(self._asked.get(), job, stream)
+            self._awaited.append((self._asked.get(), job.save(stream, "manual")))
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
@@ -76,6 +78,7 @@ class Desk:
 
     def refuse(self) -> None:
         """Answer those whose wish came too late."""
+        self._answer()
         while not self._asked.empty():
             self._asked.get().set_exception(StreamlearnError("the daemon is ending", code=75))
 
@@ -148,12 +151,14 @@ class Desk:
                 raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
         return {"state": "draining" if self.stopping else "paused" if self.paused else "running"}
 
-    @staticmethod
-    def _save(asked: Future[dict[str, Any]], job: Job, stream: Stream) -> None:
-        if (checkpoint := job.save(stream, "manual")) is not None:
-            asked.set_result(checkpoint.summary())
-        else:
-            asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
+    def _answer(self) -> None:
+        """Tell those who asked for a checkpoint, once it is durable or could not be written."""
+        for asked, saving in [pair for pair in self._awaited if pair[1].collected]:
+            self._awaited.remove((asked, saving))
+            if saving.checkpoint is not None:
+                asked.set_result(saving.checkpoint.summary())
+            else:
+                asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
 
     def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
         contact = stream.status.last_contact
@@ -241,11 +246,13 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     try:
         loop.run(job, stream, desk)
     finally:
-        desk.refuse()
         job.state = "draining"
         desk.publish(job, stream)
-        if job.progress.positions != job.saved:
+        job.collect(stream, wait=True)
+        if job.progress.positions != job.saved and not job.torn:
             job.save(stream, "shutdown")
+            job.collect(stream, wait=True)
+        desk.refuse()
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
         totals = dict(job.progress.totals())

@@ -10,7 +10,9 @@ import platform
 import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +26,37 @@ from streamlearn.scenario import Scenario
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from concurrent.futures import Future
 
-    from streamlearn.checkpoint import Checkpoint, Store
+    from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds, as it was between two batches."""
+
+    files: Mapping[str, Content]
+    info: Mapping[str, Any]
+    num_bytes: int  # of the tensors that are to be written
+    positions: Positions
+    batches: int
+    taken: float  # monotonic
+
+
+@dataclass
+class Saving:
+    """A checkpoint that is being written beside the loop."""
+
+    trigger: str
+    snapshot: Snapshot
+    written: Future[tuple[Checkpoint, float]]
+    collected: bool = False
+    checkpoint: Checkpoint | None = None  # once it is collected, if it is durable
 
 
 @dataclass
@@ -50,9 +76,12 @@ class Job:
     newest: dict[str, float] = field(default_factory=dict)  # timestamp of the newest applied record, by topic
     state: str = "starting"
     started: float = field(default_factory=time.time)
+    torn: bool = False  # in the middle of a delivery: model and positions do not belong together
+    saving: Saving | None = None  # the checkpoint that is being written
     save_failed: float | None = None  # when a save last failed, monotonic
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_batches: int = 0
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     @classmethod
     def make(cls, config: Config, store: Store, metrics: Metrics) -> Job:
@@ -96,7 +125,7 @@ class Job:
     def checkpoint_due(self) -> bool:
         """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
         spec = self.config.checkpoint
-        if self.progress.positions == self.saved or not self.progress.positions.at:
+        if self.saving is not None or self.progress.positions == self.saved or not self.progress.positions.at:
             return False
         waited = time.monotonic() - self._saved_at
         if self.save_failed is not None and time.monotonic() - self.save_failed < (spec.every_seconds or 30.0):
@@ -104,39 +133,53 @@ class Job:
         by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
-    def save(self, stream: Stream, trigger: str) -> Checkpoint | None:
-        """Save everything, then report the positions; return None where it failed, which is logged and counted."""
+    def save(self, stream: Stream, trigger: str) -> Saving:
+        """Copy everything and have it written beside the loop, which pauses for the copy alone; `collect` sees it end."""
+        self.collect(stream, wait=True)  # one at a time: what never changes is linked from the one before
         begun = time.perf_counter()
+        snapshot = self._snapshot()
+        seconds = self.metrics.histograms["checkpoint_duration_seconds"]
+        seconds.labels("snapshot").observe(time.perf_counter() - begun)
+        written = self._writer.submit(self._write, stream, snapshot)
+        self.saving = Saving(trigger, snapshot, written)
+        return self.saving
+
+    def collect(self, stream: Stream, *, wait: bool = False) -> None:
+        """Take over what became of the checkpoint that is being written, if it is done; then report its positions.
+
+        That it could not be written is logged and counted, and training goes on; any other failure is raised.
+        """
+        saving = self.saving
+        if saving is None or not (wait or saving.written.done()):
+            return
         try:
-            self._settle(stream)  # the dead letters before these positions are acknowledged first
-            files, info = self._snapshot()
-            snapshot = time.perf_counter()
-            checkpoint = self.store.save(files, info)
+            checkpoint, seconds = saving.written.result()
         except StreamlearnError as error:
-            log.error("checkpoint failed: %s", error, extra={"trigger": trigger})  # noqa: TRY400 - the line says all
-            self.metrics.count("checkpoints", 1, "failure", trigger)
+            log.error("checkpoint failed: %s", error, extra={"trigger": saving.trigger})  # noqa: TRY400 - the line says all
+            self.metrics.count("checkpoints", 1, "failure", saving.trigger)
             self.metrics.count("errors", 1, "checkpoint", type(error).__name__)
             self.save_failed = time.monotonic()
-            return None
-        seconds = self.metrics.histograms["checkpoint_duration_seconds"]
-        seconds.labels("snapshot").observe(snapshot - begun)
-        seconds.labels("write").observe(time.perf_counter() - snapshot)
-        self.metrics.count("checkpoints", 1, "success", trigger)
-        self._follow(checkpoint)
-        stream.report(self.progress.positions)
-        log.info(
-            "saved %s",
-            checkpoint.id,
-            extra={"checkpoint": checkpoint.id, "trigger": trigger, "step": self.learner.step},
-        )
-        return checkpoint
+            return
+        finally:
+            self.saving, saving.collected = None, True
+        self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(seconds)
+        self.metrics.count("checkpoints", 1, "success", saving.trigger)
+        self._follow(checkpoint, saving.snapshot)
+        saving.checkpoint = checkpoint
+        stream.report(saving.snapshot.positions)
+        extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
+        log.info("saved %s", checkpoint.id, extra=extra)
 
-    def _settle(self, stream: Stream) -> None:
+    def _write(self, stream: Stream, snapshot: Snapshot) -> tuple[Checkpoint, float]:
+        """Make a snapshot durable, in the writer's thread; return the checkpoint and the seconds that it took."""
+        begun = time.perf_counter()
         try:
-            stream.settle()
+            stream.settle()  # the dead letters before these positions are acknowledged first
         except StreamlearnError:
             self.metrics.count("dlq_records", 1, "failure")
             raise
+        checkpoint = self.store.save(snapshot.files, snapshot.info, snapshot.num_bytes)
+        return checkpoint, time.perf_counter() - begun
 
     def restore(self) -> bool:
         """Take over the newest sound checkpoint; return False where there is none.
@@ -147,18 +190,12 @@ class Job:
         self.metrics.count("checkpoint_corrupt", self.store.corrupt)
         if checkpoint is None:
             return False
-        self._check_fit(checkpoint)
-        files = {
-            name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
-            for name in checkpoint.manifest["files"]
-            if name.endswith(state.SUFFIX)
-        }
-        rest = checkpoint.read_json("state.json")
-        self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
-        groups = state.unpack(files, rest["groups"])
-        self.probes.load_state_dict(groups.pop("probes"))
-        self.matrix.load_state_dict(rest["matrix"])
-        self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
+        try:
+            self._load(checkpoint)
+        except StreamlearnError:
+            raise
+        except Exception as error:  # its hashes are right and its content is not: no version of this program wrote it
+            raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
             self.metrics.start_from(key, int(sizes.get(key, 0)))
@@ -174,7 +211,22 @@ class Job:
         log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
 
-    def _snapshot(self) -> tuple[dict[str, bytes | None], dict[str, Any]]:
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Take over the state that a checkpoint holds."""
+        self._check_fit(checkpoint)
+        files = {
+            name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
+            for name in checkpoint.manifest["files"]
+            if name.endswith(state.SUFFIX)
+        }
+        rest = checkpoint.read_json("state.json")
+        self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
+        groups = state.unpack(files, rest["groups"])
+        self.probes.load_state_dict(groups.pop("probes"))
+        self.matrix.load_state_dict(rest["matrix"])
+        self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
+
+    def _snapshot(self) -> Snapshot:
         groups = {**self.learner.state_dict(), "probes": self.probes.state_dict()}
         tensors, rest, immutable = state.pack(groups)
         linkable = set(self.checkpoint.manifest["files"]) if self.checkpoint is not None else set()
@@ -182,10 +234,13 @@ class Job:
         newest = next(iter(self.store.all()), None)
         if newest is None or self.checkpoint is None or newest.id != self.checkpoint.id:
             linkable = set()
-        files: dict[str, bytes | None] = {
-            name: None if name in immutable and name in linkable else state.to_bytes(content)
+        files: dict[str, Content] = {
+            name: None if name in immutable and name in linkable else partial(state.to_bytes, state.copied(content))
             for name, content in tensors.items()
         }
+        num_bytes = sum(
+            tensor.nbytes for name, content in tensors.items() if files[name] is not None for tensor in content.values()
+        )
         files["model.json"] = _json(self.describe_model())
         files["state.json"] = _json(
             {"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()}
@@ -200,7 +255,7 @@ class Job:
             "shaping": self.config.shaping(),
             "environment": environment(self.config),
         }
-        return files, info
+        return Snapshot(files, info, num_bytes, self.progress.positions, self.learner.batches, time.monotonic())
 
     def _check_fit(self, checkpoint: Checkpoint) -> None:
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
@@ -219,12 +274,13 @@ class Job:
             text = "; ".join(lines)
             raise StreamlearnError(f"{checkpoint.path}: does not fit the configuration: {text}", code=78)
 
-    def _follow(self, checkpoint: Checkpoint) -> None:
+    def _follow(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:
+        """Take a checkpoint for the newest: one that was just written, or the one that was just restored."""
         self.checkpoint = checkpoint
-        self.saved = self.progress.positions
+        self.saved = self.progress.positions if snapshot is None else snapshot.positions
         self.save_failed = None
-        self._saved_at = time.monotonic()
-        self._saved_batches = self.learner.batches
+        self._saved_at = time.monotonic() if snapshot is None else snapshot.taken
+        self._saved_batches = self.learner.batches if snapshot is None else snapshot.batches
         gauges = self.metrics.gauges
         gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
         gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)

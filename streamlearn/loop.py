@@ -39,6 +39,7 @@ def run(job: Job, stream: Stream, control: Control) -> None:
             control.wait(POLL_SECONDS)
         elif (delivery := stream.next(POLL_SECONDS)) is not None:
             turn(job, stream, delivery)
+        job.collect(stream)
         if job.checkpoint_due():
             job.save(stream, "interval")
         control.serve(job, stream, idle=delivery is None)
@@ -53,6 +54,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.show_parts()
         log.info("task %s begins", delivery.begins.name, extra={"task": delivery.begins.name})
 
+    job.torn = True  # what fails from here on leaves nothing that may be saved
     progress.meet(delivery.found)
     if delivery.begins is not None or delivery.found.labels:
         learner.activate(progress.tasks, progress.labels)
@@ -96,3 +98,4 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         )
     elif delivery.batch is not None and learner.batches % job.config.probes.every == 0:
         job.evaluate()
+    job.torn = False

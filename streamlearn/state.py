@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -47,10 +48,17 @@ def unpack(files: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tree]) 
     return groups
 
 
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host, each with a storage of its own: views of one cannot be told apart in a file."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return a safetensors file's content."""
-    # clones, because views of one storage cannot be told apart in the file
-    return save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+    """Return a safetensors file's content, of tensors on the host that share no storage."""
+    return save(dict(tensors))
 
 
 def from_bytes(name: str, content: bytes) -> dict[str, Tensor]:

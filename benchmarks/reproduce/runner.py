@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from benchmarks.reproduce import streams
 from streamlearn import loop
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
-from streamlearn.data import Progress, StreamlearnError
-from streamlearn.job import Job
+from streamlearn.data import Positions, Progress, StreamlearnError
+from streamlearn.job import Job, Saving, Snapshot
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from benchmarks.reproduce.cells import Row, Settings, Table
     from benchmarks.reproduce.streams import Course
-    from streamlearn.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**9
@@ -132,9 +132,9 @@ class Cell:
 class Unsaved(Job):
     """A job that writes no checkpoints: a cell that was cut off begins again."""
 
-    def save(self, stream: Stream, trigger: str) -> Checkpoint | None:
-        del stream, trigger
-        return None
+    def save(self, stream: Stream, trigger: str) -> Saving:
+        del stream
+        return Saving(trigger, Snapshot({}, {}, 0, Positions(), 0, 0.0), Future(), collected=True)
 
 
 class Watch:

@@ -47,7 +47,8 @@ class LatentMoments:
         root, failed = torch.linalg.cholesky_ex(covariance)
         spread = torch.diag_embed(covariance.diagonal(dim1=1, dim2=2).clamp(min=JITTER).sqrt())
         sound = (failed == 0) & root.isfinite().all(2).all(1)
-        return mean, torch.where(sound[:, None, None], root, spread)
+        # contiguous, as it will be when it comes back from a file: a product of another layout has other bits on a GPU
+        return mean, torch.where(sound[:, None, None], root, spread).contiguous()
 
     def grow(self, num_classes: int) -> None:
         """Make room for more classes."""

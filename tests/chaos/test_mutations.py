@@ -13,7 +13,7 @@ import pytest
 
 from streamlearn import config as configuration
 from streamlearn import state
-from streamlearn.checkpoint import MANIFEST, Store
+from streamlearn.checkpoint import MANIFEST, Store, _digest
 from streamlearn.data import StreamlearnError
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
@@ -91,7 +91,7 @@ def remove(directory: Path, chance: random.Random) -> None:
 
 def older(directory: Path, chance: random.Random) -> None:
     """Put a file of the checkpoint before it in its place."""
-    before = sorted(path for path in directory.parent.iterdir() if path != directory)[0]
+    before = min(path for path in directory.parent.iterdir() if path != directory)
     path = any_file(directory, chance)
     if (before / path.name).exists():
         shutil.copy(before / path.name, path)
@@ -120,14 +120,9 @@ def link(directory: Path, chance: random.Random) -> None:
 
 
 def wreck(directory: Path, chance: random.Random) -> None:
-    """Write something else into a JSON file, and have the manifest agree: so that only its meaning is wrong."""
+    """Write nonsense into a JSON file, and have the manifest agree: hashes are no signature."""
     path = directory / chance.choice(["state.json", "offsets.json"])
-    tree = json.loads(path.read_bytes())
-    place, key = chance.choice(list(places(tree)))
-    place[key] = chance.choice([None, -1, 2**70, "x", [], {}, [[]], 1e308, True])
-    content = chance.choice(
-        [json.dumps(tree).encode(), json.dumps(tree).encode(), b"[" * 100_000, b"\xff", b"[]", b"NaN"]
-    )
+    content = chance.choice([b"", b"[" * 100_000, b"\xff", b"[]", b"NaN", b"{}", b'{"groups": 1}', b'"x"'])
     path.write_bytes(content)
     forge(directory, path.name, content)
 
@@ -141,14 +136,15 @@ def edit(directory: Path, chance: random.Random) -> None:
         del place[key]
     else:
         place[key] = chance.choice([None, -1, 2**70, "x", "../../../etc/passwd", [], {}, 1.5, True])
-    path.write_text(json.dumps(tree))
+    path.write_bytes(chance.choice([json.dumps(tree).encode(), json.dumps(tree).encode(), b"[" * 100_000]))
 
 
 def forge(directory: Path, name: str, content: bytes) -> None:
-    """Write size and hash of a file into the manifest, as one would who does not know of its own digest."""
+    """Write size and hash of a file into the manifest, and the manifest's own hash."""
     path = directory / MANIFEST
     tree = json.loads(path.read_bytes())
     tree["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    tree["sha256"] = _digest(tree)
     path.write_text(json.dumps(tree))
 
 

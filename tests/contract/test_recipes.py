@@ -129,7 +129,9 @@ class Run:
     def saved(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Return the state as a checkpoint holds it, through bytes."""
         files, rest, _ = state.pack(self.learner.state_dict())
-        return {name: state.from_bytes(name, state.to_bytes(content)) for name, content in files.items()}, rest
+        return {
+            name: state.from_bytes(name, state.to_bytes(state.copied(content))) for name, content in files.items()
+        }, rest
 
     def load(self, other: Run) -> None:
         """Take over another run's state, through bytes."""

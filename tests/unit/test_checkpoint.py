@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store
+from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store, _digest
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
         checkpoint = save(store)
         tree = json.loads((checkpoint.path / MANIFEST).read_bytes())
         tree["created"] = (start + timedelta(minutes=20 * number)).isoformat()
+        tree["sha256"] = _digest(tree)
         (checkpoint.path / MANIFEST).write_text(json.dumps(tree))
     gone = store.prune(3, 2, dry_run=True)
     assert len(store.all()) == 12
