@@ -93,7 +93,7 @@ def older(directory: Path, chance: random.Random) -> None:
     """Put a file of the checkpoint before it in its place."""
     before = min(path for path in directory.parent.iterdir() if path != directory)
     path = any_file(directory, chance)
-    if (before / path.name).exists():
+    if (before / path.name).is_file():
         shutil.copy(before / path.name, path)
 
 
