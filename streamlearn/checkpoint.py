@@ -64,6 +64,11 @@ class Checkpoint:
         return int(self.path.name.removeprefix("ckpt-"))
 
     @property
+    def origin(self) -> str:
+        """The id of the one whose copy it is, or its own."""
+        return str(self.manifest.get("restored_from", self.id))
+
+    @property
     def created(self) -> float:
         """When it was saved, Unix seconds."""
         return datetime.fromisoformat(self.manifest["created"]).timestamp()
@@ -212,12 +217,26 @@ class Store:
             log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return Checkpoint(final, manifest)
 
+    def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Return the newest sound checkpoint that is older than what this one holds, or None."""
+        for older in self.all():
+            if older.id < checkpoint.origin:
+                try:
+                    older.verify()
+                except Broken as error:
+                    log.warning("%s; not to be gone back to", error)
+                else:
+                    return older
+        return None
+
     def restore(self, name: str) -> Checkpoint:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
         old = self.find(name)
         old.verify()
         info = {key: value for key, value in old.manifest.items() if key not in OWN}
-        return self.save({file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.id})
+        return self.save(
+            {file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.origin}
+        )
 
     def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
         """Remove all but the newest `keep` and the newest of each of the last `hourly` hours; return what went."""

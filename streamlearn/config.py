@@ -400,6 +400,17 @@ class Checkpoints(Section):
     hourly: Whole = Field(24, ge=0, description="older checkpoints kept, one for each hour")
 
 
+class Divergence(Section):
+    """What is done when update after update is not finite: single ones are dropped, and nothing else happens."""
+
+    after: Whole = Field(10, ge=1, description="batches in a row without one finite update")
+    then: Literal["rollback", "stop", "skip"] = "rollback"
+    slow_down: float = Field(
+        0.5, gt=0, lt=1, description="rollback: what the learning rate is multiplied by, each time"
+    )
+    attempts: Whole = Field(3, ge=1, description="rollbacks in a row, after which the daemon stops")
+
+
 class Service(Section):
     """The read-only HTTP listener."""
 
@@ -438,6 +449,7 @@ class Config(Section):
     memory: Memory = Memory()
     probes: Probes = Probes()
     checkpoint: Checkpoints = Checkpoints()
+    divergence: Divergence = Divergence()
     service: Service = Service()
     log: Log = Log()
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.config import Config
-    from streamlearn.job import Job, Saving
+    from streamlearn.job import Diverged, Job, Saving
     from streamlearn.stream.log import Log, Sink
     from streamlearn.stream.reader import Stream
 
@@ -221,9 +221,6 @@ def run(
         )
         job.restore()
         announce(job, cause)
-        stream = make_stream(job)
-        stream.start()
-        stack.callback(stream.stop)
         desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))
         tell({"event": "running", "pid": os.getpid(), "http": f"http://{host}:{port}"})
         log.info(
@@ -235,8 +232,26 @@ def run(
         )
         if watch is not None:
             stack.enter_context(watch(desk))
-        learn(job, stream, desk)
+        stack.callback(desk.refuse)
+        while (diverged := learn_from(job, desk)) is not None:
+            metrics.record_state("restoring", ready=False)
+            job = job.roll_back(diverged)
         end_well(config.state_dir)
+
+
+def learn_from(job: Job, desk: Desk) -> Diverged | None:
+    """Learn from where a job stands until it is told to stop; return what it diverged with, where it did."""
+    from streamlearn.job import Diverged
+
+    stream = make_stream(job)
+    stream.start()
+    try:
+        learn(job, stream, desk)
+    except Diverged as error:
+        return error
+    finally:
+        stream.stop()
+    return None
 
 
 def learn(job: Job, stream: Stream, desk: Desk) -> None:
@@ -245,6 +260,11 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
 
     try:
         loop.run(job, stream, desk)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        job.metrics.count("out_of_memory", 1)
+        raise StreamlearnError(f"out of memory: {str(error).splitlines()[0]:.200}", code=75) from error
     finally:
         job.state = "draining"
         desk.publish(job, stream)
@@ -252,12 +272,20 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
         if job.progress.positions != job.saved and not job.torn:
             job.save(stream, "shutdown")
             job.collect(stream, wait=True)
-        desk.refuse()
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
         totals = dict(job.progress.totals())
         log.info("stopped at step %d: %s", job.learner.step, totals, extra={"step": job.learner.step})
         desk.publish(job, stream)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether the host or the device had no memory left; torch says so of a device by a type, of the host by words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def make_stream(job: Job) -> Stream:

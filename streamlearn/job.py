@@ -30,10 +30,17 @@ if TYPE_CHECKING:
 
     from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
+    from streamlearn.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
 
 log = logging.getLogger(__name__)
+
+RECOVERED = 10  # times as many batches as make a divergence: after so many it is not the same one any more
+
+
+class Diverged(StreamlearnError):  # noqa: N818 - it says what training has done
+    """Update after update is not finite."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +79,19 @@ class Job:
     matrix: AccuracyMatrix = field(default_factory=AccuracyMatrix)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Checkpoint | None = None
+    restored: Checkpoint | None = None  # the one that it began from
     saved: Positions = field(default_factory=Positions)  # those of the newest checkpoint
     newest: dict[str, float] = field(default_factory=dict)  # timestamp of the newest applied record, by topic
     state: str = "starting"
     started: float = field(default_factory=time.time)
+    dropped: int = 0  # batches in a row without a finite update
+    rollbacks: int = 0  # in a row, before this job began
     torn: bool = False  # in the middle of a delivery: model and positions do not belong together
     saving: Saving | None = None  # the checkpoint that is being written
     save_failed: float | None = None  # when a save last failed, monotonic
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_batches: int = 0
+    _restored_batches: int = 0
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     @classmethod
@@ -93,6 +104,39 @@ class Job:
             raise StreamlearnError(str(error), code=78) from error
         probes = Probes(config.holdout.max, config.memory.max_bytes, config.seed)
         return cls(config, scenario, learner, probes, store, metrics)
+
+    # -- divergence
+
+    def note(self, stats: LearnStats) -> None:
+        """Count batches without a finite update; raises `Diverged` when the configuration says that there were enough."""
+        self.dropped = 0 if stats.applied else self.dropped + 1
+        spec = self.config.divergence
+        if self.dropped >= spec.after and spec.then != "skip":
+            raise Diverged(f"no update of the last {self.dropped} batches was finite")
+
+    def roll_back(self, error: Diverged) -> Job:
+        """Return a job that stands at the newest checkpoint and learns more slowly; raises `Diverged` where it may not.
+
+        Where training diverges again soon, that checkpoint may be what is wrong: then to the one before it.
+        """
+        spec = self.config.divergence
+        recovered = self.learner.batches - self._restored_batches >= RECOVERED * spec.after
+        rollbacks = 1 if recovered else self.rollbacks + 1
+        older = self.store.before(self.restored) if rollbacks > 1 and self.restored is not None else None
+        exhausted = rollbacks > spec.attempts or (rollbacks > 1 and older is None and any(self.store.paths()))
+        if spec.then == "stop" or exhausted:
+            what = "" if spec.then == "stop" else f" after {rollbacks - 1} rollbacks"
+            raise Diverged(f"{error}{what}: lower learner.optimizer.lr, or see what the stream holds") from error
+        if older is not None:
+            self.store.restore(older.id)
+        job = Job.make(self.config, self.store, self.metrics)
+        job.rollbacks, job.started = rollbacks, self.started
+        job.restore()
+        job.learner.slow_down(spec.slow_down**rollbacks)
+        where = job.checkpoint.origin if job.checkpoint is not None else "the beginning"
+        log.error("%s: back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
+        self.metrics.count("rollbacks", 1)
+        return job
 
     # -- evaluation
 
@@ -126,6 +170,8 @@ class Job:
         """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
         spec = self.config.checkpoint
         if self.saving is not None or self.progress.positions == self.saved or not self.progress.positions.at:
+            return False
+        if self.dropped:  # perhaps nothing to go back to
             return False
         waited = time.monotonic() - self._saved_at
         if self.save_failed is not None and time.monotonic() - self.save_failed < (spec.every_seconds or 30.0):
@@ -186,8 +232,9 @@ class Job:
 
         Raises `StreamlearnError` (78) when it does not fit the configuration, with a line for each difference.
         """
+        before = self.store.corrupt
         checkpoint = self.store.newest_sound()
-        self.metrics.count("checkpoint_corrupt", self.store.corrupt)
+        self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
         if checkpoint is None:
             return False
         try:
@@ -203,6 +250,7 @@ class Job:
             self.metrics.start_from(key, total)
         self.show_parts()
         self._follow(checkpoint)
+        self.restored, self._restored_batches = checkpoint, self.learner.batches
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, checkpoint.created)
         here = environment(self.config)
         if (there := checkpoint.manifest["environment"]) != here:
@@ -391,7 +439,7 @@ class Job:
         ages = {(t,): (now - self.newest[t] if n else 0.0) for t, n in behind.items() if t in self.newest}
         metrics.gauges.replace("consumer_lag_seconds", ages)
         metrics.gauges.set("state_dir_free_bytes", shutil.disk_usage(self.config.state_dir).free)
-        metrics.gauges.set("train_learning_rate", self.config.learner.optimizer.lr if self.learner.step else None)
+        metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
         device = self.learner.world.device
         if device.type == "cuda":

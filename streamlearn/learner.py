@@ -82,6 +82,7 @@ class Learner:
         self.batches = 0
         self.task = -1  # index of the current task
         self.cursor: int | None = None  # refinement batches done, while refining
+        self.slowed = 1.0  # what the learning rate was multiplied by, after training had diverged
         needed = [part.samples_needed for part in strategy.parts.values()]
         self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
         self.names, self.params = self._trained()
@@ -135,7 +136,7 @@ class Learner:
         norm, finite = finite_norm(grads)
         self._clip(grads, norm)
         self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
-        s.penalty.settle(self.params, self.spec.optimizer.lr, finite)  # the implicit step, where chosen
+        s.penalty.settle(self.params, self.optimizer.lr, finite)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params, finite)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
@@ -181,6 +182,11 @@ class Learner:
             losses = torch.cat([losses, -(mixed.temperature**2) * terms.sum(1)])
         assert mixed.weight is not None
         return torch.dot(losses, mixed.weight)
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply the learning rate, from now on and in every checkpoint to come."""
+        self.slowed *= factor
+        self.optimizer.lr *= factor
 
     def gradient_of(self, batch: Batch) -> list[Tensor]:
         """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
@@ -305,6 +311,7 @@ class Learner:
                 "task": self.task,
                 "cursor": self.cursor,
                 "num_outputs": self.allowed.shape[1],
+                "slowed": self.slowed,
                 "draws": self._draws.get_state(),
                 "distort": {} if self.distort is None else {"generator": self.distort.generator.get_state()},
             },
@@ -320,6 +327,7 @@ class Learner:
             part.load_state_dict(state[name])
         self.strategy.network.module.load_state_dict(state["live"] or state["model"])
         self.names, self.params = self._trained()
+        self.slowed = own.get("slowed", 1.0)  # checkpoints of 0.1 have none
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._make_average(self.params)
@@ -390,7 +398,7 @@ class Learner:
 
     def _make_optimizer(self) -> Optimizer:
         o = self.spec.optimizer
-        return Optimizer(self.params, o.name, o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        return Optimizer(self.params, o.name, o.lr * self.slowed, momentum=o.momentum, weight_decay=o.weight_decay)
 
     def _of(self, network: Network) -> list[Tensor]:
         """Return a copy's parameters, aligned with `params`."""

@@ -66,6 +66,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - begun)
         if stats.applied < stats.steps:
             log.warning("%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps)
+        job.note(stats)
 
     progress.apply(delivery, stats.outcome if stats is not None else "trained")
     job.probes.collect(delivery.found.held_out)

@@ -129,6 +129,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "probe_failures": ("Evaluations that gave a value that is not finite.", ("task",)),
     "checkpoints": ("Attempts to save.", ("result", "trigger")),
     "checkpoint_corrupt": ("Checkpoints refused by verification.", ()),
+    "rollbacks": ("Returns to the newest checkpoint because update after update was not finite.", ()),
+    "out_of_memory": ("Ends of the loop because host or device had no memory left.", ()),
     "errors": ("Errors handled.", ("component", "kind")),
     "dlq_records": ("Samples sent to the dead-letter topic.", ("result",)),
     "control_requests": ("Requests that change something.", ("command", "result")),
@@ -152,7 +154,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
         (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
     ),
     "checkpoint_duration_seconds": (
-        "Duration of a save, by phase: snapshot and write; learning waits for both.",
+        "Duration of a save, by phase: snapshot, for which learning waits, and write, beside it.",
         ("phase",),
         (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
     ),

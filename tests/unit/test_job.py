@@ -1,14 +1,17 @@
-"""What a job's status says of the stream."""
+"""What a job's status says of the stream, how it is saved, and how it goes back."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+import torch
+
 from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import figures
 from streamlearn.config import Config
 from streamlearn.data import Position, Positions
-from streamlearn.job import Job
+from streamlearn.job import Diverged, Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
@@ -22,16 +25,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
-    """Unknown is not 0: null in the tree and a dash for people, until the reader is connected."""
+def made(tmp_path: Path) -> tuple[Job, Stream]:
+    """Return a job that stands at offset 3 of its topic, and its stream, which was not started."""
     tree = {"input": {"shape": [1]}, "classes": 2, "stream": {"topics": ["a"]}, "strategy": "naive", "device": "cpu"}
     config = Config.model_validate(tree, context={"recipes": RECIPES})
-    job = Job.make(config, Store(tmp_path), Metrics())
+    job = Job.make(config, Store(tmp_path, keep=9), Metrics())
     job.progress.positions = Positions({("a", 0): Position(3)})
     store = MemoryStore()
     letters = DeadLetters(store, "dlq")
     rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
-    stream = Stream(MemoryLog(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
+    return job, Stream(MemoryLog(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
+
+
+def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
+    """Unknown is not 0: null in the tree and a dash for people, until the reader is connected."""
+    job, stream = made(tmp_path)
     stream.status.waiting_for = "a"
     for away in (None, stream):
         status = job.status(away)
@@ -43,3 +51,56 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     status = job.status(stream)
     assert status["lag"] == {"a": {"0": 7}}
     assert (status["waiting_for"], "lag 7 records; waiting for topic a" in figures(status)) == ("a", True)
+
+
+def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
+    """What is learned while a checkpoint is being written is not in it, nor are the positions reported then."""
+    job, stream = made(tmp_path)
+    before = job.learner.params[0].clone()
+    saving = job.save(stream, "manual")
+    with torch.no_grad():
+        job.learner.params[0].add_(1)
+    job.progress.positions = Positions({("a", 0): Position(4)})
+    job.progress.labels.append(1)
+    job.collect(stream, wait=True)
+    assert saving.checkpoint is not None
+    assert job.saved == Positions({("a", 0): Position(3)})
+    assert saving.checkpoint.read_json("state.json")["progress"]["labels"] == []
+    assert job.restore()
+    assert torch.equal(job.learner.params[0], before)
+    assert job.progress.positions == Positions({("a", 0): Position(3)})
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training goes on, the next attempt is not at once, and the one before it stays in force."""
+    job, stream = made(tmp_path)
+    job.save(stream, "manual")
+    job.collect(stream, wait=True)
+    job.store.root = tmp_path / "file" / "checkpoints"
+    (tmp_path / "file").write_text("")
+    saving = job.save(stream, "interval")
+    job.collect(stream, wait=True)
+    assert (saving.collected, saving.checkpoint) == (True, None)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be made: Not a directory"
+    ]
+    assert job.checkpoint is not None
+    assert job.save_failed is not None
+
+
+def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
+    """The first rollback is to the newest checkpoint, the second to the one before it, each at a slower rate; then none."""
+    job, stream = made(tmp_path)
+    for _ in range(2):
+        job.save(stream, "manual")
+        job.collect(stream, wait=True)
+    rate, gone_to = job.learner.optimizer.lr, []
+    for attempt in (1, 2):
+        job = job.roll_back(Diverged("no"))
+        assert job.checkpoint is not None
+        gone_to.append(job.checkpoint.origin)
+        assert job.learner.optimizer.lr == rate * 0.5**attempt
+    assert gone_to == ["ckpt-000000000002", "ckpt-000000000001"]
+    assert job.store.newest_sound() == job.checkpoint
+    with pytest.raises(Diverged, match=r"no after 2 rollbacks: lower learner\.optimizer\.lr"):
+        job.roll_back(Diverged("no"))

@@ -1,0 +1,66 @@
+"""Update after update that is not finite: back to the newest checkpoint and on more slowly, or an end that says why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from streamlearn.checkpoint import Store
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WILD = {"updates_per_batch": 2, "average": None, "optimizer": {"name": "sgd", "lr": 1e37}}
+
+
+def diverging(tmp_path: Path, **divergence: Any) -> Path:
+    """Return a job whose second update is not finite, nor is any after it."""
+    config = jobs.write_config(
+        tmp_path,
+        strategy={"naive": {}},
+        learner=WILD,
+        divergence={"after": 3, **divergence},
+        checkpoint={"every_batches": 1},
+    )
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 300)
+    return config
+
+
+def test_it_goes_back_and_learns_more_slowly(tmp_path: Path) -> None:
+    """Whether the newest checkpoint holds weights that are lost already, or not: all is learned, at a rate that is state."""
+    with jobs.Daemon(diverging(tmp_path, slow_down=1e-38)) as daemon:
+        assert daemon.finish() == 0, daemon.tail()
+        log = daemon.log.read_text()
+    rollbacks = log.count("3 batches was finite: back to ckpt-")
+    assert rollbacks in {1, 2}
+    checkpoint = Store(daemon.state).all()[0]
+    status = checkpoint.read_json("status.json")
+    assert (status["samples"]["trained"], status["samples"]["skipped"]) == (1500, 0)
+    assert jobs.accounted(status)
+    assert checkpoint.read_json("state.json")["groups"]["learner"]["slowed"] == 1e-38**rollbacks
+    assert all(bool(tensor.isfinite().all()) for tensor in jobs.tensors(checkpoint).values())
+
+
+def test_it_ends_when_going_back_does_not_help(tmp_path: Path) -> None:
+    """After the attempts, or the checkpoints, are used up the daemon ends with 1 and one line; what diverged was not saved."""
+    with jobs.Daemon(diverging(tmp_path, slow_down=0.9, attempts=2)) as daemon:
+        assert daemon.finish(60) == 1
+        log = daemon.log.read_text()
+    assert log.count("3 batches was finite: back to ckpt-") in {1, 2}
+    assert "rollbacks: lower learner.optimizer.lr, or see what the stream holds" in log
+    assert "Traceback" not in log
+    assert {checkpoint.manifest["step"] for checkpoint in Store(daemon.state).all()} <= {0, 2}
+
+
+def test_it_may_stop_at_once(tmp_path: Path) -> None:
+    """With `then: stop` there is no second attempt."""
+    with jobs.Daemon(diverging(tmp_path, then="stop")) as daemon:
+        assert daemon.finish(60) == 1
+        assert "was finite: lower learner.optimizer.lr" in daemon.log.read_text()
+
+
+def test_it_may_go_on(tmp_path: Path) -> None:
+    """With `then: skip` every sample is accounted for as skipped, as a single one would be."""
+    status = jobs.run_to_end(diverging(tmp_path, then="skip")).read_json("status.json")
+    assert status["samples"]["skipped"] > 0
+    assert jobs.accounted(status)

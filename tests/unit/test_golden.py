@@ -1,0 +1,69 @@
+"""What earlier versions saved is read by this one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from streamlearn import config as configuration
+from streamlearn import state
+from streamlearn.checkpoint import FORMAT, MANIFEST, Store
+from streamlearn.data import Batch, StreamlearnError
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from tests.golden import make
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOLDEN = sorted(make.HERE.glob("format-*/*"))
+
+
+def restored(tmp_path: Path, golden: Path) -> Job:
+    """Return the job that a golden checkpoint belongs to, restored from a copy of it."""
+    shutil.copytree(golden, tmp_path / "state")
+    path = tmp_path / "job.yaml"
+    path.write_text(configuration.dump(make.settings(tmp_path, golden.name)))
+    config = configuration.load(path, RECIPES, {})
+    job = Job.make(config, Store(config.state_dir), Metrics())
+    assert job.restore()
+    return job
+
+
+def test_every_format_has_its_checkpoints() -> None:
+    """A new format is not released without some."""
+    assert {path.parent.name for path in GOLDEN} == {f"format-{number}" for number in range(1, FORMAT + 1)}
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
+    """Every tensor, position and figure comes back as it was saved, and learning goes on."""
+    job = restored(tmp_path, golden)
+    assert job.checkpoint is not None
+    files, _, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
+    now_held = {f"{file}:{key}": tensor for file, content in files.items() for key, tensor in content.items()}
+    saved = jobs.tensors(job.checkpoint)
+    assert {name for name, tensor in saved.items() if not torch.equal(tensor, now_held[name])} == set()
+    shown, now = job.checkpoint.read_json("status.json"), json.loads(json.dumps(job.status(None)))
+    for key in ("samples", "topics", "labels", "matrix", "positions", "step", "average_accuracy", "unaccounted"):
+        assert now[key] == shown[key]
+    stats = job.learner.learn(Batch(torch.zeros(10, 4), torch.full((10,), 2), torch.full((10,), 1)))
+    assert stats.applied == 2
+
+
+def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """It is not broken, and to fall back behind it would lose what it holds: 78, and nothing moves."""
+    job = restored(tmp_path, GOLDEN[0])
+    assert job.checkpoint is not None
+    file = job.checkpoint.path / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": FORMAT + 1}))
+    with pytest.raises(StreamlearnError, match=rf"has format {FORMAT + 1}, of a later streamlearn") as caught:
+        job.store.newest_sound()
+    assert caught.value.code == 78
+    assert job.checkpoint.path.is_dir()
