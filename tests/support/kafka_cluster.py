@@ -86,11 +86,12 @@ class ProxiedBroker(KafkaBroker):
         self.proxied_port = proxied_port
 
     def _properties(self) -> str:
-        known = dict(line.split("=", 1) for line in super()._properties().splitlines())
+        text = super()._properties()
+        known = dict(line.split("=", 1) for line in text.splitlines())
         lines = {
             "listeners": f"{known['listeners']},PROXIED://127.0.0.1:{self.behind}",
             "advertised.listeners": f"{known['advertised.listeners']},PROXIED://127.0.0.1:{self.proxied_port}",
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "PLAINTEXT",
         }
-        return super()._properties() + properties(lines)
+        return text + properties(lines)
