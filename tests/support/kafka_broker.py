@@ -61,8 +61,10 @@ class KafkaBroker:
         properties = self.directory / "server.properties"
         if not properties.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            properties.write_text(self._properties())
-            self._run("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties))
+            properties.write_text("".join(f"{key}={value}\n" for key, value in self.properties().items()))
+            self._run(
+                "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties), *self.format_options()
+            )
         with (self.directory / "broker.log").open("ab") as log:
             command = [*self.java, "kafka.Kafka", str(properties)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -101,9 +103,14 @@ class KafkaBroker:
         if done.returncode:
             raise RuntimeError(f"{arguments[0]}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
 
-    def _properties(self) -> str:
+    def format_options(self) -> list[str]:
+        """Return what else the storage is formatted with."""
+        return []
+
+    def properties(self) -> dict[str, object]:
+        """Return the broker's settings."""
         controller = free_port()
-        lines = {
+        return {
             "process.roles": "broker,controller",
             "node.id": 1,
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
@@ -120,7 +127,6 @@ class KafkaBroker:
             "message.max.bytes": 33_554_432,
             "auto.create.topics.enable": str(self.auto_create).lower(),
         }
-        return "".join(f"{key}={value}\n" for key, value in lines.items())
 
 
 def main() -> None:

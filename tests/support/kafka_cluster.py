@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-def properties(lines: Mapping[str, object]) -> str:
-    """Return lines for the end of a file of properties, where the last of a name counts."""
-    return "".join(f"{key}={value}\n" for key, value in lines.items())
-
-
 class Node(KafkaBroker):
     """One of several; a broker that does not answer for three seconds is no leader any more."""
 
@@ -28,9 +23,9 @@ class Node(KafkaBroker):
         self.number = number
         self.controllers = controllers
 
-    def _properties(self) -> str:
+    def properties(self) -> dict[str, object]:
         voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in self.controllers.items())
-        lines = {
+        return super().properties() | {
             "node.id": self.number,
             "controller.quorum.voters": voters,
             "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controllers[self.number]}",
@@ -40,7 +35,6 @@ class Node(KafkaBroker):
             "broker.heartbeat.interval.ms": 500,
             "broker.session.timeout.ms": 3000,
         }
-        return super()._properties() + properties(lines)
 
 
 class Cluster:
@@ -85,13 +79,11 @@ class ProxiedBroker(KafkaBroker):
         self.behind = free_port()  # where the proxy finds it
         self.proxied_port = proxied_port
 
-    def _properties(self) -> str:
-        text = super()._properties()
-        known = dict(line.split("=", 1) for line in text.splitlines())
-        lines = {
+    def properties(self) -> dict[str, object]:
+        known = super().properties()
+        return known | {
             "listeners": f"{known['listeners']},PROXIED://127.0.0.1:{self.behind}",
             "advertised.listeners": f"{known['advertised.listeners']},PROXIED://127.0.0.1:{self.proxied_port}",
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "PLAINTEXT",
         }
-        return text + properties(lines)
