@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those that are named: `python -m benchmarks [update] [methods] [ingest] [idle]`."""
+"""Run all benchmarks, or those that are named: `python -m benchmarks [update] [methods] [checkpoints] [ingest] [idle]`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import idle, ingest, methods, update
+from benchmarks import checkpoints, idle, ingest, methods, update
 
-SUITES = {"update": update.run, "methods": methods.run, "ingest": ingest.run, "idle": idle.run}
+SUITES = {
+    "update": update.run,
+    "methods": methods.run,
+    "checkpoints": checkpoints.run,
+    "ingest": ingest.run,
+    "idle": idle.run,
+}
 
 
 def main() -> None:

@@ -239,6 +239,10 @@ class Stream(Section):
     on_finished: Literal["wait", "exit"] = "wait"
     codec: Literal["json", "msgpack", "batch"] = Field("json", description="of records without a content-type header")
     batch_size: Whole = Field(100, ge=1)
+    merge: Literal["arrival", "fixed"] = Field(
+        "arrival",
+        description="several partitions: as they arrive, or in an order that waits for the slowest and is repeatable",
+    )
     linger: Seconds | None = Field(None, description="seconds after which a short batch is learned all the same")
     max_record_bytes: NumBytes = 16 << 20
     on_offset_out_of_range: Literal["stop", "earliest", "latest", "exit"] = "stop"

@@ -17,7 +17,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from streamlearn.data import Partition
@@ -83,7 +83,7 @@ class EmbeddedLog:
         self.cluster_id: str | None = None
         self._database: sqlite3.Connection | None = None
         self._at: dict[Partition, int] = {}
-        self._paused = False
+        self._held: set[Partition] = set()
         self._version = -1
 
     def connect(self) -> None:
@@ -125,11 +125,8 @@ class EmbeddedLog:
     def position(self, partition: Partition) -> int:
         return self._at[partition]
 
-    def pause(self) -> None:
-        self._paused = True
-
-    def resume(self) -> None:
-        self._paused = False
+    def hold(self, partitions: Collection[Partition]) -> None:
+        self._held = set(partitions)
         self._version = -1
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
@@ -152,7 +149,7 @@ class EmbeddedLog:
 
     def _take(self) -> list[Record]:
         version = self.database.execute("PRAGMA data_version").fetchone()[0]
-        if self._paused or version == self._version:
+        if version == self._version:
             return []
         found: list[Record] = []
         room = FETCH_BYTES
@@ -161,6 +158,8 @@ class EmbeddedLog:
             " WHERE topic = ? AND partition = ? AND offset >= ? ORDER BY offset LIMIT ?"
         )
         for (topic, partition), start in self._at.items():
+            if (topic, partition) in self._held:
+                continue
             for offset, timestamp, key, value, headers in self.database.execute(
                 query, (topic, partition, start, FETCH_RECORDS)
             ):

@@ -20,7 +20,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from streamlearn.config import Kafka
     from streamlearn.data import Partition
@@ -114,7 +114,7 @@ class KafkaLog:
         self.cluster_id: str | None = None
         self._consumer: Any = None
         self._admin: Any = None
-        self._paused = False
+        self._held: set[Partition] = set()
 
     def connect(self) -> None:
         settings = client_settings(self.kafka)
@@ -177,8 +177,7 @@ class KafkaLog:
         self._consumer.assign([TopicPartition(*partition) for partition in offsets])
         for partition, offset in offsets.items():
             self._consumer.seek(TopicPartition(*partition), offset)
-        if self._paused:
-            self.pause()
+        self.hold(self._held)
 
     def poll(self, timeout: float) -> list[Record]:
         try:
@@ -199,13 +198,13 @@ class KafkaLog:
     def position(self, partition: Partition) -> int:
         return int(self._ask(self._consumer.position, TopicPartition(*partition)))
 
-    def pause(self) -> None:
-        self._consumer.pause(*self._consumer.assignment())
-        self._paused = True
-
-    def resume(self) -> None:
-        self._consumer.resume(*self._consumer.paused())
-        self._paused = False
+    def hold(self, partitions: Collection[Partition]) -> None:
+        self._held = set(partitions)
+        there = self._consumer.assignment()
+        held = {TopicPartition(*partition) for partition in partitions} & there
+        paused = self._consumer.paused()
+        self._consumer.resume(*(paused - held))
+        self._consumer.pause(*(held - paused))
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         asked = {TopicPartition(topic.name, partition): 0 for partition in topic.partitions}

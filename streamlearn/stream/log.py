@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from streamlearn.data import Partition
 
@@ -90,11 +90,8 @@ class Log(Protocol):
     def position(self, partition: Partition) -> int:
         """Return the next offset to be read, past any hole that holds no record."""
 
-    def pause(self) -> None:
-        """Return nothing from `poll` until `resume`, but stay connected."""
-
-    def resume(self) -> None:
-        """Undo `pause`."""
+    def hold(self, partitions: Collection[Partition]) -> None:
+        """Return nothing of exactly these from `poll`, but stay connected."""
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         """Return the timestamp of the topic's first record, or None if it has none."""

@@ -11,7 +11,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from streamlearn.data import Partition
 
@@ -61,7 +61,7 @@ class MemoryLog:
         self.max_poll_records = max_poll_records
         self.cluster_id: str | None = "memory"
         self._at: dict[Partition, int] = {}
-        self._paused = False
+        self._held: set[Partition] = set()
 
     def connect(self) -> None:
         """Do nothing: it is always there."""
@@ -92,11 +92,8 @@ class MemoryLog:
     def position(self, partition: Partition) -> int:
         return self._at[partition]
 
-    def pause(self) -> None:
-        self._paused = True
-
-    def resume(self) -> None:
-        self._paused = False
+    def hold(self, partitions: Collection[Partition]) -> None:
+        self._held = set(partitions)
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         with self.store.changed:
@@ -112,9 +109,9 @@ class MemoryLog:
 
     def _take(self) -> list[Record]:
         found: list[Record] = []
-        if self._paused:
-            return found
         for partition, offset in self._at.items():
+            if partition in self._held:
+                continue
             records = self.store.records[partition][offset : offset + self.max_poll_records - len(found)]
             found += records
             self._at[partition] = offset + len(records)

@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
 from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.merge import Merge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,6 +32,7 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
+STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
 
@@ -77,10 +80,13 @@ class Stream:
         self._exhausted = False
         self._commits: dict[Partition, int] = {}
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._merge = Merge() if spec.merge == "fixed" else None
+        self._held: set[Partition] = set()
         self._topics: dict[str, TopicInfo] = {}
         self._bounds: dict[Partition, Bounds] = {}
         self._checked = self._refreshed = -1e9
         self._last_record = time.monotonic()
+        self._waiting_since: float | None = None  # when records were there and none came
         self._linger_since: float | None = None
 
     # -- for the loop
@@ -188,10 +194,39 @@ class Stream:
         self._balance()
         records = self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
         self._identify({record.topic for record in records})
-        for record in records:
+        for record in self._in_order(records):
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
         self._after_poll(records)
+
+    def _in_order(self, records: list[Record]) -> Iterable[Record]:
+        """Return the records whose turn it is: as they arrive, or merged in an order that the log alone decides."""
+        if self._merge is None or self.assembler.task is None:
+            return records  # late, all of them
+        current = self.assembler.task.name
+        self._merge.add([record for record in records if record.topic == current])
+        late = [record for record in records if record.topic != current]
+        return chain(late, self._merge.ready(self._awaited(), self.source.position))
+
+    def _drain(self) -> None:
+        """Feed what waits for other partitions: they will have nothing more, or the task has ended."""
+        for record in self._merge.ready([], self.source.position) if self._merge is not None else ():
+            for delivery in self.assembler.feed(record):
+                self._put(delivery)
+
+    def _awaited(self) -> list[Partition]:
+        """Return the current task's partitions that may still have records for it."""
+        task = self.assembler.task
+        if task is None:
+            return []
+        ends = task.ends or {}
+        return [
+            (task.name, p)
+            for name, p in self.status.read
+            if name == task.name
+            and p not in task.marked
+            and (p not in ends or self.source.position((name, p)) < ends[p])
+        ]
 
     def _identify(self, topics: set[str]) -> None:
         """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
@@ -233,12 +268,13 @@ class Stream:
         """Pause over the high mark, resume under half of it; polling goes on, so the connection is kept."""
         bounds = self.spec.queue
         fill = max(self._waiting_samples / bounds.samples, self._waiting_bytes / (bounds.megabytes * 1e6))
-        if not self.status.paused and fill >= 1:
-            self.source.pause()
-            self.status.paused = True
-        elif self.status.paused and fill < 0.5:
-            self.source.resume()
-            self.status.paused = False
+        if fill >= 1 or (self.status.paused and fill >= 0.5):
+            self.status.paused, held = True, set(self.status.read)
+        else:
+            self.status.paused, held = False, self._merge.full if self._merge is not None else set()
+        if held != self._held:
+            self.source.hold(held)
+            self._held = held
 
     def _commit(self) -> None:
         with self._lock:
@@ -273,6 +309,7 @@ class Stream:
             return
         self._choose(names)
         self._assign()
+        self._look_for_stall(now)
         self.status.ends = {p: bounds.end for p, bounds in self._bounds.items() if p in self.status.read}
         self._close_if_passed(names)
 
@@ -336,6 +373,7 @@ class Stream:
             known = ", ".join(scenario.declared)
             raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)
         task = Task(len(tasks), name, labels=list(scenario.declared[name]) if scenario.kind == "domain" else [])
+        self._drain()
         self._put(self.assembler.begin(task))
         self._last_record = time.monotonic()
 
@@ -361,6 +399,8 @@ class Stream:
                     self._step_aside(place, offsets)
         if set(offsets) != set(self.status.read):
             self.source.assign(offsets)
+            if self._merge is not None:
+                self._merge.clear()  # what had its turn is what the offsets tell
             self.status.read = {place: self.status.read.get(place, offset) for place, offset in offsets.items()}
         self.status.assigned = len(offsets)
 
@@ -439,7 +479,22 @@ class Stream:
         ends = {p: bounds.end for p, bounds in self._bounds.items() if p[0] == task.name}
         caught_up = all(self.source.position(p) >= end for p, end in ends.items())
         if caught_up and time.monotonic() - self._last_record >= idle:
+            self._drain()
             self._put(self.assembler.end("idle"))
+
+    def _look_for_stall(self, now: float) -> None:
+        """Make the client anew when records wait and none comes: clients have been seen to be silent for ever."""
+        waiting = sum(
+            max(0, bounds.end - self.source.position(place))
+            for place, bounds in self._bounds.items()
+            if place in self.status.read and place not in self._held
+        )
+        since = self._waiting_since
+        if not waiting or since is None or self._last_record > since:
+            self._waiting_since = now if waiting else None
+        elif now - since > STALLED_SECONDS:
+            self._waiting_since = None
+            raise BrokerUnavailable(f"{waiting} records wait, and none has come for {STALLED_SECONDS:.0f} s")
 
 
 def _weight(delivery: Delivery) -> tuple[int, int]:

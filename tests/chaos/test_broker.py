@@ -77,11 +77,11 @@ class Publisher:
                 return
 
 
-def configured(directory: Path, address: str, seconds: float) -> Path:
+def configured(directory: Path, address: str, seconds: float, merge: str) -> Path:
     """Write the configuration of a daemon that reads t1 from there and counts."""
     over: dict[str, Any] = {
         "kafka": {"bootstrap_servers": address, "metadata_refresh_seconds": 1, "group_id": directory.name},
-        "stream": {"dead_letter": {"topic": f"{directory.name}.dlq"}},
+        "stream": {"merge": merge, "dead_letter": {"topic": f"{directory.name}.dlq"}},
         "checkpoint": {"every_batches": 20},
     }
     return jobs.write_tree(directory, models.settings(directory, CAPACITY, seconds, **over))
@@ -95,17 +95,18 @@ def stream_through(
     strikes: int,
     *,
     partitions: int = 1,
+    merge: str = "arrival",
     copies: int = 1,
     source: str | None = None,
 ) -> tuple[int, int]:
     """Publish and learn while something strikes; return how many samples were lost and learned twice.
 
     `address` is the daemon's way to the broker, `source` the publisher's where it is another. What was to be learned is
-    what an undisturbed daemon learns afterwards from the same log; over one partition both end bit-equal.
+    what an undisturbed daemon learns afterwards from the same log; where the order is fixed, both end bit-equal.
     """
     publisher = Publisher(source or address, partitions, copies)
     unlearned = 0
-    with jobs.Daemon(configured(directory / "struck", address, UPDATE_SECONDS)) as daemon:
+    with jobs.Daemon(configured(directory / "struck", address, UPDATE_SECONDS, merge)) as daemon:
         for _ in range(strikes):
             learns_on(daemon)
             time.sleep(case.chance.uniform(0, 1.5))
@@ -117,9 +118,9 @@ def stream_through(
         assert daemon.finish(SECONDS) == 0, daemon.tail()
         assert "Traceback" not in daemon.log.read_text()  # an outage is one line
     actual = Store(daemon.state).all()[0]
-    expected = jobs.run_to_end(configured(directory / "undisturbed", source or address, 0.0), SECONDS)
+    expected = jobs.run_to_end(configured(directory / "undisturbed", source or address, 0.0, merge), SECONDS)
     assert jobs.accounted(actual.read_json("status.json"))
-    if partitions == 1:
+    if partitions == 1 or merge == "fixed":
         assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
     case.sometimes("struck with samples published and not learned", unlearned, max(1, strikes // 2))
     a, b = (jobs.tensors(checkpoint)["model.safetensors:learned"] for checkpoint in (expected, actual))
@@ -140,13 +141,14 @@ def trained(daemon: jobs.Daemon) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kills", "partitions"),
+    ("kills", "partitions", "merge"),
     [
-        pytest.param(30, 1, id="one partition", marks=FULL),
-        pytest.param(10, 3, id="three partitions", marks=FULL),
+        pytest.param(30, 1, "arrival", id="one partition", marks=FULL),
+        pytest.param(10, 3, "arrival", id="three partitions", marks=FULL),
+        pytest.param(10, 3, "fixed", id="three partitions in order", marks=FULL),
     ],
 )
-def test_broker_killed(case: Case, tmp_path: Path, kills: int, partitions: int) -> None:
+def test_broker_killed(case: Case, tmp_path: Path, kills: int, partitions: int, merge: str) -> None:
     """Killed and started again at any moment, the broker costs nothing."""
     with KafkaBroker(tmp_path / "kafka") as broker:
 
@@ -155,7 +157,7 @@ def test_broker_killed(case: Case, tmp_path: Path, kills: int, partitions: int) 
             time.sleep(case.chance.choice([0.0, case.chance.uniform(0, 3)]))
             broker.start()
 
-        lost, twice = stream_through(case, tmp_path, broker.address, strike, kills, partitions=partitions)
+        lost, twice = stream_through(case, tmp_path, broker.address, strike, kills, partitions=partitions, merge=merge)
     told = (tmp_path / "struck" / "job.log").read_text().count("waiting for it")
     case.sometimes("outages that the daemon told of", told, max(1, kills // 3))
     case.report("`kill -9` of the Kafka broker, and its restart", kills, lost=lost, twice=twice)

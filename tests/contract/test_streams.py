@@ -312,6 +312,60 @@ def test_several_partitions_are_one_task(world: World) -> None:
     assert progress.positions.by_topic() == {a: {"0": 4, "1": 4, "2": 4}}
 
 
+def uneven(world: World, *, marker: bool = True) -> str:
+    """Publish a topic of three partitions, of seven, three and no samples; x tells the partition and the place in it."""
+    name = world.name("a")
+    world.sink.create_topic(name, 3)
+    for partition, count in ((1, 3), (0, 7)):
+        for place in range(count):
+            world.send(name, 10.0 * partition + place, place % 2, partition=partition)
+        world.sink.flush()
+    if marker:
+        world.mark(name, 3)
+    return name
+
+
+IN_ORDER = [[0, 10, 1, 11], [2, 12, 3, 4], [5, 6]]
+
+
+def test_merged_partitions_come_in_one_order(world: World) -> None:
+    """With `merge: fixed` records are taken by offset, then partition, whatever arrives first."""
+    progress = Progress()
+    assert places(everything(world.stream(topics=[uneven(world)], merge="fixed"), progress)) == IN_ORDER
+    assert progress.positions.by_topic() == {world.name("a"): {"0": 8, "1": 4, "2": 1}}
+
+
+@pytest.mark.parametrize("cut", range(1, 4))
+def test_a_restart_merges_on_where_it_was(world: World, cut: int) -> None:
+    """A stream made anew in the midst of merging goes on with the very next sample of the same order."""
+    topics = [uneven(world)]
+    progress = Progress()
+    first = world.stream(topics=topics, merge="fixed")
+    begun = until(first, lambda found: len(found) >= cut, progress)
+    first.stop()
+    copied = Progress.from_json(progress.to_json(), Positions.from_json(progress.positions.to_json()))
+    rest = everything(world.stream(copied, topics=topics, merge="fixed"), progress)
+    assert places(begun) + places(rest) == IN_ORDER
+    assert progress.totals()["consumed"] == progress.totals()["trained"] == 10
+
+
+def test_merging_waits_for_the_slowest_and_for_no_more(world: World) -> None:
+    """A record waits until no partition can still have one before it; a later topic says that none will come."""
+    name = uneven(world, marker=False)
+    stream = world.stream(topics=[name, world.name("b")], task_end="next_topic", merge="fixed", batch_size=1)
+    progress = Progress()
+    begun = until(stream, lambda found: len(places(found)) == 2, progress)
+    assert (places(begun), stream.next(1.0)) == ([[0], [10]], None)  # the next may still be offset 0 of partition 2
+    world.send(name, 20.0, 1, partition=2)
+    world.sink.flush()
+    begun += until(stream, lambda found: len(places(found)) == 3, progress)
+    assert (places(begun), stream.next(1.0)) == ([[0], [10], [20], [1], [11]], None)
+    world.topic("b", [0])
+    rest = everything(stream, progress)
+    assert places(rest) == [[2], [12], [3], [4], [5], [6], [0]]
+    assert progress.unaccounted() == {}
+
+
 def test_a_pattern_orders_topics_as_people_do(world: World) -> None:
     """Digits are compared as numbers, and dead-letter topics never match."""
     names = [world.topic(f"t-{n}", [n]) for n in (10, 2, 1)]

@@ -57,6 +57,19 @@ def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, 
     assert actual.read_json("status.json")["samples"]["trained"] == 5 * 1000
 
 
+def test_killed_run_of_merged_partitions_ends_bit_equal(tmp_path: Path) -> None:
+    """With `merge: fixed` three partitions a task are learned in one order, whatever dies."""
+    print(f"seed {SEED}")
+    configs = [jobs.write_config(tmp_path / name, stream={"merge": "fixed"}) for name in ("a", "b")]
+    for config in configs:
+        jobs.publish_embedded(config.parent / "topics.sqlite", 1000, partitions=3)
+    expected = jobs.run_to_end(configs[0])
+    killed_to_end(configs[1], 3, random.Random(SEED), 1.0)
+    actual = jobs.run_to_end(configs[1])
+    assert jobs.differences(expected, actual) == []
+    assert actual.read_json("status.json")["samples"]["trained"] == 5 * 1000
+
+
 @pytest.mark.kafka
 def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
     """Three kills of the daemon and one of the broker itself leave every tensor as an undisturbed run has them."""

@@ -1,0 +1,109 @@
+"""What checkpoints cost: learning with one every ten seconds beside learning with none, and the pause that each one is."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ingest import settings
+from benchmarks.update import samples
+from streamlearn.checkpoint import Store
+from streamlearn.data import Position, Positions, Progress, Task
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.reader import Stream
+from streamlearn.tensors import prepare
+
+if TYPE_CHECKING:
+    from streamlearn.config import Config
+
+EVERY_SECONDS, PAIRS = 10.0, 4
+TARGET = 0.97
+WIDTHS = {"1 M": 690, "10 M": 2790, "100 M": 9600}  # of two hidden layers
+DEFAULT: dict[str, dict[str, Any]] = {"generative": {}, "si": {}}
+
+
+def made(directory: Path, **over: Any) -> tuple[Job, Stream]:
+    """Return a job in its first task, and the stream that it would be fed from."""
+    config: Config = settings(directory, "t").model_copy(update=over)
+    job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
+    store = MemoryStore()
+    dead = DeadLetters(store, "dlq")
+    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
+    task = Task(0, "t", labels=list(range(10)))
+    job.progress.tasks.append(task)
+    job.progress.labels = list(range(10))
+    job.progress.positions = Positions({("t", 0): Position(1)})
+    job.learner.begin_task(task)
+    job.learner.activate(job.progress.tasks, job.progress.labels)
+    return job, Stream(MemoryLog(store), Assembler(rules, Progress()), config.stream, dead, "bench", 1.0)
+
+
+def throughput() -> dict[str, Any]:
+    """Return the ratio of batches learned in ten seconds with a checkpoint to those without, in turn."""
+    with tempfile.TemporaryDirectory() as name:
+        job, stream = made(Path(name), strategy=DEFAULT)
+        batch = samples(0)
+        for _ in range(100):
+            job.learner.learn(batch)
+        ratios = []
+        for _ in range(PAIRS):
+            learned = []
+            for saves in (False, True):
+                until, count = time.perf_counter() + EVERY_SECONDS, 0
+                if saves:
+                    job.save(stream, "interval")
+                while time.perf_counter() < until:
+                    job.learner.learn(batch)
+                    job.collect(stream)
+                    count += 1
+                learned.append(count)
+            ratios.append(learned[1] / learned[0])
+    ratio = statistics.median(ratios)
+    print(f"{'with one every 10 s':<20}{ratio:>8.3f} of the throughput without (target: {TARGET})", flush=True)
+    return {"value": round(ratio, 3), "target": f">= {TARGET}", "met": ratio >= TARGET}
+
+
+def pause(label: str, width: int) -> dict[str, Any]:
+    """Return how long learning waits for a checkpoint of a model of so many parameters with Adam, and its writing takes."""
+    with tempfile.TemporaryDirectory() as name:
+        config = settings(Path(name), "t")
+        model = config.model.model_copy(update={"hidden": [width, width]})
+        job, stream = made(Path(name), model=model)
+        job.learner.learn(samples(0))
+        pauses, writes = [], []
+        for _ in range(3):
+            begun = time.perf_counter()
+            saving = job.save(stream, "interval")
+            pauses.append(time.perf_counter() - begun)
+            writes.append(saving.written.result()[1])
+            job.collect(stream, wait=True)
+        assert job.checkpoint is not None
+        entry = {
+            "value": round(1000 * statistics.median(pauses), 1),
+            "write_seconds": round(statistics.median(writes), 2),
+            "megabytes": round(job.checkpoint.num_bytes / 1e6),
+        }
+    print(
+        f"{label + ' parameters':<20}{entry['value']:>8.1f} ms pause, {entry['write_seconds']:.2f} s of writing beside it, "
+        f"{entry['megabytes']} MB",
+        flush=True,
+    )
+    return entry
+
+
+def run() -> dict[str, Any]:
+    """Measure both; print and return them."""
+    prepare(1)
+    results = {"every 10 s": throughput()}
+    for label, width in WIDTHS.items():
+        results[f"pause, {label}"] = pause(label, width)
+    return results

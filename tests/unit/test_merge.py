@@ -1,0 +1,47 @@
+"""One order of several partitions, whatever arrives when."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamlearn.stream.log import Record
+from streamlearn.stream.merge import MOST_RECORDS, Merge
+
+
+def record(partition: int, offset: int) -> Record:
+    """Return a record of one byte."""
+    return Record("t", partition, offset, 0.0, None, b"x")
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 30), unique=True, max_size=12), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: object) -> None:
+    """However the records are polled, they come by offset, then partition; offsets may have holes."""
+    assert hasattr(chance, "choice")
+    left = {p: sorted(each) for p, each in enumerate(offsets)}
+    ends = {p: max(each, default=-1) + 1 for p, each in left.items()}
+    merge, given_out, at = Merge(), [], dict.fromkeys(left, 0)
+    while any(left.values()):
+        p = chance.choice([p for p, each in left.items() if each])
+        polled = left[p][: chance.choice([1, 2, 5])]
+        left[p] = left[p][len(polled) :]
+        at[p] = polled[-1] + 1
+        merge.add([record(p, offset) for offset in polled])
+        awaited = [("t", q) for q in left if at[q] < ends[q]]
+        given_out += [(r.offset, r.partition) for r in merge.ready(awaited, lambda place: at[place[1]])]
+    assert given_out == sorted((offset, p) for p, each in enumerate(offsets) for offset in each)
+    assert not merge
+
+
+def test_what_waits_too_much_is_full() -> None:
+    """A partition that others keep waiting is to be read no further, until it was given out or forgotten."""
+    merge = Merge()
+    merge.add([record(0, offset) for offset in range(MOST_RECORDS)])
+    assert merge.full == {("t", 0)}
+    assert list(merge.ready([("t", 1)], lambda _: 0)) == [record(0, 0)]
+    assert merge.full == set()
+    merge.clear()
+    assert not merge
