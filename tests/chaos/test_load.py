@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ POLL = 500  # records that one look at embedded topics brings at most
 MEGABYTE = 1 << 20
 SAMPLE_SECONDS = 1.0
 BEFORE = 2000  # samples of a first task, which the second replays
+CHUNK = 500
+AHEAD = 20_000  # samples that a learner under load has before it
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ def vitals(daemon: jobs.Daemon) -> Vitals:
     return Vitals(time.monotonic(), resident, threads, descriptors, len(shown), int(queued), int(trained))
 
 
-def watched(daemon: jobs.Daemon, seconds: float) -> list[Vitals]:
-    """Look at a daemon every second for so long; it is alive each time."""
+def watched(daemon: jobs.Daemon, seconds: float, feeder: Feeder | None = None) -> list[Vitals]:
+    """Look at a daemon every second for so long; it is alive each time, and is given as much as it can learn."""
     found = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found.append(vitals(daemon))
+        if feeder is not None:
+            feeder.limit = found[-1].trained + AHEAD
         assert get(f"{daemon.http}/healthz")[0] == 200
         time.sleep(SAMPLE_SECONDS)
     return found
@@ -91,13 +96,11 @@ def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_second
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: status["state"] == "running" and status["samples"]["trained"] > 0)
         found = watched(daemon, seconds)
-        paused = scrape(daemon.http)["consumer_paused", ()]
         assert daemon.stop() == 0, daemon.tail()
     fullest = max(v.queued for v in found)
     # a poll that was under way when the bound was reached still comes in whole
     most = QUEUE + POLL + BATCH
     case.sometimes("looks at a full queue", sum(v.queued >= QUEUE // 2 for v in found), len(found) // 2)
-    case.sometimes("paused", int(paused), 0)
     assert fullest <= most, f"{fullest} samples waited, expected at most {most}"
     grown = max(v.resident for v in found[len(found) // 2 :]) - max(v.resident for v in found[: len(found) // 2])
     assert grown < 16 * MEGABYTE, f"memory grew by {grown / MEGABYTE:.0f} MB"
@@ -112,12 +115,12 @@ def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_second
 
 
 class Feeder:
-    """Publishes at full speed while it is told to, and nothing else."""
+    """Publishes up to a limit, which whoever watches the daemon moves on; nothing more in a time of silence."""
 
     def __init__(self, path: Path, topic: str) -> None:
         self.path, self.topic = path, topic
         self.published = 0
-        self.full = threading.Event()
+        self.limit = AHEAD
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         self._thread.start()
@@ -125,21 +128,19 @@ class Feeder:
     def finish(self) -> int:
         """Write the task's end; return how many samples were published."""
         self._end.set()
-        self.full.set()
         self._thread.join(60)
         return self.published
 
     def _run(self) -> None:
         sink = EmbeddedSink(self.path)
         sink.create_topic(self.topic, 1)
-        while self.full.wait() and not self._end.is_set():
-            samples = models.numbered(self.published, 500)
-            sink.append(
-                self.topic, 0, encode("batch", samples.x, samples.y), headers=((CONTENT_TYPE, TYPE_OF["batch"]),)
-            )
-            sink.flush()
-            self.published += 500
-            time.sleep(0.05)
+        while not self._end.wait(0.02):
+            if self.published < self.limit:
+                samples = models.numbered(self.published, CHUNK)
+                value = encode("batch", samples.x, samples.y)
+                sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+                sink.flush()
+                self.published += CHUNK
         sink.append(self.topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
         sink.flush()
         sink.close()
@@ -165,17 +166,20 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     end = time.monotonic() + minutes * 60
     with jobs.Daemon(config) as daemon:
         while time.monotonic() < end:
-            feeder.full.set()
-            loaded += watched(daemon, phase) if loaded else warmed(daemon, phase)
-            feeder.full.clear()
+            if not loaded:
+                daemon.until(lambda status: status["state"] == "running" and status["samples"]["trained"] > BEFORE)
+            loaded += watched(daemon, phase, feeder)
             idle += watched(daemon, phase / 3)
         published = BEFORE + feeder.finish()
         assert daemon.finish() == 0, daemon.tail()
     trained = Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"]
+    warm = [v for v in loaded if v.second > loaded[0].second + phase]
     for name in ("threads", "descriptors", "series"):
-        # what a request in flight holds comes and goes
-        early = max(getattr(v, name) for v in loaded[: len(loaded) // 3])
-        late = max(getattr(v, name) for v in loaded[-len(loaded) // 3 :])
+        # the median, since a request or a checkpoint under way holds something for a moment
+        early, late = (
+            statistics.median(getattr(v, name) for v in part)
+            for part in (warm[: len(warm) // 3], warm[-len(warm) // 3 :])
+        )
         assert late <= early, f"{name}: {early} at first, {late} in the end"
     everything = sorted(loaded + idle, key=lambda v: v.second)
     after = [v for v in everything if v.second > everything[0].second + phase]
@@ -189,9 +193,3 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     case.sometimes("resident memory, MB", round(last / MEGABYTE), 0)
     lost, twice = max(0, published - trained), max(0, trained - published)
     case.report(f"{minutes:g} minutes of load and silence", 1, lost=lost, twice=twice)
-
-
-def warmed(daemon: jobs.Daemon, seconds: float) -> list[Vitals]:
-    """Return when a daemon has begun with what is replayed against, and then for so long."""
-    daemon.until(lambda status: status["state"] == "running" and status["samples"]["trained"] > BEFORE)
-    return watched(daemon, seconds)
