@@ -41,6 +41,10 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 ENV_PREFIX = "STREAMLEARN__"
 REDACTED = "***"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
+SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
+TOKEN_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@#]*)?")
+SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
+LOOPBACK = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/].*")
 SAMPLE_SIZE = 1 << 28  # numbers in one sample
 MAX_CLASSES = 1_000_000
 
@@ -132,32 +136,71 @@ class Section(BaseModel):
 
 
 class Sasl(Section):
-    """Credentials; the password comes from the environment or a file, never from the YAML."""
+    """Credentials; a password or client secret comes from the environment or a file, never from the YAML."""
 
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    username: str
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "SCRAM-SHA-512"
+    username: str | None = None
     password: SecretStr | None = Field(None, min_length=1)
     password_file: Path | None = None
+    token_url: str | None = Field(None, description="OAUTHBEARER: where tokens are given for client credentials")
+    client_id: str | None = Field(None, min_length=1, description="OAUTHBEARER: who asks for a token")
+    client_secret: SecretStr | None = Field(None, min_length=1)
+    client_secret_file: Path | None = None
+    scope: str | None = Field(None, min_length=1, description="OAUTHBEARER: of the token; default: the server's")
+
+    @field_validator("token_url")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not TOKEN_URL.fullmatch(value):
+            raise PydanticCustomError(
+                "url", "expected https://HOST/PATH or http://HOST/PATH, without credentials in it"
+            )
+        return value
 
     def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
         del recipes
         yield self._has_password()
+        yield self._has_client()
 
     def _has_password(self) -> Rule:
+        if self.mechanism == "OAUTHBEARER":
+            yield from self._not_accepted("username", "password", "password_file")
+            return
+        if self.username is None:
+            yield "username", f"mechanism {self.mechanism} needs a username"
         if self.password is None and self.password_file is None:
             yield "", "no password: set STREAMLEARN__KAFKA__SASL__PASSWORD in the environment, or password_file"
 
+    def _has_client(self) -> Rule:
+        if self.mechanism != "OAUTHBEARER":
+            yield from self._not_accepted("token_url", "client_id", "client_secret", "client_secret_file", "scope")
+            return
+        for key in ("token_url", "client_id"):
+            if getattr(self, key) is None:
+                yield key, f"mechanism OAUTHBEARER needs a {key}"
+        if self.client_secret is None and self.client_secret_file is None:
+            name = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
+            yield "", f"no client secret: set {name} in the environment, or client_secret_file"
+
+    def _not_accepted(self, *keys: str) -> Rule:
+        for key in keys:
+            if getattr(self, key) is not None:
+                yield key, f"not accepted with mechanism {self.mechanism}"
+
     def secret(self) -> str:
-        """Return the password; raises `StreamlearnError` (77) when its file cannot be read, or is empty."""
-        if self.password is not None:
-            return self.password.get_secret_value()
+        """Return the password, or the client's secret; raises `StreamlearnError` (77) when its file has none to read."""
+        key = "client_secret" if self.mechanism == "OAUTHBEARER" else "password"
+        if (secret := getattr(self, key)) is not None:
+            return str(secret.get_secret_value())
+        key += "_file"
+        path = getattr(self, key)
         try:
-            secret = Path(str(self.password_file)).read_text().rstrip("\n")
+            text = Path(str(path)).read_text().rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise StreamlearnError(f"kafka.sasl.password_file: {error}", code=77) from error
-        if not secret:
-            raise StreamlearnError(f"kafka.sasl.password_file: {self.password_file} is empty", code=77)
-        return secret
+            raise StreamlearnError(f"kafka.sasl.{key}: {error}", code=77) from error
+        if not text:
+            raise StreamlearnError(f"kafka.sasl.{key}: {path} is empty", code=77)
+        return text
 
 
 class Kafka(Section):
@@ -588,6 +631,9 @@ class Config(Section):
             found.append("kafka.security_protocol SASL_PLAINTEXT: credentials travel without encryption")
         if self.kafka is not None and not self.kafka.ssl_check_hostname:
             found.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
+        url = self.kafka.sasl.token_url if self.kafka is not None and self.kafka.sasl is not None else None
+        if url is not None and url.startswith("http:") and not LOOPBACK.fullmatch(url):
+            found.append("kafka.sasl.token_url is http: the client's secret and the token travel without encryption")
         return found
 
     def effective(self) -> dict[str, Any]:
@@ -625,7 +671,7 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
     tree, lines, problems = _parse(path, content)
     problems += [
         f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use the environment or {key[-1]}_file"
-        for key in (("kafka", "sasl", "password"), ("kafka", "ssl_password"))
+        for key in SECRETS
         if _get(tree, key) is not None
     ]
     problems += _overlay({} if tree is None else tree, environ)
@@ -783,8 +829,8 @@ def _show(key: Sequence[str], value: Any) -> str:
 
 def _is_secret(key: Sequence[str]) -> bool:
     """Tell whether a value may be a secret, by a key that may be mistyped."""
-    if "sasl" in key and key[-1] not in {"mechanism", "username"}:
-        return True
+    if "sasl" in key:
+        return key[-1] not in SHOWN_OF_SASL
     return any(word in part.lower() for part in key for word in SECRET_WORDS)
 
 
@@ -804,8 +850,8 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
             if not isinstance(node.get(part), dict):
                 node[part] = {}
             node = node[part]
-        try:  # a password is text whatever it looks like
-            node[last] = text if "password" in last else yaml.safe_load(text)
+        try:  # a secret is text whatever it looks like
+            node[last] = text if "password" in last or "secret" in last else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
     return problems
@@ -851,7 +897,11 @@ def _redact(tree: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _redact(value)
         if isinstance(value, dict)
-        else (REDACTED if "password" in key and not key.endswith("_file") and value is not None else value)
+        else (
+            REDACTED
+            if ("password" in key or "secret" in key) and not key.endswith("_file") and value is not None
+            else value
+        )
         for key, value in tree.items()
     }
 

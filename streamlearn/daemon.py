@@ -161,8 +161,8 @@ class Desk:
                 asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
 
     def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
-        contact = stream.status.last_contact
-        silent = None if contact is None else time.time() - contact
+        contact = stream.status.contacted
+        silent = None if contact is None else time.monotonic() - contact
         return {
             "restored": {"ok": True},
             "broker": {"ok": stream.status.connected and silent is not None and silent < CONTACT_SECONDS},
@@ -274,8 +274,9 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             job.collect(stream, wait=True)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
-        totals = dict(job.progress.totals())
-        log.info("stopped at step %d: %s", job.learner.step, totals, extra={"step": job.learner.step})
+        for line in job.progress.audit():
+            log.info("audit: %s", line)
+        log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)
 
 

@@ -273,6 +273,14 @@ class Progress:
         """Return samples consumed and by outcome, over all topics."""
         return sum(self.ledger.values(), Counter(dict.fromkeys(("consumed", *OUTCOMES), 0)))
 
+    def audit(self) -> list[str]:
+        """Return a line for each topic: its samples, and how they ended."""
+        return [
+            f"{topic}: {count['consumed']} samples = "
+            + " + ".join(f"{count[kind]} {kind.replace('_', ' ')}" for kind in OUTCOMES)
+            for topic, count in self.ledger.items()
+        ]
+
     def unaccounted(self) -> dict[str, int]:
         """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
         gaps = {

@@ -438,7 +438,11 @@ class Job:
             behind[place[0]] += max(0, end - (applied[place].offset if place in applied else 0))
         ages = {(t,): (now - self.newest[t] if n else 0.0) for t, n in behind.items() if t in self.newest}
         metrics.gauges.replace("consumer_lag_seconds", ages)
-        metrics.gauges.set("state_dir_free_bytes", shutil.disk_usage(self.config.state_dir).free)
+        try:
+            free = shutil.disk_usage(self.config.state_dir).free
+        except OSError:  # it is gone: the next checkpoint will say so
+            free = None
+        metrics.gauges.set("state_dir_free_bytes", free)
         metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
         device = self.learner.world.device

@@ -26,7 +26,8 @@ ROWS = [
     {"__main__"},
 ]
 ONLY_IN = {
-    "kafka": {"stream/kafka.py"},
+    "kafka": {"stream/kafka.py", "stream/connection.py", "stream/oauth.py"},
+    "httpx": {"stream/oauth.py"},
     "sqlite3": {"stream/embedded.py"},
     "prometheus_client": {"metrics.py"},
     "starlette": {"service/api.py", "service/server.py"},

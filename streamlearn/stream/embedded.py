@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
@@ -97,17 +97,24 @@ class EmbeddedLog:
             raise StreamlearnError(f"{self.path}: not connected")
         return self._database
 
+    def _ask(self, query: str, values: tuple[str | int, ...] = ()) -> list[tuple[Any, ...]]:
+        """Return a query's rows; raises `StreamlearnError` (74) where the file cannot be read."""
+        try:
+            return self.database.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise StreamlearnError(f"{self.path}: cannot be read: {error}", code=74) from error
+
     def topics(self) -> dict[str, TopicInfo]:
-        rows = self.database.execute("SELECT name, topic_id, partitions FROM topics").fetchall()
+        rows = self._ask("SELECT name, topic_id, partitions FROM topics")
         return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
 
     def topic_id(self, topic: str) -> str | None:
-        row = self.database.execute("SELECT topic_id FROM topics WHERE name = ?", (topic,)).fetchone()
-        return str(row[0]) if row is not None else None
+        rows = self._ask("SELECT topic_id FROM topics WHERE name = ?", (topic,))
+        return str(rows[0][0]) if rows else None
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         query = "SELECT min(offset), max(offset) FROM records WHERE topic = ? AND partition = ?"
-        found = {partition: self.database.execute(query, partition).fetchone() for partition in partitions}
+        found = {partition: self._ask(query, partition)[0] for partition in partitions}
         return {p: Bounds(0, 0) if low is None else Bounds(low, high + 1) for p, (low, high) in found.items()}
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
@@ -131,7 +138,7 @@ class EmbeddedLog:
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         query = "SELECT min(timestamp) FROM records WHERE topic = ? AND offset = 0"
-        found: float | None = self.database.execute(query, (topic.name,)).fetchone()[0]
+        found: float | None = self._ask(query, (topic.name,))[0][0]
         return found
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
@@ -148,7 +155,7 @@ class EmbeddedLog:
             self._database = None
 
     def _take(self) -> list[Record]:
-        version = self.database.execute("PRAGMA data_version").fetchone()[0]
+        version = self._ask("PRAGMA data_version")[0][0]
         if version == self._version:
             return []
         found: list[Record] = []
@@ -160,9 +167,7 @@ class EmbeddedLog:
         for (topic, partition), start in self._at.items():
             if (topic, partition) in self._held:
                 continue
-            for offset, timestamp, key, value, headers in self.database.execute(
-                query, (topic, partition, start, FETCH_RECORDS)
-            ):
+            for offset, timestamp, key, value, headers in self._ask(query, (topic, partition, start, FETCH_RECORDS)):
                 pairs = tuple((name, bytes(data or b"")) for name, data in msgpack.unpackb(headers)) if headers else ()
                 found.append(Record(topic, partition, offset, timestamp, key, value, pairs))
                 self._at[topic, partition] = offset + 1

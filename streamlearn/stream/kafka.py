@@ -7,7 +7,6 @@ created anew: `topics` and `bounds` ask, and raise.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from kafka.admin import NewTopic
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
+from streamlearn.stream.connection import PERMISSION, client_settings, connected, reason
 from streamlearn.stream.log import Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from streamlearn.config import Kafka
     from streamlearn.data import Partition
 
-BOOTSTRAP_MS = 5000
-REQUEST_MS = 10_000
 MAX_POLL_RECORDS = 2000
 SEND_SECONDS = 60
 CUT_BYTES = 64 << 10
@@ -34,75 +32,22 @@ CUT_HEADER = "streamlearn.cut-from-bytes"  # a record that was too large for its
 
 _Sent = tuple[str, int, bytes | None, bytes | None, Headers]
 
-PERMISSION = (
-    kafka_errors.TopicAuthorizationFailedError,
-    kafka_errors.GroupAuthorizationFailedError,
-    kafka_errors.ClusterAuthorizationFailedError,
-    kafka_errors.SaslAuthenticationFailedError,
-    kafka_errors.UnsupportedSaslMechanismError,
-)
-# what only the client's own log says, and what it means for a user
-REFUSALS = ("SaslAuthenticationFailed", "CERTIFICATE_VERIFY_FAILED", "UnsupportedSaslMechanism", "IllegalSaslState")
+
+def may(topic: Mapping[str, Any], operation: str) -> bool:
+    """Tell whether we may do this with a topic, as the broker described it; an old broker does not say."""
+    operations = topic.get("authorized_operations")
+    return operations is None or operation in operations
 
 
-class _Cause(logging.Handler):
-    """Remembers the last thing the client's network loggers said: the constructor's exception never has the cause."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.last = ""
-        self.refused = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.last = record.getMessage()
-        if any(word in self.last for word in REFUSALS):
-            self.refused = self.last
-
-
-def client_settings(kafka: Kafka) -> dict[str, Any]:
-    """Return the connection settings that consumer, producer and admin client share."""
-    settings: dict[str, Any] = {
-        "bootstrap_servers": kafka.bootstrap_servers,
-        "client_id": kafka.client_id,
-        "security_protocol": kafka.security_protocol,
-        "ssl_check_hostname": kafka.ssl_check_hostname,
-        "request_timeout_ms": REQUEST_MS,
-        "bootstrap_timeout_ms": BOOTSTRAP_MS,
-        "reconnect_backoff_ms": 50,
-        "reconnect_backoff_max_ms": 1000,
-    }
-    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-        if (path := getattr(kafka, name)) is not None:
-            if not path.is_file():
-                raise StreamlearnError(f"kafka.{name}: {path} is not a readable file", code=77)
-            settings[name] = str(path)
-    if kafka.ssl_password is not None:
-        settings["ssl_password"] = kafka.ssl_password.get_secret_value()
-    if kafka.sasl is not None:
-        settings |= {
-            "sasl_mechanism": kafka.sasl.mechanism,
-            "sasl_plain_username": kafka.sasl.username,
-            "sasl_plain_password": kafka.sasl.secret(),
-        }
-    return settings
-
-
-def _connected(kind: type, settings: Mapping[str, Any]) -> Any:
-    """Return a client, or raise `StreamlearnError` (77) where the broker refused and `BrokerUnavailable` where none is."""
-    cause = _Cause()
-    logger = logging.getLogger("kafka")
-    logger.addHandler(cause)
-    servers = ", ".join(settings["bootstrap_servers"])
-    try:
-        return kind(**settings)
-    except PERMISSION as error:
-        raise StreamlearnError(f"{servers}: {error}", code=77) from error
-    except (kafka_errors.KafkaError, OSError) as error:
-        if cause.refused:
-            raise StreamlearnError(f"{servers}: refused: {cause.refused:.200}", code=77) from error
-        raise BrokerUnavailable(f"{servers}: no broker answers ({cause.last or error!s:.160})") from error
-    finally:
-        logger.removeHandler(cause)
+def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
+    """Return what a missing permission means, for people."""
+    names = error.args[0] if error.args else ""
+    what = ", ".join(sorted(names)) if isinstance(names, set) else str(names)
+    if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
+        return StreamlearnError(f"group {what}: no permission to report positions under its name (READ)", code=77)
+    if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
+        return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
+    return StreamlearnError(f"refused: {reason(error)}", code=77)
 
 
 class KafkaLog:
@@ -114,13 +59,15 @@ class KafkaLog:
         self.cluster_id: str | None = None
         self._consumer: Any = None
         self._admin: Any = None
+        self._reads: set[str] = set()
+        self._unreadable: set[str] = set()
         self._held: set[Partition] = set()
 
     def connect(self) -> None:
         settings = client_settings(self.kafka)
         self.close()
-        self._admin = _connected(KafkaAdminClient, settings)
-        self._consumer = _connected(
+        self._admin = connected(KafkaAdminClient, settings)
+        self._consumer = connected(
             KafkaConsumer,
             settings
             | {
@@ -138,7 +85,11 @@ class KafkaLog:
         self.cluster_id = self._ask(self._admin.describe_cluster).get("cluster_id")
 
     def topics(self) -> dict[str, TopicInfo]:
-        return self._describe(sorted(self._ask(self._admin.list_topics)))
+        """Return all topics; raises `StreamlearnError` (77) where one that is read may be read no longer."""
+        listed = self._ask(self._admin.list_topics)  # without those that are not ours to see
+        found = self._describe(sorted({*listed, *self._reads}))
+        self._refuse_unreadable()
+        return found
 
     def topic_id(self, topic: str) -> str | None:
         info = self._describe([topic]).get(topic)
@@ -148,9 +99,10 @@ class KafkaLog:
         found = {}
         for entry in self._ask(self._admin.describe_topics, list(names)) if names else []:
             name = entry.get("name") or entry.get("topic")
-            if entry.get("error_code") in {29, 30}:
-                raise StreamlearnError(f"{name}: no permission to describe the topic", code=77)
+            if entry.get("error_code") == kafka_errors.TopicAuthorizationFailedError.errno:
+                raise StreamlearnError(f"topic {name}: no permission to see it (DESCRIBE)", code=77)
             if not entry.get("error_code"):
+                (self._unreadable.discard if may(entry, "READ") else self._unreadable.add)(name)
                 partitions = sorted(p.get("partition_index", p.get("partition")) for p in entry["partitions"])
                 found[name] = TopicInfo(name, str(entry["topic_id"]), tuple(partitions))
         return found
@@ -173,7 +125,14 @@ class KafkaLog:
         ends = self._ask(self._consumer.end_offsets, list(asked))
         return {partition: Bounds(begins[tp], ends[tp]) for tp, partition in asked.items()}
 
+    def _refuse_unreadable(self) -> None:
+        """Raise where a permission is missing: `poll` would return nothing for ever."""
+        if denied := sorted(self._reads & self._unreadable):
+            raise StreamlearnError(f"topic {', '.join(denied)}: no permission to read it (READ)", code=77)
+
     def assign(self, offsets: Mapping[Partition, int]) -> None:
+        self._reads = {topic for topic, _ in offsets}
+        self._refuse_unreadable()
         self._consumer.assign([TopicPartition(*partition) for partition in offsets])
         for partition, offset in offsets.items():
             self._consumer.seek(TopicPartition(*partition), offset)
@@ -186,7 +145,7 @@ class KafkaLog:
             # not one record more before the reader has compared ids and bounds, which it does when it connects
             raise BrokerUnavailable(f"the log is not what it was: {type(error).__name__}") from error
         except PERMISSION as error:
-            raise StreamlearnError(str(error), code=77) from error
+            raise denied(error) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(str(error)) from error
         return [
@@ -225,7 +184,7 @@ class KafkaLog:
         try:
             return question(*arguments)
         except PERMISSION as error:
-            raise StreamlearnError(f"no permission: {error}", code=77) from error
+            raise denied(error) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{type(error).__name__}: {error!s:.160}") from error
 
@@ -243,7 +202,7 @@ class KafkaSink:
     def _clients(self) -> tuple[Any, Any]:
         with self._lock:
             if self._admin is None:
-                self._admin = _connected(KafkaAdminClient, client_settings(self.kafka))
+                self._admin = connected(KafkaAdminClient, client_settings(self.kafka))
             if self._producer is None:
                 settings = client_settings(self.kafka) | {
                     "acks": "all",
@@ -253,7 +212,7 @@ class KafkaSink:
                     "delivery_timeout_ms": SEND_SECONDS * 1000,
                     "compression_type": "lz4",
                 }
-                self._producer = _connected(KafkaProducer, settings)
+                self._producer = connected(KafkaProducer, settings)
             return self._admin, self._producer
 
     def create_topic(self, name: str, partitions: int) -> bool:
@@ -261,13 +220,14 @@ class KafkaSink:
         try:
             if name in admin.list_topics():
                 return False
-            admin.create_topics([NewTopic(name, partitions, self.kafka.replication_factor)])
+            admin.create_topics([NewTopic(name, partitions, self.kafka.replication_factor)], wait_for_metadata=True)
         except kafka_errors.TopicAlreadyExistsError:
             return False
         except kafka_errors.InvalidTopicError as error:
             raise StreamlearnError(f"{name}: not a name that Kafka accepts for a topic", code=78) from error
         except PERMISSION as error:
-            raise StreamlearnError(f"{name}: may not be created: {error}", code=77) from error
+            why = "is not there, or not ours to see (DESCRIBE), and we have no permission to create it (CREATE)"
+            raise StreamlearnError(f"topic {name}: {why}", code=77) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{name}: cannot be created: {error!s:.160}") from error
         return True
@@ -277,9 +237,11 @@ class KafkaSink:
         try:
             if topic not in admin.list_topics():  # asking the producer would wait for it a minute
                 raise StreamlearnError(f"no topic {topic}")
+            if not may(admin.describe_topics([topic])[0], "WRITE"):
+                raise StreamlearnError(f"topic {topic}: no permission to write to it (WRITE)", code=77)
             return len(producer.partitions_for(topic))
         except PERMISSION as error:
-            raise StreamlearnError(f"{topic}: no permission: {error}", code=77) from error
+            raise denied(error) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{topic}: {error!s:.160}") from error
 
@@ -316,7 +278,13 @@ class KafkaSink:
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"not acknowledged within {SEND_SECONDS} s: {error!s:.160}") from error
         if self._failed:
-            raise StreamlearnError(f"{len(self._failed)} records: {self._failed[0][1]}", code=74)
+            record, why = self._failed[0]
+            if "AuthorizationFailed" in why:  # of the topic, or where no topic may be written, of the producer itself
+                why = (
+                    f"topic {record[0]}: no permission to write to it (WRITE), {len(self._failed)} records are waiting"
+                )
+                raise StreamlearnError(why, code=77)
+            raise StreamlearnError(f"{len(self._failed)} records: {why}", code=74)
 
     def close(self) -> None:
         for client in (self._producer, self._admin):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import random
@@ -32,6 +33,7 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
+DENIED = 77  # the exit code of a missing permission
 STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
@@ -42,6 +44,7 @@ class StreamStatus:
 
     connected: bool = False
     last_contact: float | None = None  # Unix seconds
+    contacted: float | None = None  # the same, monotonic: a clock that jumps makes no outage
     ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets; none while no broker tells them
     read: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
     assigned: int = 0
@@ -119,7 +122,12 @@ class Stream:
 
     def settle(self) -> None:
         """Return when every dead letter is acknowledged; a checkpoint begins only after it."""
-        self.dead_letters.flush()
+        try:
+            self.dead_letters.flush()
+        except StreamlearnError as error:
+            if error.code == DENIED:
+                self._error = error  # no later try would help: the loop gets it when it has applied what is queued
+            raise
 
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
@@ -152,12 +160,13 @@ class Stream:
             self.status.problem = str(error)
         finally:
             try:
-                if self.status.connected and self._commits:
-                    self._commit()
-                    self.source.poll(POLL_SECONDS)  # a client sends only while it polls
+                with contextlib.suppress(StreamlearnError):  # a report is not worth an error, least of all after one
+                    if self.status.connected and self._commits:
+                        self._commit()
+                        self.source.poll(POLL_SECONDS)  # a client sends only while it polls
                 self.source.close()
-            except Exception:
-                log.exception("closing the log failed")
+            except Exception as error:  # noqa: BLE001 - what it ends with is known already, and closing is no reason to hide it
+                log.warning("closing the log failed: %s", error)
 
     def _read_on(self) -> None:
         backoff, since = 1.0, time.monotonic()
@@ -303,7 +312,7 @@ class Stream:
         self._bounds = self.source.bounds(partitions)
         self._checked = now
         self.status.connected = True
-        self.status.last_contact = time.time()
+        self.status.last_contact, self.status.contacted = time.time(), now
         self.status.problem = self._trouble()
         if self.status.problem is not None:
             return
@@ -350,6 +359,8 @@ class Stream:
             upcoming = self.spec.topics[len(tasks)] if len(tasks) < len(self.spec.topics) else None
             later = [name for name in later if name == upcoming]
             over = upcoming is None
+            if upcoming is not None and upcoming not in self._topics:
+                self.source.topic_id(upcoming)  # or one that is there, and not ours to see, would be waited for
         else:
             later = [name for name in later if self._has_records(name)]
             upcoming = self.spec.pattern

@@ -136,7 +136,7 @@ def publish_embedded(path: Path, per_task: int, **how: Any) -> None:
 class Daemon:
     """A `streamlearn run` process."""
 
-    def __init__(self, config: Path, state_dir: Path | None = None, **environment: str) -> None:
+    def __init__(self, config: Path, state_dir: Path | None = None, environment: Mapping[str, str] = {}) -> None:
         self.config = config
         self.state = state_dir or Path(yaml.safe_load(config.read_text())["state_dir"])
         self.log = config.with_suffix(".log")

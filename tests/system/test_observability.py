@@ -78,6 +78,7 @@ FIRING: dict[str, dict[str, str]] = {
         f'streamlearn_device_memory_total_bytes{{{LABELS}, device="cuda"}}': "100x60",
     },
 }
+OF_OTHER_STRATEGIES = {"Free weights"}  # PackNet has them; unknown is absent
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -260,7 +261,7 @@ def test_every_panel_is_answered(tmp_path: Path) -> None:
                 f"{panel['title']}: {target['expr']}"
                 for panel in PANELS
                 for target in panel["targets"]
-                if not finite(ask(port, plain(target["expr"])))
+                if panel["title"] not in OF_OTHER_STRATEGIES and not finite(ask(port, plain(target["expr"])))
             ]
             assert empty == []
             for variable in DASHBOARD["templating"]["list"][1:]:

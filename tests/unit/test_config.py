@@ -349,6 +349,89 @@ def test_a_mistyped_secret_is_not_echoed(tmp_path: Path, name: str) -> None:
         assert not any("canary" in line for line in lines), lines
 
 
+OAUTH: dict[str, Any] = {"mechanism": "OAUTHBEARER", "token_url": "https://id.example/token", "client_id": "me"}
+
+
+def test_a_client_secret_is_text_and_never_shown(tmp_path: Path) -> None:
+    """It comes from the environment, whatever it looks like, and is refused in the file."""
+    kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": OAUTH}
+    name = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
+    config = written(tmp_path, {**MINIMAL, "kafka": kafka}, **{name: "12345"})
+    assert config.kafka is not None
+    assert config.kafka.sasl is not None
+    assert config.kafka.sasl.secret() == "12345"
+    assert config.effective()["kafka"]["sasl"]["client_secret"] == "***"
+    assert "12345" not in json.dumps(config.effective()) + repr(config)
+    lines = refused(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {**OAUTH, "client_secret": "12345"}}})
+    secret = "kafka.sasl.client_secret: a secret is not accepted in the file; use the environment or client_secret_file"
+    assert lines == [f"job.yaml: {secret}"]
+
+
+WRONG_SASL: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"mechanism": "OAUTHBEARER"},
+        [
+            "kafka.sasl.token_url: mechanism OAUTHBEARER needs a token_url",
+            "kafka.sasl.client_id: mechanism OAUTHBEARER needs a client_id",
+            (
+                "kafka.sasl: no client secret: set STREAMLEARN__KAFKA__SASL__CLIENT_SECRET in the environment, or "
+                "client_secret_file"
+            ),
+        ],
+    ),
+    (
+        {**OAUTH, "client_secret_file": "s", "username": "me"},
+        ["kafka.sasl.username: is 'me'; not accepted with mechanism OAUTHBEARER"],
+    ),
+    (
+        {"mechanism": "PLAIN", "username": "me", "password_file": "p", "scope": "x", "client_secret_file": "s"},
+        [
+            "kafka.sasl.client_secret_file: is ***; not accepted with mechanism PLAIN",
+            "kafka.sasl.scope: is 'x'; not accepted with mechanism PLAIN",
+        ],
+    ),
+    ({"password_file": "p"}, ["kafka.sasl.username: mechanism SCRAM-SHA-512 needs a username"]),
+    (
+        {**OAUTH, "client_secret_file": "s", "token_url": "ftp://id.example"},
+        [("kafka.sasl.token_url: is ***; expected https://HOST/PATH or http://HOST/PATH, without credentials in it")],
+    ),
+    (
+        {**OAUTH, "mechanism": "GSSAPI"},
+        [
+            (
+                "kafka.sasl.mechanism: is 'GSSAPI'; Input should be 'PLAIN', 'SCRAM-SHA-256', 'SCRAM-SHA-512' or "
+                "'OAUTHBEARER'"
+            )
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sasl", "told"), WRONG_SASL, ids=[str(n) for n in range(len(WRONG_SASL))])
+def test_each_mechanism_has_its_own_keys(tmp_path: Path, sasl: dict[str, Any], told: list[str]) -> None:
+    """What a mechanism needs and has not, and what it does not know, are told by key."""
+    lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "sasl": sasl}})
+    assert sorted(line.split(": ", 1)[1] for line in lines) == sorted(told)
+
+
+def test_a_secret_in_an_address_is_refused_unseen(tmp_path: Path) -> None:
+    """Credentials in token_url would be shown by `config show`, so they are refused, and not echoed."""
+    sasl = {**OAUTH, "client_secret_file": "s", "token_url": "https://me:canary@id.example/token"}
+    lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "sasl": sasl}})
+    assert "canary" not in "".join(lines)
+
+
+def test_a_token_over_plain_http_is_warned_of(tmp_path: Path) -> None:
+    """On this machine alone it is no risk."""
+    sasl = {**OAUTH, "client_secret_file": "s"}
+    found = {}
+    for url in ("http://id.example/token", "http://localhost:8080/token", "https://id.example/token"):
+        kafka = {"bootstrap_servers": "a:1", "sasl": {**sasl, "token_url": url}}
+        found[url] = written(tmp_path, {**MINIMAL, "kafka": kafka}).warnings(RECIPES)
+    told = "kafka.sasl.token_url is http: the client's secret and the token travel without encryption"
+    assert list(found.values()) == [[told], [], []]
+
+
 def test_a_password_file_may_not_be_empty(tmp_path: Path) -> None:
     """An empty secret is a mistake, told before a broker refuses it."""
     (tmp_path / "secret").write_text("\n")

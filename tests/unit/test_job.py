@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 def made(tmp_path: Path) -> tuple[Job, Stream]:
     """Return a job that stands at offset 3 of its topic, and its stream, which was not started."""
-    tree = {"input": {"shape": [1]}, "classes": 2, "stream": {"topics": ["a"]}, "strategy": "naive", "device": "cpu"}
+    tree: dict[str, Any] = {
+        "input": {"shape": [1]},
+        "classes": 2,
+        "stream": {"topics": ["a"]},
+        "strategy": "naive",
+        "device": "cpu",
+    }
+    tree["state_dir"] = str(tmp_path)
     config = Config.model_validate(tree, context={"recipes": RECIPES})
     job = Job.make(config, Store(tmp_path, keep=9), Metrics())
     job.progress.positions = Positions({("a", 0): Position(3)})

@@ -59,8 +59,9 @@ class Admin:
         """Have none."""
         return []
 
-    def create_topics(self, topics: list[Any]) -> None:
+    def create_topics(self, topics: list[Any], *, wait_for_metadata: bool) -> None:
         """Refuse the name."""
+        assert wait_for_metadata
         raise kafka_errors.InvalidTopicError(f"CreateTopicsRequest({topics})")
 
 

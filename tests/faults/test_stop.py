@@ -1,0 +1,207 @@
+"""SIGTERM at any moment, a grace period that is over, threads that die, a clock that jumps, a loop without memory."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import time
+import urllib.request
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamlearn.checkpoint import Store
+from streamlearn.config import Kafka
+from streamlearn.daemon import Desk, learn
+from streamlearn.data import StreamlearnError
+from streamlearn.metrics import Metrics
+from streamlearn.models.mlp import MLP
+from streamlearn.service.api import read_only
+from streamlearn.service.server import Server, bind_tcp
+from streamlearn.stream.kafka import KafkaSink
+from tests.support import jobs
+from tests.support.kafka_broker import KafkaBroker
+from tests.unit.test_job import made
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+SEED = random.randrange(10_000)
+GRACE = 25
+DAY = 86_400
+CLOCK = """
+import os, pathlib, time
+real, file = time.time, pathlib.Path(os.environ["MOVED_BY"])
+time.time = lambda: real() + float(file.read_text() or 0)
+"""
+
+
+class Slow(MLP):
+    """A model of which every pass takes a minute."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(60)
+        return super().forward(x)
+
+
+def begun(how_far: str, status: Mapping[str, Any]) -> bool:
+    """Tell whether a daemon answers, or learns."""
+    return how_far == "starting" or bool(status["state"] == how_far)
+
+
+def trained(least: int, status: Mapping[str, Any]) -> bool:
+    """Tell whether so many samples are learned."""
+    return bool(status.get("samples", {}).get("trained", 0) >= least)
+
+
+def slow(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Build one."""
+    return Slow(input_shape, num_outputs, [4])
+
+
+@pytest.mark.parametrize(
+    "strategy", [{"generative": {"hidden": 64, "latent": 16}, "si": {}}, {"packnet": {}}], ids="+".join
+)
+def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    """Stopped six times, while it starts, learns, refines or saves: each ends with 0 in time, and the end is bit-equal."""
+    print(f"seed {SEED}")
+    scenario = "task" if "packnet" in strategy else "class"
+    configs = [jobs.write_config(tmp_path / name, strategy=strategy, scenario=scenario) for name in ("a", "b")]
+    for config in configs:
+        jobs.publish_embedded(config.parent / "topics.sqlite", 1000)
+    expected = jobs.run_to_end(configs[0])
+    chance, learned = random.Random(SEED), set()
+    for number in range(6):
+        with jobs.Daemon(configs[1]) as daemon:
+            # before it answers nothing can be lost; every other time while it starts
+            daemon.until(partial(begun, "starting" if number % 2 else "running"))
+            time.sleep(chance.uniform(0, 1))
+            asked = time.monotonic()
+            assert daemon.stop() == 0, daemon.tail()
+            assert time.monotonic() - asked < GRACE
+            assert "Traceback" not in daemon.log.read_text()
+        learned |= {checkpoint.manifest["step"] for checkpoint in Store(daemon.state).all()[:1]}
+    assert len(learned) > 1, "no stop came while it learned"
+    actual = jobs.run_to_end(configs[1])
+    assert jobs.differences(expected, actual) == []
+
+
+@pytest.mark.kafka
+def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> None:
+    """What was learned before the broker went is saved, in time, though no position can be reported."""
+    with KafkaBroker(tmp_path / "kafka") as broker:
+        config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
+        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        jobs.publish(sink, 200)
+        sink.close()
+        with jobs.Daemon(config) as daemon:
+            status = daemon.until(partial(trained, 100))
+            broker.kill()
+            asked = time.monotonic()
+            assert daemon.stop() == 0, daemon.tail()
+            assert time.monotonic() - asked < GRACE
+        kept = Store(daemon.state).all()[0].read_json("status.json")
+    assert kept["samples"]["trained"] >= status["samples"]["trained"]
+    assert jobs.accounted(kept)
+
+
+def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> None:
+    """In the midst of an update that takes too long it ends with 1, and the checkpoint before it is in force."""
+    first = jobs.write_config(tmp_path, strategy={"naive": {}}, stream={"on_finished": "wait"})
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 100)
+    with jobs.Daemon(first) as daemon:
+        daemon.until(
+            lambda status: status.get("waiting_for") is None and status.get("samples", {}).get("trained", 0) > 0
+        )
+        assert daemon.stop() == 0
+    kept = Store(daemon.state).all()[0]
+    over: dict[str, Any] = {"model": {"name": "tests.faults.test_stop:slow"}, "shutdown_grace": 0.5}
+    second = jobs.write_config(tmp_path / "slow", strategy={"naive": {}}, **over)
+    jobs.publish_embedded(tmp_path / "slow" / "topics.sqlite", 100)
+    with jobs.Daemon(second) as daemon:
+        daemon.until(
+            lambda status: any(task["state"] == "active" for task in status.get("tasks", [])) or "tasks" in status
+        )
+        time.sleep(2)
+        assert daemon.stop() == 1
+        assert "still not drained after 0 s (shutdown_grace): ending without a new checkpoint" in daemon.log.read_text()
+    assert Store(tmp_path / "state").newest_sound() == kept
+
+
+def test_a_log_that_breaks_ends_the_daemon(tmp_path: Path) -> None:
+    """The reader dies of it; the daemon does not go on half alive, saves what it has learned, and ends with 74 and one line."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, strategy={"naive": {}})
+    path = tmp_path / "topics.sqlite"
+    jobs.publish_embedded(path, 100)
+    with jobs.Daemon(config) as daemon:
+        status = daemon.until(partial(trained, 500))
+        with sqlite3.connect(path) as database:
+            database.execute("DROP TABLE records")
+        assert daemon.finish(60) == 74, daemon.tail()
+        assert "Traceback" not in daemon.log.read_text()
+        assert f"streamlearn: {path}: cannot be read: no such table: records" in daemon.log.read_text()
+    assert Store(daemon.state).all()[0].read_json("status.json")["samples"] == status["samples"]
+
+
+def test_a_listener_that_dies_ends_the_loop(tmp_path: Path) -> None:
+    """Without its listeners a daemon would be half alive: the next turn of the loop raises."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    server = Server(read_only(desk), bind_tcp("127.0.0.1", 0), "http")
+    desk.servers = [server]
+    server.start()
+    desk.serve(job, stream, idle=True)
+    server.stop()
+    with pytest.raises(StreamlearnError, match="1 of the listeners ended by itself"):
+        desk.serve(job, stream, idle=True)
+
+
+def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update that the device has no room for may have changed half of the model: the newest checkpoint stays in force."""
+    job, stream = made(tmp_path)
+    job.torn = True
+
+    def fail(*_: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("streamlearn.loop.run", fail)
+    desk = Desk(job.config, Metrics())
+    with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
+        learn(job, stream, desk)
+    assert caught.value.code == 75
+    assert job.store.all() == []
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
+    """A day back and a day forth in the midst of learning: ready all along, nothing negative, and the end is bit-equal."""
+    configs = [
+        jobs.write_config(tmp_path / name, stream={"on_finished": "wait"}, checkpoint={"every_seconds": 0.2})
+        for name in ("a", "b")
+    ]
+    for config in configs:
+        jobs.publish_embedded(config.parent / "topics.sqlite", 1000)
+    moved = tmp_path / "moved"
+    moved.write_text("0")
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    jumping = {"PYTHONPATH": str(tmp_path), "MOVED_BY": str(moved)}
+    ends = []
+    for config, environment in zip(configs, ({}, jumping), strict=True):
+        with jobs.Daemon(config, environment=environment) as daemon:
+            for least, jump in ((500, -DAY), (2000, DAY), (3500, 0)):
+                daemon.until(partial(trained, least))
+                moved.write_text(str(jump))
+                assert daemon.until(partial(begun, "running"))["ready"]
+            daemon.until(partial(trained, 5000))
+            series = urllib.request.urlopen(f"{daemon.http}/metrics", timeout=10).read().decode().splitlines()
+            delays = [
+                line for line in series if line.startswith(("streamlearn_record_delay", "streamlearn_consumer_lag"))
+            ]
+            assert len(delays) > 1
+            assert [line for line in delays if float(line.rpartition(" ")[2]) < 0] == []
+            assert daemon.stop() == 0
+        ends.append(Store(daemon.state).all()[0])
+    assert jobs.differences(*ends) == []

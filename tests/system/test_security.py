@@ -1,0 +1,363 @@
+"""Real daemons against a broker with TLS, users and permissions: who may, learns; who may not is told why, once."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from streamlearn.checkpoint import Store
+from streamlearn.config import Kafka
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.kafka import KafkaLog, KafkaSink
+from tests.support import jobs
+from tests.support.secure_broker import SecureBroker, make_authority
+from tests.support.token_server import TokenServer
+from tests.system.test_daemon import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.kafka
+
+USER, PASSWORD, CLIENT_SECRET = "learner", "c4n4ry-password", "c4n4ry-client-secret"
+SAMPLES = 40
+CLIENTS = 5  # reader and writer of a daemon have two each, and the reader may have made one anew
+PASSWORD_KEY = "STREAMLEARN__KAFKA__SASL__PASSWORD"
+SECRET_KEY = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
+    """Give a broker whose only user may do nothing yet."""
+    settings = {"connections.max.reauth.ms": 3_600_000}
+    with SecureBroker(tmp_path_factory.mktemp("secure"), {USER: PASSWORD}, **settings) as made:
+        yield made
+
+
+class Job:
+    """One topic, its dead letters, and a configuration that reads them as the user."""
+
+    def __init__(self, broker: SecureBroker, directory: Path) -> None:
+        self.broker = broker
+        self.directory = directory
+        prefix = f"s{uuid.uuid4().hex[:8]}"
+        self.topic, self.letters, self.group = f"{prefix}-t", f"{prefix}-dlq", f"{prefix}-g"
+        self.sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        for name in (self.topic, self.letters):
+            self.sink.create_topic(name, 1)
+        for number in range(SAMPLES):
+            self.publish(json.dumps({"x": [number, 1], "y": number % 2}))
+        self.sink.flush()
+
+    def publish(self, text: str) -> None:
+        """Append one record."""
+        self.sink.append(self.topic, 0, text.encode())
+
+    def mark(self) -> None:
+        """End the task."""
+        self.sink.append(self.topic, 0, b"", headers=(("streamlearn-control", b"task-end"),))
+        self.sink.flush()
+
+    def allow(self, *but: str) -> None:
+        """Give the user all that a daemon needs, but this."""
+        needed = {
+            "read": ("TOPIC", self.topic, "READ"),
+            "describe": ("TOPIC", self.topic, "DESCRIBE"),
+            "write": ("TOPIC", self.letters, "WRITE"),
+            "letters": ("TOPIC", self.letters, "DESCRIBE"),
+            "group": ("GROUP", self.group, "READ"),
+        }
+        for name, permission in needed.items():
+            if name not in but:
+                self.broker.allow(USER, *permission)
+
+    def settings(self) -> dict[str, Any]:
+        """Return how to reach the broker, without a secret."""
+        return {
+            "bootstrap_servers": self.broker.secure,
+            "security_protocol": "SASL_SSL",
+            "ssl_cafile": str(self.broker.authority),
+            "sasl": {"username": USER},
+            "group_id": self.group,
+            "metadata_refresh_seconds": 1,
+        }
+
+    def kafka(self, **over: Any) -> Kafka:
+        """Return the same for a client of this process, the password with it."""
+        sasl = {"username": USER, "password": PASSWORD}
+        return Kafka.model_validate({**self.settings(), "sasl": sasl, **over})
+
+    def config(self, **kafka: Any) -> Path:
+        """Write the configuration."""
+        return jobs.write_config(
+            self.directory,
+            kafka={**self.settings(), **kafka},
+            input={"shape": [2], "dtype": "float32", "scale": 1},
+            classes=2,
+            stream={"topics": [self.topic], "batch_size": 10, "dead_letter": {"topic": self.letters}},
+            model={"hidden": [4]},
+            strategy="naive",
+            checkpoint={"every_batches": 1},
+            log={"level": "debug", "format": "json"},
+        )
+
+
+@pytest.fixture
+def job(broker: SecureBroker, tmp_path: Path) -> Iterator[Job]:
+    """Give a job for which the user has no permission yet."""
+    made = Job(broker, tmp_path)
+    yield made
+    made.sink.close()
+
+
+def ended(daemon: jobs.Daemon) -> tuple[int, str]:
+    """Return a daemon's exit code and the one line that tells of its failure; its log has no traceback."""
+    code = daemon.finish(60)
+    text = daemon.log.read_text()
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("{")]
+    assert len(lines) == 1, text
+    told = [line for line in text.splitlines() if '"level": "error"' in line or '"level": "warning"' in line]
+    assert told == []
+    return code, lines[0].removeprefix("streamlearn: ")
+
+
+def all_learned(status: dict[str, Any]) -> bool:
+    """Tell whether every sample that was published was learned."""
+    return bool(status.get("samples", {}).get("trained") == SAMPLES)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-512"])
+def test_learns_to_the_end_with_a_password(job: Job, mechanism: str) -> None:
+    """Over TLS, with no permission but those that are needed, every sample is learned."""
+    job.allow()
+    job.mark()
+    with jobs.Daemon(
+        job.config(sasl={"mechanism": mechanism, "username": USER}), environment={PASSWORD_KEY: PASSWORD}
+    ) as daemon:
+        assert daemon.finish(60) == 0, daemon.tail()
+    assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def test_learns_to_the_end_with_tokens(job: Job) -> None:
+    """The same with OAUTHBEARER: reader, dead letters and their administration share one token."""
+    job.allow()
+    job.mark()
+    with TokenServer(USER, CLIENT_SECRET) as server:
+        sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
+        with jobs.Daemon(job.config(sasl=sasl), environment={SECRET_KEY: CLIENT_SECRET}) as daemon:
+            assert daemon.finish(60) == 0, daemon.tail()
+        assert len(server.asked) == 1
+    assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def test_a_connection_outlives_its_token(job: Job) -> None:
+    """A broker ends a session with its token; before that the client logs in again with the next one, unnoticed."""
+    job.allow()
+    with TokenServer(USER, CLIENT_SECRET, lifetime=3) as server:
+        sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER, "client_secret": CLIENT_SECRET}
+        log = KafkaLog(job.kafka(sasl=sasl), job.group)
+        log.connect()
+        log.assign({(job.topic, 0): 0})
+        count, deadline = 0, time.monotonic() + 60
+        while len(server.given) < 4 or count < SAMPLES + 1:
+            assert time.monotonic() < deadline, (len(server.given), count)
+            count += len(log.poll(0.2))
+            log.bounds([(job.topic, 0)])
+            if len(server.given) == 4 and count == SAMPLES:
+                job.publish("{}")
+                job.sink.flush()
+        log.close()
+
+
+def test_a_refused_client_is_told_why(job: Job) -> None:
+    """A token server that does not know us ends the daemon at once, before any broker is asked twice."""
+    before = job.broker.relay.connections
+    with TokenServer(USER, "another") as server:
+        sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
+        config = job.config(sasl=sasl)
+        with jobs.Daemon(config, environment={SECRET_KEY: CLIENT_SECRET}) as daemon:
+            why = f"{server.url}: no token for client {USER}, scope None: refused with 401 (invalid_client)"
+            assert ended(daemon) == (77, why)
+        assert (len(server.asked), job.broker.relay.connections - before) == (1, 1)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str, int, str]] = {
+    "wrong password": ({}, "localhost", 77, "refused: Authentication failed .*invalid credentials.*SCRAM-SHA-512"),
+    "mechanism": (
+        {"sasl": {"mechanism": "SCRAM-SHA-256", "username": USER}},
+        "localhost",
+        77,
+        "refused: it does not offer the mechanism SCRAM-SHA-256",
+    ),
+    "unknown CA": (
+        {"ssl_cafile": "other.pem"},
+        "localhost",
+        77,
+        "refused: .*CERTIFICATE_VERIFY_FAILED.*unable to get local issuer certificate.*",
+    ),
+    "wrong host name": ({}, "127.0.0.1", 77, "refused: .*certificate is not valid for '127.0.0.1'.*"),
+    "no TLS": (
+        {"security_protocol": "PLAINTEXT"},
+        "localhost",
+        78,
+        "kafka.security_protocol is PLAINTEXT, but the broker speaks TLS",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_ends_the_daemon_at_once(job: Job, case: str) -> None:
+    """One connection, one line with the broker's reason, and a code that no supervisor takes for a reason to try again."""
+    over, host, code, why = REFUSALS[case]
+    if "ssl_cafile" in over:
+        over = {"ssl_cafile": str(make_authority(job.directory / "other"))}
+    relay = job.broker.relay
+    before, address = relay.connections, f"{host}:{relay.port}"
+    with jobs.Daemon(
+        job.config(**{**over, "bootstrap_servers": address}), environment={PASSWORD_KEY: "wrong"}
+    ) as daemon:
+        told_code, told = ended(daemon)
+    assert relay.connections - before == 1
+    assert told_code == code
+    assert re.fullmatch(f"{address}: {why}", told), told
+
+
+PERMISSIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing": (("read", "describe"), "topic {topic}: no permission to see it (DESCRIBE)"),
+    "no READ": (("read",), "topic {topic}: no permission to read it (READ)"),
+    "no WRITE": (("write",), "topic {letters}: no permission to write to it (WRITE)"),
+    "no dead letters": (
+        ("write", "letters"),
+        "topic {letters}: is not there, or not ours to see (DESCRIBE), and we have no permission to create it (CREATE)",
+    ),
+    "no group": (("group",), "group {group}: no permission to report positions under its name (READ)"),
+}
+
+
+@pytest.mark.parametrize("case", PERMISSIONS)
+def test_a_missing_permission_ends_the_daemon_at_once(job: Job, case: str) -> None:
+    """One line names what is missing, and on what; the client itself would say nothing."""
+    but, why = PERMISSIONS[case]
+    job.allow(*but)
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        assert ended(daemon) == (77, why.format(**vars(job)))
+
+
+WITHDRAWN = {"READ": ["READ"], "READ and DESCRIBE": ["READ", "DESCRIBE"]}
+
+
+@pytest.mark.parametrize("case", WITHDRAWN)
+def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
+    """No record comes that could fail: the daemon looks by itself, saves what it has, and says what is missing."""
+    job.allow()
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        daemon.until(all_learned, 60)
+        for operation in WITHDRAWN[case]:
+            job.broker.withdraw(USER, "TOPIC", job.topic, operation)
+        code, why = ended(daemon)
+    assert (code, why.startswith(f"topic {job.topic}: no permission")) == (77, True), why
+    assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def look_until_refused(log: KafkaLog) -> None:
+    """Poll, and ask for the topics, until one of the two raises, or half a minute is over."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert log.poll(0.1) == []
+        log.topics()
+
+
+@pytest.mark.parametrize("case", WITHDRAWN)
+def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
+    """While the queue is full nothing is fetched, so that nothing can be refused: the list of topics tells."""
+    job.allow()
+    log = KafkaLog(job.kafka(), job.group)
+    log.connect()
+    log.assign({(job.topic, 0): 0})
+    log.hold({(job.topic, 0)})
+    assert job.topic in log.topics()
+    for operation in WITHDRAWN[case]:
+        job.broker.withdraw(USER, "TOPIC", job.topic, operation)
+    with pytest.raises(StreamlearnError, match=f"^topic {job.topic}: no permission to (read|see) it") as caught:
+        look_until_refused(log)
+    assert caught.value.code == 77
+    log.close()
+
+
+def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
+    """Connections live on; when the broker starts anew, one attempt with the old password is enough."""
+    job.allow()
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        daemon.until(all_learned, 60)
+        job.broker.change_password(USER, "another")
+        try:
+            job.broker.stop()
+            before = job.broker.relay.connections
+            job.broker.start()
+            assert daemon.finish(120) == 77, daemon.tail()
+            attempts = job.broker.relay.connections - before
+        finally:
+            job.broker.change_password(USER, PASSWORD)
+    text = daemon.log.read_text()
+    assert "Traceback" not in text
+    assert re.fullmatch(
+        "streamlearn: (localhost:[0-9]+: )?refused: Authentication failed .*SCRAM-SHA-512", text.splitlines()[-1]
+    ), text
+    assert 1 <= attempts <= CLIENTS
+
+
+def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> None:
+    """The position does not move past a letter that was not taken: the next start finds the record again."""
+    job.allow()
+    with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        daemon.until(all_learned, 60)
+        job.broker.withdraw(USER, "TOPIC", job.letters, "WRITE")
+        job.publish("no sample")
+        job.mark()
+        assert daemon.finish(60) == 77, daemon.tail()
+        why = f"topic {job.letters}: no permission to write to it (WRITE), 1 records are waiting"
+        assert daemon.tail().splitlines()[-1] == f"streamlearn: {why}"
+    assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["rejected"] == 0
+    job.broker.allow(USER, "TOPIC", job.letters, "WRITE")
+    with jobs.Daemon(daemon.config, environment={PASSWORD_KEY: PASSWORD}) as again:
+        assert again.finish(60) == 0, again.tail()
+    samples = Store(daemon.state).all()[0].read_json("status.json")["samples"]
+    assert (samples["trained"], samples["rejected"]) == (SAMPLES, 1)
+
+
+@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "OAUTHBEARER"])
+def test_secrets_are_nowhere(job: Job, mechanism: str) -> None:
+    """Password, client secret and tokens stand in no log, answer, metric, command line or file of a daemon at debug."""
+    job.allow()
+    environment = {PASSWORD_KEY: PASSWORD}
+    with TokenServer(USER, CLIENT_SECRET) as server:
+        sasl: dict[str, Any] = {"mechanism": mechanism, "username": USER}
+        if mechanism == "OAUTHBEARER":
+            sasl = {"mechanism": mechanism, "token_url": server.url, "client_id": USER}
+            environment = {SECRET_KEY: CLIENT_SECRET}
+        config = job.config(sasl=sasl)
+        with jobs.Daemon(config, environment=environment) as daemon:
+            daemon.until(all_learned, 60)
+            shown = [
+                cli("status", "--json", "--state", daemon.state).stdout,
+                cli("config", "show", config, **environment).stdout,
+                cli("config", "check", config, **environment).stdout,
+                Path(f"/proc/{daemon.process.pid}/cmdline").read_text(),
+                *(httpx.get(daemon.http + path).text for path in ("/metrics", "/status", "/readyz", "/healthz")),
+            ]
+            assert daemon.stop() == 0
+        secrets = [PASSWORD, CLIENT_SECRET, *server.given]
+    assert all(shown)
+    assert len(server.given) == (mechanism == "OAUTHBEARER")
+    files = [path for path in job.directory.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"job.log", "daemon.json", "MANIFEST.json", "state.json"}
+    places = [text.encode() for text in shown] + [path.read_bytes() for path in files]
+    assert [secret for secret in secrets if any(secret.encode() in place for place in places)] == []

@@ -1,0 +1,103 @@
+"""How connections fail: what is told, and what is left behind."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kafka import KafkaAdminClient
+from kafka import errors as kafka_errors
+
+from streamlearn.config import Kafka
+from streamlearn.data import StreamlearnError
+from streamlearn.stream import connection
+from streamlearn.stream.log import BrokerUnavailable
+from tests.support.kafka_broker import free_port
+from tests.support.secure_broker import make_authority
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up soon."""
+    monkeypatch.setattr(connection, "BOOTSTRAP_MS", 300)
+
+
+def settings(**over: Any) -> dict[str, Any]:
+    """Return the settings of a client."""
+    return connection.client_settings(Kafka.model_validate({"bootstrap_servers": "localhost:1", **over}))
+
+
+def test_a_broker_that_is_not_there_leaves_nothing_behind() -> None:
+    """An outage of months, with an attempt every half minute, costs no thread and no socket."""
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(BrokerUnavailable, match=r"^localhost:1: no broker answers \(111 ECONNREFUSED\)$"):
+            connection.connected(KafkaAdminClient, settings())
+    assert threading.active_count() == before
+
+
+def test_who_hangs_up_is_asked_about() -> None:
+    """A broker that ends the connection without a word may speak another protocol: the line says which we do."""
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+        port = server.getsockname()[1]
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    server.accept()[0].close()
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        why = r"no broker answers \(.*; does it speak PLAINTEXT there \(kafka.security_protocol\)\?\)$"
+        with pytest.raises(BrokerUnavailable, match=why):
+            connection.connected(KafkaAdminClient, settings(bootstrap_servers=f"127.0.0.1:{port}"))
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_files_of_keys_and_certificates_are_read_before_any_broker_is_asked(tmp_path: Path) -> None:
+    """What is missing or makes no sense is told with its key and path."""
+    certificate, other = make_authority(tmp_path / "a"), make_authority(tmp_path / "b")
+    noise = tmp_path / "noise.pem"
+    noise.write_text("noise")
+    own = {"ssl_certfile": certificate, "ssl_keyfile": certificate.with_suffix(".key")}
+    assert settings(security_protocol="SSL", ssl_cafile=certificate, **own)["ssl_context"].check_hostname
+    for over, told in (
+        ({"ssl_cafile": tmp_path / "none.pem"}, f"kafka.ssl_cafile: {tmp_path}/none.pem is not a readable file"),
+        ({"ssl_cafile": noise}, f"kafka.ssl_cafile: {noise}: "),
+        ({**own, "ssl_certfile": noise}, f"kafka.ssl_certfile: {noise}: "),
+        ({**own, "ssl_keyfile": other.with_suffix(".key")}, f"kafka.ssl_certfile: {certificate}: "),
+    ):
+        with pytest.raises(StreamlearnError) as caught:
+            settings(security_protocol="SSL", **over)
+        assert (caught.value.code, str(caught.value).startswith(told)) == (77, True), caught.value
+
+
+HANDSHAKE = "Handshake failed: [SSL: "
+ERRORS: list[tuple[Exception, bool]] = [
+    (kafka_errors.SaslAuthenticationFailedError("wrong"), True),
+    (kafka_errors.TopicAuthorizationFailedError({"t"}), True),
+    (kafka_errors.KafkaConnectionError(HANDSHAKE + "CERTIFICATE_VERIFY_FAILED] certificate has expired"), True),
+    (kafka_errors.KafkaConnectionError(HANDSHAKE + "TLSV13_ALERT_CERTIFICATE_REQUIRED] certificate required"), True),
+    (kafka_errors.KafkaConnectionError(HANDSHAKE + "TLSV1_ALERT_UNKNOWN_CA] unknown ca"), True),
+    (kafka_errors.KafkaConnectionError(HANDSHAKE + "UNEXPECTED_EOF_WHILE_READING]"), False),
+    (kafka_errors.KafkaConnectionError("socket disconnected"), False),
+    (kafka_errors.KafkaProtocolError("Invalid frame length: 352518912"), True),  # a TLS alert, read as a length
+    (kafka_errors.KafkaProtocolError("Invalid frame length: 1213486160"), False),  # HTTP
+    (kafka_errors.KafkaTimeoutError("late"), False),
+    (StreamlearnError("no token", code=77), True),
+    (BrokerUnavailable("no token server"), False),
+]
+
+
+@pytest.mark.parametrize(("error", "refused"), ERRORS, ids=[str(number) for number in range(len(ERRORS))])
+def test_refusals_are_told_from_outages(error: Exception, *, refused: bool) -> None:
+    """Only what another attempt cannot change ends the daemon."""
+    assert connection.is_refusal(error) == refused
