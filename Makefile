@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, with uv.
-.PHONY: demo test test-slow lint fmt bench reproduce kafka clean
+.PHONY: demo test test-slow chaos lint fmt bench reproduce kafka clean
 SHELL := /bin/bash
 
 PYTHON ?= >=3.11,<3.14  # any that is here
@@ -12,10 +12,13 @@ demo: .venv/.demo
 	$(IN)/streamlearn demo --output demo
 
 test: .venv/.dev
-	$(IN)/python -m pytest -m "not slow" $(ARGS)
+	$(IN)/python -m pytest -m "not slow and not chaos" $(ARGS)
 
 test-slow: .venv/.dev
 	$(IN)/python -m pytest -m slow $(ARGS)
+
+chaos: .venv/.dev  # every fault, tried for real, into docs/reliability.md: two hours, and it goes on where it was stopped
+	$(IN)/python -m pytest tests/chaos -m chaos $(ARGS); code=$$?; $(IN)/python -m tests.chaos.report && exit $$code
 
 lint: .venv/.dev
 	$(IN)/ruff check .

@@ -10,12 +10,14 @@ previous one in force.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-(\d{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
+OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
 MAX_MANIFEST_BYTES = 16 << 20
 SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
 
@@ -90,7 +93,7 @@ class Checkpoint:
         if entry is None:
             raise Broken(f"{self.path}: has no {name}", code=74)
         try:
-            content = (self.path / name).read_bytes()
+            content = _content(self.path / name, entry["size"])
         except OSError as error:
             raise Broken(f"{self.path / name}: {error.strerror}", code=74) from error
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -185,10 +188,7 @@ class Store:
         """
         self._make_root()
         self._check_space(num_bytes)
-        newest = next(iter(self.all()), None)
-        sequence = (
-            max([int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))], default=0) + 1
-        )
+        newest, sequence = self._next()
         final = self.root / f"ckpt-{sequence:012d}"
         temporary = self.root / f".tmp-{final.name}"
         try:
@@ -203,6 +203,7 @@ class Store:
                 **info,
                 "files": entries,
             }
+            manifest["sha256"] = _digest(manifest)
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
             _sync_directory(temporary)
             temporary.rename(final)
@@ -210,7 +211,10 @@ class Store:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
-        self.prune()
+        try:
+            self.prune()
+        except OSError as error:  # the new one is durable: an old one too many is no failure
+            log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return Checkpoint(final, manifest)
 
     def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
@@ -229,11 +233,7 @@ class Store:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
         old = self.find(name)
         old.verify()
-        info = {
-            key: value
-            for key, value in old.manifest.items()
-            if key not in {"format", "id", "parent", "created", "version", "files"}
-        }
+        info = {key: value for key, value in old.manifest.items() if key not in OWN}
         return self.save(
             {file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.origin}
         )
@@ -275,6 +275,14 @@ class Store:
         except OSError as error:
             raise StreamlearnError(f"{self.root}: cannot be made: {error.strerror}", code=77) from error
 
+    def _next(self) -> tuple[Checkpoint | None, int]:
+        """Return the newest checkpoint, and the number that follows every one that ever was; raises `StreamlearnError`."""
+        try:
+            numbers = [int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))]
+            return next(iter(self.all()), None), max(numbers, default=0) + 1
+        except OSError as error:
+            raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
+
     def _sweep(self) -> None:
         if self.root.is_dir():
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
@@ -286,7 +294,8 @@ class Store:
             content = content() if callable(content) else content
             _write(directory / name, content)
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        assert parent is not None
+        if parent is None:
+            raise OSError(errno.ENOENT, f"the checkpoint that holds {name} cannot be read")
         os.link(parent.path / name, directory / name)
         entry: dict[str, Any] = parent.manifest["files"][name]
         return entry
@@ -295,8 +304,8 @@ class Store:
 def _check_format(path: Path) -> None:
     """Raise `StreamlearnError` (78) for a checkpoint of a later version, which is not broken: it is not ours to judge."""
     try:
-        found = json.loads((path / MANIFEST).read_bytes()[:MAX_MANIFEST_BYTES])["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(found, int) and found > FORMAT:
         raise StreamlearnError(
@@ -315,10 +324,9 @@ def _load(path: Path) -> Checkpoint:
 
 def _parse(path: Path) -> Checkpoint | None:
     try:
-        file = path / MANIFEST
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
+        manifest = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))
+        if manifest["sha256"] != _digest(manifest):
             return None
-        manifest = json.loads(file.read_bytes())
         names = manifest["files"]
         if (
             manifest["format"] != FORMAT
@@ -327,9 +335,30 @@ def _parse(path: Path) -> Checkpoint | None:
         ):
             return None
         manifest["step"], datetime.fromisoformat(manifest["created"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Checkpoint(path, manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of everything else that a manifest says."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """Return what a plain file holds, if that is no more than `limit` bytes; a link, a pipe or a device is an error.
+
+    Raises `OSError`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a plain file")
+        if found.st_size > limit:
+            raise OSError(errno.EFBIG, f"has {found.st_size} bytes, expected at most {limit}")
+        return file.read(limit)
 
 
 def _write(path: Path, content: bytes) -> None:

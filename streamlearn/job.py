@@ -233,18 +233,12 @@ class Job:
         self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
         if checkpoint is None:
             return False
-        self._check_fit(checkpoint)
-        files = {
-            name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
-            for name in checkpoint.manifest["files"]
-            if name.endswith(state.SUFFIX)
-        }
-        rest = checkpoint.read_json("state.json")
-        self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
-        groups = state.unpack(files, rest["groups"])
-        self.probes.load_state_dict(groups.pop("probes"))
-        self.matrix.load_state_dict(rest["matrix"])
-        self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
+        try:
+            self._load(checkpoint)
+        except StreamlearnError:
+            raise
+        except Exception as error:  # its hashes are right and its content is not: no version of this program wrote it
+            raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
             self.metrics.start_from(key, int(sizes.get(key, 0)))
@@ -260,6 +254,21 @@ class Job:
             log.warning("going on in another environment, so not bit-equal: %s", changed)
         log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Take over the state that a checkpoint holds."""
+        self._check_fit(checkpoint)
+        files = {
+            name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
+            for name in checkpoint.manifest["files"]
+            if name.endswith(state.SUFFIX)
+        }
+        rest = checkpoint.read_json("state.json")
+        self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
+        groups = state.unpack(files, rest["groups"])
+        self.probes.load_state_dict(groups.pop("probes"))
+        self.matrix.load_state_dict(rest["matrix"])
+        self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
 
     def _snapshot(self) -> Snapshot:
         groups = {**self.learner.state_dict(), "probes": self.probes.state_dict()}

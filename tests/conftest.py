@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,17 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # as in what a shell runs in the background; what tests start inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `make chaos`."""
+    parser.addoption("--chaos-seed", type=int, default=random.randrange(10_000), help="repeat the chaos of this seed")
+    parser.addoption("--again", action="store_true", help="run chaos cases that are finished, too")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Print the seed of the chaos."""
+    return f"--chaos-seed {config.getoption('--chaos-seed')}"
 
 
 @pytest.fixture

@@ -79,9 +79,14 @@ def settings(directory: Path, **over: Any) -> dict[str, Any]:
 
 def write_config(directory: Path, **over: Any) -> Path:
     """Write such a configuration and return its path."""
+    return write_tree(directory, settings(directory, **over))
+
+
+def write_tree(directory: Path, tree: Mapping[str, Any]) -> Path:
+    """Write any configuration and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.yaml"
-    path.write_text(yaml.safe_dump(settings(directory, **over), sort_keys=False))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store
+from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store, _digest
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def test_what_is_saved_is_found_and_sound(tmp_path: Path) -> None:
     assert (second.manifest["parent"], store.all()[0].read("state.json")) == (first.id, b"2")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "manifest hash"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove", "manifest", "manifest hash", "step", "nested", "link", "device", "pipe"]
+)
 def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: str) -> None:
     """Whatever breaks in the newest, the one before it is used and the evidence is kept."""
     store = Store(tmp_path)
@@ -47,9 +49,20 @@ def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: str) -> None:
         file.unlink()
     elif damage == "manifest":
         manifest.write_bytes(manifest.read_bytes()[:-5])
+    elif damage == "nested":
+        manifest.write_bytes(b"[" * 100_000)
+    elif damage in {"link", "device", "pipe"}:
+        file.unlink()
+        if damage == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to("/dev/zero" if damage == "device" else good.path / "state.json")
     else:
         tree = json.loads(manifest.read_bytes())
-        tree["files"]["state.json"]["sha256"] = "0" * 64
+        if damage == "step":
+            tree["step"] = 2
+        else:
+            tree["files"]["state.json"]["sha256"] = "0" * 64
         manifest.write_text(json.dumps(tree))
     found = store.newest_sound()
     assert found is not None
@@ -89,6 +102,31 @@ def test_what_never_changes_is_linked(tmp_path: Path) -> None:
     second.verify()
 
 
+def test_what_cannot_be_listed_or_linked_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that cannot see the checkpoints before it fails with 74; one that cannot remove an old one does not."""
+    store = Store(tmp_path, keep=1, hourly=0)
+    first = save(store, b"1", memory=b"x")
+    (first.path / MANIFEST).rename(tmp_path / MANIFEST)
+    with pytest.raises(
+        StreamlearnError, match=r"the checkpoint that holds memory\.safetensors cannot be read"
+    ) as caught:
+        save(store, b"2", memory=None)
+    assert caught.value.code == 74
+    (tmp_path / MANIFEST).rename(first.path / MANIFEST)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(store, "all", refuse)
+    with pytest.raises(StreamlearnError, match="cannot be read: Too many open files") as caught:
+        save(store, b"3")
+    assert caught.value.code == 74
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "prune", refuse)
+    fourth = save(store, b"4")
+    assert store.all()[0].id == fourth.id
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the disk refuses to sync, the save fails with 74 and no trace."""
     store = Store(tmp_path)
@@ -112,6 +150,7 @@ def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
         checkpoint = save(store)
         tree = json.loads((checkpoint.path / MANIFEST).read_bytes())
         tree["created"] = (start + timedelta(minutes=20 * number)).isoformat()
+        tree["sha256"] = _digest(tree)
         (checkpoint.path / MANIFEST).write_text(json.dumps(tree))
     gone = store.prune(3, 2, dry_run=True)
     assert len(store.all()) == 12

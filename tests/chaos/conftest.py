@@ -1,0 +1,39 @@
+"""Gives each chaos test its case, passes over what is finished, and writes down what ends well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.case import Case, digest_of, open_book
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Give a case. The full form is passed over where the book has it for this code, and written down when it ends well."""
+    full = request.node.get_closest_marker("chaos") is not None
+    key = f"{request.node.path.stem.removeprefix('test_')}/{request.node.name.removeprefix('test_')}"
+    digest, book = digest_of(request.node.path, key), open_book()
+    if full and book.holds(key, digest) and not request.config.getoption("--again"):
+        pytest.skip("finished with this code; --again runs it anew")
+    case = Case(key, request.config.getoption("--chaos-seed"))
+    print(f"--chaos-seed {case.seed}")
+    yield case
+    assert case.entry is not None or request.node.stash.get(FAILED, False), "a case must report"
+    if full and case.entry is not None and not request.node.stash.get(FAILED, False):
+        open_book().add(key, {"digest": digest, **case.entry})
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Remember whether the test itself failed: a fixture is not told."""
+    if call.when == "call":
+        item.stash[FAILED] = call.excinfo is not None
+    yield

@@ -1,0 +1,225 @@
+"""Brokers and networks fail while records come and are learned: each (partition, offset) is learned exactly once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from streamlearn.checkpoint import Store
+from streamlearn.config import Kafka
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.kafka import KafkaSink
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
+from tests.chaos.case import FULL, Case
+from tests.support import jobs, models
+from tests.support.kafka_broker import KafkaBroker
+from tests.support.kafka_cluster import Cluster, ProxiedBroker
+from tests.support.proxy import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.kafka
+
+CAPACITY = 200_000  # samples that can be told apart
+PER_RECORD = 4
+CHUNK, PAUSE = 48, 0.2  # samples, and seconds between them: about as many as the daemon learns
+UPDATE_SECONDS = 0.03
+SECONDS = 300
+
+
+class Publisher:
+    """Publishes numbered samples without end, each acknowledged by every replica, until it is told to finish."""
+
+    def __init__(self, address: str, partitions: int, copies: int) -> None:
+        kafka = {"bootstrap_servers": address.split(","), "replication_factor": copies}
+        self.sink = KafkaSink(Kafka.model_validate(kafka))
+        self.partitions = partitions
+        self.acknowledged = 0
+        self._finish = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self.sink.create_topic("t1", partitions)
+        self._thread.start()
+
+    def finish(self) -> int:
+        """Write the task's end; return how many samples were published."""
+        self._finish.set()
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive(), "the publisher is stuck"
+        for partition in range(self.partitions):
+            self.sink.append("t1", partition, TASK_END, headers=((CONTROL, TASK_END),))
+        self._settle()
+        self.sink.close()
+        return self.acknowledged
+
+    def _run(self) -> None:
+        while not self._finish.wait(PAUSE):
+            samples = models.numbered(self.acknowledged, CHUNK)
+            for number, start in enumerate(range(0, CHUNK, PER_RECORD)):
+                part = slice(start, start + PER_RECORD)
+                value = encode("batch", samples.x[part], samples.y[part])
+                self.sink.append("t1", number % self.partitions, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+            self._settle()
+            self.acknowledged += CHUNK
+
+    def _settle(self) -> None:
+        while True:
+            try:
+                self.sink.flush()
+            except StreamlearnError:
+                time.sleep(0.2)
+            else:
+                return
+
+
+def configured(directory: Path, address: str, seconds: float, merge: str) -> Path:
+    """Write the configuration of a daemon that reads t1 from there and counts."""
+    over: dict[str, Any] = {
+        "kafka": {"bootstrap_servers": address, "metadata_refresh_seconds": 1, "group_id": directory.name},
+        "stream": {"merge": merge, "dead_letter": {"topic": f"{directory.name}.dlq"}},
+        "checkpoint": {"every_batches": 20},
+    }
+    return jobs.write_tree(directory, models.settings(directory, CAPACITY, seconds, **over))
+
+
+def stream_through(
+    case: Case,
+    directory: Path,
+    address: str,
+    strike: Callable[[], None],
+    strikes: int,
+    *,
+    partitions: int = 1,
+    merge: str = "arrival",
+    copies: int = 1,
+    source: str | None = None,
+) -> tuple[int, int]:
+    """Publish and learn while something strikes; return how many samples were lost and learned twice.
+
+    `address` is the daemon's way to the broker, `source` the publisher's where it is another. What was to be learned is
+    what an undisturbed daemon learns afterwards from the same log; where the order is fixed, both end bit-equal.
+    """
+    publisher = Publisher(source or address, partitions, copies)
+    unlearned = 0
+    with jobs.Daemon(configured(directory / "struck", address, UPDATE_SECONDS, merge)) as daemon:
+        for _ in range(strikes):
+            learns_on(daemon)
+            time.sleep(case.chance.uniform(0, 1.5))
+            acknowledged = publisher.acknowledged
+            unlearned += trained(daemon) < acknowledged
+            strike()
+        published = publisher.finish()
+        assert published <= CAPACITY
+        assert daemon.finish(SECONDS) == 0, daemon.tail()
+        assert "Traceback" not in daemon.log.read_text()  # an outage is one line
+    actual = Store(daemon.state).all()[0]
+    expected = jobs.run_to_end(configured(directory / "undisturbed", source or address, 0.0, merge), SECONDS)
+    assert jobs.accounted(actual.read_json("status.json"))
+    if partitions == 1 or merge == "fixed":
+        assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
+    case.sometimes("struck with samples published and not learned", unlearned, max(1, strikes // 2))
+    a, b = (jobs.tensors(checkpoint)["model.safetensors:learned"] for checkpoint in (expected, actual))
+    assert int((a == 0).sum()) == CAPACITY - published, "the log holds what was published"
+    return int((a - b).clamp(min=0).sum()), int((b - a).clamp(min=0).sum())
+
+
+def learns_on(daemon: jobs.Daemon) -> None:
+    """Return when a daemon has learned more than it had."""
+    before = trained(daemon)
+    daemon.until(lambda status: bool(status["samples"]["trained"] > before), SECONDS)
+
+
+def trained(daemon: jobs.Daemon) -> int:
+    """Return how many samples a daemon has learned."""
+    status = daemon.until(lambda status: "samples" in status)
+    return int(status["samples"]["trained"])
+
+
+@pytest.mark.parametrize(
+    ("kills", "partitions", "merge"),
+    [
+        pytest.param(30, 1, "arrival", id="one partition", marks=FULL),
+        pytest.param(10, 3, "arrival", id="three partitions", marks=FULL),
+        pytest.param(10, 3, "fixed", id="three partitions in order", marks=FULL),
+    ],
+)
+def test_broker_killed(case: Case, tmp_path: Path, kills: int, partitions: int, merge: str) -> None:
+    """Killed and started again at any moment, the broker costs nothing."""
+    with KafkaBroker(tmp_path / "kafka") as broker:
+
+        def strike() -> None:
+            broker.kill()
+            time.sleep(case.chance.choice([0.0, case.chance.uniform(0, 3)]))
+            broker.start()
+
+        lost, twice = stream_through(case, tmp_path, broker.address, strike, kills, partitions=partitions, merge=merge)
+    told = (tmp_path / "struck" / "job.log").read_text().count("waiting for it")
+    case.sometimes("outages that the daemon told of", told, max(1, kills // 3))
+    case.report("`kill -9` of the Kafka broker, and its restart", kills, lost=lost, twice=twice)
+
+
+@pytest.mark.parametrize("kills", [pytest.param(6, id="leader", marks=FULL)])
+def test_leader_killed(case: Case, tmp_path: Path, kills: int) -> None:
+    """In a cluster of three another node takes over; nothing that was acknowledged is lost or learned twice."""
+    moved = 0
+    with Cluster(tmp_path / "kafka") as cluster:
+
+        def strike() -> None:
+            nonlocal moved
+            leader = cluster.leader("t1")
+            leader.kill()
+            deadline = time.monotonic() + 60
+            while (now := other_leader(cluster, leader.number)) is None:
+                assert time.monotonic() < deadline, "no node took over"
+                time.sleep(0.2)
+            moved += now != leader.number
+            time.sleep(case.chance.uniform(0, 2))
+            leader.start()
+            time.sleep(3)  # in sync again, before the next is killed
+
+        lost, twice = stream_through(case, tmp_path, cluster.address, strike, kills, copies=3)
+    case.sometimes("another node became the leader", moved, kills)
+    case.report("`kill -9` of the leader in a cluster of three", kills, lost=lost, twice=twice)
+
+
+def other_leader(cluster: Cluster, number: int) -> int | None:
+    """Return the leader once it is another than this node."""
+    try:
+        found = cluster.leader("t1").number
+    except Exception:  # noqa: BLE001 - a cluster in the middle of an election answers in many ways
+        return None
+    return found if found != number else None
+
+
+@pytest.mark.parametrize(
+    ("how", "strikes"),
+    [
+        pytest.param("cut", 8, id="cut", marks=FULL),
+        pytest.param("delayed", 8, id="delayed", marks=FULL),
+        pytest.param("black-holed", 4, id="black-holed", marks=FULL),
+    ],
+)
+def test_network(case: Case, tmp_path: Path, how: str, strikes: int) -> None:
+    """A network that resets, holds back or swallows costs nothing but time."""
+    with Proxy(0) as proxy, ProxiedBroker(tmp_path / "kafka", proxy.port) as broker:
+        proxy.target = broker.behind
+
+        def strike() -> None:
+            if how == "cut":
+                proxy.cut()
+            elif how == "delayed":
+                proxy.delay(case.chance.uniform(0.2, 3))
+            else:
+                proxy.swallow()
+            time.sleep(case.chance.uniform(1, 20 if how == "black-holed" else 6))
+            proxy.heal()
+
+        behind = f"127.0.0.1:{proxy.port}"
+        lost, twice = stream_through(case, tmp_path, behind, strike, strikes, source=broker.address)
+        case.sometimes("connections and chunks hindered", proxy.hindered, strikes)
+    case.report(f"the network to the broker {how}", strikes, lost=lost, twice=twice)

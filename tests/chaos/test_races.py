@@ -1,0 +1,47 @@
+"""Two starts at once on one state directory: exactly one wins."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from streamlearn.service.client import read_hints
+from tests.chaos.case import FULL, Case
+from tests.support import jobs, models
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECONDS = 60
+
+
+@pytest.mark.parametrize("races", [pytest.param(2, id="short"), pytest.param(100, id="100", marks=FULL)])
+def test_two_starts(case: Case, tmp_path: Path, races: int) -> None:
+    """The winner holds the directory and says so; the other ends with 73, and names the process that holds it."""
+    config = jobs.write_tree(tmp_path, models.settings(tmp_path, 10, stream={"on_finished": "wait"}))
+    firsts = 0
+    for _ in range(races):
+        begun = time.monotonic()
+        with jobs.Daemon(config) as one:
+            time.sleep(case.chance.uniform(0, 0.05))
+            with jobs.Daemon(config) as other:
+                while {one.process.poll(), other.process.poll()} == {None}:
+                    assert time.monotonic() - begun < SECONDS, "both still run"
+                    time.sleep(0.01)
+                loser, winner = (one, other) if one.process.poll() is not None else (other, one)
+                assert loser.process.returncode == 73, loser.tail()
+                assert "Traceback" not in loser.tail()
+                while (hints := read_hints(winner.state)) is None or hints.pid != winner.process.pid:
+                    assert winner.process.poll() is None, winner.tail()
+                    assert time.monotonic() - begun < SECONDS
+                    time.sleep(0.01)
+                while winner.status() is None:
+                    assert winner.process.poll() is None, winner.tail()
+                    time.sleep(0.02)
+                assert str(winner.process.pid) in loser.tail()
+                firsts += winner is one
+    case.sometimes("won by the one that was started first", firsts)
+    case.sometimes("won by the other", races - firsts, 0)
+    case.report("two starts at once", races)

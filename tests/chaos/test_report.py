@@ -1,0 +1,48 @@
+"""The table of docs/reliability.md."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.chaos import report
+from tests.chaos.case import Case, open_book
+
+ENTRY = {
+    "fault": "a",
+    "tried": 3,
+    "lost": 0,
+    "twice": 0,
+    "seen": {"x": 2},
+    "seed": 1,
+    "seconds": 60,
+    "date": "2026-01-01",
+}
+
+
+def test_cases_of_a_fault_are_one_line() -> None:
+    """What was tried and seen is added up; seeds and days are told."""
+    lines = report.table({"1": ENTRY, "2": {**ENTRY, "tried": 1000, "seen": {"x": 1, "y": 5}}}).splitlines()
+    assert lines[2] == "| a | 1,003 | 0 | 0 | x: 3; y: 5 |"
+    assert lines[-1] == "2 cases, 2 minutes, 2026-01-01; `--chaos-seed` 1."
+
+
+def test_the_page_shows_the_book() -> None:
+    """What is published is what was tried."""
+    text = report.PAGE.read_text()
+    assert report.page(text, open_book().entries) == text
+
+
+def test_a_case_cannot_pass_without_its_fault() -> None:
+    """Nor with a loss, nor with nothing tried; and its random numbers are its seed's and its own."""
+    case = Case("a", 7)
+    with pytest.raises(AssertionError, match="nothing says that the fault has happened"):
+        case.report("a", 1)
+    with pytest.raises(AssertionError, match="torn: 0 times, expected at least 1; seed 7"):
+        case.sometimes("torn", 0)
+    with pytest.raises(AssertionError):
+        case.report("a", 0)
+    with pytest.raises(AssertionError):
+        case.report("a", 1, twice=1)
+    assert Case("a", 7).chance.random() == random.Random("7/a").random() != Case("b", 7).chance.random()

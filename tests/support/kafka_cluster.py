@@ -1,0 +1,89 @@
+"""Brokers with neighbours: a cluster of three, and one that clients reach only through a proxy."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Self
+
+from kafka import KafkaAdminClient
+
+from tests.support.kafka_broker import KafkaBroker, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+
+class Node(KafkaBroker):
+    """One of several; a broker that does not answer for three seconds is no leader any more."""
+
+    def __init__(self, directory: Path, number: int, controllers: Mapping[int, int]) -> None:
+        super().__init__(directory)
+        self.number = number
+        self.controllers = controllers
+
+    def properties(self) -> dict[str, object]:
+        voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in self.controllers.items())
+        return super().properties() | {
+            "node.id": self.number,
+            "controller.quorum.voters": voters,
+            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controllers[self.number]}",
+            "offsets.topic.replication.factor": 3,
+            "default.replication.factor": 3,
+            "min.insync.replicas": 2,
+            "broker.heartbeat.interval.ms": 500,
+            "broker.session.timeout.ms": 3000,
+        }
+
+
+class Cluster:
+    """Three nodes; what is written with acks=all outlives any one of them."""
+
+    def __init__(self, directory: Path) -> None:
+        controllers = {number: free_port() for number in (1, 2, 3)}
+        self.nodes = {number: Node(directory / str(number), number, controllers) for number in controllers}
+
+    @property
+    def address(self) -> str:
+        """What clients are given as bootstrap servers."""
+        return ",".join(node.address for node in self.nodes.values())
+
+    def leader(self, topic: str) -> Node:
+        """Return the node that leads a topic's first partition."""
+        admin = KafkaAdminClient(bootstrap_servers=self.address.split(","))
+        try:
+            described = admin.describe_topics([topic])[0]
+        finally:
+            admin.close()
+        partition = described["partitions"][0]
+        return self.nodes[partition.get("leader_id", partition.get("leader"))]
+
+    def __enter__(self) -> Self:
+        with ThreadPoolExecutor(len(self.nodes)) as pool:  # together: one alone has no quorum, and does not listen
+            list(pool.map(KafkaBroker.start, self.nodes.values()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for node in self.nodes.values():
+            node.kill()
+
+
+class ProxiedBroker(KafkaBroker):
+    """A broker with a second listener, whose clients are told to come through a proxy."""
+
+    def __init__(self, directory: Path, proxied_port: int) -> None:
+        super().__init__(directory)
+        self.behind = free_port()  # where the proxy finds it
+        self.proxied_port = proxied_port
+
+    def properties(self) -> dict[str, object]:
+        known = super().properties()
+        return known | {
+            "listeners": f"{known['listeners']},PROXIED://127.0.0.1:{self.behind}",
+            "advertised.listeners": f"{known['advertised.listeners']},PROXIED://127.0.0.1:{self.proxied_port}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "PLAINTEXT",
+        }

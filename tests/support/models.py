@@ -1,0 +1,79 @@
+"""A user's own model that counts how often it was trained on each sample, so that nobody's bookkeeping is believed."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamlearn import producer
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from streamlearn.checkpoint import Checkpoint
+
+FEATURES = 4
+
+
+class Counting(nn.Module):
+    """A linear model whose first input is the sample's number; how often each was learned is part of its state."""
+
+    def __init__(self, num_outputs: int, samples: int, seconds: float) -> None:
+        super().__init__()
+        self.head = nn.Linear(FEATURES, num_outputs)
+        self.seconds = seconds
+        self.learned: Tensor
+        self.register_buffer("learned", torch.zeros(samples, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.learned += torch.bincount(x[:, 0].long(), minlength=len(self.learned))
+            time.sleep(self.seconds)
+        logits: Tensor = self.head(x[:, 1:])
+        return logits
+
+
+def counting(input_shape: Sequence[int], num_outputs: int, *, samples: int, seconds: float = 0.0) -> nn.Module:
+    """Return a model that counts; `seconds` is how long each update sleeps."""
+    del input_shape
+    return Counting(num_outputs, samples, seconds)
+
+
+def settings(directory: Path, samples: int, seconds: float = 0.0, **over: Any) -> dict[str, Any]:
+    """Return a configuration for it: each batch is one update and one training pass, so that each count is one sample."""
+    base: dict[str, Any] = {
+        "name": "counting",
+        "state_dir": str(directory / "state"),
+        "embedded": {"path": str(directory / "topics.sqlite")},
+        "device": jobs.DEVICE,
+        "input": {"shape": [1 + FEATURES]},
+        "classes": 2,
+        "holdout": {"fraction": 0.0, "max": None},
+        "stream": {"topics": ["t1"], "on_finished": "exit", "batch_size": 10},
+        "model": {"name": "tests.support.models:counting", "options": {"samples": samples, "seconds": seconds}},
+        "learner": {"updates_per_batch": 1, "average": None},
+        "strategy": "naive",
+        "checkpoint": {"every_seconds": None, "every_batches": 3},
+        "service": {"port": 0},
+    }
+    return jobs.merged(base, over)
+
+
+def numbered(first: int, count: int) -> producer.Samples:
+    """Return samples with these numbers; their features and labels are a function of the number alone."""
+    numbers = np.arange(first, first + count)
+    rng = np.random.default_rng(first)
+    x = np.column_stack([numbers, rng.normal(size=(count, FEATURES))]).astype(np.float32)
+    return producer.Samples(x, [int(label) for label in x[:, 1] > 0])
+
+
+def tally(checkpoint: Checkpoint, samples: int) -> tuple[int, int]:
+    """Return how many of the samples were never learned, and how many more than once."""
+    learned = jobs.tensors(checkpoint)["model.safetensors:learned"][:samples]
+    return int((learned == 0).sum()), int((learned > 1).sum())
