@@ -40,8 +40,10 @@ class DeadLetters:
 
     def prepare(self) -> None:
         """Make sure that the topic is there; raises `StreamlearnError` if it is not and may not be created."""
-        self.sink.create_topic(self.topic, 1)
-        self._num_partitions = self.sink.partitions(self.topic)
+        made = self.sink.create_topic(self.topic, 1)
+        self._num_partitions = (
+            1 if made else self.sink.partitions(self.topic)
+        )  # brokers list a new topic a little later
 
     def send(self, record: Record, index: int, samples: int, rejected: Rejected) -> None:
         """Write one rejected sample of a record's `samples`; it is safe after the next `flush`."""

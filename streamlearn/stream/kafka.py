@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.util import decode_varint
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
@@ -50,6 +53,46 @@ def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
         return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
     return StreamlearnError(f"refused: {reason(error)}", code=77)
+
+
+class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
+    """A batch in which the names of headers need not be UTF-8: kafka-python would read nothing from such a record on.
+
+    Clients in C write any bytes; what is not UTF-8 in a name becomes a question mark.
+    """
+
+    __slots__ = ()
+
+    def _read_msg(self) -> Any:
+        start = self._pos
+        try:
+            return super()._read_msg()
+        except UnicodeDecodeError:
+            _mend_names(self._buffer, start)
+            return super()._read_msg()
+
+
+memory_records.DefaultRecordBatch = _Batch
+
+
+def _mend_names(buffer: bytearray, at: int) -> None:
+    """Replace the bytes of a record's header names that are not UTF-8; a record of the format of 2017 begins at `at`."""
+    _, at = decode_varint(buffer, at)  # its length
+    _, at = decode_varint(buffer, at)  # attributes
+    _, at = decode_varint(buffer, at)  # time
+    _, at = decode_varint(buffer, at)  # offset
+    for _ in ("key", "value"):
+        size, at = decode_varint(buffer, at)
+        at += max(0, size)
+    count, at = decode_varint(buffer, at)
+    for _ in range(count):
+        size, at = decode_varint(buffer, at)
+        name = bytes(buffer[at : at + size])
+        kept = name.decode(errors="surrogateescape").encode(errors="replace")  # one for each byte
+        buffer[at : at + size] = kept
+        at += size
+        size, at = decode_varint(buffer, at)
+        at += max(0, size)
 
 
 class KafkaLog:

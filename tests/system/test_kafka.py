@@ -15,7 +15,7 @@ from kafka.structs import TopicPartition
 from streamlearn.data import Progress, StreamlearnError
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, CUT
-from tests.contract.test_streams import World, everything, places, until
+from tests.contract.test_streams import TYPED, World, everything, places, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -229,3 +229,34 @@ def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: Ka
     cut = world.read_all("dlq")[1:]
     assert [(len(letter.value or b""), letter.header(CUT)) for letter in cut] == [(1024, b"100001"), (0, b"1")]
     assert {len(letter.header("streamlearn.errors.message") or b"") > 0 for letter in cut} == {True}
+
+
+class Raw(str):
+    """A header's name as clients in C write it: any bytes."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        """Return the bytes that no codec made."""
+        return b"\xff\xfe\xc3\xa4" + b"x" * (len(self) - 4)
+
+
+def test_a_header_name_that_is_no_text_stops_nothing(world: World) -> None:
+    """The record is used, or rejected, like any other, in batches that are compressed or not; so are those after it."""
+    name = world.topic("a", [0, 1], marker=False)
+    odd = (("first", b"1"), (Raw("xxxxxx"), b"2"), ("third", b"3"))
+    world.send(name, 2.0, 0, headers=odd)
+    world.send(name, 3.0, 99, headers=odd)
+    world.sink.flush()
+    plain = KafkaProducer(bootstrap_servers=world.sink.kafka.bootstrap_servers)  # type: ignore[attr-defined]  # of Kafka here
+    for text in (b'{"x": [4], "y": 1}', b'{"x": [5], "y": 98}'):
+        plain.send(name, value=text, key=b"k" * 300, partition=0, headers=[*TYPED, *odd])
+    plain.close()
+    world.mark(name)
+    stream = world.stream(topics=[name], classes=[0, 1])
+    assert places(everything(stream)) == [[0, 1, 2, 4]]
+    stream.settle()
+    letters = world.read_all("dlq")
+    assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (3, 5)]
+    kept = (*TYPED, ("first", b"1"), ("??\u00e4xx", b"2"), ("third", b"3"))
+    assert [letter.headers[:4] for letter in letters] == [kept, kept]
