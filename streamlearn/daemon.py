@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint import Store
-from streamlearn.data import Progress, StreamlearnError
+from streamlearn.data import Progress, StreamlearnError, audit
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import control as control_routes
 from streamlearn.service.api import read_only
@@ -279,7 +279,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             job.collect(stream, wait=True)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
-        for line in job.progress.audit():
+        for line in audit(job.status(None)["topics"]):
             log.info("audit: %s", line)
         log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)

@@ -287,13 +287,9 @@ class Progress:
         """Return samples consumed and by outcome, over all topics."""
         return sum(self.ledger.values(), Counter(dict.fromkeys(("consumed", *OUTCOMES), 0)))
 
-    def audit(self) -> list[str]:
-        """Return a line for each topic: its samples, and how they ended."""
-        return [
-            f"{topic}: {count['consumed']} samples = "
-            + " + ".join(f"{count[kind]} {kind.replace('_', ' ')}" for kind in OUTCOMES)
-            for topic, count in self.ledger.items()
-        ]
+    def of(self, topic: str) -> Counter[str]:
+        """Return a topic's samples consumed and by outcome."""
+        return self.ledger.get(topic, Counter())
 
     def unaccounted(self) -> dict[str, int]:
         """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
@@ -317,6 +313,15 @@ class Progress:
         ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
         tasks = [Task.from_json(task) for task in tree["tasks"]]
         return cls(positions, tasks, list(tree["labels"]), ledger, list(tree["vocabulary"]))
+
+
+def audit(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a line for each topic of a status: its samples, and how they ended."""
+    return [
+        f"{topic}: {count['consumed']} samples = "
+        + " + ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in count.items() if kind != "consumed")
+        for topic, count in topics.items()
+    ]
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

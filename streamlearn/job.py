@@ -362,9 +362,9 @@ class Job:
 
     def status(self, stream: Stream | None) -> dict[str, Any]:
         """Return what `status --json` shows; figures that are undefined are None."""
-        queued = stream.queued if stream is not None else 0
+        queued = stream.queued if stream is not None else Counter[str]()
         totals = self.progress.totals()
-        samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued}
+        samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
         ends = stream.status.ends if stream is not None else {}
         lag: dict[str, dict[str, int]] = {}
         for (topic, partition), end in sorted(ends.items()):
@@ -389,7 +389,14 @@ class Job:
             "batches": self.learner.batches,
             "samples": {"consumed": sum(samples.values()), **samples},
             "unaccounted": self.progress.unaccounted(),
-            "topics": {name: dict(count) for name, count in self.progress.ledger.items()},
+            "topics": {
+                topic: {
+                    "consumed": self.progress.of(topic)["consumed"] + queued[topic],
+                    **{kind: self.progress.of(topic)[kind] for kind in OUTCOMES},
+                    "queued": queued[topic],
+                }
+                for topic in [*self.progress.ledger, *(topic for topic in queued if topic not in self.progress.ledger)]
+            },
             "labels": self.scenario.names(self.progress.labels),
             "tasks": [self._describe_task(task.index) for task in self.progress.tasks],
             "matrix": self.matrix.matrix(),
@@ -423,7 +430,7 @@ class Job:
         """Bring all gauges up to date."""
         metrics, now = self.metrics, time.time()
         committed = {p: position.offset for p, position in self.saved.at.items()}
-        metrics.record_stream(stream.status, self.progress, committed, stream.queued)
+        metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
         names = {task.index: task.name for task in self.progress.tasks}
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())

@@ -25,7 +25,7 @@ from streamlearn.cli.common import (
     percent,
     print_json,
 )
-from streamlearn.data import StreamlearnError
+from streamlearn.data import StreamlearnError, audit
 from streamlearn.service.client import Client, held, is_locked, read_hints
 
 if TYPE_CHECKING:
@@ -219,10 +219,11 @@ def figures(tree: dict[str, Any]) -> str:
     waiting = f"; waiting for topic {tree['waiting_for']}" if tree.get("waiting_for") is not None else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
+    audited = "".join(f"{line}\n" for line in audit(tree["topics"]))
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
         f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {percent(tree['forward_transfer'])}\n"
-        f"samples: {counts}; lag {lag}{waiting}\ncheckpoint: {last}"
+        f"samples: {counts}; lag {lag}{waiting}\n{audited}checkpoint: {last}"
     )
 
 

@@ -87,6 +87,11 @@ class Assembler:
         """Return up to where a partition was read, or None if nothing was read since the start."""
         return self._scanned.get(partition)
 
+    @property
+    def undelivered(self) -> Counter[str]:
+        """The samples, by topic, that no delivery carries yet."""
+        return Counter(dict(self._found.consumed))  # dict: copied at once, whatever the reader does meanwhile
+
     def topic_id(self, topic: str) -> str | None:
         """Return the id of the topic that was read so far under this name."""
         return self._ids.get(topic)

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ class Stream:
         self.finished = False  # nothing further will ever come, and everything was given out
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._spliced: Iterator[Delivery] = iter(())
-        self._waiting_samples = 0
+        self._waiting: Counter[str] = Counter()  # samples in the queue, by topic
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -112,10 +113,9 @@ class Stream:
                 raise self._error from None
             self.finished = self._exhausted and self._queue.empty()
             return None
-        samples, num_bytes = _weight(delivery)
         with self._lock:
-            self._waiting_samples -= samples
-            self._waiting_bytes -= num_bytes
+            self._waiting -= delivery.found.consumed
+            self._waiting_bytes -= _num_bytes(delivery)
         return delivery
 
     def splice(self, deliveries: Iterable[Delivery]) -> None:
@@ -142,9 +142,10 @@ class Stream:
             self._commits = {partition: position.offset for partition, position in positions.at.items()}
 
     @property
-    def queued(self) -> int:
-        """Samples consumed and not yet given out."""
-        return self._waiting_samples + self.assembler.queued
+    def queued(self) -> Counter[str]:
+        """Samples consumed and not yet given out, by topic."""
+        with self._lock:
+            return +self._waiting + self.assembler.undelivered
 
     def stop(self) -> None:
         """End the thread and let go of the log."""
@@ -298,16 +299,15 @@ class Stream:
             self._linger_since = None
         if delivery.ends is not None:
             self._checked = -1e9  # the next task is chosen at once
-        samples, num_bytes = _weight(delivery)
         with self._lock:
-            self._waiting_samples += samples
-            self._waiting_bytes += num_bytes
+            self._waiting += delivery.found.consumed
+            self._waiting_bytes += _num_bytes(delivery)
         self._queue.put(delivery)
 
     def _balance(self) -> None:
         """Pause over the high mark, resume under half of it; polling goes on, so the connection is kept."""
         bounds = self.spec.queue
-        fill = max(self._waiting_samples / bounds.samples, self._waiting_bytes / (bounds.megabytes * 1e6))
+        fill = max(self._waiting.total() / bounds.samples, self._waiting_bytes / (bounds.megabytes * 1e6))
         if fill >= 1 or (self.status.paused and fill >= 0.5):
             self.status.paused, held = True, set(self.status.read)
         else:
@@ -539,8 +539,7 @@ class Stream:
             raise BrokerUnavailable(f"{waiting} records wait, and none has come for {STALLED_SECONDS:.0f} s")
 
 
-def _weight(delivery: Delivery) -> tuple[int, int]:
-    """Return a delivery's samples and bytes."""
-    samples = delivery.found.consumed.total()
+def _num_bytes(delivery: Delivery) -> int:
+    """Return the size of a delivery's samples."""
     held = sum(part.x.nbytes for part in delivery.found.held_out)
-    return samples, held + (delivery.batch.x.nbytes if delivery.batch is not None else 0)
+    return held + (delivery.batch.x.nbytes if delivery.batch is not None else 0)

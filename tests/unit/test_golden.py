@@ -51,8 +51,12 @@ def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     saved = jobs.tensors(job.checkpoint)
     assert {name for name, tensor in saved.items() if not torch.equal(tensor, now_held[name])} == set()
     shown, now = job.checkpoint.read_json("status.json"), json.loads(json.dumps(job.status(None)))
-    for key in ("samples", "topics", "labels", "matrix", "positions", "step", "average_accuracy", "unaccounted"):
+    for key in ("samples", "labels", "matrix", "positions", "step", "average_accuracy", "unaccounted"):
         assert now[key] == shown[key]
+    tree, old = json.loads(json.dumps(job.progress.to_json())), job.checkpoint.read_json("state.json")["progress"]
+    # what is known of a task may grow from version to version
+    tree["tasks"] = [{key: task[key] for key in was} for task, was in zip(tree["tasks"], old["tasks"], strict=True)]
+    assert tree == old
     stats = job.learner.learn(Batch(torch.zeros(10, 4), torch.full((10,), 2), torch.full((10,), 1)))
     assert stats.applied == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,6 +58,10 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     stream.status.ends = {("a", 0): 10}
     status = job.status(stream)
     assert status["lag"] == {"a": {"0": 7}}
+    assert status["topics"] == {}
+    job.progress.ledger["a"] = Counter(consumed=3, trained=2, rejected=1)
+    told = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
+    assert told in figures(job.status(stream)).splitlines()
     assert (status["waiting_for"], "lag 7 records; waiting for topic a" in figures(status)) == ("a", True)
 
 
