@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,18 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
+from streamlearn.config import Kafka
 from streamlearn.data import Progress, StreamlearnError
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, CUT
 from tests.contract.test_streams import TYPED, World, everything, places, until
+from tests.support import jobs
+from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from streamlearn.config import Kafka
     from streamlearn.stream.reader import Stream
 
 pytestmark = pytest.mark.kafka
@@ -64,20 +68,80 @@ def begun(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
     return stream, progress, name
 
 
-def test_a_topic_made_anew_is_another_topic(world: World, admin: KafkaAdminClient) -> None:
-    """A topic that was deleted and created again under its name is never taken for the old one."""
-    stream, _, name = begun(world)
+def deleted(admin: KafkaAdminClient, name: str) -> None:
+    """Delete a topic, and return when the broker lists it no more."""
     admin.delete_topics([name])
     deadline = time.monotonic() + SECONDS
     while name in admin.list_topics():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    world.topic("a", [1] * 20, marker=False)
+
+
+def said(stream: Stream, words: str) -> None:
+    """Return when a stream's problem has these words in it."""
     deadline = time.monotonic() + SECONDS
-    while "deleted and created again" not in (stream.status.problem or ""):
+    while words not in (stream.status.problem or ""):
         assert time.monotonic() < deadline, stream.status.problem
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("samples", [3, 20], ids=["shorter", "longer"])
+def test_a_topic_made_anew_is_another_topic(world: World, admin: KafkaAdminClient, samples: int) -> None:
+    """A topic that was deleted and created again under its name is never taken for the old one, whatever its length."""
+    stream, _, name = begun(world)
+    deleted(admin, name)
+    world.topic("a", [1] * samples, marker=False)
+    said(stream, "deleted and created again")
     assert stream.next(1.0) is None
+
+
+def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
+    """Polling it is silent for ever; the problem says that it is gone."""
+    stream, _, name = begun(world)
+    deleted(admin, name)
+    said(stream, f"topic {name} is gone")
+    assert stream.next(1.0) is None
+
+
+def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: Kafka) -> None:
+    """A partition that is added while its topic is being learned is read from its beginning, and its marker is waited for."""
+    stream, progress, name = begun(world)
+    admin.create_partitions({name: 3})
+    deadline = time.monotonic() + SECONDS
+    while len(admin.describe_topics([name])[0]["partitions"]) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    world.sink.close()
+    world.sink = KafkaSink(kafka)  # the other would learn of them after minutes
+    for place in range(4):
+        world.send(name, 50.0 + place, 1, partition=2)
+    world.sink.flush()
+    assert places(until(stream, lambda found: len(places(found)) == 1, progress)) == [[50, 51, 52, 53]]
+    world.mark(name, 3)
+    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    assert progress.positions.by_topic() == {name: {"0": 9, "1": 1, "2": 5}}
+    assert progress.unaccounted() == {}
+
+
+def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
+    """Restarted on an empty directory and filled anew, its topics are others: nothing is learned twice, or passed over."""
+    with KafkaBroker(tmp_path / "kafka") as broker:
+        config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
+        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        jobs.publish(sink, 100, markers=False)
+        sink.close()
+        with jobs.Daemon(config) as daemon:
+            before = daemon.until(lambda status: status.get("samples", {}).get("trained", 0) >= 500)
+            broker.kill()
+            shutil.rmtree(broker.directory)
+            broker.start()
+            daemon.until(lambda status: "is gone" in (status.get("problem") or ""))
+            sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+            jobs.publish(sink, 200, markers=False)
+            sink.close()
+            status = daemon.until(lambda status: "deleted and created again" in (status.get("problem") or ""))
+            assert (status["ready"], status["samples"]) == (False, before["samples"])
+            assert daemon.stop() == 0
 
 
 def lose(world: World, admin: KafkaAdminClient, name: str) -> None:
