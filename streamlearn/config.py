@@ -269,6 +269,12 @@ class DeadLetter(Section):
     """Where samples that cannot be used go."""
 
     topic: Topic | None = Field(None, description="default: <name>.dlq")
+    burst: Whole | None = Field(
+        1000, ge=1, description="samples rejected in a row that are a changed schema; null: none"
+    )
+    on_burst: Literal["stop", "continue", "exit"] = Field(
+        "stop", description="stop: stand still until `streamlearn resume`, or a restart"
+    )
 
 
 class Stream(Section):

@@ -51,6 +51,7 @@ class Desk:
         self.config = config
         self.stopping = False
         self.paused = False
+        self.resumed = False  # asked to go on, and the stream does not know yet
         self.metrics = metrics
         self.servers: list[Server] = []
         self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
@@ -71,6 +72,9 @@ class Desk:
         self._answer()
         while not self._asked.empty():
             self._awaited.append((self._asked.get(), job.save(stream, "manual")))
+        if self.resumed:
+            self.resumed = False
+            stream.acknowledge()
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
@@ -140,6 +144,7 @@ class Desk:
             self.stop()
         elif name in {"pause", "resume"}:
             self.paused = name == "pause"
+            self.resumed = name == "resume"
             self._bell.set()
         else:
             asked: Future[dict[str, Any]] = Future()

@@ -195,17 +195,26 @@ class Task:
     counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
     ends: dict[int, int] | None = None  # end offset of each partition, once fixed
     marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
+    excused: dict[int, int] = field(default_factory=dict)  # rejects below these offsets count for no further burst
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON tree from which `from_json` makes an equal task."""
         ends = None if self.ends is None else {str(p): end for p, end in self.ends.items()}
-        return {**vars(self), "labels": list(self.labels), "counts": dict(self.counts), "ends": ends}
+        excused = {str(p): offset for p, offset in self.excused.items()}
+        return {
+            **vars(self),
+            "labels": list(self.labels),
+            "counts": dict(self.counts),
+            "ends": ends,
+            "excused": excused,
+        }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Task:
         """Return the task that `to_json` described."""
         ends = None if tree["ends"] is None else {int(p): end for p, end in tree["ends"].items()}
-        return cls(**{**tree, "counts": Counter(tree["counts"]), "ends": ends})
+        excused = {int(p): offset for p, offset in tree.get("excused", {}).items()}
+        return cls(**{**tree, "counts": Counter(tree["counts"]), "ends": ends, "excused": excused})
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,7 @@ class Delivery:
     batch: Batch | None = None
     refines: bool = False  # the batch is a further pass over the reservoir, not new experience
     closes: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
+    excuses: Mapping[int, int] | None = None  # up to where rejects count for no further burst, by partition
     ends: str | None = None  # how the current task's end was found: marker | count | next_topic | idle
     consolidates: bool = False  # refinement is over; what was learned is made to last
     newest: float | None = None  # timestamp of the newest record in it, Unix seconds
@@ -268,6 +278,10 @@ class Progress:
         task.marked.extend(partition for topic, partition in found.markers if topic == task.name)
         if delivery.closes is not None:
             task.ends = dict(delivery.closes)
+        if delivery.excuses is not None:
+            task.excused = dict(delivery.excuses)
+        if delivery.ends is not None:
+            task.excused = {}
 
     def totals(self) -> Counter[str]:
         """Return samples consumed and by outcome, over all topics."""

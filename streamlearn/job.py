@@ -219,11 +219,7 @@ class Job:
     def _write(self, stream: Stream, snapshot: Snapshot) -> tuple[Checkpoint, float]:
         """Make a snapshot durable, in the writer's thread; return the checkpoint and the seconds that it took."""
         begun = time.perf_counter()
-        try:
-            stream.settle()  # the dead letters before these positions are acknowledged first
-        except StreamlearnError:
-            self.metrics.count("dlq_records", 1, "failure")
-            raise
+        stream.settle()  # the dead letters before these positions are acknowledged first
         checkpoint = self.store.save(snapshot.files, snapshot.info, snapshot.num_bytes)
         return checkpoint, time.perf_counter() - begun
 
@@ -432,6 +428,7 @@ class Job:
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
+        metrics.catch_up("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
         applied = self.progress.positions.at
         behind = Counter[str]()
         for place, end in stream.status.ends.items():

@@ -77,6 +77,9 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     if delivery.closes is not None:
         job.save(stream, "task_end")  # before the short last batch: a restart must not decide again where the task ends
 
+    if delivery.excuses is not None:
+        job.save(stream, "burst")  # a restart reads on, though samples may wait for their batch from before the burst
+
     if delivery.ends is not None and task is not None:
         task.state = "refining"
         log.info("task %s has ended (%s)", task.name, delivery.ends, extra={"task": task.name})

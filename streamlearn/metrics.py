@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PREFIX = "streamlearn_"
 STATES = ("starting", "restoring", "running", "paused", "draining", "failed")
-TRIGGERS = ("interval", "task_end", "shutdown", "manual")
+TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
 LOSS_SMOOTHING = 0.9
@@ -207,7 +207,8 @@ class Metrics:
         }
         self._known: dict[str, set[str]] = {"task": set(), "topic": set()}
         self._smoothed: dict[tuple[str, str], float] = {}
-        self._seen = dict.fromkeys(("drawn", "evicted", "projected", "failed", "dead letters"), 0)
+        totals = ("drawn", "evicted", "projected", "failed", "dead letters", "dead letter failures")
+        self._seen = dict.fromkeys(totals, 0)
         for trigger in TRIGGERS:
             for result in ("success", "failure"):
                 self.counters["checkpoints"].labels(result, trigger)

@@ -35,12 +35,17 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"--chaos-seed {config.getoption('--chaos-seed')}"
 
 
-@pytest.fixture
-def daemon_mode() -> Iterator[None]:
-    """Compute as the daemon does: one thread, denormals flushed (which hypothesis cannot bear, so not everywhere)."""
-    prepare(1)
+@pytest.fixture(autouse=True)
+def plain_floats() -> Iterator[None]:
+    """Leave no test's floating-point mode to the next: hypothesis cannot bear that denormals are flushed."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def daemon_mode() -> None:
+    """Compute as the daemon does: one thread, denormals flushed."""
+    prepare(1)
 
 
 @pytest.fixture(scope="session")

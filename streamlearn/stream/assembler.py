@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions, Rejected
+from streamlearn.stream.burst import Burst
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
 from streamlearn.stream.text import Vocabulary
 
@@ -65,6 +66,7 @@ class Assembler:
         self.task: Task | None = progress.current
         self.cluster_id: str | None = None
         self.queued = 0  # samples consumed that no delivery carries yet
+        self.burst = Burst()
         self._pending = _Pending()
         self._found = Found()
         self._scanned: dict[Partition, Position] = {}
@@ -116,6 +118,7 @@ class Assembler:
         elif codes is None or outputs is None:
             self._count(record.topic, "late", len(chunk) - skip)
         else:
+            self._follow_burst(record, chunk, codes, skip)
             yield from self._samples(record, chunk, codes, outputs, skip)
 
     def flush(self) -> Delivery | None:
@@ -131,6 +134,12 @@ class Assembler:
         assert self.task is not None
         self.task.ends = ends
         return Delivery(closes=ends)
+
+    def excuse(self) -> Delivery | None:
+        """Return the delivery after which no restart counts what was rejected so far as a burst again."""
+        if (task := self.task) is None:  # it ended, so its positions are delivered
+            return None
+        return Delivery(excuses={p: at.offset for (topic, p), at in self._scanned.items() if topic == task.name})
 
     def reach(self, reached: dict[Partition, int]) -> None:
         """Take the log's word that nothing lies below these offsets: transactions and compaction leave holes."""
@@ -203,8 +212,15 @@ class Assembler:
             if index in chunk.bad:
                 codes[index] = REJECTED
         for index in np.flatnonzero(codes == REJECTED).tolist():
-            self.rules.dead_letters.send(record, index, chunk.bad[index])
+            self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index])
         return codes, outputs
+
+    def _follow_burst(self, record: Record, chunk: Chunk, codes: np.ndarray, skip: int) -> None:
+        assert self.task is not None
+        if not chunk.bad:
+            self.burst.clear()
+        elif record.offset >= self.task.excused.get(record.partition, 0):
+            self.burst.follow(record, codes == REJECTED, chunk.bad, skip)
 
     def _output(self, label: Label) -> int | None:
         assert self.task is not None

@@ -203,6 +203,20 @@ def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
     return bytes(msgpack.packb(tree))
 
 
+def cut_batch(value: bytes, indices: Sequence[int]) -> bytes:
+    """Return the bytes of a batch record with these of its samples alone, bit by bit as they are, and all else it says."""
+    tree = msgpack.unpackb(value)
+    count, x, y = tree["shape"][0], tree["x"], tree["y"]
+    size = len(x) // count
+    tree["x"] = b"".join(x[size * index : size * (index + 1)] for index in indices)
+    tree["shape"] = [len(indices), *tree["shape"][1:]]
+    if isinstance(y, bytes):
+        tree["y"] = b"".join(y[8 * index : 8 * (index + 1)] for index in indices)
+    else:
+        tree["y"] = [y[index] for index in indices]
+    return bytes(msgpack.packb(tree))
+
+
 def encode_text(codec: str, text: Mapping[str, Any], answer: Label) -> bytes:
     """Return the bytes of a text, its `story` and `question`, with its answer (`json`, `msgpack`)."""
     tree = {"story": text["story"], "question": text["question"], "answer": answer}

@@ -2,64 +2,117 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
+
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
     from streamlearn.data import Rejected
     from streamlearn.stream.log import Record, Sink
 
+log = logging.getLogger(__name__)
+
 PREFIX = "streamlearn.errors."
+DENIED = 77  # the exit code of a missing permission
+ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before reading stands still
 
 
 class DeadLetters:
-    """Writes rejected samples to one topic.
+    """Writes rejected samples to one topic; one thread sends, any may flush.
 
-    The value and headers are the record's own; a batch record's value stands in the letter of its first rejected sample,
-    which the others name in `streamlearn.errors.value-in`. The key is `topic-partition-offset-index`, so that a repeat after a
-    crash is recognised; the record's own key stands in a header.
+    The value and headers are the record's own (but for names that begin with `streamlearn.errors.`, which are ours); a batch
+    record's value stands in the letter of its first rejected sample, which the others name in `streamlearn.errors.value-in`.
+    The key is `topic-partition-offset-index`, so that a repeat after a crash is recognised; the record's own key stands in a
+    header.
     """
 
     def __init__(self, sink: Sink, topic: str) -> None:
         self.sink = sink
         self.topic = topic
         self.sent = 0
+        self.failures = 0  # attempts to have letters acknowledged that failed
+        self._unacknowledged = False
+        self._failure: str | None = None
         self._num_partitions = 1
         self._last: tuple[tuple[str, int, int], bytes] | None = None  # the last record, and the key of its first letter
 
     def prepare(self) -> None:
         """Make sure that the topic is there; raises `StreamlearnError` if it is not and may not be created."""
-        self.sink.create_topic(self.topic, 1)
-        self._num_partitions = self.sink.partitions(self.topic)
+        made = self.sink.create_topic(self.topic, 1)
+        self._num_partitions = (
+            1 if made else self.sink.partitions(self.topic)
+        )  # brokers list a new topic a little later
 
-    def send(self, record: Record, index: int, rejected: Rejected) -> None:
-        """Write one rejected sample; it is safe after the next `flush`."""
+    def send(self, record: Record, index: int, samples: int, rejected: Rejected) -> None:
+        """Write one rejected sample of a record's `samples`; it is safe after the next `flush`."""
         facts = {
             "topic": record.topic,
             "partition": str(record.partition),
             "offset": str(record.offset),
             "index": str(index),
+            "samples": str(samples),
             "timestamp": f"{record.timestamp:.3f}",
             "reason": rejected.reason,
             "message": str(rejected),
         }
-        added = tuple((PREFIX + name, value.encode()) for name, value in facts.items())
+        added = tuple((PREFIX + name, value.encode(errors="backslashreplace")) for name, value in facts.items())
         if record.key is not None:
             added += ((PREFIX + "key", record.key),)
         key = f"{record.topic}-{record.partition}-{record.offset}-{index}".encode()
         partition = record.partition % self._num_partitions
         value = record.value
         place = (record.topic, record.partition, record.offset)
-        if (
-            self._last is not None and self._last[0] == place
-        ):  # a batch record's bytes are written once, not for each sample
+        carrier = self._last[1] if self._last is not None and self._last[0] == place else key
+        if carrier != key:  # a batch record's bytes are written once, not for each sample
             value = None
-            added += ((PREFIX + "value-in", self._last[1]),)
-        else:
-            self._last = (place, key)
-        kept = tuple((name, data or b"") for name, data in record.headers)  # Kafka allows null, its client does not
-        self.sink.append(self.topic, partition, value, key=key, headers=(*kept, *added))
+            added += ((PREFIX + "value-in", carrier),)
+        # Kafka allows null, its client does not
+        kept = tuple((name, data or b"") for name, data in record.headers if not name.startswith(PREFIX))
+        self._unacknowledged = True
+        try:
+            self.sink.append(self.topic, partition, value, key=key, headers=(*kept, *added))
+        except StreamlearnError as error:
+            self.failures += 1
+            if error.code != 74:
+                raise
+            raise BrokerUnavailable(str(error)) from error  # as a full disk: the record is left unread, and read again
+        self._last = (place, carrier)  # not before: only what was taken can be named
         self.sent += 1
 
     def flush(self) -> None:
-        """Return when every dead letter is acknowledged."""
-        self.sink.flush()
+        """Return when every letter is acknowledged; raises `StreamlearnError` where one is not, at once if that is known."""
+        if self._failure is not None:
+            raise StreamlearnError(self._failure, code=74)
+        self._flush()
+
+    def trouble(self) -> str | None:
+        """Return why letters are not acknowledged, or None; tries those again that failed. For the thread that sends.
+
+        Raises `StreamlearnError` (77) where we may not write them.
+        """
+        if not self._unacknowledged:
+            return None
+        self._unacknowledged = False
+        try:
+            if self._failure is not None:
+                self.prepare()  # it may have been deleted
+            self._flush()
+        except StreamlearnError as error:
+            self._unacknowledged = True
+            if error.code == DENIED:
+                raise  # no later try would help
+            if self._failure is None:
+                log.error("dead-letter topic %s: %s; reading stands still until it is written", self.topic, error)  # noqa: TRY400 - the line says all
+            self._failure = f"dead-letter topic {self.topic}: {error}"
+        else:
+            self._failure = None
+        return self._failure
+
+    def _flush(self) -> None:
+        try:
+            self.sink.flush(ACK_SECONDS)
+        except StreamlearnError:
+            self.failures += 1
+            raise

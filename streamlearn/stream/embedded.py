@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
+from streamlearn.stream.log import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -213,7 +213,8 @@ class EmbeddedSink:
             if len(self._waiting) >= WRITE_RECORDS or self._waiting_bytes >= WRITE_BYTES:
                 self._write()
 
-    def flush(self) -> None:
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        del timeout  # SQLite has its own
         with self._lock:
             self._write()
 

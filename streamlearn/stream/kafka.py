@@ -7,28 +7,33 @@ created anew: `topics` and `bounds` ask, and raise.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.util import decode_varint
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.connection import PERMISSION, client_settings, connected, reason
-from streamlearn.stream.log import Bounds, BrokerUnavailable, Headers, Record, TopicInfo
+from streamlearn.stream.connection import PERMISSION, REQUEST_MS, client_settings, connected, reason
+from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from streamlearn.config import Kafka
     from streamlearn.data import Partition
 
 MAX_POLL_RECORDS = 2000
-SEND_SECONDS = 60
-CUT_BYTES = 64 << 10
-CUT_HEADER = "streamlearn.cut-from-bytes"  # a record that was too large for its topic, and its size
+TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
+CUT_BYTES = (64 << 10, 1 << 10, 0)  # to what a record is cut that its topic does not take, in this order
+CUT_HEADER_BYTES = 256  # and each of its headers with the last of them
 
 _Sent = tuple[str, int, bytes | None, bytes | None, Headers]
 
@@ -48,6 +53,46 @@ def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
         return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
     return StreamlearnError(f"refused: {reason(error)}", code=77)
+
+
+class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
+    """A batch in which the names of headers need not be UTF-8: kafka-python would read nothing from such a record on.
+
+    Clients in C write any bytes; what is not UTF-8 in a name becomes a question mark.
+    """
+
+    __slots__ = ()
+
+    def _read_msg(self) -> Any:
+        start = self._pos
+        try:
+            return super()._read_msg()
+        except UnicodeDecodeError:
+            _mend_names(self._buffer, start)
+            return super()._read_msg()
+
+
+memory_records.DefaultRecordBatch = _Batch
+
+
+def _mend_names(buffer: bytearray, at: int) -> None:
+    """Replace the bytes of a record's header names that are not UTF-8; a record of the format of 2017 begins at `at`."""
+    _, at = decode_varint(buffer, at)  # its length
+    _, at = decode_varint(buffer, at)  # attributes
+    _, at = decode_varint(buffer, at)  # time
+    _, at = decode_varint(buffer, at)  # offset
+    for _ in ("key", "value"):
+        size, at = decode_varint(buffer, at)
+        at += max(0, size)
+    count, at = decode_varint(buffer, at)
+    for _ in range(count):
+        size, at = decode_varint(buffer, at)
+        name = bytes(buffer[at : at + size])
+        kept = name.decode(errors="surrogateescape").encode(errors="replace")  # one for each byte
+        buffer[at : at + size] = kept
+        at += size
+        size, at = decode_varint(buffer, at)
+        at += max(0, size)
 
 
 class KafkaLog:
@@ -197,7 +242,10 @@ class KafkaSink:
         self._admin: Any = None
         self._producer: Any = None
         self._lock = threading.Lock()
-        self._failed: list[tuple[_Sent, str]] = []  # not acknowledged: sent again by the next flush
+        self._flushing = threading.Lock()
+        self._numbers = itertools.count()
+        self._open: dict[int, _Sent] = {}  # not acknowledged, in the order in which they were given
+        self._refused: dict[int, Exception] = {}  # why
 
     def _clients(self) -> tuple[Any, Any]:
         with self._lock:
@@ -209,7 +257,8 @@ class KafkaSink:
                     "linger_ms": 20,
                     "batch_size": 512 << 10,
                     "max_request_size": 32 << 20,
-                    "delivery_timeout_ms": SEND_SECONDS * 1000,
+                    "delivery_timeout_ms": int(FLUSH_SECONDS * 1000),
+                    "max_block_ms": REQUEST_MS,  # for a topic that is gone
                     "compression_type": "lz4",
                 }
                 self._producer = connected(KafkaProducer, settings)
@@ -248,43 +297,97 @@ class KafkaSink:
     def append(
         self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
-        self._send((topic, partition, value, key, headers))
+        number, record = next(self._numbers), (topic, partition, value, key, headers)
+        self._open[number] = record
+        try:
+            self._send(number, record)
+        except BrokerUnavailable:
+            del self._open[number]
+            raise
 
-    def _send(self, record: _Sent) -> None:
+    def _send(self, number: int, record: _Sent) -> None:
         _, producer = self._clients()
         topic, partition, value, key, headers = record
         try:
             sent = producer.send(topic, value=value, key=key, headers=list(headers), partition=partition)
-        except kafka_errors.MessageSizeTooLargeError:
-            self._send(_cut(record))
+        except TOO_LARGE as error:
+            self._refused[number] = error
             return
         except kafka_errors.KafkaError as error:
+            if self._producer is not producer:  # another thread's flush has just taken a new one
+                self._send(number, record)
+                return
             raise BrokerUnavailable(f"{topic}: cannot be written: {error!s:.160}") from error
-        sent.add_errback(lambda error: self._failed.append(self._again(record, error)))
+        sent.add_callback(lambda _: self._open.pop(number, None))
+        sent.add_errback(lambda error: self._refused.setdefault(number, error))
 
-    @staticmethod
-    def _again(record: _Sent, error: Exception) -> tuple[_Sent, str]:
-        too_large = isinstance(error, kafka_errors.MessageSizeTooLargeError | kafka_errors.RecordListTooLargeError)
-        return (_cut(record) if too_large else record), f"{record[0]}: not acknowledged: {error!s:.160}"
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        with self._flushing:  # else one thread would find nothing while another is about to send it again
+            numbers = list(self._open)
+            self._wait(timeout)
+            if left := self._left(numbers):
+                self._send_again(left, timeout)
+            if left := self._left(numbers):
+                topic, error = self._open[left[0]][0], self._refused.get(left[0])
+                if isinstance(
+                    error, PERMISSION
+                ):  # of the topic, or where no topic may be written, of the producer itself
+                    why = f"no permission to write to it (WRITE), {len(left)} records are waiting"
+                    raise StreamlearnError(f"topic {topic}: {why}", code=77)
+                text = f"{topic}: not acknowledged: {type(error).__name__}: {error!s:.160}"
+                raise StreamlearnError(f"{len(left)} records: {text}", code=74)
+            self._refused.clear()
 
-    def flush(self) -> None:
-        again, self._failed = self._failed, []
-        for record, _ in again:
-            self._send(record)
+    def _left(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if number in self._open]
+
+    def _send_again(self, numbers: list[int], timeout: float) -> None:
+        too_large = any(isinstance(self._refused.get(number), TOO_LARGE) for number in numbers)
+        self._renew()
+        if too_large:
+            for number in numbers:
+                self._send_alone(number, timeout)
+            return
+        for number in numbers:
+            self._send(number, self._open[number])
+        self._wait(timeout)
+
+    def _wait(self, timeout: float) -> None:
         if self._producer is None:
             return
-        try:
-            self._producer.flush(timeout=SEND_SECONDS)
-        except kafka_errors.KafkaError as error:
-            raise BrokerUnavailable(f"not acknowledged within {SEND_SECONDS} s: {error!s:.160}") from error
-        if self._failed:
-            record, why = self._failed[0]
-            if "AuthorizationFailed" in why:  # of the topic, or where no topic may be written, of the producer itself
-                why = (
-                    f"topic {record[0]}: no permission to write to it (WRITE), {len(self._failed)} records are waiting"
-                )
-                raise StreamlearnError(why, code=77)
-            raise StreamlearnError(f"{len(self._failed)} records: {why}", code=74)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._producer.flush(timeout=timeout)
+            except kafka_errors.KafkaError as error:
+                # of a batch that the client has split, it says that it is not done; its parts are waited for next
+                if isinstance(error, kafka_errors.UnknownError) and time.monotonic() < deadline:
+                    continue
+                raise BrokerUnavailable(f"not acknowledged within {timeout:.0f} s: {error!s:.160}") from error
+            return
+
+    def _renew(self) -> None:
+        """Take a new client: after one refusal kafka-python's refuses all that follows, with the same error."""
+        with self._lock:
+            producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(kafka_errors.KafkaError):  # what it has not written is still ours
+                producer.close(timeout=0)
+        self._refused.clear()
+
+    def _send_alone(self, number: int, timeout: float) -> None:
+        """Send one record by itself, so that its error is its own, and cut it only where its topic does not take it."""
+        for cuts in range(len(CUT_BYTES) + 1):
+            if (record := self._open.get(number)) is None:
+                return
+            self._send(number, _cut(record, cuts))
+            self._wait(timeout)
+            if (error := self._refused.get(number)) is None:
+                return
+            self._renew()
+            if not isinstance(error, TOO_LARGE) or cuts == len(CUT_BYTES):
+                self._refused[number] = error
+                return
 
     def close(self) -> None:
         for client in (self._producer, self._admin):
@@ -292,14 +395,12 @@ class KafkaSink:
                 client.close()
 
 
-def _cut(record: _Sent) -> _Sent:
-    """Return a record that its topic takes: the beginning of its value, and a header that says so."""
+def _cut(record: _Sent, cuts: int) -> _Sent:
+    """Return a record that its topic may take: the beginning of its value, and a header that says so."""
+    if cuts == 0:
+        return record
     topic, partition, value, key, headers = record
-    size = len(value or b"")
-    return (
-        topic,
-        partition,
-        (value or b"")[: min(CUT_BYTES, size // 2)],
-        key,
-        (*headers, (CUT_HEADER, str(size).encode())),
-    )
+    size = CUT_BYTES[cuts - 1]
+    if size == 0:
+        headers = tuple((name[:CUT_HEADER_BYTES], data[:CUT_HEADER_BYTES]) for name, data in headers)
+    return topic, partition, (value or b"")[:size], key, (*headers, (CUT, str(len(value or b"")).encode()))

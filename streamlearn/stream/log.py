@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "content-type"
 USE = "streamlearn-use"  # header; the value `probe` sends a sample to the probe whatever its hash says
 CONTROL = "streamlearn-control"  # header; the value `task-end` makes a record a marker
+ATTEMPT = "streamlearn-attempt"  # header of a dead letter that was sent again: how often
+CUT = "streamlearn.cut-from-bytes"  # header of a record that was too large for its topic: its size
 PROBE = b"probe"
 TASK_END = b"task-end"
 
 Headers = tuple[tuple[str, bytes], ...]
+
+FLUSH_SECONDS = 60.0  # how long a writer waits to be acknowledged
 
 
 class BrokerUnavailable(StreamlearnError):  # noqa: N818 - it names a state of the world, and callers wait for it to pass
@@ -117,8 +121,11 @@ class Sink(Protocol):
     ) -> None:
         """Write a record; it is durable after the next `flush`."""
 
-    def flush(self) -> None:
-        """Return when everything appended is acknowledged; raises `StreamlearnError` if something was not."""
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Return when everything appended is acknowledged; raises `StreamlearnError` if something is not, `timeout` in seconds.
+
+        What was not acknowledged is kept, and written by a later flush.
+        """
 
     def close(self) -> None:
         """Let go of everything."""

@@ -8,7 +8,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.log import Bounds, Headers, Record, TopicInfo
+from streamlearn.stream.log import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -46,7 +46,7 @@ class MemoryStore:
             log.append(Record(topic, partition, len(log), time.time(), key, value, headers))
             self.changed.notify_all()
 
-    def flush(self) -> None:
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
         """Nothing is ever unacknowledged here."""
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
+from streamlearn.stream.deadletter import DENIED
 from streamlearn.stream.log import BrokerUnavailable
 from streamlearn.stream.merge import Merge
 
@@ -33,7 +34,6 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
-DENIED = 77  # the exit code of a missing permission
 STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
@@ -91,6 +91,8 @@ class Stream:
         self._last_record = time.monotonic()
         self._waiting_since: float | None = None  # when records were there and none came
         self._linger_since: float | None = None
+        self._burst: str | None = None  # why reading stands still until it is acknowledged
+        self._acknowledged = threading.Event()
 
     # -- for the loop
 
@@ -128,6 +130,11 @@ class Stream:
             if error.code == DENIED:
                 self._error = error  # no later try would help: the loop gets it when it has applied what is queued
             raise
+
+    def acknowledge(self) -> None:
+        """Have reading go on where a burst of rejects stopped it, with the count anew."""
+        if self._burst is not None:
+            self._acknowledged.set()
 
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
@@ -194,6 +201,11 @@ class Stream:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        if self._acknowledged.is_set():
+            self._acknowledged.clear()
+            self._burst = None
+            self.assembler.burst.clear()
+            self._restore()  # what was polled beyond the burst is read again
         if now - self._checked >= CHECK_SECONDS:
             self._check(now)
         self._commit()
@@ -206,6 +218,8 @@ class Stream:
         for record in self._in_order(records):
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
+            if self._stops_at_burst():
+                return  # before anything is concluded from how far the log was read
         self._after_poll(records)
 
     def _in_order(self, records: list[Record]) -> Iterable[Record]:
@@ -236,6 +250,23 @@ class Stream:
             and p not in task.marked
             and (p not in ends or self.source.position((name, p)) < ends[p])
         ]
+
+    def _stops_at_burst(self) -> bool:
+        """Tell whether reading stands still here, because too many samples in a row were rejected."""
+        spec, burst = self.spec.dead_letter, self.assembler.burst
+        if spec.burst is None or burst.length < spec.burst:
+            return False
+        why = str(burst)
+        log.error("%s (stream.dead_letter.on_burst: %s)", why, spec.on_burst)
+        if spec.on_burst == "continue":
+            burst.clear()
+            return False
+        self._put(self.assembler.flush())
+        self._put(self.assembler.excuse())
+        if spec.on_burst == "exit":
+            raise StreamlearnError(why, code=65)
+        self._burst = self.status.problem = why
+        return True
 
     def _identify(self, topics: set[str]) -> None:
         """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
@@ -313,7 +344,7 @@ class Stream:
         self._checked = now
         self.status.connected = True
         self.status.last_contact, self.status.contacted = time.time(), now
-        self.status.problem = self._trouble()
+        self.status.problem = self.dead_letters.trouble() or self._trouble() or self._burst
         if self.status.problem is not None:
             return
         self._choose(names)

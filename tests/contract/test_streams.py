@@ -86,11 +86,12 @@ class World:
         classes: Any = 10,
         text: TextInput | None = None,
         scenario: Scenario | None = None,
+        sink: Any = None,
         **spec: Any,
     ) -> Stream:
         """Return a started stream."""
         full = StreamSpec.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
-        dead = DeadLetters(self.sink, self.name("dlq"))
+        dead = DeadLetters(sink or self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         if text is not None:
             codec = Codec(text.shape, text.dtype, "json", full.max_record_bytes, text)
@@ -532,6 +533,192 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
     letters = world.read_all("dlq")
     assert [letter.value for letter in letters] == [value] + [None] * 49
     assert {letter.header("streamlearn.errors.value-in") for letter in letters[1:]} == {letters[0].key}
+
+
+class Unwilling:
+    """A sink that keeps what it is given until it is willing, as one whose topic cannot be written."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.willing = False
+        self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def append(self, *arguments: Any, **named: Any) -> None:
+        """Take a record."""
+        self.kept.append((arguments, named))
+
+    def flush(self, timeout: float = 60.0) -> None:
+        """Refuse, or write what was kept."""
+        if not self.willing:
+            raise StreamlearnError("the topic is full", code=74)
+        for arguments, named in self.kept:
+            self.sink.append(*arguments, **named)
+        self.kept.clear()
+        self.sink.flush(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sink, name)
+
+
+def test_what_cannot_be_written_to_the_dead_letters_stops_the_reading(world: World) -> None:
+    """No checkpoint moves past a letter that is not acknowledged, status says so, and nothing is lost once it can be."""
+    a = world.topic("a", [0, 1, 99, 98] * 2, marker=False)
+    unwilling = Unwilling(world.sink)
+    stream = world.stream(topics=[a], on_finished="wait", classes=[0, 1], sink=unwilling)
+    progress = Progress()
+    until(stream, lambda _: stream.status.problem is not None, progress)
+    assert stream.status.problem == f"dead-letter topic {world.name('dlq')}: the topic is full"
+    with pytest.raises(StreamlearnError, match="the topic is full") as caught:
+        stream.settle()
+    assert caught.value.code == 74
+    assert stream.dead_letters.failures > 0
+    world.mark(a)  # beyond what is read
+    unwilling.willing = True
+    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    stream.settle()
+    assert (progress.totals()["trained"], progress.totals()["rejected"], progress.unaccounted()) == (4, 4, {})
+    assert [letter.key for letter in world.read_all("dlq")] == [f"{a}-0-{n}-0".encode() for n in (2, 3, 6, 7)]
+    assert stream.status.problem is None
+
+
+def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
+    """Where the first letter of a batch record cannot be taken, the next attempt carries the bytes all the same."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    value = encode("batch", np.arange(3, dtype=np.float32)[:, None], [99] * 3)
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.mark(a)
+
+    class Full(Unwilling):
+        """Its first record finds no room."""
+
+        def append(self, *arguments: Any, **named: Any) -> None:
+            """Take a record, but not the first."""
+            if not self.willing:
+                self.willing = True
+                raise StreamlearnError("disk full", code=74)
+            super().append(*arguments, **named)
+
+    stream = world.stream(topics=[a], classes=[1, 2], sink=Full(world.sink))
+    progress = Progress()
+    everything(stream, progress)
+    stream.settle()
+    assert progress.totals()["rejected"] == 3
+    assert [letter.value for letter in world.read_all("dlq")] == [value, None, None]
+
+
+def test_a_repeat_after_a_crash_has_the_same_key_and_bytes(world: World) -> None:
+    """What was rejected, but in no checkpoint, is rejected again: the letters can be told to be the same."""
+    a = world.topic("a", [0, 99, 0, 98])
+    for _ in range(2):
+        stream = world.stream(topics=[a], classes=[0, 1])
+        everything(stream)
+        stream.settle()
+    letters = [(letter.key, letter.value, letter.headers) for letter in world.read_all("dlq")]
+    assert len(letters) == 4
+    assert letters[:2] == letters[2:]
+
+
+def test_headers_of_a_record_cannot_pretend(world: World) -> None:
+    """Names that begin with streamlearn.errors are ours; whatever else a record has is kept, repeated names too."""
+    a = world.topic("a", [0], marker=False)
+    odd = (("", b""), ("twice", b"1"), ("twice", b"2"), ("n\u00e4me", b"\xff\x00"))
+    world.send(a, 1.0, 99, headers=(*odd, ("streamlearn.errors.topic", b"other"), ("streamlearn.errors.key", b"k")))
+    world.mark(a)
+    stream = world.stream(topics=[a], classes=[0, 1])
+    everything(stream)
+    stream.settle()
+    (letter,) = world.read_all("dlq")
+    assert [value for name, value in letter.headers if name == "streamlearn.errors.topic"] == [a.encode()]
+    assert letter.header("streamlearn.errors.key") is None
+    assert letter.headers[: 1 + len(odd)] == (*TYPED, *odd)
+
+
+BURST: list[Any] = [
+    0,
+    1,
+    0,
+    1,
+    0,
+    *range(90, 97),
+    1,
+    0,
+    1,
+    99,
+    0,
+]  # a batch, one sample that waits, seven rejects, and on
+
+
+@pytest.mark.parametrize("how", ["resumed", "restarted"])
+def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, how: str) -> None:
+    """So many rejects in a row stop the reading with one line; what is learned is the same as without the pause."""
+    a = world.topic("a", BURST)
+    spec: dict[str, Any] = {"topics": [a], "classes": [0, 1]}
+    whole = Progress()
+    expected = places(everything(world.stream(**spec, dead_letter={"burst": None}), whole))
+    letters = len(world.read_all("dlq"))
+
+    progress = Progress()
+    stream = world.stream(**spec, dead_letter={"burst": 5})
+    begun = until(stream, lambda found: any(delivery.excuses for delivery in found), progress)
+    assert stream.next(0.5) is None
+    stream.settle()
+    assert len(world.read_all("dlq")) == letters + 5
+    assert stream.status.problem == (
+        f"{a}[0] offset 9: 5 samples in a row were rejected, mostly label_range (label 90 has no output; "
+        "accepted: 0, 1); mend the producer or the configuration, then `streamlearn resume`"
+    )
+    if how == "restarted":
+        stream.stop()
+        tree = json.loads(json.dumps(progress.to_json()))
+        copied = Progress.from_json(tree, Positions.from_json(progress.positions.to_json()))
+        stream = world.stream(copied, **spec, dead_letter={"burst": 5})
+    else:
+        stream.acknowledge()
+    rest = everything(stream, progress)
+    assert places(begun) + places(rest) == expected
+    assert progress.to_json() == whole.to_json()
+    assert progress.positions == whole.positions
+    assert progress.unaccounted() == {}
+
+
+def test_a_burst_may_be_logged_only_or_end_the_daemon(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """With `continue` every burst is a line and reading goes on; with `exit` the loop gets the error, its code 65."""
+    a = world.topic("a", BURST)
+    spec: dict[str, Any] = {"topics": [a], "classes": [0, 1]}
+    progress = Progress()
+    everything(world.stream(**spec, dead_letter={"burst": 3, "on_burst": "continue"}), progress)
+    assert progress.totals()["rejected"] == 8
+    lines = [record.getMessage() for record in caplog.records if "3 samples in a row" in record.getMessage()]
+    assert [line.split(":")[0] for line in lines] == [f"{a}[0] offset 7", f"{a}[0] offset 10"]
+    with pytest.raises(StreamlearnError, match="offset 9: 5 samples in a row were rejected") as caught:
+        everything(world.stream(**spec, dead_letter={"burst": 5, "on_burst": "exit"}))
+    assert caught.value.code == 65
+
+
+def test_a_good_sample_ends_a_burst(world: World) -> None:
+    """Bad samples among good ones are no burst, however many there are."""
+    a = world.topic("a", [90, 91, 92, 0] * 5)
+    progress = Progress()
+    everything(world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 4}), progress)
+    assert (progress.totals()["trained"], progress.totals()["rejected"]) == (5, 15)
+
+
+def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> None:
+    """The samples of one record count one by one, and reading stands still after that record."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    for label in (0, 9, 0):
+        value = encode("batch", np.zeros((6, 1), np.float32), [label] * 6)
+        world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.mark(a)
+    stream = world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 6})
+    progress = Progress()
+    until(stream, lambda found: any(delivery.excuses for delivery in found), progress)
+    assert "offset 1: 6 samples in a row" in (stream.status.problem or "")
+    stream.acknowledge()
+    everything(stream, progress)
+    assert (progress.totals()["trained"], progress.totals()["rejected"]) == (12, 6)
 
 
 def told(world: World) -> list[str]:

@@ -135,7 +135,7 @@ def test_start_tells_what_its_daemon_died_of(tmp_path: Path) -> None:
     """A daemon that ends without a word is not said to go on."""
     (tmp_path / "dying.py").write_text("import os\ndef model(*_):\n    os.kill(os.getpid(), 9)\n")
     config = jobs.write_config(tmp_path, model={"name": "dying:model"}, strategy="naive")
-    done = cli("start", config, PYTHONPATH=str(tmp_path))
+    done = cli("start", config, environment={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, "the daemon was ended by signal 9; see " in one_line(done)) == (1, True)
 
 
@@ -183,7 +183,7 @@ def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
 def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:
     """An interrupt before anything runs ends the command without a traceback."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    done = cli("status", PYTHONPATH=str(tmp_path))
+    done = cli("status", environment={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "")
 
 

@@ -30,11 +30,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def cli(
+    *arguments: str | Path, stdin: int | None = None, environment: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
     """Run a command."""
     command = [sys.executable, "-m", "streamlearn", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        check=False,
+        stdin=stdin,
     )
 
 

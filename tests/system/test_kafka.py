@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
 from streamlearn.data import Progress, StreamlearnError
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE
-from tests.contract.test_streams import World, everything, places, until
+from streamlearn.stream.log import CONTENT_TYPE, CUT
+from tests.contract.test_streams import TYPED, World, everything, places, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,3 +144,119 @@ def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, k
     found = everything(world.stream(topics=[name, after]), progress)
     assert places(found) == [[0, 1, 2], [0]]
     assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic", "marker"]
+
+
+def rejecting(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
+    """Return a stream that has rejected one sample of an open task, and written its letter."""
+    name = world.topic("a", [0, 1, 0, 1, 99], marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[name], on_finished="wait", classes=[0, 1], **spec)
+    until(stream, lambda _: progress.totals()["rejected"] == 1, progress)
+    stream.settle()
+    return stream, progress, name
+
+
+def settles(stream: Stream) -> bool:
+    """Tell whether the letters are acknowledged; a checkpoint is refused where they are not."""
+    try:
+        stream.settle()
+    except StreamlearnError:
+        return False
+    return True
+
+
+def settled(stream: Stream) -> None:
+    """Return when the letters are acknowledged."""
+    deadline = time.monotonic() + 2 * SECONDS
+    while not settles(stream):
+        assert time.monotonic() < deadline, stream.status.problem
+        time.sleep(0.2)
+
+
+def test_a_dead_letter_topic_that_is_deleted_is_made_anew(world: World, admin: KafkaAdminClient) -> None:
+    """The next letters are written to a new topic of that name; none is lost, and reading goes on."""
+    stream, progress, name = rejecting(world)
+    admin.delete_topics([world.name("dlq")])
+    for place in (5.0, 6.0):
+        world.send(name, place, 98)
+    world.mark(name)
+    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    settled(stream)
+    assert [letter.key for letter in world.read_all("dlq")] == [f"{name}-0-{n}-0".encode() for n in (5, 6)]
+    assert (progress.totals()["rejected"], progress.unaccounted()) == (3, {})
+
+
+def alter(admin: KafkaAdminClient, topic: str, **settings: str) -> None:
+    """Change a topic's configuration, as an operator does."""
+    changes = {name.replace("_", "."): value for name, value in settings.items()}
+    admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs=changes)])
+
+
+def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, admin: KafkaAdminClient) -> None:
+    """While it takes nothing, status says so and no checkpoint is begun; then every letter is there, with its bytes."""
+    stream, progress, name = rejecting(world)
+    alter(admin, world.name("dlq"), max_message_bytes="0")
+    world.send(name, 5.0, 98)
+    world.sink.flush()
+    dead = world.name("dlq")
+    assert f"dead-letter topic {dead}: 1 records: {dead}: not acknowledged: MessageSizeTooLargeError" in problem(stream)
+    with pytest.raises(StreamlearnError, match="not acknowledged"):
+        stream.settle()
+    assert stream.dead_letters.failures >= 1
+    world.send(name, 6.0, 97)
+    alter(admin, world.name("dlq"), max_message_bytes="1000000")
+    settled(stream)
+    world.mark(name)
+    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    settled(stream)
+    letters = world.read_all("dlq")
+    assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (4, 5, 6)]
+    assert {letter.header(CUT) for letter in letters} == {None}
+    assert (progress.totals()["rejected"], progress.unaccounted()) == (3, {})
+
+
+def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: KafkaAdminClient) -> None:
+    """What the topic never takes stands in the way of no checkpoint: the beginning is kept, and its size said."""
+    stream, progress, name = rejecting(world)
+    alter(admin, world.name("dlq"), max_message_bytes="3000")
+    noise = random.Random(0).randbytes(100_000)  # what a codec cannot make smaller
+    world.sink.append(name, 0, b"\xff" + noise)
+    world.sink.append(name, 0, b"\xff", headers=(("mine", noise[:10_000]),))
+    world.mark(name)
+    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    settled(stream)
+    assert stream.dead_letters.failures == 0
+    cut = world.read_all("dlq")[1:]
+    assert [(len(letter.value or b""), letter.header(CUT)) for letter in cut] == [(1024, b"100001"), (0, b"1")]
+    assert {len(letter.header("streamlearn.errors.message") or b"") > 0 for letter in cut} == {True}
+
+
+class Raw(str):
+    """A header's name as clients in C write it: any bytes."""
+
+    __slots__ = ()
+
+    def encode(self, *_: object) -> bytes:
+        """Return the bytes that no codec made."""
+        return b"\xff\xfe\xc3\xa4" + b"x" * (len(self) - 4)
+
+
+def test_a_header_name_that_is_no_text_stops_nothing(world: World) -> None:
+    """The record is used, or rejected, like any other, in batches that are compressed or not; so are those after it."""
+    name = world.topic("a", [0, 1], marker=False)
+    odd = (("first", b"1"), (Raw("xxxxxx"), b"2"), ("third", b"3"))
+    world.send(name, 2.0, 0, headers=odd)
+    world.send(name, 3.0, 99, headers=odd)
+    world.sink.flush()
+    plain = KafkaProducer(bootstrap_servers=world.sink.kafka.bootstrap_servers)  # type: ignore[attr-defined]  # of Kafka here
+    for text in (b'{"x": [4], "y": 1}', b'{"x": [5], "y": 98}'):
+        plain.send(name, value=text, key=b"k" * 300, partition=0, headers=[*TYPED, *odd])
+    plain.close()
+    world.mark(name)
+    stream = world.stream(topics=[name], classes=[0, 1])
+    assert places(everything(stream)) == [[0, 1, 2, 4]]
+    stream.settle()
+    letters = world.read_all("dlq")
+    assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (3, 5)]
+    kept = (*TYPED, ("first", b"1"), ("??\u00e4xx", b"2"), ("third", b"3"))
+    assert [letter.headers[:4] for letter in letters] == [kept, kept]

@@ -348,8 +348,8 @@ def test_secrets_are_nowhere(job: Job, mechanism: str) -> None:
             daemon.until(all_learned, 60)
             shown = [
                 cli("status", "--json", "--state", daemon.state).stdout,
-                cli("config", "show", config, **environment).stdout,
-                cli("config", "check", config, **environment).stdout,
+                cli("config", "show", config, environment=environment).stdout,
+                cli("config", "check", config, environment=environment).stdout,
                 Path(f"/proc/{daemon.process.pid}/cmdline").read_text(),
                 *(httpx.get(daemon.http + path).text for path in ("/metrics", "/status", "/readyz", "/healthz")),
             ]

@@ -9,7 +9,8 @@ from kafka import errors as kafka_errors
 
 from streamlearn.config import Kafka
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.kafka import CUT_HEADER, KafkaSink
+from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaSink
+from streamlearn.stream.log import CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,11 @@ class Future:
 
     def __init__(self, error: Exception | None) -> None:
         self.error = error
+
+    def add_callback(self, call: Callable[[object], None]) -> None:
+        """Tell of success at once."""
+        if self.error is None:
+            call(None)
 
     def add_errback(self, call: Callable[[Exception], None]) -> None:
         """Tell of a failure at once."""
@@ -44,10 +50,31 @@ class Producer:
     def flush(self, timeout: float) -> None:
         """Have nothing waiting."""
 
+    def close(self, timeout: float) -> None:
+        """Have nothing to let go of."""
+
+
+class Refusing(Producer):
+    """Takes nothing, as a client whose broker is gone."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def send(self, topic: str, **record: Any) -> Future:
+        """Refuse."""
+        raise kafka_errors.KafkaTimeoutError(f"{topic} {record['partition']}")
+
+
+class Sink(KafkaSink):
+    """One whose new producer is its old one."""
+
+    def _renew(self) -> None:
+        self._refused.clear()
+
 
 def sink(*failures: Exception) -> tuple[KafkaSink, Producer]:
     """Return a sink whose producer fails so."""
-    made, producer = KafkaSink(Kafka.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
+    made, producer = Sink(Kafka.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
     made._admin, made._producer = object(), producer
     return made, producer
 
@@ -76,7 +103,7 @@ def test_a_name_that_kafka_forbids_is_a_mistake_of_configuration() -> None:
 
 def test_what_was_not_acknowledged_is_sent_again() -> None:
     """A flush that fails keeps the record; only a flush that succeeds has written it."""
-    made, producer = sink(kafka_errors.KafkaTimeoutError(), kafka_errors.KafkaTimeoutError())
+    made, producer = sink(*[kafka_errors.KafkaTimeoutError()] * 2)
     made.append("t", 0, b"v")
     with pytest.raises(StreamlearnError, match="not acknowledged"):
         made.flush()
@@ -86,7 +113,22 @@ def test_what_was_not_acknowledged_is_sent_again() -> None:
 
 def test_what_is_too_large_is_cut_and_says_so() -> None:
     """A record that its topic will never take does not stand in the way of every checkpoint."""
-    made, producer = sink(kafka_errors.MessageSizeTooLargeError())
-    made.append("t", 0, b"x" * 10)
+    made, producer = sink(*[kafka_errors.MessageSizeTooLargeError()] * 4)
+    made.append("t", 0, b"x" * 100_000, headers=(("mine", b"y" * 1000),))
     made.flush()
-    assert producer.sent == [("t", b"x" * 5, {CUT_HEADER: b"10"})]
+    assert producer.sent == [("t", b"", {"mine": b"y" * CUT_HEADER_BYTES, CUT: b"100000"})]
+
+
+def test_what_cannot_be_sent_again_is_kept() -> None:
+    """A broker that goes away during the second attempt costs no record."""
+    made, producer = sink(*[kafka_errors.KafkaTimeoutError()] * 4)
+    made.append("t", 0, b"a")
+    made.append("t", 0, b"b")
+    with pytest.raises(StreamlearnError, match="2 records: t: not acknowledged"):
+        made.flush()
+    made._producer = Refusing()
+    with pytest.raises(BrokerUnavailable, match="t: cannot be written"):
+        made.flush()
+    made._producer = producer
+    made.flush()
+    assert sorted(value for _, value, _ in producer.sent) == [b"a", b"b"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from streamlearn.data import REASONS
-from streamlearn.stream.codec import TYPE_OF, Codec, encode
+from streamlearn.stream.codec import TYPE_OF, Codec, cut_batch, encode
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, Record
 
@@ -119,3 +119,16 @@ def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: fl
         fates.add(hold_out.takes(chunk.x[0], chunk.y[0], None))
     assert len(fates) == 1
     assert not fates.pop() or HoldOut("value", min(fraction + 0.005, 0.999)).takes(x, y, None)
+
+
+@given(y=st.one_of(st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=6), st.lists(labels, min_size=1, max_size=6)),
+       data=st.data())  # fmt: skip
+def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObject) -> None:
+    """A batch record that is cut to some of its samples holds exactly those, NaN payloads and labels included."""
+    x = data.draw(arrays(np.uint32, (len(y), 3))).view(np.float32)
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(y) - 1), min_size=1)))
+    y = [label % 2**62 if isinstance(label, int) else label for label in y]
+    value = cut_batch(encode("batch", x, y), chosen)
+    chunk = Codec([3], "float32", "batch", 1 << 20).decode(record(value))
+    assert chunk.x.tobytes() == x[chosen].tobytes()
+    assert chunk.y == [y[place] for place in chosen]

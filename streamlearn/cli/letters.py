@@ -1,0 +1,223 @@
+"""`streamlearn dlq`: read the dead letters of a configuration, and send them again; no daemon is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json
+from streamlearn.data import StreamlearnError
+from streamlearn.logs import quiet_kafka
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from streamlearn.stream.letters import Letter
+    from streamlearn.stream.log import Log, Sink
+
+app = typer.Typer(help="List, show and replay dead letters: samples that could not be used.", no_args_is_help=True)
+
+TopicOption = Annotated[str | None, typer.Option("--topic", help="Only letters of samples of this topic.")]
+ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only letters of this reason, as label_range.")]
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="As `list` shows it: topic-partition-offset-index.")]
+
+
+@app.command("list")
+def list_(
+    config: ConfigArgument,
+    topic: TopicOption = None,
+    reason: ReasonOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=0, help="Show so many at most, the newest.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Those that were replayed, too.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """List the letters, a line each, oldest first, and how many there are by topic and reason.
+
+    A letter that was written again after a crash is shown once. Reads what there is now, and ends.
+    """
+    from streamlearn.stream import letters
+
+    with _opened(config) as (log, _, dead):
+        found = letters.index(log, dead)
+    matching = _matching(found, topic, reason)
+    chosen = [letter for letter in matching if everything or not letter.replayed]
+    shown = chosen if limit is None else chosen[max(0, len(chosen) - limit) :]
+    counts = sorted(Counter((letter.topic, letter.reason) for letter in chosen).items())
+    hidden = len(matching) - len(chosen)
+    if json_:
+        summary = [{"topic": topic, "reason": reason, "letters": count} for (topic, reason), count in counts]
+        print_json({"topic": dead, "letters": [_tree(e) for e in shown], "summary": summary, "hidden": hidden})
+        return
+    for letter in shown:
+        mark = "replayed  " if letter.replayed else ""
+        message = printable(letter.message)
+        typer.echo(f"{printable(letter.key)}  {_clock(letter.rejected)[:19]}  {letter.reason}  {mark}{message}")
+    if not found:
+        print_error(f"no dead letters in topic {dead}")
+    for (name, why), count in counts:
+        typer.echo(f"{printable(name)}: {count} {why}")
+    if hidden:
+        typer.echo(f"{hidden} more were replayed (--all shows them)")
+
+
+@app.command()
+def show(
+    config: ConfigArgument,
+    key: KeyArgument,
+    value: Annotated[
+        bool, typer.Option("--value", help="Write the record's own bytes to stdout, and no more.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the record's own bytes to a file.")
+    ] = None,
+) -> None:
+    """Show a letter: why its sample was rejected, and the record's own headers and bytes."""
+    from streamlearn.stream import letters
+
+    with _opened(config) as (log, _, dead):
+        record, carrier = letters.find(log, dead, key)
+    letter = letters.Letter.of(record)
+    assert letter is not None
+    if carrier is None and (value or output is not None):
+        raise StreamlearnError(f"{key}: the bytes were in letter {letter.carrier}, which is gone")
+    content = (carrier.value if carrier is not None else None) or b""
+    if output is not None:
+        try:
+            output.write_bytes(content)
+        except OSError as error:
+            raise StreamlearnError.of_system(error, output) from error
+    if value:
+        sys.stdout.buffer.write(content)
+        return
+    for name, shown in _tree(letter).items():
+        typer.echo(f"{name:<10} {printable(str(shown))}")
+    for name, data in letters.original_headers(record):
+        typer.echo(f"{'header':<10} {printable(name)}: {_text(data)}")
+    if (own := letters.original_key(record)) is not None:
+        typer.echo(f"{'record key':<10} {_text(own)}")
+    if carrier is None:
+        typer.echo(f"{'value':<10} gone: it was in letter {letter.carrier}")
+    elif carrier.value is None:
+        typer.echo(f"{'value':<10} none: a tombstone")
+    else:
+        typer.echo(f"{'value':<10} {len(content)} bytes: {_text(content[:200])}")
+
+
+@app.command()
+def replay(
+    config: ConfigArgument,
+    topic: TopicOption = None,
+    reason: ReasonOption = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="Only this letter; may be given several times.")
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Send to this topic; default: each to its own.")] = None,
+    max_attempts: Annotated[int, typer.Option(min=1, help="Send nothing for the time after these again.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Send rejected samples again, once what was wrong is mended: their own bytes, key and headers.
+
+    Of a batch record only the rejected samples are sent; the others were learned. What is sent to a topic whose task has
+    ended counts as late and is NOT learned: --to sends it to a topic that is still to be learned. Letters that were sent are
+    marked, and a second replay leaves them alone.
+    """
+    from streamlearn.stream import letters
+
+    with _opened(config) as (log, sink, dead):
+        if to == dead:
+            raise StreamlearnError(f"--to {to}: that is the dead-letter topic itself", code=2)
+        matching = [e for e in _matching(letters.index(log, dead), topic, reason) if not e.replayed]
+        if key is not None:
+            if unknown := sorted(set(key) - {letter.key for letter in matching}):
+                raise StreamlearnError(f"no letter {', '.join(unknown)} to be sent in topic {dead}")
+            matching = [letter for letter in matching if letter.key in key]
+        chosen = [letter for letter in matching if letter.attempts < max_attempts]
+        if refused := len(matching) - len(chosen):
+            print_error(f"{refused} letters were sent {max_attempts} times already (--max-attempts)")
+        if not chosen:
+            typer.echo("nothing to send")
+            return
+        if dry_run:
+            _tell("would be sent", chosen, to)
+            return
+        _confirm(chosen, to, yes=yes)
+        sent: list[Letter] = []
+        try:
+            sent.extend(letters.replay(log, sink, dead, chosen, to))  # as far as it comes
+        finally:
+            _tell("sent", sent, to)
+        if missing := len(chosen) - len(sent):
+            raise StreamlearnError(f"{missing} letters were not sent: their bytes are gone, were cut, or never were")
+
+
+def printable(text: str) -> str:
+    """Return text from outside as a terminal may show it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _text(data: bytes) -> str:
+    return printable(data.decode(errors="backslashreplace"))
+
+
+def _clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _tree(letter: Letter) -> dict[str, Any]:
+    """Return a letter as `--json` shows it."""
+    known = asdict(letter)
+    del known["carrier"], known["lies_in"]
+    return {**known, "rejected": _clock(letter.rejected), "timestamp": _clock(letter.timestamp)}
+
+
+def _matching(found: list[Letter], topic: str | None, reason: str | None) -> list[Letter]:
+    from streamlearn.data import REASONS
+
+    if reason not in {None, *REASONS}:
+        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(REASONS)}", code=2)
+    return [e for e in found if topic in {None, e.topic} and reason in {None, e.reason}]
+
+
+def _tell(how: str, chosen: list[Letter], to: str | None) -> None:
+    counts = Counter(to or letter.topic for letter in chosen)
+    for name, count in sorted(counts.items()):
+        typer.echo(f"{count} samples {how} to {name}")
+    if not chosen:
+        typer.echo(f"0 samples {how}")
+
+
+def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise StreamlearnError(
+            "nobody is here to be asked: --yes sends them, --dry-run shows what would be sent", code=2
+        )
+    where = to or ", ".join(sorted({letter.topic for letter in chosen}))
+    typer.confirm(f"Send {len(chosen)} samples to {where}?", abort=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Log, Sink, str]]:
+    """Give the log, connected, a sink, and the dead-letter topic of a configuration."""
+    quiet_kafka()
+    config = load_config(path)
+    if config.source == "embedded" and not config.embedded.path.is_file():
+        raise StreamlearnError(f"{config.embedded.path}: no such file", code=74)
+    from streamlearn.daemon import open_log
+
+    log, sink = open_log(config)
+    try:
+        log.connect()
+        yield log, sink, config.dead_letter_topic
+    finally:
+        log.close()
+        sink.close()

@@ -1,0 +1,176 @@
+"""Dead letters read back and sent again, the same over memory, embedded topics and Apache Kafka."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from streamlearn.data import Progress
+from streamlearn.stream import letters
+from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CUT
+from tests.contract.test_streams import TYPED, World, everything, places, world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streamlearn.stream.letters import Letter
+    from streamlearn.stream.log import Log, Record
+
+__all__ = ["world"]  # the fixture
+
+T = TypeVar("T")
+BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+
+
+def reject(world: World, classes: list[Any], topic: str, times: int = 1) -> Progress:
+    """Learn a topic that ends with a marker, so often from its beginning; its dead letters are written."""
+    progress = Progress()
+    for _ in range(times):
+        progress = Progress()
+        stream = world.stream(topics=[topic], classes=classes)
+        everything(stream, progress)
+        stream.settle()
+    return progress
+
+
+def asked(world: World, ask: Callable[[Log], T]) -> T:
+    """Return what is read with a log of its own."""
+    log = world.open_log()
+    log.connect()
+    try:
+        return ask(log)
+    finally:
+        log.close()
+
+
+def index(world: World) -> list[Letter]:
+    """Return every letter."""
+    return asked(world, lambda log: letters.index(log, world.name("dlq")))
+
+
+def replay(world: World, chosen: list[Letter], to: str | None = None) -> list[Letter]:
+    """Send letters again."""
+    return asked(world, lambda log: list(letters.replay(log, world.sink, world.name("dlq"), chosen, to)))
+
+
+def written(world: World, topic: str) -> list[Record]:
+    """Return a topic's records."""
+    return asked(world, lambda log: list(letters.read(log, topic)))
+
+
+def test_a_letter_says_what_was_rejected_where_and_why(world: World) -> None:
+    """Letters come in the order of their records, each once though it was written again after a crash."""
+    a = world.topic("a", [0, 99, 0, "x"])
+    reject(world, [0, 1], a, times=2)
+    world.sink.append(world.name("dlq"), 0, b"not ours")
+    world.sink.append(world.name("dlq"), 0, b"", key=b"\xff", headers=(("streamlearn.errors.topic", b"\xff"),))
+    world.sink.flush()
+    found = index(world)
+    assert [(letter.key, letter.topic, letter.partition, letter.offset) for letter in found] == [
+        (f"{a}-0-1-0", a, 0, 1),
+        (f"{a}-0-3-0", a, 0, 3),
+    ]
+    assert [(letter.index, letter.samples, letter.attempts, letter.replayed) for letter in found] == [
+        (0, 1, 0, False)
+    ] * 2
+    assert [(letter.reason, letter.message) for letter in found] == [
+        ("label_range", "label 99 has no output; accepted: 0, 1"),
+        ("label_range", "label 'x' has no output; accepted: 0, 1"),
+    ]
+
+
+def test_where_there_is_no_topic_there_are_no_letters(world: World) -> None:
+    """Nothing is waited for, and nothing made."""
+    assert index(world) == []
+    assert asked(world, lambda log: world.name("dlq") in log.topics()) is False
+
+
+def test_of_a_batch_only_the_rejected_samples_are_sent_again(world: World) -> None:
+    """The others were learned: after a replay to a topic that takes the labels every sample is learned exactly once."""
+    a, b = world.name("a"), world.topic("b", [], marker=False)
+    world.sink.create_topic(a, 1)
+    x = np.arange(6, dtype=np.float32)[:, None]
+    world.sink.append(a, 0, encode("batch", x, [0, 7, 1, 8, 7, 0]), key=b"k", headers=(*BATCH, ("mine", b"1")))
+    world.sink.append(a, 0, encode("batch", x + 10, ["a", 0, "b", 1, 0, 1]), headers=BATCH)
+    world.mark(a)
+    progress = reject(world, [0, 1], a)
+    assert (progress.totals()["trained"], progress.totals()["rejected"]) == (7, 5)
+    sent = replay(world, index(world), b)
+    assert [letter.key for letter in sent] == [f"{a}-0-0-{n}" for n in (1, 3, 4)] + [f"{a}-0-1-{n}" for n in (0, 2)]
+    first, second = written(world, b)
+    assert (first.key, first.headers) == (b"k", (*BATCH, ("mine", b"1"), (ATTEMPT, b"1")))
+    assert (second.key, second.headers) == (None, (*BATCH, (ATTEMPT, b"1")))
+    world.mark(b)
+    again = Progress()
+    assert places(everything(world.stream(topics=[b], classes=[7, 8, "a", "b"]), again)) == [[1, 3, 4, 10], [12]]
+    assert again.labels == [7, 8, "a", "b"]
+
+
+def test_what_could_not_be_decoded_is_sent_whole(world: World) -> None:
+    """Bytes, key and headers are the record's own, to its own topic, with a count of attempts; a tombstone has none."""
+    a = world.name("a")
+    world.sink.create_topic(a, 1)
+    hostile: list[tuple[bytes | None, bytes | None]] = [(b"\xff\xfe", b"k"), (b'{"x": [1]}', None), (None, b"")]
+    for value, key in hostile:
+        world.sink.append(a, 0, value, key=key, headers=(*TYPED, ("odd", b"\xff"), ("odd", b"")))
+    world.mark(a)
+    reject(world, [0, 1], a)
+    assert [letter.offset for letter in replay(world, index(world))] == [0, 1]
+    again = written(world, a)[4:]
+    assert [(record.value, record.key) for record in again] == hostile[:2]
+    assert {record.headers for record in again} == {(*TYPED, ("odd", b"\xff"), ("odd", b""), (ATTEMPT, b"1"))}
+
+
+def test_a_letter_is_sent_once(world: World) -> None:
+    """Marks say which were sent; they are no letters, and outlive a letter that is written again after a crash."""
+    a, b = world.topic("a", [99, 98, 97]), world.topic("b", [], marker=False)
+    reject(world, [0, 1], a)
+    one, two, three = index(world)
+    assert replay(world, [two], b) == [two]
+    reject(world, [0, 1], a)
+    assert [(letter.key, letter.replayed) for letter in index(world)] == [
+        (one.key, False),
+        (two.key, True),
+        (three.key, False),
+    ]
+    assert len(written(world, b)) == 1
+    replay(world, [one, three], b)
+    assert [letter.replayed for letter in index(world)] == [True] * 3
+
+
+def test_attempts_are_counted(world: World) -> None:
+    """A sample that is rejected again says how often it was sent; it has a letter of its own, that of its new record."""
+    names = [world.topic("a", [99]), world.topic("b", [], marker=False), world.topic("c", [], marker=False)]
+    for n in range(2):
+        reject(world, [0, 1], names[n])
+        (letter,) = [letter for letter in index(world) if not letter.replayed]
+        assert letter.attempts == n
+        replay(world, [letter], names[n + 1])
+        world.mark(names[n + 1])
+    assert [record.header(ATTEMPT) for record in written(world, names[2])] == [b"2", None]
+
+
+def test_what_was_cut_is_not_sent(world: World) -> None:
+    """A letter that was too large for its topic has not the record's bytes, and is never taken for it."""
+    a, b = world.topic("a", [99, 98]), world.topic("b", [], marker=False)
+    reject(world, [0, 1], a)
+    one, two = index(world)
+    record = written(world, world.name("dlq"))[0]
+    dead = world.name("cut")
+    world.sink.create_topic(dead, 1)
+    world.sink.append(dead, 0, b"{", key=record.key, headers=(*record.headers, (CUT, b"900")))
+    world.sink.flush()
+    assert asked(world, lambda log: list(letters.replay(log, world.sink, dead, [one, two], b))) == []
+    assert written(world, b) == []
+
+
+def test_many_letters_are_sent_in_groups(world: World) -> None:
+    """More letters than a group are all sent, in their order."""
+    a, b = world.topic("a", list(range(100, 350))), world.topic("b", [], marker=False)
+    reject(world, [0, 1], a)
+    assert len(replay(world, index(world), b)) == 250
+    world.mark(b)
+    taken = everything(world.stream(topics=[b], classes=list(range(100, 350))))
+    assert [place for batch in places(taken) for place in batch] == list(range(250))

@@ -1,0 +1,351 @@
+"""Hostile records: whatever arrives ends in the dead letters with its bytes, and the model is as if it had never come."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from streamlearn import daemon, loop, state
+from streamlearn.checkpoint import Store
+from streamlearn.config import Config
+from streamlearn.data import REASONS, Progress
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream import letters
+from streamlearn.stream.codec import CONTENT_TYPES, TYPE_OF, encode
+from streamlearn.stream.deadletter import PREFIX
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, Headers, Record
+from tests.contract.test_streams import TYPED, Unwilling, World, everything, places, until, world
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streamlearn.stream.reader import Stream
+
+__all__ = ["world"]  # the fixture
+
+COUNT = int(os.environ.get("STREAMLEARN_HOSTILE", "2000"))
+SEED = int(os.environ.get("STREAMLEARN_SEED", random.randrange(10_000)))
+ROUND = 2000  # what hypothesis remembers of a round costs more than its records
+GOOD = 600
+MAX_BYTES = 4096
+TOPIC = "a"
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A record of which no sample can be used, and how many samples it is counted as."""
+
+    value: bytes | None
+    headers: Headers
+    key: bytes | None = None
+    samples: int = 1
+
+
+def typed(name: str) -> Headers:
+    """Return the header that names a codec."""
+    return ((CONTENT_TYPE, TYPE_OF[name]),)
+
+
+numbers = st.floats(-100, 100, width=32)
+pairs = st.lists(numbers, min_size=2, max_size=2)
+classes = st.integers(0, 3)
+bad_labels = st.one_of(
+    st.integers(4, 2**63 - 1), st.integers(-(2**63), -1), st.text(max_size=30), st.none(), st.booleans(), numbers,
+    st.lists(st.integers(0, 9), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
+    st.binary(max_size=9),
+)  # fmt: skip
+not_finite = st.sampled_from([float("nan"), float("inf"), -float("inf")])
+
+
+def whole(pair: list[float], label: int) -> dict[str, bytes]:
+    """Return a sample that can be used, in every codec."""
+    x = np.array(pair, np.float32)
+    return {
+        "json": encode("json", x, label),
+        "msgpack": encode("msgpack", x, label),
+        "batch": encode("batch", x[None], [label]),
+    }
+
+
+@st.composite
+def undecodable(draw: st.DrawFn) -> Hostile:
+    """Bytes that break off, noise, and content types that nobody knows."""
+    name = draw(st.sampled_from(sorted(TYPE_OF)))
+    kind = draw(st.sampled_from(["cut", "noise", "type", "bomb", "lie"]))
+    good = whole(draw(pairs), draw(classes))
+    if kind == "cut":
+        return Hostile(good[name][: draw(st.integers(0, len(good[name]) - 1))], typed(name))
+    if kind == "noise":
+        return Hostile(draw(st.binary(max_size=200)), typed(name))
+    if kind == "type":
+        unknown = draw(
+            st.binary(max_size=20).filter(lambda text: text.split(b";")[0].strip().lower() not in CONTENT_TYPES)
+        )
+        return Hostile(good[name], ((CONTENT_TYPE, unknown),))
+    depth = draw(st.integers(1, 1000))
+    if kind == "bomb":
+        bombs = {
+            "json": b"[" * depth + b"]" * depth,
+            "msgpack": b"\x91" * depth + b"\0",
+            "batch": b"\x81\xa1a" * depth + b"\0",
+        }
+        return Hostile(bombs[name], typed(name))
+    lies = [head + b"\xff\xff\xff\xff" for head in (b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9")]
+    lie = draw(st.sampled_from(lies)) + draw(st.binary(max_size=20))
+    return Hostile(lie, typed(draw(st.sampled_from(["msgpack", "batch"]))))
+
+
+@st.composite
+def misshapen(draw: st.DrawFn) -> Hostile:
+    """Well-formed records whose samples have another shape, dtype, label or task, or are not finite."""
+    x: Any = draw(pairs)
+    y: Any = draw(classes)
+    tree: dict[str, Any] = {}
+    kind = draw(
+        st.sampled_from(["length", "nested", "finite", "label", "unlabelled", "task", "dtype", "blank", "binary"])
+    )
+    if kind == "length":
+        x = draw(st.lists(numbers, max_size=6).filter(lambda found: len(found) != 2))
+    elif kind == "nested":
+        x = draw(
+            st.sampled_from([[[1], [1, 2]], [[1, 2]], [1, None], [1, "2"], "12", 7, None, {"0": 1}, [[], []], [1, [2]]])
+        )
+    elif kind == "finite":
+        x = [draw(not_finite | st.just(1e300)), x[1]]
+    elif kind == "label":
+        y = draw(bad_labels)
+    elif kind == "task":
+        tree["task"] = draw(
+            st.one_of(st.text(max_size=9), st.integers(0, 9), st.none()).filter(lambda name: name != TOPIC)
+        )
+    elif kind == "dtype":
+        x = np.array(x, np.float32).tobytes()
+        tree["dtype"] = draw(st.sampled_from(["float64", "uint8", "object", "", 3, None, "O", "f4,f4"]))
+    elif kind == "blank":
+        return Hostile(whole(x, y)["json"] + b" " * MAX_BYTES, typed("json"))
+    elif kind == "binary":
+        x = np.array([draw(not_finite), 0], np.float32).tobytes() + draw(st.sampled_from([b"", b"\0"]))
+    tree |= {"x": x} if kind == "unlabelled" else {"x": x, "y": y}
+    if kind != "nested" and isinstance(x, list) and draw(st.booleans()):
+        try:
+            return Hostile(orjson.dumps(tree), typed("json"))
+        except TypeError:  # JSON has no such label
+            pass
+    return Hostile(msgpack.packb(tree), typed("msgpack"))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Hostile:
+    """Batch records that are truncated inside, or in which every sample is bad."""
+    count = draw(st.integers(1, 5))
+    x = np.array(draw(st.lists(pairs, min_size=count, max_size=count)), np.float32)
+    y: Any = draw(st.lists(classes, min_size=count, max_size=count))
+    kind = draw(st.sampled_from(["labels", "finite", "x", "y", "shape"]))
+    if kind == "labels":
+        y = draw(st.lists(bad_labels, min_size=count, max_size=count))
+        tree = {"x": x.tobytes(), "dtype": "float32", "shape": [count, 2], "y": y}
+        return Hostile(msgpack.packb(tree), typed("batch"), samples=count)
+    if kind == "finite":
+        x[:, draw(st.integers(0, 1))] = draw(not_finite)
+        return Hostile(encode("batch", x, y), typed("batch"), samples=count)
+    tree = msgpack.unpackb(encode("batch", x, y))
+    if kind == "shape":
+        counts: list[Any] = [[count], [-1, 2], [0, 2], [count + 1, 2], [2**40, 2], [1.0, 2], [True, 2, 2]]
+        shapes = [*counts, [count, 2, 1], "ab", None, 3]
+        tree["shape"] = draw(st.sampled_from(shapes))
+    else:
+        tree[kind] = tree[kind][: draw(st.integers(0, len(tree[kind]) - 1))]
+    return Hostile(msgpack.packb(tree), typed("batch"))
+
+
+names = st.one_of(
+    st.text(max_size=10).filter(lambda name: name not in {CONTENT_TYPE, CONTROL}),
+    st.sampled_from([USE, PREFIX + "topic", PREFIX + "key", PREFIX + "value-in", PREFIX + "replayed-to", "", "n\0"]),
+)
+values = st.one_of(st.binary(max_size=20), st.just(PROBE))
+hostile = st.builds(
+    lambda record, key, headers: Hostile(record.value, (*record.headers, *headers), key, record.samples),
+    st.one_of(undecodable(), misshapen(), batches(), st.just(Hostile(None, ()))),
+    st.none() | st.binary(max_size=20),
+    st.lists(st.tuples(names, values), max_size=4),
+)
+
+
+class Unattended:
+    """The loop's control where nobody asks for anything."""
+
+    stopping = False
+    paused = False
+
+    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        """Have nothing to answer."""
+
+    def wait(self, seconds: float) -> None:
+        """Have nothing to wait for."""
+
+
+def learn(directory: Path, records: list[Hostile]) -> Job:
+    """Publish records and good samples among them, in places that the seed alone decides; learn them all."""
+    directory.mkdir()
+    tree = {
+        "state_dir": directory / "state", "embedded": {"path": directory / "topics.sqlite"}, "device": "cpu",
+        "input": {"shape": [2]}, "classes": [0, 1, 2, 3], "holdout": {"fraction": 0.1}, "model": {"name": "mlp", "hidden": [8]},
+        "stream": {
+            "topics": [TOPIC], "on_finished": "exit", "batch_size": 20, "max_record_bytes": MAX_BYTES,
+            "dead_letter": {"burst": None},
+        },
+        "strategy": {"er": {"budget": 50}, "si": {}}, "learner": {"updates_per_batch": 2},
+    }  # fmt: skip
+    sink = EmbeddedSink(directory / "topics.sqlite")
+    sink.create_topic(TOPIC, 1)
+    after = np.sort(np.random.default_rng(SEED).integers(0, GOOD + 1, len(records)))
+    chance = np.random.default_rng(SEED + 1)
+    at = 0
+    for place in range(GOOD + 1):
+        while at < len(records) and after[at] == place:
+            sink.append(TOPIC, 0, records[at].value, key=records[at].key, headers=records[at].headers)
+            at += 1
+        if place < GOOD:
+            label = int(chance.integers(0, 4))
+            sink.append(TOPIC, 0, encode("json", chance.normal(label, 1, 2).astype(np.float32), label))
+    sink.append(TOPIC, 0, TASK_END, headers=((CONTROL, TASK_END),))
+    sink.close()
+    config = Config.model_validate(tree, context={"recipes": RECIPES})
+    job = Job.make(config, Store(config.state_dir), Metrics())
+    stream = daemon.make_stream(job)
+    stream.start()
+    try:
+        loop.run(job, stream, Unattended())
+        assert job.save(stream, "shutdown") is not None
+    finally:
+        stream.stop()
+    return job
+
+
+def learned(job: Job) -> dict[str, bytes]:
+    """Return every bit of what was learned and kept."""
+    files, rest, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
+    bits = {f"{name}:{key}": tensor.numpy().tobytes() for name, file in files.items() for key, tensor in file.items()}
+    return {**bits, "rest": orjson.dumps([rest, job.matrix.state_dict()], option=orjson.OPT_NON_STR_KEYS)}
+
+
+def drawn(start: int, count: int) -> list[Hostile]:
+    """Return so many records that a seed makes."""
+    records: list[Hostile] = []
+
+    @seed(start)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(hostile)
+    def collect(record: Hostile) -> None:
+        records.append(record)
+
+    collect()
+    return records
+
+
+def test_hostile_records_change_nothing(tmp_path: Path) -> None:
+    """Every one is a letter for each of its samples, with its bytes, key and headers; what is learned has the same bits."""
+    print(f"seed {SEED}, {COUNT} records")
+    records = [record for first in range(0, COUNT, ROUND) for record in drawn(SEED + first, min(ROUND, COUNT - first))]
+    assert len(records) >= 0.9 * COUNT
+    expected, job = learn(tmp_path / "good", []), learn(tmp_path / "bad", records)
+    log = EmbeddedLog(tmp_path / "bad" / "topics.sqlite")
+    log.connect()
+    published = {record.offset: record for record in letters.read(log, TOPIC)}
+    bad = [record for record in published.values() if record.offset != len(published) - 1 and not usable(record)]
+    found: dict[int, list[Record]] = {}
+    for letter in letters.read(log, "streamlearn.dlq"):
+        found.setdefault(int(letter.header(PREFIX + "offset") or b"-1"), []).append(letter)
+    log.close()
+
+    assert sorted(found) == [record.offset for record in bad]
+    assert len(bad) == len(records)
+    for sent, record in zip(records, bad, strict=True):
+        own = found[record.offset]
+        keys = [f"{TOPIC}-0-{record.offset}-{index}".encode() for index in range(sent.samples)]
+        assert [letter.key for letter in own] == keys, sent
+        assert [letter.value for letter in own] == [sent.value] + [None] * (sent.samples - 1)
+        assert own[0].header(PREFIX + "key") == sent.key
+        kept = tuple(header for header in sent.headers if not header[0].startswith(PREFIX))
+        assert letters.original_headers(own[0]) == kept
+        assert {(letter.header(PREFIX + "reason") or b"").decode() for letter in own} <= set(REASONS)
+
+    totals = job.progress.totals()
+    assert totals["rejected"] == sum(record.samples for record in records)
+    assert totals["trained"] + totals["held_out"] == GOOD
+    assert job.progress.unaccounted() == {}
+    assert (job.progress.labels, job.learner.step) == (expected.progress.labels, expected.learner.step)
+    assert job.learner.step > 0
+    assert learned(job) == learned(expected)
+
+
+def usable(record: Record) -> bool:
+    """Tell the good samples apart: the only records without key and headers that have a value."""
+    return record.key is None and not record.headers and record.value is not None
+
+
+CATALOGUE: dict[str, tuple[bytes | None, Headers]] = {
+    "decode": (b"\xff\xfe", TYPED),
+    "decode tombstone": (None, ()),
+    "decode type": (b"{}", ((CONTENT_TYPE, b"\xff"),)),
+    "decode bomb": (b"[" * 100_000, TYPED),
+    "decode truncated batch": (encode("batch", np.zeros((3, 1), np.float32), [0, 1, 0])[:-5], typed("batch")),
+    "schema": (b"[1]", TYPED),
+    "schema label": (b'{"x": [1], "y": ' + b"[" * 900 + b"]" * 900 + b"}", TYPED),
+    "shape": (b'{"x": [1, 2], "y": 1}', TYPED),
+    "shape batch": (msgpack.packb({"x": b"\0" * 8, "shape": [3, 1], "y": [0, 1, 0]}), typed("batch")),
+    "nonfinite": (msgpack.packb({"x": [float("nan")], "y": 1}), typed("msgpack")),
+    "label_range": (b'{"x": [1], "y": 99}', (*TYPED, (USE, PROBE))),
+    "missing_label": (b'{"x": [1]}', TYPED),
+    "unknown_task": (b'{"x": [1], "y": 1, "task": "other"}', TYPED),
+    "oversize": (b" " * 300_000, (*TYPED, ("", b""), ("twice", b"1"), ("twice", b"\xff"), ("n\u00e4me", b"x" * 9000))),
+}
+
+
+def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> None:
+    """No position may be saved before the letters are acknowledged; then each has the bytes, the reason, and its own key."""
+    a = world.topic("a", [0, 1], marker=False)
+    for place, (value, headers) in enumerate(CATALOGUE.values()):
+        world.sink.append(a, 0, value, key=b"key %d" % place, headers=headers)
+    world.send(a, 2.0, 0)
+    world.sink.flush()
+    unwilling = Unwilling(world.sink)
+    spec: dict[str, Any] = {"topics": [a], "on_finished": "wait", "classes": [0, 1], "max_record_bytes": 200_000}
+    progress = Progress()
+    stream = world.stream(**spec, sink=unwilling)
+    until(stream, lambda _: stream.status.problem is not None, progress)
+    assert world.read_all("dlq") == []
+    with pytest.raises(Exception, match="the topic is full"):
+        stream.settle()
+    stream.stop()  # as a crash would: nothing of it was saved
+    world.mark(a)
+
+    progress = Progress()
+    stream = world.stream(**{**spec, "on_finished": "exit"})
+    assert places(everything(stream, progress)) == [[0, 1, 2]]
+    stream.settle()
+    found = world.read_all("dlq")
+    assert [letter.key for letter in found] == [f"{a}-0-{offset}-0".encode() for offset in range(2, 2 + len(CATALOGUE))]
+    assert [letter.value for letter in found] == [value for value, _ in CATALOGUE.values()]
+    assert [letters.original_headers(letter) for letter in found] == [headers for _, headers in CATALOGUE.values()]
+    reasons = [(letter.header(PREFIX + "reason") or b"").decode() for letter in found]
+    assert reasons == [name.split()[0] for name in CATALOGUE]
+    assert [letter.header(PREFIX + "key") for letter in found] == [b"key %d" % n for n in range(len(CATALOGUE))]

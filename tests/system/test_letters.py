@@ -1,0 +1,218 @@
+"""`streamlearn dlq` and a burst of rejects, as operators meet them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+
+from streamlearn.config import Kafka
+from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.kafka import KafkaSink
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
+from tests.support import jobs
+from tests.system.test_daemon import cli, get, one_line, scrape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from streamlearn.stream.log import Sink
+
+SMALL: dict[str, Any] = {
+    "input": {"shape": [2], "dtype": "float32", "scale": 1},
+    "classes": [0, 1],
+    "model": {"name": "mlp", "hidden": [8]},
+    "strategy": "er",
+}
+BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+BAD = b'{"x": [1, 2], "y": 7, "note": "\xc2\x9b2J"}'
+
+
+def send(sink: Sink, topic: str, labels: list[int]) -> None:
+    """Publish samples, one a record."""
+    for place, label in enumerate(labels):
+        sink.append(topic, 0, encode("json", np.array([label, place / 100], np.float32), label))
+
+
+def mark(sink: Sink, topic: str) -> None:
+    """Publish a task's end."""
+    sink.append(topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
+    sink.flush()
+
+
+@dataclass
+class Rejecting:
+    """A configuration whose daemon has learned four samples of one topic and rejected three, and a further topic."""
+
+    config: Path
+    over: dict[str, Any]
+    sink: Sink
+    a: str
+    b: str
+    dead: str
+
+
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rejecting]:
+    """Reject a sample of its own record, and two of a batch record."""
+    prefix = f"dlq{time.time_ns()}-"
+    a, b, dead = prefix + "a", prefix + "b", prefix + "dlq"
+    over = {**SMALL, "stream": {"topics": [a], "dead_letter": {"topic": dead}}}
+    if request.param == "kafka":
+        over["kafka"] = {"bootstrap_servers": request.getfixturevalue("bootstrap"), "metadata_refresh_seconds": 1}
+    config = jobs.write_config(tmp_path, **over)
+    sink: Sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    if request.param == "kafka":
+        sink = KafkaSink(Kafka.model_validate(over["kafka"]))
+    none = cli("dlq", "list", config)
+    assert (none.returncode, none.stdout, one_line(none)) == (0, "", f"no dead letters in topic {dead}")
+
+    for name in (a, b):
+        sink.create_topic(name, 1)
+    send(sink, a, [0, 1])
+    sink.append(a, 0, BAD, key=b"k", headers=(("mine", b"\x1b[1m"),))
+    sink.append(a, 0, encode("batch", np.zeros((4, 2), np.float32), [0, 8, 1, 9]), headers=BATCH)
+    mark(sink, a)
+    checkpoint = jobs.run_to_end(config)
+    assert checkpoint.read_json("status.json")["samples"]["trained"] == 4
+
+    yield Rejecting(config, over, sink, a, b, dead)
+    sink.close()
+
+
+def test_letters_are_listed_and_shown(rejecting: Rejecting, tmp_path: Path) -> None:
+    """What the daemon rejected is read by commands alone, down to the record's own bytes."""
+    config, a, dead = rejecting.config, rejecting.a, rejecting.dead
+    listed = cli("dlq", "list", config)
+    assert listed.returncode == 0, listed.stderr
+    *lines, summary = listed.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"{a}-0-2-0", f"{a}-0-3-1", f"{a}-0-3-3"]
+    assert summary == f"{a}: 3 label_range"
+    tree = json.loads(cli("dlq", "list", config, "--json", "--limit", "1").stdout)
+    letter = tree["letters"].pop()
+    assert tree == {
+        "topic": dead,
+        "letters": [],
+        "summary": [{"topic": a, "reason": "label_range", "letters": 3}],
+        "hidden": 0,
+    }
+    assert {key: letter[key] for key in ("key", "index", "samples", "attempts", "replayed")} == {
+        "key": f"{a}-0-3-3", "index": 3, "samples": 4, "attempts": 0, "replayed": False,
+    }  # fmt: skip
+
+    shown = cli("dlq", "show", config, f"{a}-0-2-0").stdout
+    assert "label 7 has no output; accepted: 0, 1" in shown
+    assert r"header     mine: \x1b[1m" in shown
+    assert r"\x9b2J" in shown  # nothing that a terminal obeys
+    assert "\x9b" not in shown
+    command = [sys.executable, "-m", "streamlearn", "dlq", "show", str(config), f"{a}-0-2-0", "--value"]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == BAD
+    cli("dlq", "show", config, f"{a}-0-3-3", "--output", tmp_path / "value")
+    assert (tmp_path / "value").read_bytes() == encode("batch", np.zeros((4, 2), np.float32), [0, 8, 1, 9])
+    unknown = cli("dlq", "show", config, f"{a}-0-9-0")
+    assert (unknown.returncode, one_line(unknown)) == (1, f"streamlearn: no letter {a}-0-9-0 in topic {dead}")
+
+
+def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> None:
+    """Only what was not learned is sent, only when somebody says so, and never a second time."""
+    config, over, b = rejecting.config, rejecting.over, rejecting.b
+    assert cli("dlq", "replay", config, "--to", b, "--dry-run").stdout == f"3 samples would be sent to {b}\n"
+    alone = cli("dlq", "replay", config, "--to", b, stdin=subprocess.DEVNULL)
+    assert (alone.returncode, "--yes sends them" in one_line(alone)) == (2, True)
+    assert cli("dlq", "replay", config, "--to", b, "--yes").stdout == f"3 samples sent to {b}\n"
+    assert cli("dlq", "replay", config, "--to", b, "--yes").stdout == "nothing to send\n"
+    assert cli("dlq", "list", config).stdout == "3 more were replayed (--all shows them)\n"
+    assert len(cli("dlq", "list", config, "--all").stdout.splitlines()) == 4
+    over["stream"]["topics"] = [b]
+    other = jobs.write_config(tmp_path / "other", **{**over, "classes": [7, 8, 9], "name": "other"})
+    tree = yaml.safe_load(other.read_text())
+    tree["embedded"]["path"] = str(tmp_path / "topics.sqlite")
+    other.write_text(yaml.safe_dump(tree))
+    mark(rejecting.sink, b)
+    again = jobs.run_to_end(other).read_json("status.json")
+    assert (again["samples"]["trained"], again["samples"]["rejected"], again["labels"]) == (3, 0, [7, 8, 9])
+
+
+def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
+    """On a terminal `replay` says how many samples go where, and sends none unless it is told to."""
+    config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink.create_topic("a", 1)
+    send(sink, "a", [0, 9])
+    mark(sink, "a")
+    sink.close()
+    jobs.run_to_end(config)
+    for answer, code, said in ((b"n\n", 1, "Aborted"), (b"y\n", 0, "1 samples sent to a")):
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "streamlearn", "dlq", "replay", str(config)]
+        with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            os.write(ours, answer)
+            text = process.communicate(timeout=60)[0].decode()
+        os.close(ours)
+        os.close(theirs)
+        assert (process.returncode, "Send 1 samples to a?" in text, said in text) == (code, True, True), text
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    """What is asked for and is not there is said, with the code of its kind, and nothing is made."""
+    config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
+    missing = cli("dlq", "list", config)
+    path = tmp_path / "topics.sqlite"
+    assert (missing.returncode, one_line(missing)) == (74, f"streamlearn: {path}: no such file")
+    assert not path.exists()
+    EmbeddedSink(path).close()
+    mistakes: list[tuple[list[Path | str], int, str]] = [
+        (["list", config, "--reason", "bad"], 2, "--reason is 'bad'; expected one of decode, schema"),
+        (["replay", config, "--key", "a-0-0-0"], 1, "no letter a-0-0-0 to be sent in topic job.dlq"),
+        (["replay", config, "--to", "job.dlq"], 2, "that is the dead-letter topic itself"),
+    ]
+    for arguments, code, text in mistakes:
+        done = cli("dlq", *arguments)
+        assert (done.returncode, text in one_line(done)) == (code, True), done.stderr
+
+
+@pytest.mark.parametrize("how", ["resume", "kill"])
+def test_a_burst_makes_the_daemon_unready_until_it_is_acknowledged(tmp_path: Path, how: str) -> None:
+    """A changed schema stops the reading with one line; after `resume`, or a restart, all is learned as without a pause."""
+    spec = {"topics": ["a"], "batch_size": 20}
+    paused = jobs.write_config(tmp_path / "a", **SMALL, stream={**spec, "dead_letter": {"burst": 25}})
+    plain = jobs.write_config(tmp_path / "b", **SMALL, stream={**spec, "dead_letter": {"burst": None}})
+    for directory in ("a", "b"):
+        sink = EmbeddedSink(tmp_path / directory / "topics.sqlite")
+        sink.create_topic("a", 1)
+        send(sink, "a", [0, 1] * 35 + [5] * 40 + [1, 0] * 40)  # ten samples wait for their batch at the burst
+        mark(sink, "a")
+        sink.close()
+    expected = jobs.run_to_end(plain)
+    with jobs.Daemon(paused) as daemon:
+        status = daemon.until(lambda status: status.get("problem") is not None)
+        assert status["problem"] == (
+            "a[0] offset 94: 25 samples in a row were rejected, mostly label_range (label 5 has no output; "
+            "accepted: 0, 1); mend the producer or the configuration, then `streamlearn resume`"
+        )
+        code, checks = get(f"{daemon.http}/readyz")
+        assert (code, checks["checks"]["stream"]["ok"]) == (503, False)
+        assert get(f"{daemon.http}/healthz")[0] == 200
+        assert scrape(daemon.http)["up_ready", ()] == 0
+        assert cli("dlq", "list", paused).stdout.splitlines()[-1] == "a: 25 label_range"
+        if how == "resume":
+            assert cli("resume", "--state", daemon.state).stdout == "running\n"
+            assert daemon.finish() == 0, daemon.tail()
+        else:
+            daemon.until(lambda status: status.get("checkpoint") is not None)
+            daemon.kill()
+    actual = jobs.run_to_end(paused)
+    assert jobs.differences(expected, actual) == []
+    assert actual.read_json("status.json")["samples"]["rejected"] == 40
+    assert cli("dlq", "list", paused).stdout.splitlines()[-1] == "a: 40 label_range"
