@@ -52,7 +52,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "consumer_lag_seconds": ("Age of the newest applied record while the topic has lag, else 0.", ("topic",)),
     "consumer_committed_offset": ("Next offset of the last durable checkpoint.", ("topic", "partition")),
     "consumer_assigned_partitions": ("Partitions that are read now.", ()),
-    "consumer_paused": ("1 while reading is paused, by back-pressure or by an operator.", ()),
+    "consumer_paused": ("1 while an operator has paused learning.", ()),
     "broker_connected": ("1 while the log answers.", ()),
     "broker_last_contact_timestamp_seconds": ("Unix time of the log's last answer.", ()),
     "train_loss": ("Training loss of the current task, exponentially smoothed over batches.", ("task",)),
