@@ -252,8 +252,7 @@ class Store:
                 doomed = self.root / f".del-{checkpoint.id}"
                 try:
                     checkpoint.path.rename(doomed)
-                except OSError as error:  # what is to be kept is safe; another process may have been faster
-                    log.warning("%s: cannot be removed: %s", checkpoint.path, error.strerror)
+                except FileNotFoundError:  # another process was faster
                     continue
                 shutil.rmtree(doomed, ignore_errors=True)
         return gone
