@@ -197,8 +197,8 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"class": (86.0, 5.0)},
             {"gem": {"memory": 256, "margin": 0.5}},
             optimizer("sgd", 0.1),
-            note="The accuracy at the end is theirs. Ours learns each task better at once, 85.7 on average where theirs, by their "
-            "two figures, is 81: less is left to gain by later tasks, hence the smaller backward transfer.",
+            note="The accuracy at the end is theirs. Ours learns each task better at once, 85.7 on average where theirs, "
+            "by their two figures, is 81: less is left to gain by later tasks, hence the smaller backward transfer.",
         ),
         Row(
             "shuffled",
