@@ -133,7 +133,7 @@ class Store:
     def find(self, name: str, *files: str) -> Checkpoint:
         """Return a checkpoint by id or sequence number, or as `latest` the newest whose manifest and `files` are sound.
 
-        Raises `Broken` where the one that is named is, and `StreamlearnError` if there is none.
+        Raises `Broken` where the one that is named is, and `StreamlearnError` if there is none, or a later version wrote it.
         """
         paths = self.paths()
         for path in paths:
@@ -163,7 +163,6 @@ class Store:
         broken = 0
         for path in self.paths():
             try:
-                _check_format(path)
                 checkpoint = _load(path)
                 checkpoint.verify()
             except Broken as error:
@@ -259,10 +258,9 @@ class Store:
 
     def _check_space(self, num_bytes: int) -> None:
         free = shutil.disk_usage(self.root).free
-        if free < num_bytes + SPARE_BYTES:
+        if free < (needed := num_bytes + SPARE_BYTES):
             raise StreamlearnError(
-                f"{self.root}: a checkpoint of {num_bytes / 1e6:.1f} MB needs more than the {free / 1e6:.1f} MB that are free",
-                code=74,
+                f"{self.root}: {free / 1e6:.1f} MB are free, and a checkpoint needs {needed / 1e6:.1f} MB here", code=74
             )
 
     def _corrupt(self) -> Iterator[Path]:
@@ -315,7 +313,8 @@ def _check_format(path: Path) -> None:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Return a checkpoint; raises `Broken` where its manifest cannot be read."""
+    """Return a checkpoint; raises `Broken` where its manifest cannot be read, `StreamlearnError` (78) of a later format."""
+    _check_format(path)
     if (checkpoint := _parse(path)) is None:
         raise Broken(f"{path / MANIFEST}: cannot be read", code=74)
     return checkpoint

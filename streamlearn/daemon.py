@@ -283,6 +283,9 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             log.info("audit: %s", line)
         log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)
+    if job.progress.positions != job.saved:
+        last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
+        raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
 
 
 def out_of_memory(error: Exception) -> bool:

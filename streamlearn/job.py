@@ -122,13 +122,13 @@ class Job:
         spec = self.config.divergence
         recovered = self.learner.batches - self._restored_batches >= RECOVERED * spec.after
         rollbacks = 1 if recovered else self.rollbacks + 1
-        older = self.store.before(self.restored) if rollbacks > 1 and self.restored is not None else None
-        exhausted = rollbacks > spec.attempts or (rollbacks > 1 and older is None and any(self.store.paths()))
-        if spec.then == "stop" or exhausted:
+        if spec.then == "stop" or rollbacks > spec.attempts:
             what = "" if spec.then == "stop" else f" after {rollbacks - 1} rollbacks"
             raise Diverged(f"{error}{what}: lower learner.optimizer.lr, or see what the stream holds") from error
-        if older is not None:
-            self.store.restore(older.id)
+        if (
+            rollbacks > 1 and self.restored is not None
+        ):  # where none is older, to it again: nothing since is to be trusted
+            self.store.restore((self.store.before(self.restored) or self.restored).id)
         job = Job.make(self.config, self.store, self.metrics)
         job.rollbacks, job.started = rollbacks, self.started
         job.restore()
@@ -235,7 +235,7 @@ class Job:
             return False
         try:
             self._load(checkpoint)
-        except StreamlearnError:
+        except (StreamlearnError, MemoryError):
             raise
         except Exception as error:  # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error

@@ -35,6 +35,8 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
             found = store.find(path.name)
         except Broken as error:
             print_error(f"{path.name}: broken: {error}")
+        except StreamlearnError as error:
+            print_error(f"{path.name}: {error}")
         else:
             rows.append({**found.summary(), **{key: found.manifest.get(key) for key in ("average_accuracy", "parent")}})
     if json_:

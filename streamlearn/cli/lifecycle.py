@@ -26,7 +26,7 @@ from streamlearn.cli.common import (
     print_json,
 )
 from streamlearn.data import StreamlearnError, audit
-from streamlearn.service.client import Client, held, is_locked, read_hints
+from streamlearn.service.client import Client, ended_well, held, is_locked, read_hints
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,15 +126,17 @@ def stop(
         if hints is None or not hints.is_alive:
             raise
         os.kill(hints.pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout
+    deadline, forced = time.monotonic() + timeout, False
     while is_locked(directory):
         if time.monotonic() > deadline:
             if not force or hints is None or not hints.is_alive:
                 raise StreamlearnError(f"still running after {timeout:.0f} s; --force kills it", code=75)
             os.kill(hints.pid, signal.SIGKILL)
             deadline = time.monotonic() + 10
-            force = False
+            force, forced = False, True
         time.sleep(0.05)
+    if not forced and not ended_well(directory):
+        raise StreamlearnError("it ended, and not as it should: its log says why, and what was not saved", code=74)
     typer.echo("stopped")
 
 

@@ -57,6 +57,14 @@ def read_hints(state_dir: Path) -> Hints | None:
         return None
 
 
+def ended_well(state_dir: Path) -> bool:
+    """Tell whether the last daemon of a state directory noted that it ended as it should, everything saved."""
+    try:
+        return "ended" in json.loads((state_dir / "daemon.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def is_locked(state_dir: Path) -> bool:
     """Tell whether a daemon holds the state directory; raises `StreamlearnError` (77) where that may not be asked."""
     try:

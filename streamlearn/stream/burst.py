@@ -46,5 +46,5 @@ class Burst:
         reason, _ = self._reasons.most_common(1)[0]
         return (
             f"{self._place}: {self.length} samples in a row were rejected, mostly {reason} ({self._examples[reason]}); "
-            "mend the producer or the configuration, then `streamlearn resume`"
+            "mend the producer or the configuration, then `streamlearn resume`, or start it again where it has ended"
         )

@@ -24,6 +24,7 @@ from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.kafka import KafkaSink
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
+from tests.system.test_daemon import cli, one_line
 from tests.unit.test_job import made
 
 if TYPE_CHECKING:
@@ -205,3 +206,24 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
             assert daemon.stop() == 0
         ends.append(Store(daemon.state).all()[0])
     assert jobs.differences(*ends) == []
+
+
+def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
+    """Where the last checkpoint cannot be written, daemon and `stop` end with 74 and one line: nothing is silent."""
+    config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": 10_000})
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 100, markers=False)
+    with jobs.Daemon(config) as daemon:
+        daemon.until(partial(trained, 500))
+        checkpoints = daemon.state / "checkpoints"
+        checkpoints.rename(daemon.state / "aside")
+        checkpoints.write_text("in the way")
+        done = cli("stop", "--state", daemon.state)
+        assert (done.returncode, one_line(done)) == (
+            74,
+            "streamlearn: it ended, and not as it should: its log says why, and what was not saved",
+        )
+        assert daemon.finish(60) == 74
+    log = daemon.log.read_text()
+    assert "what was learned since " in log
+    assert "could not be saved, and will be learned again" in log
+    assert "Traceback" not in log

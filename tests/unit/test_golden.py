@@ -70,4 +70,7 @@ def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StreamlearnError, match=rf"has format {FORMAT + 1}, of a later streamlearn") as caught:
         job.store.newest_sound()
     assert caught.value.code == 78
+    for name in ("latest", job.checkpoint.id):  # every command refuses it as the daemon does
+        with pytest.raises(StreamlearnError, match=r"of a later streamlearn"):
+            job.store.find(name)
     assert job.checkpoint.path.is_dir()

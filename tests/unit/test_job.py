@@ -101,18 +101,18 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog:
 
 
 def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
-    """The first rollback is to the newest checkpoint, the second to the one before it, each at a slower rate; then none."""
+    """The first rollback is to the newest checkpoint, the second to the one before it, each at a slower rate."""
     job, stream = made(tmp_path)
     for _ in range(2):
         job.save(stream, "manual")
         job.collect(stream, wait=True)
     rate, gone_to = job.learner.optimizer.lr, []
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
         assert job.checkpoint is not None
         gone_to.append(job.checkpoint.origin)
         assert job.learner.optimizer.lr == rate * 0.5**attempt
-    assert gone_to == ["ckpt-000000000002", "ckpt-000000000001"]
+    assert gone_to == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
     assert job.store.newest_sound() == job.checkpoint
-    with pytest.raises(Diverged, match=r"no after 2 rollbacks: lower learner\.optimizer\.lr"):
+    with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):
         job.roll_back(Diverged("no"))
