@@ -131,7 +131,11 @@ stream of a task is its training set, newly shuffled each time. MNIST's test set
             {"er": {**MEMORY, "ratio": 1.0, "balance": "tasks"}},
         ),
         Row(
-            "A-GEM", tdc(98.54, 87.7, 65.1), {"agem": {**MEMORY, "momentum": "allow"}}, note="With Adam, as published."
+            "A-GEM",
+            tdc(98.54, 87.7, 65.1),
+            {"agem": {**MEMORY, "momentum": "allow"}},
+            note="With Adam, as published. The class-incremental figure falls short, and why is not known yet: it is not which "
+            "outputs compete; 1e-7 added to the reference's squared norm gave 48.8 for 39.3 at 0.3 of the work, one seed.",
         ),
         Row(
             "MAS",
@@ -197,8 +201,8 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"class": (86.0, 5.0)},
             {"gem": {"memory": 256, "margin": 0.5}},
             optimizer("sgd", 0.1),
-            note="The accuracy at the end is theirs. Ours learns each task better at once, 85.7 on average where theirs, "
-            "by their two figures, is 81: less is left to gain by later tasks, hence the smaller backward transfer.",
+            note="Ours learns each task better at once, 86 on average where theirs, by their two figures, is 81: less is left "
+            "to gain by later tasks. One of three seeds loses six points, which is not explained yet.",
         ),
         Row(
             "shuffled",
