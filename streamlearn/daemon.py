@@ -269,7 +269,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
         if not out_of_memory(error):
             raise
         job.metrics.count("out_of_memory", 1)
-        raise StreamlearnError(f"out of memory: {str(error).splitlines()[0]:.200}", code=75) from error
+        raise StreamlearnError(f"out of memory: {error!r:.200}", code=75) from error
     finally:
         job.state = "draining"
         desk.publish(job, stream)

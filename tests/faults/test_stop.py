@@ -161,14 +161,21 @@ def test_a_listener_that_dies_ends_the_loop(tmp_path: Path) -> None:
         desk.serve(job, stream, idle=True)
 
 
-def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update that the device has no room for may have changed half of the model: the newest checkpoint stays in force."""
+def from_torch(*_: object) -> None:
+    """Ask torch for more than there is."""
+    torch.empty(1 << 60)
+
+
+def from_python(*_: object) -> None:
+    """Fail as the interpreter does: without a word."""
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [from_torch, from_python])
+def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: object) -> None:
+    """An update that there is no room for may have changed half of the model: the newest checkpoint stays in force."""
     job, stream = made(tmp_path)
     job.torn = True
-
-    def fail(*_: object) -> None:
-        torch.empty(1 << 60)
-
     monkeypatch.setattr("streamlearn.loop.run", fail)
     desk = Desk(job.config, Metrics())
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:

@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that counts who gets through."""
+"""A TCP relay on loopback that counts who gets through, and, unlike `Proxy`, hands on what comes with a connection's end."""
 
 from __future__ import annotations
 
