@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint import Store
-from streamlearn.data import Progress, StreamlearnError, audit
+from streamlearn.data import Progress, StreamlearnError, audit, out_of_memory
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import control as control_routes
 from streamlearn.service.api import read_only
@@ -269,7 +269,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
         if not out_of_memory(error):
             raise
         job.metrics.count("out_of_memory", 1)
-        raise StreamlearnError(f"out of memory: {error!r:.200}", code=75) from error
+        raise StreamlearnError.of_memory(error) from error
     finally:
         job.state = "draining"
         desk.publish(job, stream)
@@ -286,15 +286,6 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     if job.progress.positions != job.saved:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
         raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Tell whether the host or the device had no memory left; torch says so of a device by a type, of the host by words."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
 
 
 def make_stream(job: Job) -> Stream:

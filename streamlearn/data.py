@@ -55,6 +55,20 @@ class StreamlearnError(Exception):
         code = 77 if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else 74
         return cls(reason if name is None else f"{name}: {reason}", code=code)
 
+    @classmethod
+    def of_memory(cls, error: Exception) -> Self:
+        """Return that there was no memory left (75), with what was asked for where it is known."""
+        return cls(f"out of memory: {error!r:.200}", code=75)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether the host or the device had no memory left; torch says so of a device by a type, of the host by words."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn import __version__, state
-from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError
+from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learner import Learner, make_learner
@@ -235,9 +235,12 @@ class Job:
             return False
         try:
             self._load(checkpoint)
-        except (StreamlearnError, MemoryError):
+        except StreamlearnError:
             raise
-        except Exception as error:  # its hashes are right and its content is not: no version of this program wrote it
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
@@ -303,6 +306,17 @@ class Job:
 
     def _check_fit(self, checkpoint: Checkpoint) -> None:
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
+        for key in sorted(set(ours) - set(theirs)):
+            recipe, _, parameter = key.rpartition(".")
+            if recipe.startswith("strategy.") and any(known.startswith(f"{recipe}.") for known in theirs):
+                log.warning(
+                    "%s was written by a version without %s of %s: %s from here on",
+                    checkpoint.id,
+                    parameter,
+                    recipe,
+                    ours[key],
+                )
+                theirs = {**theirs, key: ours[key]}
         lines = [
             f"{key}: the checkpoint has {theirs.get(key)!r}, the configuration {ours.get(key)!r}"
             for key in sorted({*ours, *theirs})

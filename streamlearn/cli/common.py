@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import StreamlearnError, out_of_memory
 
 if TYPE_CHECKING:
     from streamlearn.config import Config
@@ -57,6 +57,8 @@ def explain(error: Exception) -> StreamlearnError:
         return error
     if isinstance(error, OSError):
         return StreamlearnError.of_system(error)
+    if out_of_memory(error):
+        return StreamlearnError.of_memory(error)
     return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
 
 

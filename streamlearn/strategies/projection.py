@@ -2,7 +2,9 @@
 
 GEM: find the g~ nearest to g with <g~, g_k> >= 0 for the gradient g_k on the memory of every past task k. With G the matrix of
 these gradients, g~ = G^T v + g, where v minimises 1/2 v^T G G^T v + (G g)^T v subject to v >= margin (eq. 11, 13).
-A-GEM: one reference gradient r, drawn from all of the memory; where <g, r> < 0, g~ = g - <g, r> / <r, r> * r (eq. 11).
+A-GEM: one reference gradient r, drawn from all of the memory; where <g, r> < 0, g~ = g - <g, r> / (<r, r> + epsilon) * r
+(eq. 11, and epsilon as van de Ven et al. 2022 have it: where the memory is fitted almost perfectly, r is what is left of its
+hardest samples, and the step passes).
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ if TYPE_CHECKING:
 
     from streamlearn.memory import EpisodicMemory
 
-RIDGE = 1e-3  # of GEM's program, relative to the mean squared norm of its gradients
+RIDGE = 1e-3
+"""Added to GEM's program, whose gradients of neighbouring tasks may be parallel: absolute, as its authors have it."""
 
 
 class AverageProjection(Constraint):
     """A-GEM: one reference gradient a step, on samples drawn from all past tasks; branch-free, nothing waits."""
 
-    def __init__(self, world: World, memory: EpisodicMemory, *, reference: int | None) -> None:
+    def __init__(self, world: World, memory: EpisodicMemory, *, reference: int | None, epsilon: float) -> None:
         self.world = world
         self.memory = memory
         self.reference = world.batch_size if reference is None else reference
+        self.epsilon = epsilon
         self.samples_needed = memory.budget
         self._projected = torch.zeros((), dtype=torch.int64, device=world.device)
 
@@ -42,7 +46,7 @@ class AverageProjection(Constraint):
         batch = Batch(self.world.scale(drawn["x"]), drawn["y"].to(self.world.device), drawn["task"])
         reference = gradient_of(batch)
         along = dot(grads, reference)
-        factor = along.clamp(max=0) / (dot(reference, reference) + 1e-12)
+        factor = along.clamp(max=0) / (dot(reference, reference) + self.epsilon)
         torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
         self._projected += along < 0
 
@@ -118,15 +122,16 @@ class EpisodicProjection(Constraint):
 def solve(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | None:
     """Return the v >= margin that minimises 1/2 v^T `gram` v + `along`^T v, or None where it cannot be found.
 
-    With v = u + margin and gram = L L^T it is the non-negative least squares problem |L^T u + L^-1 (gram margin + along)|.
+    With v = u + margin and P = gram + ridge = L L^T it is the non-negative least squares problem
+    |L^T u + L^-1 (P margin + along)|.
     """
     from scipy.optimize import nnls
 
     size = len(along)
-    ridge = RIDGE * max(float(np.trace(gram)) / size, np.finfo(np.float64).tiny)
+    ridged = gram + RIDGE * np.eye(size)
     try:
-        root = np.linalg.cholesky(gram + ridge * np.eye(size))
-        shifted = gram @ np.full(size, margin) + along
+        root = np.linalg.cholesky(ridged)
+        shifted = ridged @ np.full(size, margin) + along
         solution, _ = nnls(root.T, -np.linalg.solve(root, shifted))
     except (np.linalg.LinAlgError, RuntimeError, ValueError):
         return None

@@ -222,13 +222,18 @@ def agem(
     selection: Selection = "reservoir",
     per_class: Positive | None = None,
     reference: Positive | None = None,
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-7,
     momentum: Momentum = "refuse",
 ) -> Slots:
-    """Averaged GEM (Chaudhry et al. 2019): one gradient on `reference` stored samples (default: as many as the batch)."""
+    """Averaged GEM (Chaudhry et al. 2019): one gradient on `reference` stored samples (default: as many as the batch).
+
+    Where its squared norm is far below `epsilon`, nothing is projected.
+    """
     from streamlearn.strategies.projection import AverageProjection
 
     del momentum
-    return {"constraint": AverageProjection(world, _memory(world, budget, selection, per_class), reference=reference)}
+    memory = _memory(world, budget, selection, per_class)
+    return {"constraint": AverageProjection(world, memory, reference=reference, epsilon=epsilon)}
 
 
 def pnn(world: World, *, max_parameters: Positive = 50_000_000) -> Slots:

@@ -38,9 +38,7 @@ def test_gem_solves_its_program(tasks: int, seed: int, margin: float, size: floa
     v = solve(gram, along, margin)
     assert v is not None
     assert (v >= margin).all()
-    ridge = RIDGE * np.trace(gram) / tasks
-    # the ridge holds v - margin, the part that is solved for
-    slope = gram @ v + along + ridge * (v - margin)
+    slope = gram @ v + along + RIDGE * v
     scale = np.abs(gram).max() * max(1.0, np.abs(v).max())
     assert (slope >= -1e-8 * scale).all()
     assert np.abs(slope * (v - margin)).max() <= 1e-7 * scale * max(1.0, np.abs(v).max())
@@ -80,7 +78,7 @@ def test_agem_projects_where_the_reference_is_harmed(sign: float) -> None:
     """A gradient against the reference ends orthogonal to it; one along it is left as it was, bit for bit."""
     torch.manual_seed(0)
     reference = torch.randn(40)
-    constraint = AverageProjection(WORLD, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None)
+    constraint = AverageProjection(WORLD, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None, epsilon=0.0)
     seen: list[int] = []
 
     def gradient_of(batch: Batch) -> list[Tensor]:
@@ -99,3 +97,19 @@ def test_agem_projects_where_the_reference_is_harmed(sign: float) -> None:
         expected = new - (new @ reference) / (reference @ reference) * reference
         torch.testing.assert_close(after, expected)
         assert abs(float(after @ reference)) < 1e-4
+
+
+def test_agem_leaves_alone_what_a_fitted_memory_says() -> None:
+    """A reference far smaller than the square root of epsilon is no reason to turn a step."""
+    torch.manual_seed(0)
+    reference, new = 1e-5 * torch.randn(40), torch.randn(40)
+    new -= (new @ reference + 1e-4) / (reference @ reference) * reference
+    ends = []
+    for epsilon in (0.0, 1e-3):
+        memory = full(EpisodicMemory(10, 1 << 20, 0), 2)
+        constraint = AverageProjection(WORLD, memory, reference=None, epsilon=epsilon)
+        grads = [new.clone()]
+        constraint.project([], grads, lambda _: [reference])
+        ends.append(grads[0])
+    assert float((ends[0] - new).norm()) > 1.0
+    torch.testing.assert_close(ends[1], new, atol=1e-4, rtol=0)
