@@ -145,17 +145,19 @@ def replay(
         if not chosen:
             typer.echo("nothing to send")
             return
-        if dry_run:
-            _tell("would be sent", chosen, to)
-            return
-        _confirm(chosen, to, yes=yes)
         sent: list[Letter] = []
-        try:
-            sent.extend(letters.replay(log, sink, dead, chosen, to))  # as far as it comes
-        finally:
-            _tell("sent", sent, to)
+        if dry_run:
+            sent.extend(letter for _, group in letters.sendable(log, dead, chosen) for letter in group)
+            _tell("would be sent", sent, to)
+        else:
+            _confirm(chosen, to, yes=yes)
+            try:
+                sent.extend(letters.replay(log, sink, dead, chosen, to))  # as far as it comes
+            finally:
+                _tell("sent", sent, to)
         if missing := len(chosen) - len(sent):
-            raise StreamlearnError(f"{missing} letters were not sent: their bytes are gone, were cut, or never were")
+            how = "cannot be sent" if dry_run else "were not sent"
+            raise StreamlearnError(f"{missing} letters {how}: their bytes are gone, were cut, or never were")
 
 
 def printable(text: str) -> str:

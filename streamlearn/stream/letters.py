@@ -12,7 +12,7 @@ from streamlearn.stream.deadletter import PREFIX
 from streamlearn.stream.log import ATTEMPT, CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from streamlearn.stream.log import Log, Record, Sink
 
@@ -140,28 +140,31 @@ def original_key(carrier: Record) -> bytes | None:
     return carrier.header(PREFIX + "key")
 
 
-def replay(log: Log, sink: Sink, topic: str, chosen: Iterable[Letter], to: str | None) -> Iterator[Letter]:
-    """Send the samples of letters again, to their own topic or another, and mark the letters; give those that were sent.
+def sendable(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, list[Letter]]]:
+    """Give the records whose samples can be sent again, each with its letters among those chosen.
 
-    One without its record's bytes is not among them: they are gone, were cut, or never were (a tombstone).
-    Raises `StreamlearnError` where something cannot be sent.
+    A letter without its record's bytes is not among them: they are gone, were cut, or never were (a tombstone).
     """
     wanted: dict[str, list[Letter]] = {}
     for letter in chosen:
         wanted.setdefault(letter.carrier, []).append(letter)
-    partitions = {name: sink.partitions(name) for name in {to or e.topic for group in wanted.values() for e in group}}
+    for record in read(log, topic):
+        key = (record.key or b"").decode(errors="replace")
+        if key in wanted and record.header(REPLAYED) is None and record.header(PREFIX + "value-in") is None:
+            letters = wanted.pop(key)
+            if record.value is not None and record.header(CUT) is None:
+                yield record, letters
 
-    def found() -> Iterator[tuple[Record, list[Letter]]]:
-        for record in read(log, topic):
-            key = (record.key or b"").decode(errors="replace")
-            if key in wanted and record.header(REPLAYED) is None and record.header(PREFIX + "value-in") is None:
-                letters = wanted.pop(key)
-                if record.value is not None and record.header(CUT) is None:
-                    yield record, letters
 
+def replay(log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None) -> Iterator[Letter]:
+    """Send what is sendable of letters to their own topic or another, and mark the letters; give those that were sent.
+
+    Raises `StreamlearnError` where something cannot be sent.
+    """
+    partitions = {name: sink.partitions(name) for name in {to or letter.topic for letter in chosen}}
     group: Group = []
     size = 0
-    for record, letters in found():
+    for record, letters in sendable(log, topic, chosen):
         group.append((record, letters))
         size += len(record.value or b"")
         if len(group) == GROUP_RECORDS or size >= GROUP_BYTES:

@@ -144,6 +144,25 @@ def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> No
     assert (again["samples"]["trained"], again["samples"]["rejected"], again["labels"]) == (3, 0, [7, 8, 9])
 
 
+def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
+    """A tombstone's letter has nothing to send: `--dry-run` says so as `replay` does, and both end with 1."""
+    config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink.create_topic("a", 1)
+    send(sink, "a", [0, 9])
+    sink.append("a", 0, None, key=b"k")
+    mark(sink, "a")
+    sink.close()
+    jobs.run_to_end(config)
+    rest = "their bytes are gone, were cut, or never were"
+    would = cli("dlq", "replay", config, "--dry-run")
+    assert (would.returncode, would.stdout) == (1, "1 samples would be sent to a\n")
+    assert one_line(would) == f"streamlearn: 1 letters cannot be sent: {rest}"
+    did = cli("dlq", "replay", config, "--yes")
+    assert (did.returncode, did.stdout) == (1, "1 samples sent to a\n")
+    assert one_line(did) == f"streamlearn: 1 letters were not sent: {rest}"
+
+
 def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
     """On a terminal `replay` says how many samples go where, and sends none unless it is told to."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
