@@ -9,6 +9,7 @@ import re
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -151,7 +152,7 @@ class Sasl(Section):
     @field_validator("token_url")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
-        if value is not None and not TOKEN_URL.fullmatch(value):
+        if value is not None and not (TOKEN_URL.fullmatch(value) and _has_possible_port(value)):
             raise PydanticCustomError(
                 "url", "expected https://HOST/PATH or http://HOST/PATH, without credentials in it"
             )
@@ -232,8 +233,14 @@ class Kafka(Section):
         yield self._has_sasl()
 
     def _has_sasl(self) -> Rule:
-        if self.security_protocol.startswith("SASL") and self.sasl is None:
+        signs_in = self.security_protocol.startswith("SASL")
+        if signs_in and self.sasl is None:
             yield "sasl", f"security_protocol {self.security_protocol} needs a sasl section"
+        if not signs_in and self.sasl is not None:
+            yield (
+                "sasl",
+                f"security_protocol {self.security_protocol} signs nobody in; expected SASL_SSL or SASL_PLAINTEXT",
+            )
 
 
 class Embedded(Section):
@@ -637,9 +644,15 @@ class Config(Section):
             found.append("kafka.security_protocol SASL_PLAINTEXT: credentials travel without encryption")
         if self.kafka is not None and not self.kafka.ssl_check_hostname:
             found.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
-        url = self.kafka.sasl.token_url if self.kafka is not None and self.kafka.sasl is not None else None
+        sasl = self.kafka.sasl if self.kafka is not None else None
+        url = sasl.token_url if sasl is not None else None
         if url is not None and url.startswith("http:") and not LOOPBACK.fullmatch(url):
             found.append("kafka.sasl.token_url is http: the client's secret and the token travel without encryption")
+        if sasl is not None:
+            try:
+                sasl.secret()
+            except StreamlearnError as error:  # no error yet: it may be there where the daemon will run
+                found.append(str(error))
         return found
 
     def effective(self) -> dict[str, Any]:
@@ -804,7 +817,16 @@ def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...],
     return f"{where}: {'.'.join(key) or '(top level)'}:{value} {_expected(details, _model_at(key[:-1]))}"
 
 
+def _has_possible_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
 def _expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
+    if details["type"] in {"model_type", "model_attributes_type"}:
+        return "expected a section: keys and values"
     if details["type"] == "extra_forbidden" and model is not None:
         import difflib
 

@@ -396,6 +396,10 @@ WRONG_SASL: list[tuple[dict[str, Any], list[str]]] = [
         [("kafka.sasl.token_url: is ***; expected https://HOST/PATH or http://HOST/PATH, without credentials in it")],
     ),
     (
+        {**OAUTH, "client_secret_file": "s", "token_url": "https://id.example:99999/token"},
+        [("kafka.sasl.token_url: is ***; expected https://HOST/PATH or http://HOST/PATH, without credentials in it")],
+    ),
+    (
         {**OAUTH, "mechanism": "GSSAPI"},
         [
             (
@@ -410,7 +414,8 @@ WRONG_SASL: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("sasl", "told"), WRONG_SASL, ids=[str(n) for n in range(len(WRONG_SASL))])
 def test_each_mechanism_has_its_own_keys(tmp_path: Path, sasl: dict[str, Any], told: list[str]) -> None:
     """What a mechanism needs and has not, and what it does not know, are told by key."""
-    lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "sasl": sasl}})
+    kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
+    lines = refused(tmp_path, {**MINIMAL, "kafka": kafka})
     assert sorted(line.split(": ", 1)[1] for line in lines) == sorted(told)
 
 
@@ -423,13 +428,40 @@ def test_a_secret_in_an_address_is_refused_unseen(tmp_path: Path) -> None:
 
 def test_a_token_over_plain_http_is_warned_of(tmp_path: Path) -> None:
     """On this machine alone it is no risk."""
-    sasl = {**OAUTH, "client_secret_file": "s"}
+    secret = tmp_path / "s"
+    secret.write_text("12345")
+    sasl = {**OAUTH, "client_secret_file": str(secret)}
     found = {}
     for url in ("http://id.example/token", "http://localhost:8080/token", "https://id.example/token"):
-        kafka = {"bootstrap_servers": "a:1", "sasl": {**sasl, "token_url": url}}
+        kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": {**sasl, "token_url": url}}
         found[url] = written(tmp_path, {**MINIMAL, "kafka": kafka}).warnings(RECIPES)
     told = "kafka.sasl.token_url is http: the client's secret and the token travel without encryption"
     assert list(found.values()) == [[told], [], []]
+
+
+def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
+    """It may be where the daemon will run, so it is no error yet."""
+    path = tmp_path / "absent"
+    sasl = {**OAUTH, "client_secret_file": str(path)}
+    kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
+    told = f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
+    assert written(tmp_path, {**MINIMAL, "kafka": kafka}).warnings(RECIPES) == [told]
+
+
+@pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL"])
+def test_credentials_that_nobody_would_be_shown_are_refused(tmp_path: Path, protocol: str) -> None:
+    """A `sasl` section beside a protocol without it is a mistake: the broker would see an anonymous client."""
+    sasl = {**OAUTH, "client_secret_file": "s"}
+    kafka = {"bootstrap_servers": "a:1", "security_protocol": protocol, "sasl": sasl}
+    why = f"security_protocol {protocol} signs nobody in; expected SASL_SSL or SASL_PLAINTEXT"
+    assert refused(tmp_path, {**MINIMAL, "kafka": kafka}) == [f"job.yaml:7: kafka.sasl: {why}"]
+
+
+@pytest.mark.parametrize("value", ["rollback", None, 3])
+def test_a_section_is_expected_in_plain_words(tmp_path: Path, value: object) -> None:
+    """What is no section is told so, without the name of a class."""
+    found = refused(tmp_path, {**MINIMAL, "divergence": value})
+    assert found == [f"job.yaml:2: divergence: is {value!r}; expected a section: keys and values"]
 
 
 def test_a_password_file_may_not_be_empty(tmp_path: Path) -> None:
