@@ -334,13 +334,33 @@ class Stream(Section):
             yield "topics", "a topic is listed twice"
 
 
+class Encoder(Section):
+    """A module of yours that never learns: the model and every strategy see its features, and a generator replays those."""
+
+    name: str = Field(description="package.module:function, called with input.shape")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+
+    @field_validator("name")
+    @classmethod
+    def _is_function(cls, value: str) -> str:
+        if value.count(":") != 1:
+            raise PydanticCustomError("encoder", "expected package.module:function")
+        return value
+
+
 class Input(Section):
     """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
 
     kind: Literal["numbers"] = "numbers"
     shape: list[Whole] = Field(min_length=1)
     dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="the model sees x / scale")
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="the model, or the encoder, sees x / scale")
+    encoder: Encoder | None = Field(None, description="stands before the model, and is frozen")
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("shape")
     @classmethod
@@ -359,6 +379,10 @@ class TextInput(Section):
     sentences: Int = Field(ge=1, le=10_000, description="of a story, the newest; older ones are left out")
     words: Int = Field(ge=1, le=10_000, description="in a sentence at most; a text with a longer one is rejected")
     vocabulary: Int = Field(ge=1, le=10_000_000, description="words that are told apart, in order of first appearance")
+
+    @property
+    def encoder(self) -> None:
+        """None: a text's ids are names, and no features."""
 
     @property
     def shape(self) -> list[int]:
@@ -599,6 +623,11 @@ class Config(Section):
         if self.learner.augment is not None and not images:
             text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not"
             yield "learner.augment", f"{text} {self.input.shape}"
+        if self.learner.augment is not None and self.input.encoder is not None:
+            yield (
+                "learner.augment",
+                "learner.augment distorts what the model sees, and with input.encoder that is no image",
+            )
 
     def _model_fits_input(self) -> Rule:
         name, text = self.model.name, isinstance(self.input, TextInput)
@@ -727,6 +756,7 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
         tree["properties"][key] = {"anyOf": [tree["properties"][key], word]}
     stream = tree["$defs"]["Stream"]["properties"]
     stream["task_end"] = {"anyOf": [stream["task_end"], {"const": "next_topic"}]}
+    tree["$defs"]["Input"]["properties"]["encoder"]["anyOf"].append({"type": "string"})
     kafka = tree["$defs"]["Kafka"]["properties"]
     kafka["bootstrap_servers"] = {"anyOf": [kafka["bootstrap_servers"], {"type": "string"}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

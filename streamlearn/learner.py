@@ -13,7 +13,7 @@ from torch.nn import functional
 from streamlearn.augment import Distortion
 from streamlearn.config import TextInput
 from streamlearn.data import Batch, Delivery, StreamlearnError
-from streamlearn.memory import ALL, Reservoir
+from streamlearn.memory import ALL, Immutable, Reservoir
 from streamlearn.models import registry
 from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, World
@@ -71,8 +71,10 @@ class Learner:
         scenario: Scenario,
         *,
         batch_size: int,
+        encoder: nn.Module | None = None,
     ) -> None:
         self.strategy = strategy
+        self.encoder = encoder  # inside `world.scale`, and never trained
         self.spec = spec
         self.world = world
         self.scenario = scenario
@@ -296,6 +298,7 @@ class Learner:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
         transfer = self.transfers
         return {
+            "encoder": {} if self.encoder is None else {"frozen": Immutable(self.encoder.state_dict())},
             "model": dict(self.model.state_dict()),
             "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
@@ -321,6 +324,8 @@ class Learner:
     def load_state_dict(self, state: dict[str, State], tasks: Sequence[Task], labels: Sequence[Label]) -> None:
         """Take over what `state_dict` returned; `tasks` and `labels` are those met so far."""
         own = state["learner"]
+        if self.encoder is not None:  # as it was: what was learned, was learned of these features
+            self.encoder.load_state_dict(state["encoder"]["frozen"])
         if own["num_outputs"] > self.allowed.shape[1]:
             self._grow(own["num_outputs"])
         for name, part in self.strategy.parts.items():
@@ -466,14 +471,17 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     spec = config.model.model_dump()
     vocabulary = config.input.vocabulary if isinstance(config.input, TextInput) else None
 
+    encoder, shape = None, tuple(config.input.shape)
+    if config.input.encoder is not None:
+        encoder, shape = registry.build_encoder(config.input.encoder.model_dump(), shape, config.seed, device)
+
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-        return registry.build(spec, config.input.shape, num_outputs, config.seed + offset, vocabulary).to(device)
+        return registry.build(spec, shape, num_outputs, config.seed + offset, vocabulary).to(device)
 
     world = World(
-        config.seed, device, tuple(config.input.shape), scenario.num_outputs([]), config.memory.max_bytes,
-        scaling(config.input.scale, device, names=vocabulary is not None), build_network,
-        config.stream.batch_size, tuple(config.stream.topics or ()),
+        config.seed, device, shape, scenario.num_outputs([]), config.memory.max_bytes,
+        scaling(config.input.scale, device, names=vocabulary is not None, encoder=encoder), build_network,
+        config.stream.batch_size, tuple(config.stream.topics or ()), names=vocabulary is not None,
     )  # fmt: skip
-    return Learner(
-        compose(config.strategy, world), config.learner, world, scenario, batch_size=config.stream.batch_size
-    )
+    strategy = compose(config.strategy, world)
+    return Learner(strategy, config.learner, world, scenario, batch_size=config.stream.batch_size, encoder=encoder)

@@ -1,4 +1,4 @@
-"""Uses a saved model: reads `model.safetensors` and `model.json`, and nothing else."""
+"""Uses a saved model: reads `model.json`, `model.safetensors` and the encoder's file, where there is one, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,28 +34,32 @@ class Model:
     def __init__(self, directory: Path) -> None:
         try:
             self.description: dict[str, Any] = json.loads((directory / "model.json").read_bytes())
-            content = (directory / "model.safetensors").read_bytes()
         except OSError as error:
             raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
+        weights = _tensors(directory / "model.safetensors")
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
         self.input: dict[str, Any] = tree["input"]
         self.text = self.input["kind"] == "text"
-        self.scale = scaling(self.input["scale"], torch.device("cpu"), names=self.text)
+        cpu = torch.device("cpu")
+        encoder, self.shape = None, tuple(self.input["shape"])
+        if (spec := self.input.get("encoder")) is not None:
+            encoder, self.shape = registry.build_encoder(spec, self.shape, tree["seed"], cpu)
+            encoder.load_state_dict(_tensors(directory / "encoder.frozen.safetensors"))
+        self.scale = scaling(self.input["scale"], cpu, names=self.text, encoder=encoder)
         self.network = self._build()
         self.network.load_state_dict(tree["network"])
-        self.network.module.load_state_dict(state.from_bytes(str(directory / "model.safetensors"), content))
+        self.network.module.load_state_dict(weights)
         self.network.module.eval()
 
     def _build(self) -> Network:
-        tree, shape = self.description, self.input["shape"]
+        tree, cpu = self.description, torch.device("cpu")
         vocabulary = self.input["vocabulary"] if self.text else None
 
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-            return registry.build(tree["model"], shape, num_outputs, tree["seed"] + offset, vocabulary)
+            return registry.build(tree["model"], self.shape, num_outputs, tree["seed"] + offset, vocabulary)
 
-        cpu = torch.device("cpu")
-        world = World(tree["seed"], cpu, tuple(shape), tree["num_outputs"], 0, self.scale, build_network)
+        world = World(tree["seed"], cpu, self.shape, tree["num_outputs"], 0, self.scale, build_network, names=self.text)
         return network_of(tree["strategy"], world)
 
     def outputs(self, task: str | None) -> list[int]:
@@ -111,6 +115,13 @@ class Model:
                 raise StreamlearnError(f"sample {number}: {error}") from error
             found.append(known.encode(rows, self.input["shape"]))
         return np.stack(found)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return state.from_bytes(str(path), path.read_bytes())
+    except OSError as error:
+        raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
 
 
 def accuracy(predicted: Sequence[Label], y: Sequence[Label]) -> float:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,16 +93,23 @@ def averaging_rate(decay: float, steps: int) -> float:
     return max(1 - decay, 9 / (10 + steps))
 
 
-def scaling(divisor: float, device: torch.device, *, names: bool = False) -> Callable[[Tensor], Tensor]:
+def scaling(
+    divisor: float, device: torch.device, *, names: bool = False, encoder: nn.Module | None = None
+) -> Callable[[Tensor], Tensor]:
     """Return the function from samples as they arrived to what the network sees: float32, on the device, divided.
 
-    Where they are `names`, the token ids of a text, they stay integers.
+    Where they are `names`, the token ids of a text, they stay integers; an `encoder` makes features of the rest.
     """
 
     def scale(x: Tensor) -> Tensor:
         if names:
             return x.to(device)
         there = x.to(device, torch.float32)
-        return there if divisor == 1 else there / divisor
+        there = there if divisor == 1 else there / divisor
+        if encoder is None:
+            return there
+        with torch.no_grad():
+            features: Tensor = encoder(there)
+        return features
 
     return scale

@@ -82,10 +82,13 @@ class Cell:
             raise Unrunnable("; ".join(lines)) from error
 
     def digest(self) -> str:
-        """Return the SHA-256 of all that shapes its result. Where it runs, and how it is read, does not."""
+        """Return the SHA-256 of all that shapes its result. Where it runs, and how it is read, does not.
+
+        What is absent is left out: a later version's optional key, absent here, changes no result.
+        """
         config = self.config()
         effective = config.effective()
-        shaping = {key: effective[key] for key in SHAPING}
+        shaping = {key: _present(effective[key]) for key in SHAPING}
         taught = {"course": asdict(self.course), "scale": self.scale, "batch_size": config.stream.batch_size}
         return hashlib.sha256(json.dumps([shaping, taught], sort_keys=True).encode()).hexdigest()
 
@@ -188,6 +191,12 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(str(job.learner.world.device)),
     }
+
+
+def _present(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _present(value) for key, value in tree.items() if value is not None}
+    return tree
 
 
 def quiet() -> None:

@@ -233,8 +233,8 @@ class GenerativeReplay(Replay):
 class FeedbackReplay(GenerativeReplay):
     """Brain-inspired replay: the generator reads the solver's last hidden layer, and its loss shapes that layer, too.
 
-    So the solver is not naive's even before a first task has ended. What the generator replays are inputs: replay of hidden
-    features needs lower layers that no longer change, which a network that learns online does not have.
+    So the solver is not naive's even before a first task has ended. What the generator replays is what the solver sees: hidden
+    features, as in the publication, where `input.encoder` makes them; they need lower layers that no longer change.
     """
 
     needs_features = True

@@ -24,13 +24,19 @@ class World:
 
     seed: int
     device: torch.device
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # of what the network sees
     num_outputs: int
     max_bytes: int
     scale: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
     build_network: Callable[..., nn.Module]  # (outputs, offset of the seed = 0) -> an untrained network, there
     batch_size: int = 1
     tasks: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
+    names: bool = False  # whether the network sees token ids, and not numbers
+
+    def zeros(self, count: int) -> Tensor:
+        """Return what the network sees of so many samples of nothing: `[count, *input_shape]`."""
+        dtype = torch.int32 if self.names else torch.float32
+        return torch.zeros(count, *self.input_shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)

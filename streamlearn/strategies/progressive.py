@@ -139,7 +139,7 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
     layers = {name: m for name, m in column.named_modules() if isinstance(m, LATERAL)}
     handles = [m.register_forward_hook(lambda layer, _in, _out: called.append(layer)) for m in layers.values()]
     with torch.no_grad():
-        column(world.scale(torch.zeros(2, *world.input_shape)))
+        column(world.zeros(2))
     for handle in handles:
         handle.remove()
     if not layers or len(called) != len(layers) or len({id(layer) for layer in called}) != len(layers):

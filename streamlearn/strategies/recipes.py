@@ -289,6 +289,12 @@ def _per_class(config: Config, name: str) -> Iterator[str]:
         yield f"per_class is {chosen['per_class']}, and selection {chosen['selection']}; accepted with selection: balanced"
 
 
+def _likelihood(config: Config, name: str) -> Iterator[str]:
+    """Refuse to make features, which nothing bounds, with a generator of numbers from 0 to 1."""
+    if config.input.encoder is not None and config.strategy[name]["likelihood"] == "bernoulli":
+        yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
+
+
 def _isolation(config: Config, name: str) -> Iterator[str]:
     """Say what networks that isolate tasks cannot do."""
     if config.scenario.kind == "class":
@@ -373,7 +379,7 @@ RECIPES: dict[str, Recipe] = {
     "er": Recipe(er, ("replay",), (_per_class,)),
     "derpp": Recipe(derpp, ("replay",), (_per_class,)),
     "lwf": Recipe(lwf, ("replay",)),
-    "generative": Recipe(generative, ("replay",)),
+    "generative": Recipe(generative, ("replay",), (_likelihood,)),
     "l2": Recipe(l2, ("penalty",)),
     "ewc": Recipe(ewc, ("penalty",)),
     "si": Recipe(si, ("penalty",)),

@@ -216,6 +216,42 @@ def test_resumes_bit_equal_with_distorted_images(tmp_path: Path) -> None:
     assert one.digest() == other.digest()
 
 
+ENCODED: list[dict[str, Any]] = [
+    {"generative": {"likelihood": "gaussian"}, "si": {}},
+    {"generative": {"likelihood": "gaussian", "variant": "brain-inspired"}},
+    {"er": {}, "ewc": {}},
+    {"lwf": {}, "mas": {}},
+    {"gem": {}},
+    {"pnn": {}},
+    {"packnet": {}},
+]
+
+
+@pytest.mark.parametrize("chosen", ENCODED, ids=identify)
+def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """What an encoder makes is what every part sees; it never changes, and comes from the checkpoint, not from its function."""
+    made = {"name": "tests.support.models:encoder", "options": {"features": 7, "fresh": True}}
+    one, other = (Run(tmp_path, chosen, input={"shape": [SIZE], "encoder": made}) for _ in range(2))
+    assert one.learner.world.input_shape == (7,)
+    name = "encoder.frozen.safetensors:1.weight"
+    before = one.digest()
+    assert before[name] != other.digest()[name]
+    one.through(1)
+    one.begin()
+    one.learn(range(2))
+    other.load(one)
+    for run in (one, other):
+        run.learn(range(2, 5))
+        run.end()
+        run.through(1)
+    batch = one.batch(9)
+    assert one.digest() == other.digest()
+    assert {key: value for key, value in one.digest().items() if key.startswith("encoder")} == {
+        key: value for key, value in before.items() if key.startswith("encoder")
+    }
+    assert one.learner.evaluate(batch.x, batch.y, 2) == other.learner.evaluate(batch.x, batch.y, 2)
+
+
 def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
     """Where there is no average, probes see the live weights, before a restart and after it."""
     plain = {"updates_per_batch": 3, "average": None, "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.1}}

@@ -1,4 +1,7 @@
-"""A user's own model that counts how often it was trained on each sample, so that nobody's bookkeeping is believed."""
+"""Modules of a user's own: an encoder, and a model that counts how often it was trained on each sample.
+
+So nobody's bookkeeping is believed.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +80,13 @@ def tally(checkpoint: Checkpoint, samples: int) -> tuple[int, int]:
     """Return how many of the samples were never learned, and how many more than once."""
     learned = jobs.tensors(checkpoint)["model.safetensors:learned"][:samples]
     return int((learned == 0).sum()), int((learned > 1).sum())
+
+
+def encoder(input_shape: Sequence[int], *, features: int = 10, fresh: bool = False) -> nn.Module:
+    """Return an encoder with statistics and dropout, which must not be in training mode; `fresh`: another one each time."""
+    size = int(np.prod(input_shape))
+    made = nn.Sequential(nn.Flatten(), nn.Linear(size, features), nn.BatchNorm1d(features), nn.ReLU(), nn.Dropout())
+    if fresh:
+        weights = np.random.default_rng().normal(size=(features, size)).astype(np.float32)
+        made[1].load_state_dict({"weight": torch.from_numpy(weights), "bias": torch.zeros(features)})
+    return made

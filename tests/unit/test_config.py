@@ -193,6 +193,23 @@ def test_what_need_not_agree_is_accepted(tmp_path: Path) -> None:
     assert written(tmp_path, {**MINIMAL, **domain}).scenario.tasks == {"a": [1]}
 
 
+def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
+    """Where it has no options, `input.encoder` is the function alone; what it gives is no image, and not bounded."""
+    config = written(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}, "strategy": "er"})
+    assert config.effective()["input"]["encoder"] == {"name": "mine:front", "options": {}}
+    image = {"shape": [4, 4], "encoder": "mine:front"}
+    lines = refused(tmp_path, {**MINIMAL, "input": image, "strategy": "generative", "learner": {"augment": {}}})
+    assert sorted(line.split(": ", 1)[1] for line in lines) == [
+        "learner.augment: learner.augment distorts what the model sees, and with input.encoder that is no image",
+        (
+            "strategy.generative: with input.encoder it replays features, which are not in [0, 1]; "
+            "accepted: generative: {likelihood: gaussian}"
+        ),
+    ]
+    lines = refused(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "front"}})
+    assert lines[0].endswith("input.encoder.name: is 'front'; expected package.module:function")
+
+
 REFUSED = [
     ("naive + er", {"strategy": ["naive", "er"]}, "strategy.naive: cannot be combined with er: it is the lower bound"),
     (

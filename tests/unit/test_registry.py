@@ -110,3 +110,50 @@ def test_a_model_too_large_for_the_memory_is_refused() -> None:
     with pytest.raises(StreamlearnError, match=r"^model mlp: RuntimeError: .*$") as caught:
         registry.build(spec, [1 << 28], 3, 0)
     assert caught.value.code == 78
+
+
+def scalars(shape: list[int]) -> nn.Module:
+    """Make an encoder that gives a number for each sample, without a dimension."""
+    return nn.Sequential(nn.Linear(shape[0], 1), nn.Flatten(0))
+
+
+def halves(shape: list[int]) -> nn.Module:
+    """Make an encoder of another precision."""
+    return nn.Linear(shape[0], 2).double()
+
+
+def no_module(_: list[int]) -> object:
+    """Return what is none."""
+    return 3
+
+
+ENCODERS: list[tuple[str, str]] = [
+    ("scalars", r"each sample must give one dimension of features or more, and two give \[2\]$"),
+    ("halves", r"cannot see a batch of shape \[2, 4\]: RuntimeError: "),
+    ("no_module", r"expected a torch\.nn\.Module, got int$"),
+    ("key_error", r"KeyError: 'no such option'$"),
+    ("absent", r"AttributeError: "),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), ENCODERS)
+def test_an_encoder_that_cannot_work_is_refused(name: str, message: str) -> None:
+    """One line names the encoder and what it did; the code is that of the configuration."""
+    with pytest.raises(StreamlearnError, match=message) as caught:
+        registry.build_encoder({"name": f"{__name__}:{name}", "options": {}}, [4], 0, torch.device("cpu"))
+    assert caught.value.code == 78
+    assert str(caught.value).startswith(f"input.encoder {__name__}:{name}: ")
+
+
+def test_an_encoder_is_frozen() -> None:
+    """Nothing of it learns, its statistics stay, and the same seed makes the same one."""
+    spec: dict[str, Any] = {"name": "tests.support.models:encoder", "options": {"features": 3}}
+    (one, shape), (other, _) = (registry.build_encoder(spec, [2, 2], 5, torch.device("cpu")) for _ in range(2))
+    assert shape == (3,)
+    assert not any(part.training for part in one.modules())
+    assert not any(param.requires_grad for param in one.parameters())
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    one(torch.rand(8, 2, 2))
+    after = one.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items())
