@@ -88,14 +88,13 @@ class Cell:
         """
         config = self.config()
         effective = config.effective()
-        shaping = {key: _present(effective[key]) for key in SHAPING}
+        shaping = {key: present(effective[key]) for key in SHAPING}
         taught = {"course": asdict(self.course), "scale": self.scale, "batch_size": config.stream.batch_size}
         return hashlib.sha256(json.dumps([shaping, taught], sort_keys=True).encode()).hexdigest()
 
     def _protocol(self) -> Settings:
         topics = streams.topics(self.course)
-        pairs = self.course.tasks == "split"
-        declared = {topic: [2 * n, 2 * n + 1] if pairs else list(range(10)) for n, topic in enumerate(topics)}
+        declared = dict(zip(topics, streams.classes(self.course, self.seed), strict=True))
         scenarios: dict[str, Settings] = {
             "class": {"kind": "class", "active": "all"},
             "domain": {"kind": "domain", "tasks": declared},
@@ -193,9 +192,10 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     }
 
 
-def _present(tree: Any) -> Any:
+def present(tree: Any) -> Any:
+    """Return a tree without the keys whose value is None."""
     if isinstance(tree, dict):
-        return {key: _present(value) for key, value in tree.items() if value is not None}
+        return {key: present(value) for key, value in tree.items() if value is not None}
     return tree
 
 

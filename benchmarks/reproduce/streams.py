@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HALF_TURN = 180.0
+DIGITS = 10
 PROBES_PER_RECORD = 1000
 
 
@@ -110,6 +111,16 @@ def topics(course: Course) -> list[str]:
     return ["all"] if course.tasks == "shuffled" else [f"{course.tasks}-{n + 1}" for n in range(course.count)]
 
 
+def classes(course: Course, seed: int) -> list[list[int]]:
+    """Return the digits of each task: two, in order or (`drawn`) by the seed, which 0 leaves in order; or all of them."""
+    if course.tasks not in {"split", "drawn"}:
+        return [list(range(DIGITS)) for _ in topics(course)]
+    order = np.arange(DIGITS)
+    if course.tasks == "drawn" and seed:
+        order = np.random.default_rng([seed, DIGITS]).permutation(DIGITS)
+    return [order[2 * n : 2 * n + 2].tolist() for n in range(course.count)]
+
+
 def sizes(course: Course, lessons: Sequence[Lesson], scale: float) -> list[int]:
     """Return how many samples of each task are taught; `scale` is the part of the work that is done at all."""
     whole = [course.epochs * len(lesson.train) if course.samples is None else course.samples for lesson in lessons]
@@ -141,9 +152,9 @@ def mnist(split: str) -> Samples:
 
 
 def _split(course: Course, seed: int) -> list[Lesson]:
-    """Two digits a task, in order."""
+    """Two digits a task."""
     train, test = mnist("train"), mnist("test")
-    groups = [[2 * n, 2 * n + 1] for n in range(course.count)]
+    groups = classes(course, seed)
     parts = zip(producer.by_classes(train, groups), producer.by_classes(test, groups), strict=True)
     return [Lesson(_some(part, course.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
 
@@ -192,6 +203,7 @@ def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
 
 TASKS: dict[str, Callable[[Course, int], list[Lesson]]] = {
     "split": _split,
+    "drawn": _split,
     "rotations": _rotations,
     "permuted": _permuted,
     "shuffled": _shuffled,

@@ -95,6 +95,22 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     assert len(set(third)) == len(third) == 10
 
 
+def test_digits_are_drawn_with_every_seed_but_the_first() -> None:
+    """A task's two digits are the seed's, every digit is in one task, and seed 0 leaves them in order."""
+    course = Course("drawn")
+    in_order = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    drawn = [streams.classes(course, seed) for seed in range(4)]
+    assert drawn[0] == in_order == streams.classes(Course("split"), 3)
+    assert [sorted(digit for pair in pairs for digit in pair) for pairs in drawn] == 4 * [list(range(10))]
+    assert len({str(pairs) for pairs in drawn}) == 4
+    assert streams.classes(course, 3) == drawn[3]
+
+
+def test_an_optional_key_of_a_later_version_makes_no_cell_stale() -> None:
+    """The digest is of what is present: a key that is absent here is one that this version may not have known."""
+    assert runner.present({"a": 1, "b": None, "c": {"d": None, "e": [None]}}) == {"a": 1, "c": {"e": [None]}}
+
+
 def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run once, survive in the file, and run again only where their configuration has changed."""
     ran: list[str] = []
