@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.ingest import Nobody
-from streamlearn import config as configuration
-from streamlearn import loop, producer
+from streamlearn import configfile, loop, producer
 from streamlearn.checkpoint import Store
 from streamlearn.data import Progress
 from streamlearn.job import Job
@@ -52,8 +51,8 @@ def settings(directory: str, strategy: str | None, **over: str) -> Config:
     environ |= {"CHECKPOINT__EVERY_SECONDS": "null", "PROBES__EVERY": "10"}
     if strategy is not None:
         environ["STRATEGY"] = strategy
-    named = {f"{configuration.ENV_PREFIX}{key}": value for key, value in environ.items()}
-    return configuration.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
+    named = {f"{configfile.ENV_PREFIX}{key}": value for key, value in environ.items()}
+    return configfile.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
 
 
 def published(topics: Sequence[str], limit: int | None) -> MemoryStore:

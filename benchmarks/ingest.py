@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn import config as configuration
-from streamlearn import loop, producer
+from streamlearn import configfile, loop, producer
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config, Kafka
 from streamlearn.data import Progress
@@ -62,8 +61,8 @@ def settings(directory: Path, topic: str) -> Config:
         "checkpoint": {"every_seconds": None},
     }
     path = directory / "job.yaml"
-    path.write_text(configuration.dump(tree))
-    return configuration.load(path, RECIPES, {})
+    path.write_text(configfile.dump(tree))
+    return configfile.load(path, RECIPES, {})
 
 
 def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:

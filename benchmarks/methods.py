@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
-from streamlearn import config as configuration
-from streamlearn import state
+from streamlearn import configfile, state
 from streamlearn.data import Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
@@ -54,8 +53,8 @@ def grown(name: str) -> Iterator[tuple[int, Learner]]:
     }
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.yaml"
-        path.write_text(configuration.dump(merged(tree, NEEDS.get(name, {}))))
-        config = configuration.load(path, RECIPES, {})
+        path.write_text(configfile.dump(merged(tree, NEEDS.get(name, {}))))
+        config = configfile.load(path, RECIPES, {})
     learner = make_learner(config, Scenario.from_config(config))
     tasks: list[Task] = []
     for index in range(TASKS + 1):

@@ -1,4 +1,4 @@
-"""Configuration: one YAML file into frozen models, every error at once, each with its key, value and what is accepted."""
+"""What may be configured: a frozen model for each section, and the rules that hold between keys."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import math
 import os
 import re
-import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -39,12 +37,8 @@ if TYPE_CHECKING:
 # looking for plugins reads the metadata of every package that is installed, and none is meant for these models
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
-ENV_PREFIX = "STREAMLEARN__"
 REDACTED = "***"
-SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
-SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
 TOKEN_URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@#]*)?")
-SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
 LOOPBACK = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])[:/].*")
 SAMPLE_SIZE = 1 << 28  # numbers in one sample
 MAX_CLASSES = 1_000_000
@@ -706,77 +700,6 @@ class Config(Section):
         return dict(_flatten(chosen))
 
 
-def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, str]) -> Config:
-    """Return the configuration in a YAML file, with environment overrides (`STREAMLEARN__KAFKA__...`) laid over it.
-
-    Raises `StreamlearnError` (78) whose message has a line for every error, with key, value and what is accepted.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        code = 77 if isinstance(error, PermissionError) else 78
-        raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=code) from error
-    tree, lines, problems = _parse(path, content)
-    problems += [
-        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use the environment or {key[-1]}_file"
-        for key in SECRETS
-        if _get(tree, key) is not None
-    ]
-    problems += _overlay({} if tree is None else tree, environ)
-    if tree is None:
-        raise StreamlearnError("\n".join(problems), code=78)
-    try:
-        config = Config.model_validate(tree, context={"recipes": recipes})
-    except ValidationError as error:
-        problems += [_describe(path, details, lines) for details in error.errors()]
-    if problems:
-        raise StreamlearnError("\n".join(problems), code=78)
-    return config
-
-
-def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
-    """Return the JSON Schema of the file, recipes and their parameters included, for editors."""
-    tree = Config.model_json_schema()
-    names = sorted(recipes)
-    tree["properties"]["strategy"] = {
-        "description": "a recipe, or recipes with their parameters",
-        "anyOf": [
-            {"enum": names},
-            {"type": "array", "items": {"enum": names}},
-            {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {
-                    name: {"anyOf": [recipes[name].parameters.model_json_schema(), {"type": "null"}]} for name in names
-                },
-            },
-        ],
-    }
-    for key, word in (("model", {"type": "string"}), ("scenario", {"enum": ["task", "domain", "class"]})):
-        tree["properties"][key] = {"anyOf": [tree["properties"][key], word]}
-    stream = tree["$defs"]["Stream"]["properties"]
-    stream["task_end"] = {"anyOf": [stream["task_end"], {"const": "next_topic"}]}
-    tree["$defs"]["Input"]["properties"]["encoder"]["anyOf"].append({"type": "string"})
-    kafka = tree["$defs"]["Kafka"]["properties"]
-    kafka["bootstrap_servers"] = {"anyOf": [kafka["bootstrap_servers"], {"type": "string"}]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
-
-
-def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tuple[str, ...], int], list[str]]:
-    """Return the file's tree, None where there is none, the line of each key, and what is wrong with the text itself."""
-    try:
-        node = yaml.compose(content, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is the second
-        mark = getattr(error, "problem_mark", None)
-        where = path if mark is None else f"{path}:{mark.line + 1}"
-        return None, {}, [f"{where}: not YAML: {_one_line(error)}"]
-    if not isinstance(tree, dict):
-        return None, {}, [f"{path}: expected keys and values, got {type(tree).__name__}"]
-    twice = [f"{path}:{line}: {'.'.join(key)}: is here twice; a key is accepted once" for key, line in _repeated(node)]
-    return tree, _line_numbers(node), twice
-
-
 def _as_recipes(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {value: {}}
@@ -802,7 +725,7 @@ def _check_input(value: dict[str, Any]) -> Input | TextInput:
 def _told(details: ErrorDetails, model: type[BaseModel] | None = None) -> InitErrorDetails:
     """Return an error to raise again; of a model that its place in the file alone does not tell, with what it accepts."""
     kind = details["type"] if model is None or details["type"] == "missing" else "told"
-    message = PydanticCustomError(kind, "{why}", {"why": _expected(details, model)})
+    message = PydanticCustomError(kind, "{why}", {"why": expected(details, model)})
     return {"type": message, "loc": details["loc"], "input": details["input"]}
 
 
@@ -833,20 +756,6 @@ def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema])
     return complete
 
 
-def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int]) -> str:
-    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(("list[", "union[", "function-")))
-    if key[-1:] in {("int",), ("str",)}:
-        key = key[:-1]
-    line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-    where = f"{path}:{line}" if line is not None else str(path)
-    value = (
-        ""
-        if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
-        else f" is {_show(key, details['input'])};"
-    )
-    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {_expected(details, _model_at(key[:-1]))}"
-
-
 def _has_possible_port(url: str) -> bool:
     try:
         return urlsplit(url).port != 0
@@ -854,7 +763,8 @@ def _has_possible_port(url: str) -> bool:
         return False
 
 
-def _expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
+def expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
+    """Return what would be accepted where an error is, in a model that may not be known."""
     if details["type"] in {"model_type", "model_attributes_type"}:
         return "expected a section: keys and values"
     if details["type"] == "extra_forbidden" and model is not None:
@@ -867,88 +777,12 @@ def _expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
     return details["msg"]
 
 
-def _model_at(key: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Config
-    for part in key:
-        info = model.model_fields.get(part)
-        if info is None:
-            return None
-        kinds = get_args(info.annotation) if get_origin(info.annotation) is types.UnionType else (info.annotation,)
-        found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not found:
-            return None
-        model = found[0]
-    return model
-
-
-def _show(key: Sequence[str], value: Any) -> str:
-    return REDACTED if _is_secret(key) else repr(value)
-
-
-def _is_secret(key: Sequence[str]) -> bool:
-    """Tell whether a value may be a secret, by a key that may be mistyped."""
-    if "sasl" in key:
-        return key[-1] not in SHOWN_OF_SASL
-    return any(word in part.lower() for part in key for word in SECRET_WORDS)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
-
-
-def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """Lay the environment's values over a tree; return what is wrong with those that are not YAML."""
-    problems = []
-    for name, text in sorted(environ.items()):
-        if not name.startswith(ENV_PREFIX):
-            continue
-        *parents, last = name.removeprefix(ENV_PREFIX).lower().split("__")
-        node = tree
-        for part in parents:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        try:  # a secret is text whatever it looks like
-            node[last] = text if "password" in last or "secret" in last else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
-    return problems
-
-
-def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    lines = {}
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            below = (*key, str(name.value))
-            lines[below] = name.start_mark.line + 1
-            lines |= _line_numbers(value, below)
-    return lines
-
-
-def _repeated(node: yaml.Node | None, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Give each key that its section has already, and the line where it comes again: YAML keeps the last one."""
-    if isinstance(node, yaml.MappingNode):
-        met = set()
-        for name, value in node.value:
-            one, below = (name.tag, str(name.value)), (*key, str(name.value))
-            if one in met:
-                yield below, name.start_mark.line + 1
-            met.add(one)
-            yield from _repeated(value, below)
-
-
 def _value_at(section: Section, key: Sequence[str]) -> Any:
     """Return what is below a section, or an empty tree, which is not shown, where there is nothing."""
     found: Any = section
     for part in key:
         found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
     return {} if found is None else found
-
-
-def _get(tree: Any, key: Sequence[str]) -> Any:
-    for part in key:
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _redact(tree: dict[str, Any]) -> dict[str, Any]:
@@ -972,8 +806,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
         else:
             flat.append((f"{prefix}{key}", value))
     return flat
-
-
-def dump(tree: Mapping[str, Any]) -> str:
-    """Return a tree of values as YAML."""
-    return yaml.safe_dump(dict(tree), sort_keys=False)

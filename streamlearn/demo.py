@@ -8,8 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamlearn import config as configuration
-from streamlearn import producer, report
+from streamlearn import configfile, producer, report
 from streamlearn.checkpoint import Store
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
@@ -90,7 +89,7 @@ def _publish(work: Path) -> None:
 
 def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
     path = work / f"{name}.yaml"
-    path.write_text(configuration.dump(settings(work, name)))
+    path.write_text(configfile.dump(settings(work, name)))
     with (work / f"{name}.log").open("wb") as log:
         command = [sys.executable, "-m", "streamlearn", "run", str(path)]
         return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - our own interpreter and module

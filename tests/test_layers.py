@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "streamlearn"
 ROWS = [
     {"data", "tensors", "logs", "__init__"},
     {"config"},
-    {"scenario"},
+    {"configfile", "scenario"},
     {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
     {"state", "strategies", "evaluation"},
     {"learner", "service", "predict", "producer", "report"},
@@ -32,7 +32,7 @@ ONLY_IN = {
     "prometheus_client": {"metrics.py"},
     "starlette": {"service/api.py", "service/server.py"},
     "uvicorn": {"service/server.py"},
-    "yaml": {"config.py"},
+    "yaml": {"configfile.py"},
     "matplotlib": {"report.py"},
     "sklearn": {"producer.py"},
     "safetensors": {"state.py"},

@@ -30,7 +30,7 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML
 
 def load_config(path: Path) -> Config:
     """Return a configuration, its warnings printed; raises `StreamlearnError` (78)."""
-    from streamlearn.config import load
+    from streamlearn.configfile import load
     from streamlearn.strategies.recipes import RECIPES
 
     config = load(path, RECIPES, os.environ)

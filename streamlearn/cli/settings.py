@@ -23,7 +23,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
     if json_:
         print_json(tree)
     else:
-        from streamlearn.config import dump
+        from streamlearn.configfile import dump
 
         typer.echo(dump(tree), nl=False)
 
@@ -31,7 +31,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the file."""
-    from streamlearn.config import schema as make_schema
+    from streamlearn.configfile import schema as make_schema
     from streamlearn.strategies.recipes import RECIPES
 
     print_json(make_schema(RECIPES))

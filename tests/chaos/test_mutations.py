@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn import config as configuration
-from streamlearn import state
+from streamlearn import configfile, state
 from streamlearn.checkpoint import MANIFEST, Store, _digest
 from streamlearn.data import StreamlearnError
 from streamlearn.job import Job
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
     from pathlib import Path
+
+    from streamlearn.config import Config
 
     Mutation = Callable[[Path, random.Random], None]
 
@@ -159,7 +160,7 @@ def places(tree: Any) -> Any:
 MUTATIONS: list[Mutation] = [flip, truncate, lengthen, zero, swap, remove, older, header, link, wreck, edit]
 
 
-def held(config: configuration.Config) -> tuple[dict[str, Any], dict[str, Any]]:
+def held(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore a job as a start does, and return what it then holds: tensors as bytes by file, and the rest of the state."""
     job = Job.make(config, Store(config.state_dir), Metrics())
     assert job.restore()
@@ -176,7 +177,7 @@ def test_mutations(case: Case, daemon: Path, tmp_path: Path, number: int) -> Non
     source = Store(daemon.parent / "state").root
     path = tmp_path / "job.yaml"
     path.write_text(daemon.read_text().replace(str(daemon.parent / "state"), str(tmp_path / "state")))
-    config = configuration.load(path, RECIPES, {})
+    config = configfile.load(path, RECIPES, {})
     root = tmp_path / "state" / "checkpoints"
     known: list[Any] = []
     for keep in (slice(0, 2), slice(0, 1)):  # the newest; the one before it

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamlearn import config as configuration
-from streamlearn import state
+from streamlearn import configfile, state
 from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
@@ -81,8 +80,8 @@ class Run:
             tree = jobs.merged(tree, NEEDS.get(name, {}))
         tree = {**jobs.merged(tree, over), "input": over.get("input", tree["input"])}
         path = tmp_path / "job.yaml"
-        path.write_text(configuration.dump(tree))
-        config = configuration.load(path, RECIPES, {})
+        path.write_text(configfile.dump(tree))
+        config = configfile.load(path, RECIPES, {})
         self.scenario = Scenario.from_config(config)
         self.learner: Learner = make_learner(config, self.scenario)
         self.tasks: list[Task] = []

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamlearn import config as configuration
-from streamlearn import producer
+from streamlearn import configfile, producer
 from streamlearn.checkpoint import FORMAT, Store
 from streamlearn.producer import Publishing, Samples
 from streamlearn.stream.embedded import EmbeddedSink
@@ -58,7 +57,7 @@ def main() -> None:
             config = directory / "job.yaml"
             tree = settings(directory, name)
             tree["stream"]["on_finished"] = "wait"
-            config.write_text(configuration.dump(tree))
+            config.write_text(configfile.dump(tree))
             with jobs.Daemon(config) as daemon:
                 daemon.until(lambda status: status.get("samples", {}).get("trained", 0) >= 80)
                 daemon.stop()

@@ -326,7 +326,7 @@ def test_compose_file_is_valid() -> None:
 
 def test_deployed_configuration_is_valid() -> None:
     """The job that compose runs loads, and its producer publishes to its topics."""
-    from streamlearn.config import load
+    from streamlearn.configfile import load
     from streamlearn.strategies.recipes import RECIPES
 
     config = load(DEPLOY / "streamlearn.yaml", RECIPES, {})

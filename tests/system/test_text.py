@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from streamlearn import config as configuration
-from streamlearn import producer
+from streamlearn import configfile, producer
 from streamlearn.data import StreamlearnError
 from streamlearn.predict import Model
 from tests.support import jobs
@@ -49,7 +48,7 @@ def write_config(directory: Path, topics: Path) -> Path:
     directory.mkdir()
     own = {"input": {"kind": "text", "sentences": 12, "words": 8, "vocabulary": 60}, "embedded": {"path": str(topics)}}
     path = directory / "job.yaml"
-    path.write_text(configuration.dump({**jobs.settings(directory, **KEYS), **own}))
+    path.write_text(configfile.dump({**jobs.settings(directory, **KEYS), **own}))
     return path
 
 

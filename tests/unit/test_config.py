@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from streamlearn.config import Config, Sasl, load, schema
+from streamlearn.config import Config, Sasl
+from streamlearn.configfile import load, schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from streamlearn import config as configuration
-from streamlearn import state
+from streamlearn import configfile, state
 from streamlearn.checkpoint import FORMAT, MANIFEST, Store
 from streamlearn.data import Batch, StreamlearnError
 from streamlearn.job import Job
@@ -29,8 +28,8 @@ def restored(tmp_path: Path, golden: Path) -> Job:
     """Return the job that a golden checkpoint belongs to, restored from a copy of it."""
     shutil.copytree(golden, tmp_path / "state")
     path = tmp_path / "job.yaml"
-    path.write_text(configuration.dump(make.settings(tmp_path, golden.name)))
-    config = configuration.load(path, RECIPES, {})
+    path.write_text(configfile.dump(make.settings(tmp_path, golden.name)))
+    config = configfile.load(path, RECIPES, {})
     job = Job.make(config, Store(config.state_dir), Metrics())
     assert job.restore()
     return job
