@@ -26,7 +26,7 @@ from streamlearn import __version__
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     Content = bytes | Callable[[], bytes] | None
@@ -130,17 +130,18 @@ class Store:
             return []
         return sorted((path for path in self.root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
-    def find(self, name: str, *files: str) -> Checkpoint:
+    def find(self, name: str, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
         """Return a checkpoint by id or sequence number, or as `latest` the newest whose manifest and `files` are sound.
 
-        Raises `Broken` where the one that is named is, and `StreamlearnError` if there is none, or a later version wrote it.
+        So must be those `optional` files that it has. Raises `Broken` where the one that is named is, and `StreamlearnError` if
+        there is none, or a later version wrote it.
         """
         paths = self.paths()
         for path in paths:
             if name in {"latest", path.name, str(int(path.name.removeprefix("ckpt-")))}:
                 try:
                     checkpoint = _load(path)
-                    for file in files:
+                    for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
                         checkpoint.read(file)
                 except Broken as error:
                     if name != "latest":

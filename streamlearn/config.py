@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
+import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -44,6 +45,14 @@ SAMPLE_SIZE = 1 << 28  # numbers in one sample
 MAX_CLASSES = 1_000_000
 
 
+def _options(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PydanticCustomError("options", "expected what JSON can hold: {why}", {"why": str(error)}) from error
+    return value
+
+
 def _topic(value: str) -> str:
     """Refuse what Kafka refuses."""
     if not TOPIC_NAME.fullmatch(value):
@@ -59,6 +68,7 @@ NumBytes = Annotated[Int, Field(ge=1, le=1 << 53)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Label = Int | str
 Topic = Annotated[str, AfterValidator(_topic)]
+Options = Annotated[dict[str, Any], AfterValidator(_options)]
 
 
 class RecipeSchema(Protocol):
@@ -332,7 +342,7 @@ class Encoder(Section):
     """A module of yours that never learns: the model and every strategy see its features, and a generator replays those."""
 
     name: str = Field(description="package.module:function, called with input.shape")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the function")
+    options: Options = Field(default_factory=dict, description="keyword arguments of the function")
 
     @field_validator("name")
     @classmethod
@@ -354,6 +364,8 @@ class Input(Section):
     @field_validator("encoder", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, (str, dict)):
+            raise PydanticCustomError("encoder", "expected package.module:function, or a section with name and options")
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("shape")
@@ -446,7 +458,7 @@ class Model(Section):
     embedding: Whole = Field(48, ge=1, description="memnet: numbers that stand for a word")
     hops: Whole = Field(3, ge=1, description="memnet: how often the story is consulted")
     heads: Whole = Field(4, ge=1, description="memnet: sentences that a hop can tell apart at once")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a model of your own")
+    options: Options = Field(default_factory=dict, description="keyword arguments of a model of your own")
 
     @field_validator("name")
     @classmethod
@@ -667,16 +679,19 @@ class Config(Section):
             found.append("kafka.security_protocol SASL_PLAINTEXT: credentials travel without encryption")
         if self.kafka is not None and not self.kafka.ssl_check_hostname:
             found.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
-        sasl = self.kafka.sasl if self.kafka is not None else None
-        url = sasl.token_url if sasl is not None else None
+        url = self.kafka.sasl.token_url if self.kafka is not None and self.kafka.sasl is not None else None
         if url is not None and url.startswith("http:") and not LOOPBACK.fullmatch(url):
             found.append("kafka.sasl.token_url is http: the client's secret and the token travel without encryption")
-        if sasl is not None:
-            try:
-                sasl.secret()
-            except StreamlearnError as error:  # no error yet: it may be there where the daemon will run
-                found.append(str(error))
         return found
+
+    def absent_secret(self) -> str | None:
+        """Return why the secret cannot be read here, or None: it may be where the daemon will run."""
+        try:
+            if self.kafka is not None and self.kafka.sasl is not None:
+                self.kafka.sasl.secret()
+        except StreamlearnError as error:
+            return str(error)
+        return None
 
     def effective(self) -> dict[str, Any]:
         """Return the values in force as a JSON tree, secrets redacted."""
@@ -694,6 +709,8 @@ class Config(Section):
         tree = self.effective()
         keys = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy")
         chosen = {key: tree[key] for key in keys}
+        if (encoder := tree["input"].get("encoder")) is not None:  # where its files lie; what it is, the state knows
+            chosen["input"] = {**tree["input"], "encoder": encoder["name"]}
         chosen["stream.codec"] = tree["stream"]["codec"]
         chosen["stream.batch_size"] = tree["stream"]["batch_size"]
         chosen["learner.optimizer.name"] = tree["learner"]["optimizer"]["name"]
@@ -719,7 +736,8 @@ def _check_input(value: dict[str, Any]) -> Input | TextInput:
     try:
         return kinds[kind].model_validate(value)
     except ValidationError as error:
-        raise ValidationError.from_exception_data("input", [_told(d, kinds[kind]) for d in error.errors()]) from error
+        told = [_told(details, model_at(kinds[kind], details["loc"][:-1])) for details in error.errors()]
+        raise ValidationError.from_exception_data("input", told) from error
 
 
 def _told(details: ErrorDetails, model: type[BaseModel] | None = None) -> InitErrorDetails:
@@ -775,6 +793,20 @@ def expected(details: ErrorDetails, model: type[BaseModel] | None) -> str:
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"no such key{hint}; accepted: {', '.join(accepted)}"
     return details["msg"]
+
+
+def model_at(model: type[BaseModel], key: Sequence[Any]) -> type[BaseModel] | None:
+    """Return the section at a key below a model, or None where there is none."""
+    for part in key:
+        info = model.model_fields.get(str(part))
+        if info is None:
+            return None
+        kinds = get_args(info.annotation) if get_origin(info.annotation) is types.UnionType else (info.annotation,)
+        found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not found:
+            return None
+        model = found[0]
+    return model
 
 
 def _value_at(section: Section, key: Sequence[str]) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import types
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from streamlearn.config import REDACTED, Config, expected
+from streamlearn.config import REDACTED, Config, expected, model_at
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -112,21 +111,7 @@ def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...],
         if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
         else f" is {_show(key, details['input'])};"
     )
-    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {expected(details, _model_at(key[:-1]))}"
-
-
-def _model_at(key: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Config
-    for part in key:
-        info = model.model_fields.get(part)
-        if info is None:
-            return None
-        kinds = get_args(info.annotation) if get_origin(info.annotation) is types.UnionType else (info.annotation,)
-        found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not found:
-            return None
-        model = found[0]
-    return model
+    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {expected(details, model_at(Config, key[:-1]))}"
 
 
 def _show(key: Sequence[str], value: Any) -> str:

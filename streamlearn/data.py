@@ -61,12 +61,15 @@ class StreamlearnError(Exception):
         return cls(f"out of memory: {error!r:.200}", code=75)
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether the host or the device had no memory left; torch says so of a device by a type, of the host by words."""
+    """Tell whether the host or the device had no memory left; torch says so by a type, or by words alone."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
+        or any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 

@@ -15,6 +15,7 @@ from streamlearn.config import TextInput
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir
 from streamlearn.models import registry
+from streamlearn.models.encoder import Encoder
 from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
@@ -71,7 +72,7 @@ class Learner:
         scenario: Scenario,
         *,
         batch_size: int,
-        encoder: nn.Module | None = None,
+        encoder: Encoder | None = None,
     ) -> None:
         self.strategy = strategy
         self.encoder = encoder  # inside `world.scale`, and never trained
@@ -298,7 +299,7 @@ class Learner:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
         transfer = self.transfers
         return {
-            "encoder": {} if self.encoder is None else {"frozen": Immutable(self.encoder.state_dict())},
+            "encoder": {} if self.encoder is None else {"frozen": Immutable(self.encoder.module.state_dict())},
             "model": dict(self.model.state_dict()),
             "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
@@ -325,7 +326,7 @@ class Learner:
         """Take over what `state_dict` returned; `tasks` and `labels` are those met so far."""
         own = state["learner"]
         if self.encoder is not None:  # as it was: what was learned, was learned of these features
-            self.encoder.load_state_dict(state["encoder"]["frozen"])
+            self.encoder.load(state["encoder"]["frozen"])
         if own["num_outputs"] > self.allowed.shape[1]:
             self._grow(own["num_outputs"])
         for name, part in self.strategy.parts.items():
@@ -473,7 +474,8 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
 
     encoder, shape = None, tuple(config.input.shape)
     if config.input.encoder is not None:
-        encoder, shape = registry.build_encoder(config.input.encoder.model_dump(), shape, config.seed, device)
+        encoder = Encoder.build(config.input.encoder.model_dump(), shape, config.seed, device)
+        shape = encoder.shape
 
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
         return registry.build(spec, shape, num_outputs, config.seed + offset, vocabulary).to(device)

@@ -122,7 +122,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "replay_samples_drawn": ("Samples drawn from stored ones into batches.", ()),
     "replay_samples_evicted": ("Stored samples that made room.", ()),
     "constraint_projections": (
-        "Optimizer steps whose gradient was projected, because it would have harmed a past task.",
+        (
+            "Optimizer steps whose gradient was projected, because it would have harmed a past task; of `agem` those whose "
+            "reference has a squared norm above `epsilon`."
+        ),
         (),
     ),
     "constraint_solver_failures": ("Projections that could not be solved: the step went on as it was.", ()),

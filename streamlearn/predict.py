@@ -13,6 +13,7 @@ from torch.nn import functional
 from streamlearn import state
 from streamlearn.data import Rejected, StreamlearnError
 from streamlearn.models import registry
+from streamlearn.models.encoder import Encoder
 from streamlearn.strategies.parts import World
 from streamlearn.strategies.recipes import network_of
 from streamlearn.stream.text import Vocabulary, parse
@@ -31,6 +32,9 @@ CHUNK = 512
 class Model:
     """A model as it was saved, with its labels."""
 
+    FILES = ("model.json", "model.safetensors")
+    OPTIONAL = ("encoder.frozen.safetensors",)
+
     def __init__(self, directory: Path) -> None:
         try:
             self.description: dict[str, Any] = json.loads((directory / "model.json").read_bytes())
@@ -44,8 +48,9 @@ class Model:
         cpu = torch.device("cpu")
         encoder, self.shape = None, tuple(self.input["shape"])
         if (spec := self.input.get("encoder")) is not None:
-            encoder, self.shape = registry.build_encoder(spec, self.shape, tree["seed"], cpu)
-            encoder.load_state_dict(_tensors(directory / "encoder.frozen.safetensors"))
+            encoder = Encoder.build(spec, self.shape, tree["seed"], cpu)
+            encoder.load(_tensors(directory / "encoder.frozen.safetensors"))
+            self.shape = encoder.shape
         self.scale = scaling(self.input["scale"], cpu, names=self.text, encoder=encoder)
         self.network = self._build()
         self.network.load_state_dict(tree["network"])

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +94,7 @@ def averaging_rate(decay: float, steps: int) -> float:
 
 
 def scaling(
-    divisor: float, device: torch.device, *, names: bool = False, encoder: nn.Module | None = None
+    divisor: float, device: torch.device, *, names: bool = False, encoder: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Return the function from samples as they arrived to what the network sees: float32, on the device, divided.
 
@@ -104,12 +104,9 @@ def scaling(
     def scale(x: Tensor) -> Tensor:
         if names:
             return x.to(device)
-        there = x.to(device, torch.float32)
+        # of its own, for an encoder: what is stored must stay as it arrived, whatever a module does in place
+        there = x.to(device, torch.float32, copy=encoder is not None)
         there = there if divisor == 1 else there / divisor
-        if encoder is None:
-            return there
-        with torch.no_grad():
-            features: Tensor = encoder(there)
-        return features
+        return there if encoder is None else encoder(there)
 
     return scale

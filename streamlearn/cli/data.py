@@ -153,7 +153,7 @@ def predict(
     classes: Annotated[str | None, typer.Option(help="Only samples of these classes: 0,1.")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Predict with a saved model, from its model.safetensors and model.json alone."""
+    """Predict with a saved model, from its model.safetensors, model.json and encoder (where there is one) alone."""
     from streamlearn import producer
     from streamlearn.checkpoint import Store
     from streamlearn.predict import Model, accuracy
@@ -164,7 +164,7 @@ def predict(
         samples = producer.by_classes(samples, [classes.split(",")])[0]
     directory = Path(checkpoint)
     if not directory.is_dir():
-        directory = Store(find_state(state)).find(checkpoint, "model.json", "model.safetensors").path
+        directory = Store(find_state(state)).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL).path
     predicted, sure = Model(directory).predict(samples.x, task)
     tree: dict[str, Any] = {
         "samples": len(predicted),

@@ -147,6 +147,7 @@ def replay(
             return
         sent: list[Letter] = []
         if dry_run:
+            letters.targets(sink, chosen, to)
             sent.extend(letter for _, group in letters.sendable(log, dead, chosen) for letter in group)
             _tell("would be sent", sent, to)
         else:

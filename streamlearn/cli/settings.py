@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_json
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json
 
 app = typer.Typer(help="Check a configuration, show the values in force, or the JSON Schema.", no_args_is_help=True)
 
@@ -12,7 +12,8 @@ app = typer.Typer(help="Check a configuration, show the values in force, or the 
 @app.command()
 def check(config: ConfigArgument) -> None:
     """Print every error with its key, value and what is accepted; 78 where there is one."""
-    load_config(config)
+    if (absent := load_config(config).absent_secret()) is not None:
+        print_error(f"warning: {absent}")
     typer.echo(f"{config}: fine")
 
 

@@ -38,7 +38,7 @@ def build(
                 sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
                 return MemNet(input_shape, num_outputs, **told, **sizes)
         except (TypeError, ValueError, RuntimeError) as error:  # the last where memory is too small
-            raise _unfit(f"model {spec['name']}", error) from error
+            raise _unfit(spec, error) from error
         return _build_own(spec, input_shape, num_outputs, told)
 
 
@@ -52,9 +52,9 @@ def _build_own(
             list(input_shape), num_outputs, **told, **spec["options"]
         )
     except Exception as error:  # whatever a user's function raises is not our fault
-        raise _unfit(f"model {spec['name']}", error) from error
+        raise _unfit(spec, error) from error
     if not isinstance(model, nn.Module):
-        raise _unfit(f"model {spec['name']}", f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise _unfit(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
     device = next((param.device for param in model.parameters()), None)
     zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
     shape = list(zeros.shape)
@@ -63,61 +63,22 @@ def _build_own(
         with torch.no_grad():
             logits = model.eval()(zeros)
     except Exception as error:
-        raise _unfit(f"model {spec['name']}", error, f"cannot see a batch of shape {shape}: ") from error
+        raise _unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
     for part, mode in modes:
         part.training = mode
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise _unfit(
-            f"model {spec['name']}",
+            spec,
             f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}",
         )
     return model
 
 
-def build_encoder(
-    spec: Mapping[str, Any], input_shape: Sequence[int], seed: int, device: torch.device
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return what `package.module:function(input_shape, **options)` returns, frozen, and the shape of its features.
-
-    It is in evaluation mode. `spec` is the configuration's `input.encoder` section. Raises `StreamlearnError` (78) when it
-    cannot be built, or does not give numbers for each sample.
-    """
-    module, _, function = spec["name"].partition(":")
-    who = f"input.encoder {spec['name']}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            encoder = getattr(importlib.import_module(module), function)(list(input_shape), **spec["options"])
-        except Exception as error:  # whatever a user's function raises is not our fault
-            raise _unfit(who, error) from error
-    if not isinstance(encoder, nn.Module):
-        raise _unfit(who, f"expected a torch.nn.Module, got {type(encoder).__name__}")
-    encoder.requires_grad_(requires_grad=False).eval().to(device)
-    zeros = torch.zeros(2, *input_shape, device=device)
-    try:
-        with torch.no_grad():
-            features = encoder(zeros)
-    except Exception as error:
-        raise _unfit(who, error, f"cannot see a batch of shape {list(zeros.shape)}: ") from error
-    if not isinstance(features, torch.Tensor) or features.dtype != torch.float32 or len(features) != 2:
-        got = (
-            f"{features.dtype} {list(features.shape)}"
-            if isinstance(features, torch.Tensor)
-            else type(features).__name__
-        )
-        raise _unfit(who, f"two samples must give two float32 features, and give {got}")
-    if features.dim() < 2:
-        raise _unfit(
-            who, f"each sample must give one dimension of features or more, and two give {list(features.shape)}"
-        )
-    return encoder, tuple(features.shape[1:])
-
-
-def _unfit(who: str, why: Exception | str, doing: str = "") -> StreamlearnError:
+def _unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
-    return StreamlearnError(f"{who}: {doing}{why}", code=78)
+    return StreamlearnError(f"model {spec['name']}: {doing}{why}", code=78)
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:

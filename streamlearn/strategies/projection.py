@@ -46,9 +46,10 @@ class AverageProjection(Constraint):
         batch = Batch(self.world.scale(drawn["x"]), drawn["y"].to(self.world.device), drawn["task"])
         reference = gradient_of(batch)
         along = dot(grads, reference)
-        factor = along.clamp(max=0) / (dot(reference, reference) + self.epsilon)
+        square = dot(reference, reference)
+        factor = along.clamp(max=0) / (square + self.epsilon)
         torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
-        self._projected += along < 0
+        self._projected += (along < 0) & (square > self.epsilon)
 
     def end_task(self, closing: Closing) -> None:
         self.memory.store(closing.task, closing.x, closing.y)

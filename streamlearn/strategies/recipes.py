@@ -222,7 +222,7 @@ def agem(
     selection: Selection = "reservoir",
     per_class: Positive | None = None,
     reference: Positive | None = None,
-    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-7,
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-7,
     momentum: Momentum = "refuse",
 ) -> Slots:
     """Averaged GEM (Chaudhry et al. 2019): one gradient on `reference` stored samples (default: as many as the batch).

@@ -156,12 +156,17 @@ def sendable(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[R
                 yield record, letters
 
 
+def targets(sink: Sink, chosen: Iterable[Letter], to: str | None) -> dict[str, int]:
+    """Return the topics that letters go to, with their partitions; raises `StreamlearnError` where one is not there."""
+    return {name: sink.partitions(name) for name in {to or letter.topic for letter in chosen}}
+
+
 def replay(log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None) -> Iterator[Letter]:
     """Send what is sendable of letters to their own topic or another, and mark the letters; give those that were sent.
 
     Raises `StreamlearnError` where something cannot be sent.
     """
-    partitions = {name: sink.partitions(name) for name in {to or letter.topic for letter in chosen}}
+    partitions = targets(sink, chosen, to)
     group: Group = []
     size = 0
     for record, letters in sendable(log, topic, chosen):

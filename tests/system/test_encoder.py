@@ -46,3 +46,10 @@ def test_features_are_learned_replayed_and_used(tmp_path: Path) -> None:
         assert accuracy(predicted, probe.y) == pytest.approx(entry["probe_accuracy"], abs=1e-6)
         assert sure.dtype == np.float32
     assert model.description["tasks"]["t1"]["probe_accuracy"] > 0.2  # naive ends with 0 here
+
+    damaged = last.path / name
+    content = damaged.read_bytes()
+    damaged.unlink()  # or it would be damaged in every checkpoint, which link it
+    damaged.write_bytes(bytes([content[-1] ^ 1]).rjust(len(content), content[:1]))
+    found = Store(tmp_path / "state").find("latest", *Model.FILES, optional=Model.OPTIONAL)
+    assert found.id != last.id

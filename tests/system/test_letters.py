@@ -128,6 +128,8 @@ def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> No
     """Only what was not learned is sent, only when somebody says so, and never a second time."""
     config, over, b = rejecting.config, rejecting.over, rejecting.b
     assert cli("dlq", "replay", config, "--to", b, "--dry-run").stdout == f"3 samples would be sent to {b}\n"
+    nowhere = cli("dlq", "replay", config, "--to", b + "x", "--dry-run")
+    assert (nowhere.returncode, one_line(nowhere)) == (1, f"streamlearn: no topic {b}x")
     alone = cli("dlq", "replay", config, "--to", b, stdin=subprocess.DEVNULL)
     assert (alone.returncode, "--yes sends them" in one_line(alone)) == (2, True)
     assert cli("dlq", "replay", config, "--to", b, "--yes").stdout == f"3 samples sent to {b}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,34 @@ def test_what_need_not_agree_is_accepted(tmp_path: Path) -> None:
     assert written(tmp_path, {**MINIMAL, **domain}).scenario.tasks == {"a": [1]}
 
 
+WRONG_ENCODERS: list[tuple[Any, str]] = [
+    (3, ": is 3; expected package.module:function, or a section with name and options"),
+    (
+        {"name": "m:f", "optons": {"a": 1}},
+        ".optons: no such key (did you mean options?); accepted: name, options",
+    ),
+    (
+        {"name": "m:f", "options": {"day": dt.date(2024, 1, 2)}},
+        ".options: expected what JSON can hold: Object of type date is not JSON serializable",
+    ),
+    (
+        {"name": "m:f", "options": {"much": float("inf")}},
+        ".options: expected what JSON can hold: Out of range float values are not JSON compliant",
+    ),
+]
+
+
+def test_where_an_encoder_lies_may_change(tmp_path: Path) -> None:
+    """Its options shape no state: what it is, its saved weights know."""
+    trees = [{"name": "m:f", "options": {"file": name}} for name in ("a", "b")]
+    one, other = (
+        written(tmp_path, {**MINIMAL, "strategy": "er", "input": {"shape": [4], "encoder": tree}}).shaping()
+        for tree in trees
+    )
+    assert one == other
+    assert one["input.encoder"] == "m:f"
+
+
 def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
     """Where it has no options, `input.encoder` is the function alone; what it gives is no image, and not bounded."""
     config = written(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}, "strategy": "er"})
@@ -207,6 +236,9 @@ def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
             "accepted: generative: {likelihood: gaussian}"
         ),
     ]
+    for encoder, told in WRONG_ENCODERS:
+        lines = refused(tmp_path, {**MINIMAL, "strategy": "er", "input": {"shape": [4], "encoder": encoder}})
+        assert [line.split("input.encoder", 1)[1][: len(told)] for line in lines] == [told]
     lines = refused(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "front"}})
     assert lines[0].endswith("input.encoder.name: is 'front'; expected package.module:function")
 
@@ -462,8 +494,11 @@ def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     sasl = {**OAUTH, "client_secret_file": str(path)}
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
-    told = f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
-    assert written(tmp_path, {**MINIMAL, "kafka": kafka}).warnings(RECIPES) == [told]
+    config = written(tmp_path, {**MINIMAL, "kafka": kafka})
+    assert config.absent_secret() == f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
+    assert config.warnings(RECIPES) == []
+    path.write_text("12345")
+    assert config.absent_secret() is None
 
 
 @pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from typing import TYPE_CHECKING
@@ -58,6 +59,25 @@ def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     assert tree == old
     stats = job.learner.learn(Batch(torch.zeros(10, 4), torch.full((10,), 2), torch.full((10,), 1)))
     assert stats.applied == 2
+
+
+def test_a_parameter_of_a_later_version_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the version that wrote a checkpoint could not say is said in the log; what it could say must agree."""
+    golden = next(path for path in GOLDEN if path.name == "stored")
+    with caplog.at_level("WARNING"):
+        restored(tmp_path / "one", golden)
+    assert "was written by a version without epsilon of strategy.agem: 1e-07 from here on" in caplog.text
+    (tmp_path / "other").mkdir()
+    shutil.copytree(golden, tmp_path / "other" / "state")
+    tree = copy.deepcopy(make.settings(tmp_path / "other", golden.name))
+    tree["strategy"]["agem"]["reference"] = 3
+    path = tmp_path / "other" / "job.yaml"
+    path.write_text(configfile.dump(tree))
+    config = configfile.load(path, RECIPES, {})
+    with pytest.raises(
+        StreamlearnError, match=r"strategy\.agem\.reference: the checkpoint has None, the configuration 3"
+    ):
+        Job.make(config, Store(config.state_dir), Metrics()).restore()
 
 
 def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:

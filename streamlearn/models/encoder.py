@@ -1,0 +1,92 @@
+"""A frozen module of the user's before the model: built, tried, and later the one that was saved."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from streamlearn.data import StreamlearnError, out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+
+class Encoder:
+    """Makes features `[B, *shape]`, float32, of samples `[B, ...]`; nothing of it ever learns or changes."""
+
+    def __init__(self, name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
+        self.name = name
+        self.module = module
+        self.shape = shape
+
+    @classmethod
+    def build(cls, spec: Mapping[str, Any], input_shape: Sequence[int], seed: int, device: torch.device) -> Self:
+        """Return the encoder that `package.module:function(input_shape, **options)` makes.
+
+        `spec` is the configuration's `input.encoder` section. Raises `StreamlearnError` (78) when it cannot be built, does not
+        give a tensor of numbers for each sample, or could not be saved.
+        """
+        name = spec["name"]
+        module, _, function = name.partition(":")
+        zeros = torch.zeros(2, *input_shape, device=device)
+        doing = ""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                made = getattr(importlib.import_module(module), function)(list(input_shape), **spec["options"])
+                _freeze(made, device)
+                saved = [isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+                         for value in made.state_dict().values()]  # fmt: skip
+                doing = f"cannot see a batch of shape {list(zeros.shape)}: "
+                features: Any = _features(made, zeros)
+            except Exception as error:  # whatever a user's code raises is not our fault
+                raise _unfit(name, error, doing) from error
+        if not all(saved):
+            raise _unfit(name, "its state_dict must hold dense tensors alone, or it cannot be saved")
+        number = isinstance(features, Tensor) and features.dtype == torch.float32
+        if not number or features.dim() < 2 or features.shape[0] != 2:
+            got = (
+                f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            )
+            raise _unfit(name, f"two samples must give float32 features [2, ...], and give {got}")
+        return cls(name, made, tuple(features.shape[1:]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the features of samples, which it may overwrite."""
+        features: Tensor = _features(self.module, x)
+        return features
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become the encoder that was saved; raises `StreamlearnError` (78) where the function makes another kind by now."""
+        try:
+            self.module.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise _unfit(self.name, error, "does not fit the weights that were saved: ") from error
+
+
+def _freeze(module: Any, device: torch.device) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    for param in module.parameters():
+        param.requires_grad = False
+    module.eval().to(device)
+
+
+@torch.no_grad()
+def _features(module: nn.Module, x: Tensor) -> Any:
+    features = module(x)
+    # autograd refuses what was made in inference mode, as a frozen module's author may well have chosen
+    return features.clone() if isinstance(features, Tensor) and features.is_inference() else features
+
+
+def _unfit(name: str, why: Exception | str, doing: str = "") -> StreamlearnError:
+    if isinstance(why, Exception):
+        if out_of_memory(why):
+            return StreamlearnError.of_memory(why)
+        why = f"{type(why).__name__}: {' '.join(str(why).split())}"
+    return StreamlearnError(f"input.encoder {name}: {doing}{why}", code=78)

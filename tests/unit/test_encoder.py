@@ -1,0 +1,185 @@
+"""A frozen module of the user's: what is refused, and what it may do without harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamlearn.data import StreamlearnError
+from streamlearn.models.encoder import Encoder
+from streamlearn.tensors import scaling
+
+CPU = torch.device("cpu")
+
+
+class Halved(nn.Module):
+    """Works in place, as `nn.ReLU(inplace=True)` does, and in inference mode, as authors of frozen modules like to."""
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return half of it."""
+        x *= 0.5
+        return x
+
+
+class Other(nn.Module):
+    """Gives anything."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.made = made
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what it was made of, of the right device."""
+        del x
+        return self.made
+
+
+def halved(_: list[int]) -> nn.Module:
+    """Make what works in place."""
+    return Halved()
+
+
+def scripted(shape: list[int]) -> nn.Module:
+    """Make a frozen TorchScript module."""
+    made: nn.Module = torch.jit.script(nn.Linear(shape[0], 2))
+    return made
+
+
+class More(nn.Linear):
+    """Has state that is no tensor, as quantized modules have."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return what safetensors cannot hold."""
+        return {"bits": 8}
+
+
+def more(shape: list[int]) -> nn.Module:
+    """Make one whose state is not tensors alone."""
+    return More(shape[0], 2)
+
+
+def scalars(_: list[int]) -> nn.Module:
+    """Make one that gives a number for each sample, without a dimension."""
+    return Other(torch.zeros(2))
+
+
+def one_number(_: list[int]) -> nn.Module:
+    """Make one that gives a number for all."""
+    return Other(torch.zeros(()))
+
+
+def doubles(_: list[int]) -> nn.Module:
+    """Make one of another precision."""
+    return Other(torch.zeros(2, 3, dtype=torch.float64))
+
+
+def one_row(_: list[int]) -> nn.Module:
+    """Make one that loses a sample."""
+    return Other(torch.zeros(1, 3))
+
+
+def pair(_: list[int]) -> nn.Module:
+    """Make one that returns two things."""
+    return Other((torch.zeros(2, 3), torch.zeros(2, 3)))
+
+
+def narrow(shape: list[int]) -> nn.Module:
+    """Make one that sees other samples."""
+    return nn.Linear(shape[0] - 1, 2)
+
+
+def no_module(_: list[int]) -> object:
+    """Return what is none."""
+    return 3
+
+
+def build(name: str, **options: Any) -> Encoder:
+    """Build one of the above, or another of a full name."""
+    full = name if ":" in name else f"{__name__}:{name}"
+    return Encoder.build({"name": full, "options": options}, [4], 5, CPU)
+
+
+WRONG: list[tuple[str, str]] = [
+    ("scalars", r"two samples must give float32 features \[2, \.\.\.\], and give torch\.float32 \[2\]$"),
+    ("one_number", r"and give torch\.float32 \[\]$"),
+    ("doubles", r"and give torch\.float64 \[2, 3\]$"),
+    ("one_row", r"and give torch\.float32 \[1, 3\]$"),
+    ("pair", r"and give tuple$"),
+    ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: "),
+    ("no_module", r"expected a torch\.nn\.Module, got int$"),
+    ("more", r"its state_dict must hold dense tensors alone, or it cannot be saved$"),
+    ("absent", r"AttributeError: "),
+    ("no_such_package:function", r"ModuleNotFoundError: "),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), WRONG)
+def test_an_encoder_that_cannot_work_is_refused(name: str, message: str) -> None:
+    """One line names the encoder and what it did; the code is that of the configuration."""
+    with pytest.raises(StreamlearnError, match=message) as caught:
+        build(name)
+    assert caught.value.code == 78
+    assert str(caught.value).startswith("input.encoder ")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_is_frozen() -> None:
+    """Nothing of it learns, its statistics stay, the same seed makes the same one, and no number is drawn that others would."""
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, other = (build("tests.support.models:encoder", features=3) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert one.shape == (3,)
+    assert not any(part.training for part in one.module.modules())
+    assert not any(param.requires_grad for param in one.module.parameters())
+    before = {name: value.clone() for name, value in one.module.state_dict().items()}
+    one(torch.rand(8, 4))
+    after = one.module.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(torch.equal(value, other.module.state_dict()[name]) for name, value in before.items())
+
+
+def test_what_is_stored_stays_as_it_arrived() -> None:
+    """A module that writes into its input changes no sample, and what it makes in inference mode can be learned of."""
+    scale = scaling(1.0, CPU, encoder=build("halved"))
+    x = torch.ones(2, 4)
+    features = scale(x)
+    assert torch.equal(x, torch.ones(2, 4))
+    assert torch.equal(features, torch.full((2, 4), 0.5))
+    head = nn.Linear(4, 1)
+    head(features).sum().backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # that TorchScript is old: many saved models still are it
+def test_a_scripted_module_is_an_encoder() -> None:
+    """It has no `requires_grad_` of its own, and is frozen all the same."""
+    made = build("scripted")
+    assert made.shape == (2,)
+    assert not made(torch.rand(3, 4)).requires_grad
+
+
+def test_what_was_saved_must_fit() -> None:
+    """A function that makes another kind of module by now is told in one line."""
+    saved = build("tests.support.models:encoder", features=3).module.state_dict()
+    changed = build("tests.support.models:encoder", features=5)
+    with pytest.raises(StreamlearnError, match="does not fit the weights that were saved: RuntimeError: ") as caught:
+        changed.load(saved)
+    assert (caught.value.code, str(caught.value).count("\n")) == (78, 0)
+
+
+def test_no_memory_left_is_no_mistake_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is full for a moment ends the start with 75, which a supervisor tries again."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("streamlearn.models.encoder._freeze", full)
+    with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
+        build("halved")
+    assert caught.value.code == 75
