@@ -39,7 +39,7 @@ kafka: .venv/.dev  # the broker that the tests use, on localhost:9092, until Ctr
 	$(IN)/python -m tests.support.kafka_broker
 
 clean:
-	rm -rf .venv .cache demo state .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cache demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .cache/uv/bin/uv:  # only where the machine has no uv
 	python3 -m venv .cache/uv

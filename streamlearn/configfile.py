@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ENV_PREFIX = "STREAMLEARN__"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
 SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
+SHORT = {"model": "name", "scenario": "kind", "encoder": "name"}  # sections that may be a word, and what it is
 SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
 
 
@@ -36,7 +37,7 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
         raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=code) from error
     tree, lines, problems = _parse(path, content)
     problems += [
-        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use the environment or {key[-1]}_file"
+        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use {_instead(key)}"
         for key in SECRETS
         if _get(tree, key) is not None
     ]
@@ -139,13 +140,25 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
         node = tree
         for part in parents:
             if not isinstance(node.get(part), dict):
-                node[part] = {}
+                node[part] = _written_out(part, node.get(part))
             node = node[part]
         try:  # a secret is text whatever it looks like
             node[last] = text if "password" in last or "secret" in last else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
     return problems
+
+
+def _written_out(key: str, value: Any) -> dict[str, Any]:
+    """Return what a section's short form stands for, so that a key below it is laid over that; else an empty section."""
+    if key == "strategy" and isinstance(value, (str, list)):
+        return {str(name): {} for name in ([value] if isinstance(value, str) else value)}
+    return {SHORT[key]: value} if key in SHORT and isinstance(value, str) else {}
+
+
+def _instead(key: tuple[str, ...]) -> str:
+    name = ENV_PREFIX + "__".join(key).upper()
+    return f"{name} in the environment" + ("" if key[-1].startswith("ssl") else f", or {key[-1]}_file")
 
 
 def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:

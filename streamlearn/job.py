@@ -446,6 +446,7 @@ class Job:
         metrics, now = self.metrics, time.time()
         committed = {p: position.offset for p, position in self.saved.at.items()}
         metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
+        metrics.gauges.set("train_batch_queue_capacity_samples", self.config.stream.queue.samples)
         names = {task.index: task.name for task in self.progress.tasks}
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.reader import StreamStatus
 
 PREFIX = "streamlearn_"
-STATES = ("starting", "restoring", "running", "paused", "draining", "failed")
+STATES = ("starting", "restoring", "running", "paused", "draining")
 TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
@@ -135,9 +135,12 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rollbacks": ("Returns to the newest checkpoint because update after update was not finite.", ()),
     "out_of_memory": ("Ends of the loop because host or device had no memory left.", ()),
     "errors": ("Errors handled.", ("component", "kind")),
-    "dlq_records": ("Samples sent to the dead-letter topic.", ("result",)),
+    "dlq_records": (
+        "Samples sent to the dead-letter topic; of `failure`, attempts that were not acknowledged.",
+        ("result",),
+    ),
     "control_requests": ("Requests that change something.", ("command", "result")),
-    "metrics_labels_dropped": ("Label values beyond the limit, counted under `other` or left out.", ("metric",)),
+    "metrics_labels_dropped": ("Increments of label values beyond the limit, counted under `other`.", ("metric",)),
 }
 
 HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {

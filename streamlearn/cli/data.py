@@ -118,6 +118,9 @@ def produce(
     if probe is not None:
         held = [producer.test_split(n) for n in source] if by == "file" else split(_probe(source[0], probe))
         probes = dict(enumerate(held))
+    here = Path("streamlearn.yaml")
+    if config is None and servers is None and embedded is None and here.is_file():
+        config = here  # its topics, too
     topics_ = _names(topic, config, len(parts))
     _, sink = _open(config, servers, embedded)
     how = producer.Publishing(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)

@@ -109,7 +109,7 @@ def start(
 
 def stop(
     state: StateOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for the last checkpoint.")] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait; it ends by itself after shutdown_grace.")] = 120.0,
     force: Annotated[
         bool, typer.Option("--force", help="After the timeout, kill it; what was not saved is learned again.")
     ] = False,
@@ -141,7 +141,7 @@ def stop(
 
 
 def pause(state: StateOption = None) -> None:
-    """Stop learning, but stay: probes, metrics and checkpoints go on."""
+    """Stop learning, but stay: metrics, status and checkpoints go on. A restart does not keep it."""
     typer.echo(Client(find_state(state)).command("pause")["state"])
 
 

@@ -413,8 +413,33 @@ def test_a_client_secret_is_text_and_never_shown(tmp_path: Path) -> None:
     assert config.effective()["kafka"]["sasl"]["client_secret"] == "***"
     assert "12345" not in json.dumps(config.effective()) + repr(config)
     lines = refused(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {**OAUTH, "client_secret": "12345"}}})
-    secret = "kafka.sasl.client_secret: a secret is not accepted in the file; use the environment or client_secret_file"
-    assert lines == [f"job.yaml: {secret}"]
+    use = f"use {name} in the environment, or client_secret_file"
+    assert lines == [f"job.yaml: kafka.sasl.client_secret: a secret is not accepted in the file; {use}"]
+    lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "ssl_password": "12345"}})
+    use = "use STREAMLEARN__KAFKA__SSL_PASSWORD in the environment"
+    assert lines == [f"job.yaml: kafka.ssl_password: a secret is not accepted in the file; {use}"]
+
+
+def test_the_environment_is_laid_over_what_a_short_form_stands_for(tmp_path: Path) -> None:
+    """`scenario: task` and one key of it from the environment are still scenario task; so with model, strategy and encoder."""
+    tree = {
+        **MINIMAL,
+        "scenario": "task",
+        "model": "m:f",
+        "strategy": ["er", "si"],
+        "input": {"shape": [4], "encoder": "m:g"},
+    }
+    environment = {
+        "STREAMLEARN__SCENARIO__ACTIVE": "all",
+        "STREAMLEARN__MODEL__OPTIONS__DEPTH": "3",
+        "STREAMLEARN__STRATEGY__ER__BUDGET": "50",
+        "STREAMLEARN__INPUT__ENCODER__OPTIONS__DEPTH": "2",
+    }
+    config = written(tmp_path, tree, **environment)
+    assert (config.scenario.kind, config.scenario.active) == ("task", "all")
+    assert (config.model.name, config.model.options) == ("m:f", {"depth": 3})
+    assert (list(config.strategy), config.strategy["er"]["budget"]) == (["er", "si"], 50)
+    assert config.effective()["input"]["encoder"] == {"name": "m:g", "options": {"depth": 2}}
 
 
 WRONG_SASL: list[tuple[dict[str, Any], list[str]]] = [
