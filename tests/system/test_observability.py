@@ -44,7 +44,7 @@ FIRING: dict[str, dict[str, str]] = {
         f'streamlearn_consumer_lag_seconds{{{LABELS}, topic="t"}}': "700x60",
         f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x60",
     },
-    "Paused": {f"streamlearn_consumer_paused{{{LABELS}}}": "1x120"},
+    "Paused": {f"streamlearn_consumer_paused{{{LABELS}}}": "1x60"},
     "NoProgress": {
         f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x60",
         f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "7x60",
