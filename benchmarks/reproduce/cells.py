@@ -168,7 +168,9 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             optimizer("sgd", 0.01),
             by_scenario={"class": HSU_CLASS},
             course=HSU,
-            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one: here `gem` + `er`.",
+            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one: here `gem` + `er`. Ours takes "
+            "128 new and 128 old samples an update, theirs 128 of both together, and so almost twice as many updates: done so, "
+            "seed 0 of `class` had 92.5.",
         ),
     ),
 )

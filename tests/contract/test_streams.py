@@ -498,7 +498,7 @@ def test_an_outage_is_not_silence(world: World) -> None:
     idle, connected, ends, progress = 1.5, list[float](), dict[Any, int](), Progress()
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], task_end={"idle": idle}, on_finished="wait")
-    until(stream, bool, progress)
+    until(stream, lambda found: bool(found) and stream.status.ends == {(a, 0): 2}, progress)
     connect, poll, away = stream.source.connect, stream.source.poll, time.monotonic() + 2 * idle
 
     def reconnect() -> None:
@@ -660,7 +660,7 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
 
     progress = Progress()
     stream = world.stream(**spec, dead_letter={"burst": 5})
-    begun = until(stream, lambda found: any(delivery.excuses for delivery in found), progress)
+    begun = until(stream, lambda found: any(d.excuses for d in found) and stream.status.problem is not None, progress)
     assert stream.next(0.5) is None
     stream.settle()
     assert len(world.read_all("dlq")) == letters + 5
@@ -715,7 +715,7 @@ def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> 
     world.mark(a)
     stream = world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 6})
     progress = Progress()
-    until(stream, lambda found: any(delivery.excuses for delivery in found), progress)
+    until(stream, lambda _: stream.status.problem is not None, progress)
     assert "offset 1: 6 samples in a row" in (stream.status.problem or "")
     stream.acknowledge()
     everything(stream, progress)

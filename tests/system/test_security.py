@@ -205,7 +205,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, int, str]] = {
     ),
     "wrong host name": ({}, "127.0.0.1", 77, "refused: .*certificate is not valid for '127.0.0.1'.*"),
     "no TLS": (
-        {"security_protocol": "PLAINTEXT"},
+        {"security_protocol": "PLAINTEXT", "sasl": None},
         "localhost",
         78,
         "kafka.security_protocol is PLAINTEXT, but the broker speaks TLS",
