@@ -188,7 +188,7 @@ def _side_by_side(
     todo: Sequence[Cell], device: str, jobs: int
 ) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
     # torch and its threads do not survive a fork
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=runner.quiet)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=runner.begin_worker)
     try:
         runs = {pool.submit(runner.run, cell, device): cell for cell in todo}
         for run in as_completed(runs):

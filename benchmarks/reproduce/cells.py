@@ -168,8 +168,8 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             optimizer("sgd", 0.01) | {"stream": {"batch_size": 64}},
             by_scenario={"class": HSU_CLASS},
             course=HSU,
-            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one in a batch of 128: here `gem` + "
-            "`er`, 64 new and 64 old samples an update (in the first task 64 new, where theirs are 128).",
+            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one in a batch of 128: here "
+            "`gem` + `er`, 64 new and 64 old samples an update (in the first task 64 new, where theirs are 128).",
         ),
     ),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import platform
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -200,8 +202,20 @@ def present(tree: Any) -> Any:
 
 
 def quiet() -> None:
-    """Leave the log to errors: what is skipped is counted in the book. It stands here, where a new process finds it."""
+    """Leave the log to errors: what is skipped is counted in the book."""
     logging.getLogger("streamlearn").setLevel(logging.ERROR)
+
+
+def begin_worker() -> None:
+    """Prepare a process beside others. It ends with the one that began it, whatever ended that."""
+    quiet()
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _figures(job: Job, *, curve: bool) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +226,28 @@ def test_cells_run_side_by_side(tmp_path: Path) -> None:
     need((DATA / "mnist.npz").is_file(), "mnist.npz")
     assert tool.carry_out([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
     assert books.shown.entries[cell.key]["samples"] == 2
+
+
+def test_workers_end_with_the_run_that_began_them(tmp_path: Path) -> None:
+    """A run that is killed leaves no process that goes on for hours."""
+    script = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from benchmarks.reproduce import runner\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=runner.begin_worker)\n"
+        "    worker = pool.submit(os.getpid).result()\n"
+        "    pool.submit(time.sleep, 600)\n"
+        "    print(worker, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    path = tmp_path / "run.py"
+    path.write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(runner.ROOT)}
+    run = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, env=environment)
+    assert run.stdout is not None
+    worker = int(run.stdout.readline())
+    assert worker != run.pid
+    run.kill()
+    assert run.communicate(timeout=60)[0] == b""  # the pipe ends with the last process that holds it
