@@ -152,7 +152,8 @@ class Store:
         known = ", ".join(path.name for path in paths[:5]) or "none"
         broken = "; broken: " + ", ".join(path.name for path in self._corrupt()) if any(self._corrupt()) else ""
         what = "sound checkpoint" if name == "latest" else f"checkpoint {name}"
-        raise StreamlearnError(f"{self.root}: no {what}; there are: {known}{broken}")
+        code = 78 if name == "latest" and (paths or broken) else 1  # there was something, and none of it is sound
+        raise StreamlearnError(f"{self.root}: no {what}; there are: {known}{broken}", code=code)
 
     def newest_sound(self) -> Checkpoint | None:
         """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
