@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Config, LearnerSpec
     from streamlearn.data import Label, Task
     from streamlearn.scenario import Scenario
-    from streamlearn.strategies.parts import Network, State, Strategy
+    from streamlearn.strategies.parts import Network, Part, State, Strategy
 
 EVALUATION_CHUNK = 512
 
@@ -237,7 +237,7 @@ class Learner:
             if self.strategy.refine_epochs:
                 self._take_average()
                 for part in self.strategy.parts.values():
-                    part.begin_refine(self._closing())
+                    part.begin_refine(self._closing(part))
                 self._renew()
                 self._make_average(self.params)  # anew: what was pruned has no past
                 self.task_steps = 0
@@ -255,7 +255,7 @@ class Learner:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
         self._take_average()
         for part in self.strategy.parts.values():
-            part.end_task(self._closing())
+            part.end_task(self._closing(part))
         self.cursor = None
         self.reservoir.clear()
         self._renew()
@@ -392,11 +392,14 @@ class Learner:
         hits = int(self._hits)
         return LearnStats(self.task, len(batch), steps, applied, clipped, loss, hits / len(batch), float(norms[-1]))
 
-    def _closing(self) -> Closing:
+    def _closing(self, part: Part) -> Closing:
+        x, y = self.reservoir.x, self.reservoir.y
+        if part.samples_needed != ALL and part.samples_needed < len(y):  # another part asked for more
+            order = torch.randperm(len(y), generator=seeded(self.world.seed, f"closing-{self.task}"))
+            x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
         return Closing(
-            self.task, self.reservoir.x, self.reservoir.y, self.params, self.strategy.network.module,
-            self.allowed, self.outputs, self._draws,
-        )  # fmt: skip
+            self.task, x, y, self.params, self.strategy.network.module, self.allowed, self.outputs, self._draws
+        )
 
     def _trained(self) -> tuple[list[str], list[Tensor]]:
         trained = self.strategy.network.trained()

@@ -44,7 +44,7 @@ class Closing:
     """A read-only view of a task at its end."""
 
     task: int
-    x: Tensor  # the reservoir, as the samples arrived
+    x: Tensor  # of the reservoir, as many samples as the part needs, as they arrived
     y: Tensor
     params: Sequence[Tensor]
     network: nn.Module
