@@ -16,6 +16,7 @@ from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
+from streamlearn.models.modes import LayerDraws, evaluating
 from streamlearn.optimizers import Optimizer
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
@@ -24,6 +25,7 @@ from streamlearn.tensors import (
     choose_device,
     clones,
     copy_into,
+    dense,
     finite_norm,
     padded,
     padded_all,
@@ -101,6 +103,7 @@ class Learner:
         self.outputs: list[list[int]] = []  # met in each task
         self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
+        self.layer_draws = LayerDraws(world.seed, world.device)
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
         self._hits = torch.zeros((), device=world.device)  # right answers before the first update
@@ -111,11 +114,12 @@ class Learner:
         """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
         there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
         self._noted, self._clipped = [], []
-        if self.distort is not None:  # test before training on the samples as they are
-            with torch.no_grad():
-                self._hits = self._count_hits(self.strategy.network.forward(there.x, there.task), there)
-        for number in range(self.spec.updates_per_batch):
-            self.update(there, first=number == 0)
+        with self.layer_draws.taken():
+            if self.distort is not None:  # test before training on the samples as they are
+                with torch.no_grad():
+                    self._hits = self._count_hits(self.strategy.network.forward(there.x, there.task), there)
+            for number in range(self.spec.updates_per_batch):
+                self.update(there, first=number == 0)
         stats = self._read_stats(batch)
         if self.cursor is not None:
             self.cursor += 1
@@ -133,7 +137,7 @@ class Learner:
         if features is not None:
             loss = loss + s.replay.loss(mixed, features)  # replay through feedback
         loss.backward()
-        grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in self.params]
+        grads = [dense(param.grad, param) for param in self.params]
         s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
         s.constraint.project(self.params, grads, self.gradient_of)  # so that no past task is harmed
         norm, finite = finite_norm(grads)
@@ -195,7 +199,8 @@ class Learner:
         """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
         joined = batch.join(None, 0.0)
         loss = self.loss(self.strategy.network.forward(joined.x, joined.task), joined)
-        return list(torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
+        found = torch.autograd.grad(loss, self.params, allow_unused=True)
+        return [dense(grad, param) for grad, param in zip(found, self.params, strict=True)]
 
     # -- tasks
 
@@ -269,18 +274,16 @@ class Learner:
         if params is not None:
             network = self._copy_network()
             copy_into(self._of(network), params)
-        training = network.module.training
-        network.module.eval()
         hits = torch.zeros((), device=self.world.device)
         total = torch.zeros((), device=self.world.device)
-        for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
-            tasks = torch.full((len(some_y),), task)
-            target = some_y.to(self.world.device)
-            logits = network.forward(self.world.scale(some_x), tasks)
-            masked = logits.masked_fill(self._forbidden(tasks), -torch.inf)
-            hits += (masked.argmax(1) == target).sum()
-            total += functional.cross_entropy(masked, target, reduction="sum")
-        network.module.train(training)
+        with evaluating(network.module):
+            for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+                tasks = torch.full((len(some_y),), task)
+                target = some_y.to(self.world.device)
+                logits = network.forward(self.world.scale(some_x), tasks)
+                masked = logits.masked_fill(self._forbidden(tasks), -torch.inf)
+                hits += (masked.argmax(1) == target).sum()
+                total += functional.cross_entropy(masked, target, reduction="sum")
         return float(hits) / len(y), float(total) / len(y)
 
     @property
@@ -318,6 +321,7 @@ class Learner:
                 "slowed": self.slowed,
                 "draws": self._draws.get_state(),
                 "distort": {} if self.distort is None else {"generator": self.distort.generator.get_state()},
+                "layer_draws": self.layer_draws.state_dict(),
             },
             **{name: part.state_dict() for name, part in self.strategy.parts.items()},
         }
@@ -333,7 +337,7 @@ class Learner:
             part.load_state_dict(state[name])
         self.strategy.network.module.load_state_dict(state["live"] or state["model"])
         self.names, self.params = self._trained()
-        self.slowed = own.get("slowed", 1.0)  # checkpoints of 0.1 have none
+        self.slowed = own.get("slowed", 1.0)  # older checkpoints have none, and no draws of layers
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._make_average(self.params)
@@ -348,6 +352,7 @@ class Learner:
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
         self.task, self.cursor = own["task"], own["cursor"]
         self._draws.set_state(own["draws"])
+        self.layer_draws.load_state_dict(own.get("layer_draws", {}))
         if self.distort is not None and own["distort"]:  # augmentation may be switched on and off between starts
             self.distort.generator.set_state(own["distort"]["generator"])
         self.activate(tasks, labels)

@@ -281,6 +281,7 @@ class Metrics:
                 self.count("samples_trained", stats.samples, task)
             else:
                 self.count("samples_skipped", stats.samples, "nonfinite")
+            self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy)
             if delivery.newest is not None:
                 self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest))
         self.count("train_steps", stats.applied, task)
@@ -288,7 +289,6 @@ class Metrics:
         self.count("train_gradient_clipped", stats.clipped)
         self.gauges.set("train_gradient_norm", stats.gradient_norm)
         self._smooth("train_loss", task, stats.loss)
-        self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy)
 
     def record_evaluation(
         self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], now: float

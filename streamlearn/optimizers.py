@@ -100,6 +100,9 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, for the same parameters."""
         device = self.params[0].device
-        named = {key: clones([values[str(n)].to(device) for n in range(len(values))]) for key, values in state.items()}
-        self.steps = named.pop("steps")
-        self.moments |= {key: values for key, values in named.items() if key in self.moments}
+        self.steps = clones([state["steps"][str(n)].to(device) for n in range(len(state["steps"]))])
+        for name in self.moments.keys() & state.keys():
+            # in the parameter's own layout: fused kernels go through memory, and files are contiguous
+            self.moments[name] = [
+                torch.empty_like(param).copy_(state[name][str(n)]) for n, param in enumerate(self.params)
+            ]

@@ -55,6 +55,13 @@ def zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(tensor) for tensor in tensors]
 
 
+def dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    """Return a parameter's gradient as a plain tensor: an embedding may give a sparse one, an unused parameter has none."""
+    if grad is None:
+        return torch.zeros_like(like)
+    return grad.to_dense() if grad.is_sparse else grad
+
+
 def padded(old: Tensor, like: Tensor, *, copy_rest: bool = False) -> Tensor:
     """Return `old` enlarged to the shape of `like`, the new entries zero, or those of `like` where `copy_rest`."""
     if old.shape == like.shape:

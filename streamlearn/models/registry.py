@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from streamlearn.data import StreamlearnError
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
+from streamlearn.models.modes import evaluating
 from streamlearn.models.resnet import ResNet
 
 if TYPE_CHECKING:
@@ -58,14 +60,14 @@ def _build_own(
     device = next((param.device for param in model.parameters()), None)
     zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
     shape = list(zeros.shape)
-    modes = [(part, part.training) for part in model.modules()]
+    doing = f"cannot see a batch of shape {shape}: "
     try:
-        with torch.no_grad():
-            logits = model.eval()(zeros)
+        with evaluating(model), torch.enable_grad():
+            logits = model(zeros)
+        doing = "cannot be copied once it has learned, as average and teacher need it: "
+        copy.deepcopy(model)
     except Exception as error:
-        raise _unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
-    for part, mode in modes:
-        part.training = mode
+        raise _unfit(spec, error, doing) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise _unfit(

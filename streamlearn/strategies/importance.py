@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.models.modes import evaluating
 from streamlearn.strategies.moments import moments
 from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
@@ -287,10 +288,8 @@ def _mean_of(
     sums = zeros(closing.params)
     if not len(closing.y):
         return sums
-    training = closing.network.training
-    closing.network.eval()
-    for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
-        for part in total(closing.network, world.scale(x), y.to(world.device)):
-            torch._foreach_add_(sums, part)
-    closing.network.train(training)
+    with evaluating(closing.network):
+        for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
+            for part in total(closing.network, world.scale(x), y.to(world.device)):
+                torch._foreach_add_(sums, part)
     return [value / len(closing.y) for value in sums]

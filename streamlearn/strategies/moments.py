@@ -1,7 +1,8 @@
 """Per-sample gradient moments: sum over samples of weight * |gradient|^p, for p = 2 (Fisher) and p = 1 (MAS).
 
 Layer by layer from activations `a` and deltas `d` of one backward pass, where every layer has such a form; by one gradient a
-sample otherwise. A linear layer's gradient is the outer product of d and a, so its moment is (|d|^p)^T |a|^p.
+sample otherwise, several at once where torch can. A linear layer's gradient is the outer product of d and a, so its moment is
+(|d|^p)^T |a|^p.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.models.modes import evaluating
+from streamlearn.tensors import dense
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from streamlearn.strategies.parts import World
 
 SLICE = 16  # samples whose gradients are held at once
 
@@ -26,26 +33,53 @@ def moments(
     losses: Callable[[Tensor, Tensor], Tensor],
     power: int,
 ) -> list[Tensor]:
-    """Return, for each parameter, the sum over samples of `weight * |gradient of the sample's loss|^power`.
+    """Return, for each trained parameter, the sum over samples of `weight * |gradient of the sample's loss|^power`.
 
     `x [B, ...]`, `y [B]` what the loss is told, `weight [B]`; `losses` maps logits `[B, C]` and `y` to `[B]`.
     """
     found = _by_layer(network, x, y, weight, losses, power)
-    return _by_sample(network, x, y, weight, losses, power) if found is None else found
+    if found is None:
+        try:
+            found = _by_sample(network, x, y, weight, losses, power)
+        except (RuntimeError, ValueError) as error:  # what torch cannot map over samples: recurrent layers, most of all
+            if out_of_memory(error):
+                raise
+            found = _one_by_one(network, x, y, weight, losses, power)
+    return found
+
+
+def check(world: World, recipe: str) -> None:
+    """Raise `StreamlearnError` (78) where the model has no gradients of single samples: at the start, not at a task's end."""
+    network = world.build_network(world.num_outputs)
+    x, y, weight = world.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    try:
+        with evaluating(network):
+            moments(network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1)
+    except Exception as error:  # whatever a user's model raises is not our fault
+        if out_of_memory(error):
+            raise
+        why = " ".join(str(error).split())
+        message = f"strategy.{recipe}: the model gives no gradient of a single sample: {type(error).__name__}: {why}"
+        raise StreamlearnError(message, code=78) from error
 
 
 @torch.enable_grad()
 def _by_layer(
     network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
 ) -> list[Tensor] | None:
-    """Return the moments in closed form, or None where a layer has none, or is used more than once."""
-    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
-    if not all(type(layer) in FORMS for layer in layers):
+    """Return the moments in closed form, or None where a layer has none, or it or a weight of it is used more than once."""
+    trained = [param for param in network.parameters() if param.requires_grad]
+    layers = [m for m in network.modules() if any(param.requires_grad for param in m.parameters(recurse=False))]
+    own = [[name for name, _ in layer.named_parameters(recurse=False)] for layer in layers]
+    named = all(names in (["weight"], ["weight", "bias"]) for names in own)  # or the weight is computed of others
+    shared = sum(map(len, own)) != len({id(p) for layer in layers for p in layer.parameters(recurse=False)})
+    if not named or shared or not all(type(layer) in FORMS for layer in layers):
         return None
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append((layer, inputs[0].detach(), output))
+        return output.clone()  # what follows may change it in place, and the delta is that of the layer itself
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     try:
@@ -53,17 +87,19 @@ def _by_layer(
     finally:
         for handle in handles:
             handle.remove()
-    if len(seen) != len(layers) or len({id(layer) for layer, _, _ in seen}) != len(seen):
+    once = len(seen) == len(layers) == len({id(layer) for layer, _, _ in seen})
+    if not once or not all(len(a) == len(output) == len(x) and output.requires_grad for _, a, output in seen):
         return None
-    deltas = torch.autograd.grad(loss.sum(), [output for _, _, output in seen])
+    outputs = [output for _, _, output in seen]
+    deltas = torch.autograd.grad(loss.sum(), outputs, allow_unused=True, materialize_grads=True)
     by_param: dict[int, Tensor] = {}
     for (layer, a, _), delta in zip(seen, deltas, strict=True):
-        form = FORMS[type(layer)](layer, a, delta, weight, power)
+        form = FORMS[type(layer)](layer, a, delta, weight.to(delta.dtype), power)
         if form is None:
             return None
         # a layer without a bias has one parameter, and no use for the second moment
         by_param |= {id(p): moment for p, moment in zip(layer.parameters(recurse=False), form, strict=False)}
-    return [by_param[id(param)] for param in network.parameters()]
+    return [by_param[id(param)] for param in trained]
 
 
 def _linear(_: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
@@ -113,20 +149,34 @@ def _affine(normal: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[T
 def _by_sample(
     network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
 ) -> list[Tensor]:
-    """Return the moments of any network, one gradient a sample."""
-    names = [name for name, _ in network.named_parameters()]
-    params = {name: param.detach() for name, param in network.named_parameters()}
+    """Return the moments of any network that torch can map over samples, one gradient a sample."""
+    params = {name: param.detach() for name, param in network.named_parameters() if param.requires_grad}
 
     def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
         logits: Tensor = torch.func.functional_call(network, values, (one[None],))
         return losses(logits, label[None])[0]
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    total = [torch.zeros_like(params[name]) for name in names]
+    total = [torch.zeros_like(param) for param in params.values()]
     for xs, ys, ws in zip(x.split(SLICE), y.split(SLICE), weight.split(SLICE), strict=True):
         by_name = gradients(params, xs, ys)
-        parts = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in names]
+        parts = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in params]
         torch._foreach_add_(total, parts)
+    return total
+
+
+@torch.enable_grad()
+def _one_by_one(
+    network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
+) -> list[Tensor]:
+    """Return the moments of any network at all, one backward pass a sample."""
+    trained = [param for param in network.parameters() if param.requires_grad]
+    total = [torch.zeros_like(param) for param in trained]
+    for number in range(len(x)):
+        one = slice(number, number + 1)
+        found = torch.autograd.grad(losses(network(x[one]), y[one])[0], trained, allow_unused=True)
+        gradients = [dense(gradient, param) for gradient, param in zip(found, trained, strict=True)]
+        torch._foreach_add_(total, [gradient.abs() ** power * weight[number] for gradient in gradients])
     return total
 
 

@@ -8,6 +8,7 @@ Of a layer named `head`, a task competes only for the rows of its own outputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +31,18 @@ class Packed(nn.Module):
         super().__init__()
         self.net = net
         self.packed: dict[str, str] = {}  # parameter -> buffer of its owners
+        names = {name for name, param in self.named_parameters() if param.requires_grad}
+        uses = Counter(
+            id(layer.weight) for layer in net.modules() if isinstance(getattr(layer, "weight", None), Tensor)
+        )
         for name, layer in net.named_modules():
-            if isinstance(layer, PACKED):
+            if isinstance(layer, PACKED) and (layer.weight.requires_grad or not layer.weight.is_leaf):
                 key = f"net.{name}.weight" if name else "net.weight"
+                if key not in names or uses[id(layer.weight)] > 1:
+                    raise StreamlearnError(
+                        f"strategy.packnet: the weight of layer {name} is computed of others, or another layer's, too",
+                        code=78,
+                    )
                 self.packed[key] = f"owner_{len(self.packed)}"
                 self.register_buffer(self.packed[key], torch.full_like(layer.weight, FREE, dtype=torch.uint8))
 
@@ -90,12 +100,10 @@ class PackedNetwork(Network):
         for name in self.module.packed:
             weight, owner = named[name], self.module.owner(name)
             free = owner == FREE
-            own = free.clone()
-            if name.endswith("head.weight"):
-                own &= closing.allowed[closing.task][:, None]
+            own = free & closing.allowed[closing.task][:, None] if name == "net.head.weight" else free
             count = round(self.prune * int(own.sum()))
             sizes = torch.where(own, weight.abs(), torch.inf).flatten()
-            own.view(-1)[sizes.argsort(stable=True)[:count]] = False
+            own = own.flatten().index_fill(0, sizes.argsort(stable=True)[:count], value=False).reshape(weight.shape)
             owner[own] = closing.task
             weight[free & ~own] = 0.0
 
@@ -121,7 +129,7 @@ class PackedNetwork(Network):
             name: self.module.owner(name) == mine
             if name in self.module.packed
             else torch.full_like(param, first, dtype=torch.bool)
-            for name, param in self.module.named_parameters()
+            for name, param in self.trained().items()
         }
 
     def figures(self) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
+from streamlearn.models.modes import evaluating
 from streamlearn.strategies.parts import Network, State, World
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ProgressiveNetwork(Network):
             column = self.world.build_network(self.world.num_outputs, number)
             wrap(column, self.world, list(self.module.columns))
         self.module.columns.append(column.to(self.world.device))
-        self.module.train()
+        self.module.columns[:-1].eval()
 
     def _check_room(self, task: int, who: str) -> None:
         own = sum(param.numel() for param in self.module.columns[0].parameters())
@@ -138,7 +139,7 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
     called: list[nn.Module] = []
     layers = {name: m for name, m in column.named_modules() if isinstance(m, LATERAL)}
     handles = [m.register_forward_hook(lambda layer, _in, _out: called.append(layer)) for m in layers.values()]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(column):
         column(world.zeros(2))
     for handle in handles:
         handle.remove()

@@ -146,8 +146,10 @@ def ewc(
     Useful strengths are large, because the per-sample Fisher shrinks once a task is fitted.
     """
     from streamlearn.memory import ALL
+    from streamlearn.strategies import moments
     from streamlearn.strategies.importance import Fisher
 
+    moments.check(world, "ewc")
     importance = Fisher(world, kind=fisher, samples=ALL if samples == "all" else samples)
     return _penalty(world, importance, strength, anchor, decay, step)
 
@@ -178,8 +180,10 @@ def mas(
 ) -> Slots:
     """Memory aware synapses (Aljundi et al. 2018): how much the output would change; needs no labels."""
     from streamlearn.memory import ALL
+    from streamlearn.strategies import moments
     from streamlearn.strategies.importance import OutputSensitivity
 
+    moments.check(world, "mas")
     importance = OutputSensitivity(world, samples=ALL if samples == "all" else samples)
     return _penalty(world, importance, strength, anchor, decay, step)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn.data import Batch
+from streamlearn.models.modes import evaluating
 from streamlearn.strategies.parts import Closing, Replay, State, World
 from streamlearn.strategies.shares import Shares
 
@@ -97,15 +98,13 @@ class DarkReplay(EpisodicReplay):
 
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:
-        training = closing.network.training
-        closing.network.eval()
         forbidden = ~closing.allowed[closing.task]
-        parts = [
-            closing.network(self.scale(x)).masked_fill(forbidden, -torch.inf).cpu()
-            for x in closing.x.split(CHUNK)
-            if len(x)
-        ]
-        closing.network.train(training)
+        with evaluating(closing.network):
+            parts = [
+                closing.network(self.scale(x)).masked_fill(forbidden, -torch.inf).cpu()
+                for x in closing.x.split(CHUNK)
+                if len(x)
+            ]
         if parts:
             self.memory.store(closing.task, closing.x, closing.y, logits=torch.cat(parts))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamlearn.tensors import padded
+from streamlearn.models import registry
 
 if TYPE_CHECKING:
     from streamlearn.strategies.parts import Closing, State, World
@@ -38,11 +38,9 @@ class Teacher:
         """Be asked for more outputs from now on: it knows nothing of them, and they never compete."""
         allowed = self.allowed.new_zeros(len(self.allowed), num_outputs)
         allowed[:, : self.allowed.shape[1]] = self.allowed
-        grown = self.world.build_network(num_outputs)
-        with torch.no_grad():
-            for new, param in zip(grown.parameters(), self.solver.parameters(), strict=True):
-                new.copy_(padded(param, new))
-        self.solver, self.allowed = grown.requires_grad_(requires_grad=False).eval(), allowed
+        registry.grow_head(self.solver, num_outputs, self.world.seed)
+        self.solver.requires_grad_(requires_grad=False)
+        self.allowed = allowed
 
     def state_dict(self) -> State:
         """Return everything needed to make it again."""

@@ -14,12 +14,12 @@ from streamlearn import configfile, state
 from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
-from streamlearn.strategies.parts import Constraint, Penalty, Replay
+from streamlearn.strategies.parts import Closing, Constraint, Penalty, Replay
 from streamlearn.strategies.recipes import RECIPES
-from tests.support import jobs
+from tests.support import awkward, jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
@@ -249,6 +249,68 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
         key: value for key, value in before.items() if key.startswith("encoder")
     }
     assert one.learner.evaluate(batch.x, batch.y, 2) == other.learner.evaluate(batch.x, batch.y, 2)
+
+
+REFUSED = {"packnet": {"tied", "normed", "drawing"}}  # weights that tasks cannot share out, and statistics of batches
+
+
+@pytest.mark.parametrize("kind", list(awkward.MAKERS))
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_models_are_taken_as_they_are(tmp_path: Path, name: str, kind: str) -> None:
+    """A model of one's own learns with every recipe, resumes bit-equal and keeps its parts' modes; or is refused at once."""
+    made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": kind}}}
+    if kind in REFUSED.get(name, ()):
+        with pytest.raises(StreamlearnError, match=rf"strategy\.{name}: ") as caught:
+            Run(tmp_path, {name: {}}, **made)
+        assert caught.value.code == 78
+        return
+    one, other = (Run(tmp_path, {name: {}}, **made) for _ in range(2))
+    modes = [part.training for part in one.learner.strategy.network.module.modules()]
+    one.through(1)
+    one.begin()
+    one.learn(range(2))
+    other.load(one)
+    for run in (one, other):
+        run.learn(range(2, 4))
+        run.end()
+    assert one.digest() == other.digest()
+    assert all(bool(param.isfinite().all()) for param in one.learner.params)
+    batch = one.batch(9)
+    assert one.learner.evaluate(batch.x, batch.y, 1) == other.learner.evaluate(batch.x, batch.y, 1)
+    if name != "pnn":  # whose earlier columns no longer train
+        assert [part.training for part in one.learner.strategy.network.module.modules()] == modes
+
+
+def test_layers_draw_what_the_seed_says(tmp_path: Path) -> None:
+    """Dropout is a function of the seed, and whatever else the process draws is not disturbed by it."""
+    made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": "drawing"}}}
+    digests = []
+    for process in (1, 2):
+        torch.manual_seed(process)
+        run = Run(tmp_path, {"naive": {}}, **made)
+        run.through(1)
+        digests.append(run.digest())
+        drawn = torch.rand(3)
+        torch.manual_seed(process)
+        assert torch.equal(drawn, torch.rand(3))
+    assert digests[0] == digests[1]
+
+
+def test_no_part_gets_more_samples_than_it_asked_for(tmp_path: Path) -> None:
+    """A small memory stays small beside a large one, and the samples that it gets are no prefix of the stream."""
+    run = Run(tmp_path, {"er": {"budget": 24}, "gem": {"memory": 9}, "ewc": {"samples": 5}})
+    asked: dict[str, int] = {}
+    for name, part in run.learner.strategy.parts.items():
+        whole = part.end_task
+
+        def seen(closing: Closing, name: str = name, whole: Callable[[Closing], None] = whole) -> None:
+            asked[name] = len(closing.y)
+            whole(closing)
+
+        part.end_task = seen  # type: ignore[method-assign]
+    run.through(1)
+    assert asked == {"network": 0, "replay": 24, "penalty": 5, "constraint": 9}
+    assert run.learner.strategy.constraint.sizes()["samples"] == {0: 9}
 
 
 def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:

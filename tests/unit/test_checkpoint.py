@@ -184,7 +184,9 @@ def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
     (good.path / "state.json").write_bytes(b"?")
     with pytest.raises(StreamlearnError, match="no sound checkpoint is left"):
         store.newest_sound()
-    with pytest.raises(StreamlearnError, match=r"no sound checkpoint; there are: none; broken: .*\.corrupt-ckpt-0") as caught:
+    with pytest.raises(
+        StreamlearnError, match=r"no sound checkpoint; there are: none; broken: .*\.corrupt-ckpt-0"
+    ) as caught:
         store.find("latest")
     assert caught.value.code == 78
     with pytest.raises(StreamlearnError, match="no sound checkpoint; there are: none") as caught:

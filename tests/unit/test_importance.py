@@ -13,6 +13,8 @@ from streamlearn.strategies.importance import Fisher, OutputSensitivity, PathInt
 from streamlearn.strategies.moments import moments
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.penalty import ImportancePenalty
+from streamlearn.tensors import dense
+from tests.support import awkward
 
 
 def world(shape: tuple[int, ...]) -> World:
@@ -190,7 +192,13 @@ class Shared(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("build", "shape"), [(Positions, (2, 6, 6)), (Shared, (5,)), (nn.Identity, (3,))])
+OWN = [
+    pytest.param(lambda kind=kind: nn.Sequential(awkward.make([12], 3, kind=kind)), (12,), id=kind)
+    for kind in awkward.MAKERS
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), [(Positions, (2, 6, 6)), (Shared, (5,)), (nn.Identity, (3,)), *OWN])
 @pytest.mark.parametrize("power", [1, 2])
 def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, ...], power: int) -> None:
     """Closed forms, and where there is none one gradient a sample, equal a loop over samples."""
@@ -201,9 +209,12 @@ def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, .
     def losses(logits: Tensor, label: Tensor) -> Tensor:
         return functional.cross_entropy(logits, label, reduction="none")
 
-    expected = [torch.zeros_like(param) for param in network.parameters()]
+    trained = [param for param in network.parameters() if param.requires_grad]
+    expected = [torch.zeros_like(param) for param in trained]
     for one, label, w in zip(x, y, weight, strict=True):
-        grads = torch.autograd.grad(losses(network(one[None]), label[None]).sum(), list(network.parameters()))
+        loss = losses(network(one[None]), label[None]).sum()
+        found = torch.autograd.grad(loss, trained, allow_unused=True)
+        grads = [dense(grad, param) for grad, param in zip(found, trained, strict=True)]
         expected = [sum_ + w * grad.abs() ** power for sum_, grad in zip(expected, grads, strict=True)]
     for actual, other in zip(moments(network, x, y, weight, losses, power), expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
     owned = (network.module.owner("net.head.weight") == 0).sum(1).tolist()
     assert sum(owned[:2]) == 7
     assert owned[2:] == [0, 0]
+
+
+def test_packnet_knows_the_head_by_its_whole_name() -> None:
+    """A layer whose name merely ends like the head's is shared out whole."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(value_head=nn.Linear(6, 6), head=nn.Linear(6, 4))
+    network = PackedNetwork(world(lambda: nn.Sequential(layers)), prune=0.5, samples=9)
+    network.begin_refine(closing(network, 0, samples=9))
+    shares = {name: int((network.module.owner(name) == 0).sum()) for name in network.module.packed}
+    assert shares == {"net.value_head.weight": 18, "net.head.weight": 6}
 
 
 def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:

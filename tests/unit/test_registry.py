@@ -57,6 +57,20 @@ def pair(shape: list[int], outputs: int) -> nn.Module:
     return Pair(shape[0], outputs)
 
 
+class Keeping(Own):
+    """Remembers what it has computed, with its graph."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the outputs."""
+        self.last = super().forward(x)
+        return self.last
+
+
+def keeping(shape: list[int], outputs: int) -> nn.Module:
+    """Make a model that cannot be copied any more."""
+    return Keeping(shape[0], outputs)
+
+
 def key_error(*_: object) -> nn.Module:
     """Fail as a user's code may."""
     raise KeyError("no such option")
@@ -76,6 +90,10 @@ WRONG: list[tuple[str, str]] = [
     ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
     ("wide", r"a batch of shape \[2, 4\] must give outputs of shape \[2, 3\], and gives \[2, 4\]$"),
     ("pair", r"must give outputs of shape \[2, 3\], and gives tuple$"),
+    (
+        "keeping",
+        r"cannot be copied once it has learned, as average and teacher need it: RuntimeError: Only Tensors created",
+    ),
     ("key_error", r"KeyError: 'no such option'$"),
     ("out_of_memory", r"RuntimeError: first second$"),
     ("absent", r"AttributeError: "),
@@ -92,14 +110,14 @@ def test_a_model_that_cannot_work_is_refused(name: str, message: str) -> None:
 
 
 def test_the_trial_leaves_no_trace() -> None:
-    """It runs in evaluation mode without gradients; modes are as they were, and no number is drawn that others would."""
+    """It runs in evaluation mode; no gradient is left, modes are as they were, and no number is drawn that others would."""
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     model = build("fits")
     assert torch.equal(torch.rand(3), expected)
     assert isinstance(model, Own)
-    assert model.seen == [(False, False)]
+    assert model.seen == [(False, True)]
     assert (model.training, model.drop.training, model.frozen.training) == (True, True, False)
     assert all(param.grad is None and param.requires_grad for param in model.parameters())
 
