@@ -415,10 +415,7 @@ class Job:
             "labels": self.scenario.names(self.progress.labels),
             "tasks": [self._describe_task(task.index) for task in self.progress.tasks],
             "matrix": self.matrix.matrix(),
-            "average_accuracy": self.matrix.average_accuracy,
-            "backward_transfer": self.matrix.backward_transfer,
-            "forward_transfer": self.matrix.forward_transfer,
-            "average_forgetting": self.matrix.average_forgetting,
+            **self.matrix.figures(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
             "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
@@ -463,6 +460,7 @@ class Job:
         except OSError:  # it is gone: the next checkpoint will say so
             free = None
         metrics.gauges.set("state_dir_free_bytes", free)
+        metrics.gauges.set("probe_interval_batches", self.config.probes.every)
         metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
         device = self.learner.world.device

@@ -84,8 +84,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "probe_accuracy_best_ratio": ("Best accuracy measured so far on the task's probe.", ("task",)),
     "probe_loss": ("Mean cross-entropy on the task's probe, at the last evaluation.", ("task",)),
     "probe_samples": ("Samples in the task's probe.", ("task",)),
+    "probe_interval_batches": ("Batches from one evaluation to the next; each task's end has one of its own.", ()),
     "probe_last_success_timestamp_seconds": ("Unix time of the last complete evaluation.", ()),
     "average_accuracy_ratio": ("ACC: mean probe accuracy over the tasks seen, at the last evaluation.", ()),
+    "learning_accuracy_ratio": ("Mean over tasks of the accuracy on their probe when they ended.", ()),
     "backward_transfer": ("BWT: mean over earlier tasks of accuracy now less accuracy when the task ended.", ()),
     "forward_transfer": (
         "FWT: mean over later tasks of accuracy before the task began less accuracy untrained; absent in scenario class.",
@@ -93,6 +95,16 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "forgetting_ratio": ("Best accuracy after any earlier task less accuracy now.", ("task",)),
     "average_forgetting_ratio": ("Mean forgetting over the tasks before the newest.", ()),
+    "worst_forgetting_ratio": ("Largest forgetting of a task before the newest.", ()),
+    "windowed_forgetting_ratio": (
+        "WF: mean over tasks of the largest drop of accuracy, ever, within 10 evaluations in a row.",
+        (),
+    ),
+    "min_accuracy_ratio": (
+        "min-ACC: mean over the tasks before the newest of the lowest accuracy at any evaluation after the task's end.",
+        (),
+    ),
+    "worst_case_accuracy_ratio": ("WC-ACC: accuracy on the newest of k tasks / k + (1 - 1/k) * min-ACC.", ()),
     "checkpoint_last_success_timestamp_seconds": ("Unix time of the last durable checkpoint.", ()),
     "checkpoint_last_size_bytes": ("Bytes of the last durable checkpoint, linked files included.", ()),
     "checkpoints_kept": ("Durable checkpoints on disk.", ()),
@@ -306,10 +318,8 @@ class Metrics:
         cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.rows[i].items() if j in names}
         diagonal = {(names[i], names[i]): matrix.rows[i].get(i) for i in ended if i in names}
         self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
-        self.gauges.set("average_accuracy_ratio", matrix.average_accuracy)
-        self.gauges.set("backward_transfer", matrix.backward_transfer)
-        self.gauges.set("forward_transfer", matrix.forward_transfer)
-        self.gauges.set("average_forgetting_ratio", matrix.average_forgetting)
+        for name, value in matrix.figures().items():
+            self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
         if matrix.now:
             self.gauges.set("probe_last_success_timestamp_seconds", now)
 

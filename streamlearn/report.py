@@ -42,7 +42,8 @@ $overview
 <p class="small"><b>Average accuracy</b>: the mean over all tasks seen, now. <b>Forgetting</b>: how far a task has fallen
 below the best it reached after an earlier task. <b>Backward transfer</b>: how far later tasks moved the earlier ones;
 negative is harm. <b>Forward transfer</b>: what was known of a task before it began; undefined where new classes cannot be
-guessed. A dash means: not defined, or not measured yet.</p>
+guessed. <b>Learning accuracy</b>: how well each task was known when it ended. <b>Worst case</b>: the newest task now, and the
+others at the lowest point since they ended. A dash means: not defined, or not measured yet.</p>
 <h2>Accuracy along the stream</h2>
 <p>One line a task, from the moment it began. A line that falls is a task being forgotten.</p>
 $accuracy
@@ -73,6 +74,12 @@ class Curves:
         history = [(b, n, {int(task): value for task, value in row.items()}) for b, n, row in matrix["history"]]
         return cls(name or status["strategy"], status, history)
 
+    def learned(self) -> dict[str, float]:
+        """Return R[k, k] by task's name: what was known of it when it ended."""
+        rows = zip(self.status["tasks"], self.status["matrix"], strict=False)  # the last may not have ended
+        found = {task["name"]: row[number] for number, (task, row) in enumerate(rows)}
+        return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+
     @property
     def tasks(self) -> list[str]:
         """The tasks' names, with their labels where these are few."""
@@ -83,9 +90,16 @@ class Curves:
         return names
 
 
-def write(output: Path, runs: Sequence[Curves]) -> Path:
+def intransigence(run: Curves, joint: Curves) -> dict[str, float]:
+    """Return a*_k - R[k, k] by task, what a joint run knew of it when it ended and this run did not (Chaudhry et al. 2018)."""
+    own, best = run.learned(), joint.learned()
+    return {name: best[name] - own[name] for name in own if name in best}
+
+
+def write(output: Path, runs: Sequence[Curves], joint: Curves | None = None) -> Path:
     """Write `report.html`, `accuracy.png`, `matrix.png` and `forgetting.png`; return the page's path.
 
+    `joint`: a run of the same tasks by joint training, to which what each task reached is compared.
     Raises `StreamlearnError` (78) when matplotlib is not installed, and (1) when nothing was evaluated yet.
     """
     if not any(run.history for run in runs):
@@ -95,7 +109,7 @@ def write(output: Path, runs: Sequence[Curves]) -> Path:
     for name, figure in pictures.items():
         figure.savefig(output / f"{name}.png", dpi=110)
     page = output / "report.html"
-    page.write_text(_page(runs, {name: (output / f"{name}.png").read_bytes() for name in pictures}))
+    page.write_text(_page(runs, {name: (output / f"{name}.png").read_bytes() for name in pictures}, joint))
     return page
 
 
@@ -184,7 +198,7 @@ def _forgetting(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def _page(runs: Sequence[Curves], pictures: dict[str, bytes]) -> str:
+def _page(runs: Sequence[Curves], pictures: dict[str, bytes], joint: Curves | None) -> str:
     images = {
         name: f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in pictures.items()
@@ -194,32 +208,32 @@ def _page(runs: Sequence[Curves], pictures: dict[str, bytes]) -> str:
         images,
         style=STYLE,
         overview=_table(
-            ["", "average accuracy", "average forgetting", "backward transfer", "forward transfer", "samples learned"],
+            ["", *(name.replace("_", " ") for name in OVERVIEW), "samples learned"],
             [
                 [
                     run.name,
-                    _percent(run.status["average_accuracy"]),
-                    _percent(run.status["average_forgetting"]),
-                    _points(run.status["backward_transfer"]),
-                    _points(run.status["forward_transfer"]),
+                    *(show(run.status.get(name)) for name, show in OVERVIEW.items()),
                     f"{run.status['samples']['trained']:,}",
                 ]
                 for run in runs
             ],
         ),
-        details="".join(f"<h3>{html.escape(run.name)}</h3>{_task_table(run)}" for run in runs),
+        details="".join(f"<h3>{html.escape(run.name)}</h3>{_task_table(run, joint)}" for run in runs),
         version=html.escape(runs[0].status["version"]),
         sources=html.escape(sources),
     )
 
 
-def _task_table(run: Curves) -> str:
-    rows = []
+def _task_table(run: Curves, joint: Curves | None) -> str:
+    rows, missed = [], {} if joint is None else intransigence(run, joint)
     for name, task in zip(run.tasks, run.status["tasks"], strict=True):
         probe = task["probe"]
         figures = [_percent(probe["accuracy"]), _percent(probe["best"]), _points(probe["forgetting"])]
+        if joint is not None:
+            figures.append(_points(missed.get(task["name"])))
         rows.append([name, f"{task['samples']['consumed']:,}", f"{probe['size']:,}", *figures])
-    return _table(["task", "samples", "held out", "accuracy now", "best", "forgotten"], rows)
+    head = ["task", "samples", "held out", "accuracy now", "best", "forgotten"]
+    return _table(head if joint is None else [*head, "intransigence"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -234,6 +248,17 @@ def _percent(value: float | None) -> str:
 
 def _points(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{100 * value:+.1f}"
+
+
+OVERVIEW = {
+    "average_accuracy": _percent,
+    "learning_accuracy": _percent,
+    "average_forgetting": _percent,
+    "worst_forgetting": _percent,
+    "backward_transfer": _points,
+    "forward_transfer": _points,
+    "worst_case_accuracy": _percent,
+}
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

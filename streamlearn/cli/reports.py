@@ -20,13 +20,18 @@ def report(
     state: StateOption = None,
     checkpoint: Annotated[str, typer.Option(help="An id, its number, or `latest`.")] = "latest",
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")] = Path("report"),
+    joint: Annotated[
+        Path | None, typer.Option(help="The state directory of a joint run of the same tasks, for intransigence.")
+    ] = None,
 ) -> None:
     """Write an HTML page and pictures: what was learned, and what was forgotten."""
     from streamlearn.checkpoint import Store
     from streamlearn.report import Curves, write
 
-    saved = Store(find_state(state)).find(checkpoint, "status.json", "state.json")
-    page = write(output, [Curves.of(saved)])
+    def curves(directory: Path, name: str) -> Curves:
+        return Curves.of(Store(directory).find(name, "status.json", "state.json"))
+
+    page = write(output, [curves(find_state(state), checkpoint)], None if joint is None else curves(joint, "latest"))
     typer.echo(str(page))
 
 

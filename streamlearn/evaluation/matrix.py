@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 HISTORY = 2000
+WINDOW = 10
+"""Evaluations in a row within which a drop counts as one: WF^10 of De Lange et al. 2023."""
 
 
 class AccuracyMatrix:
     """`R[i, j]`: accuracy on the probe of task j after task i was learned; and the newest evaluation, at any time.
 
-    Live figures take the newest evaluation as the last row. Lopez-Paz & Ranzato 2017 (ACC, BWT, FWT) and Chaudhry et al.
-    2018 (forgetting), on k tasks.
+    Live figures take the newest evaluation as the last row. Lopez-Paz & Ranzato 2017 (ACC, BWT, FWT), Chaudhry et al. 2018
+    (forgetting) and De Lange et al. 2023 (min-ACC, WC-ACC, WF, over every evaluation and not only tasks' ends), on k tasks.
     """
 
     def __init__(self) -> None:
@@ -25,6 +27,9 @@ class AccuracyMatrix:
         self.transfer: dict[int, tuple[float, float]] = {}  # task -> accuracy before it began, and untrained
         self.history: list[tuple[int, int, dict[int, float]]] = []  # batches, samples trained, accuracy by task
         self._peaks: dict[int, float] = {}
+        self._lowest: dict[int, float] = {}  # since the task ended
+        self._window: dict[int, list[float]] = {}  # the newest evaluations
+        self._drops: dict[int, float] = {}  # the largest within a window, ever
 
     def record(self, results: Mapping[int, tuple[float, float]], batches: int, trained: int, after: int | None) -> None:
         """Take an evaluation: accuracy and loss by task; `after` names the task that has just ended."""
@@ -34,6 +39,10 @@ class AccuracyMatrix:
         }  # one outlier can overflow
         for task, accuracy in self.now.items():
             self._peaks[task] = max(accuracy, self._peaks.get(task, accuracy))
+            if task in self.rows:
+                self._lowest[task] = min(accuracy, self._lowest.get(task, accuracy))
+            window = self._window[task] = [*self._window.get(task, []), accuracy][-WINDOW:]
+            self._drops[task] = max(max(window) - accuracy, self._drops.get(task, 0.0))
         if after is not None:
             self.rows[after] = dict(self.now)
         self.history.append((batches, trained, dict(self.now)))
@@ -54,10 +63,29 @@ class AccuracyMatrix:
         """Return the best accuracy ever measured on a task's probe."""
         return self._peaks.get(task)
 
+    def figures(self) -> dict[str, float | None]:
+        """Return every figure that is one number, by name."""
+        return {
+            "average_accuracy": self.average_accuracy,
+            "learning_accuracy": self.learning_accuracy,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+            "average_forgetting": self.average_forgetting,
+            "worst_forgetting": self.worst_forgetting,
+            "windowed_forgetting": self.windowed_forgetting,
+            "min_accuracy": self.min_accuracy,
+            "worst_case_accuracy": self.worst_case_accuracy,
+        }
+
     @property
     def average_accuracy(self) -> float | None:
         """ACC = 1/k * sum_j R[k, j], over tasks seen that have a probe."""
         return _mean(list(self.now.values()))
+
+    @property
+    def learning_accuracy(self) -> float | None:
+        """Return the mean of R[j, j]: how well each task was known when it ended."""
+        return _mean([row[task] for task, row in self.rows.items() if task in row])
 
     @property
     def backward_transfer(self) -> float | None:
@@ -79,8 +107,31 @@ class AccuracyMatrix:
     @property
     def average_forgetting(self) -> float | None:
         """Return the mean of `forgetting` over the tasks before the newest."""
-        found = [self.forgetting(task) for task in self._earlier()]
-        return _mean([value for value in found if value is not None])
+        return _mean(self._forgotten())
+
+    @property
+    def worst_forgetting(self) -> float | None:
+        """Return the largest `forgetting` of a task before the newest."""
+        return max(self._forgotten(), default=None)
+
+    @property
+    def windowed_forgetting(self) -> float | None:
+        """WF: mean over tasks of the largest drop of accuracy, ever, within `WINDOW` evaluations in a row."""
+        return _mean([self._drops[task] for task in self.now if task in self._drops])
+
+    @property
+    def min_accuracy(self) -> float | None:
+        """min-ACC: mean over the tasks before the newest of the lowest accuracy at any evaluation after the task's end."""
+        return _mean([self._lowest[task] for task in self._earlier() if task in self._lowest])
+
+    @property
+    def worst_case_accuracy(self) -> float | None:
+        """WC-ACC = 1/k * accuracy on the newest task + (1 - 1/k) * min-ACC."""
+        lowest, newest = self.min_accuracy, self.now.get(self._newest())
+        if lowest is None or newest is None:
+            return None
+        k = len(self._earlier()) + 1
+        return newest / k + (1 - 1 / k) * lowest
 
     def state_dict(self) -> dict[str, Any]:
         """Return a JSON tree."""
@@ -89,6 +140,9 @@ class AccuracyMatrix:
             "now": _named(self.now),
             "loss": _named(self.loss),
             "peaks": _named(self._peaks),
+            "lowest": _named(self._lowest),
+            "window": {str(task): values for task, values in self._window.items()},
+            "drops": _named(self._drops),
             "transfer": {str(task): list(pair) for task, pair in self.transfer.items()},
             "history": [[batches, trained, _named(row)] for batches, trained, row in self.history],
         }
@@ -97,8 +151,14 @@ class AccuracyMatrix:
         """Take over what `state_dict` returned."""
         self.rows = {int(i): _numbered(row) for i, row in state["rows"].items()}
         self.now, self.loss, self._peaks = (_numbered(state[key]) for key in ("now", "loss", "peaks"))
+        self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))  # 0.1 has none
+        self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
         self.transfer = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
         self.history = [(batches, trained, _numbered(row)) for batches, trained, row in state["history"]]
+
+    def _forgotten(self) -> list[float]:
+        found = [self.forgetting(task) for task in self._earlier()]
+        return [value for value in found if value is not None]
 
     def _newest(self) -> int:
         """Return the task that the newest evaluation belongs to: the last one begun that has figures."""

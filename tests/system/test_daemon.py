@@ -76,6 +76,18 @@ def any_lag(status: Mapping[str, Any]) -> bool:
     return any(count for partitions in (status["lag"] or {}).values() for count in partitions.values())
 
 
+FIGURES = (  # all but forward transfer, which is not defined here
+    "average_accuracy",
+    "learning_accuracy",
+    "backward_transfer",
+    "average_forgetting",
+    "worst_forgetting",
+    "windowed_forgetting",
+    "min_accuracy",
+    "worst_case_accuracy",
+)
+
+
 def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None = 200) -> dict[str, Any]:
     """Assert that /metrics, /status, `status --json`, `report` and `predict` show the same; return the status."""
     status = daemon.until(waiting)
@@ -87,9 +99,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
         "positions",
         "tasks",
         "samples",
-        "average_accuracy",
-        "backward_transfer",
-        "average_forgetting",
+        *FIGURES,
     ):
         assert shown[key] == status[key] == get(f"{daemon.http}/status")[1][key], key
     names = [task["name"] for task in status["tasks"]]
@@ -100,9 +110,8 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
     for task in status["tasks"]:
         assert metrics["probe_accuracy_ratio", (("task", task["name"]),)] == task["probe"]["accuracy"]
         assert metrics["samples_trained_total", (("task", task["name"]),)] == task["samples"]["trained"]
-    assert metrics["average_accuracy_ratio", ()] == status["average_accuracy"]
-    assert metrics["average_forgetting_ratio", ()] == status["average_forgetting"]
-    assert metrics["backward_transfer", ()] == status["backward_transfer"]
+    for name in FIGURES:
+        assert metrics[name if name.endswith("transfer") else f"{name}_ratio", ()] == status[name]
     assert ("forward_transfer", ()) not in metrics
     assert status["forward_transfer"] is None
     for topic, partitions in status["positions"].items():
@@ -110,10 +119,13 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
             assert metrics["consumer_position_offset", (("partition", partition), ("topic", topic))] == offset
     assert jobs.accounted(status)
 
-    report = cli("report", "--state", daemon.state, "--output", tmp_path / "report")
+    report = cli("report", "--state", daemon.state, "--joint", daemon.state, "--output", tmp_path / "report")
     assert report.returncode == 0, report.stderr
     page = (tmp_path / "report" / "report.html").read_text()
     assert f"{100 * status['average_accuracy']:.1f} %" in page
+    for name in ("learning_accuracy", "worst_forgetting", "worst_case_accuracy"):
+        assert f"{100 * status[name]:.1f} %" in page
+    assert page.count("<td>+0.0</td></tr>") == len(status["tasks"])  # it misses nothing that it has learned itself
     assert (tmp_path / "report" / "accuracy.png").stat().st_size > 5000
 
     for number, (_, probe) in enumerate(jobs.tasks(1, probe_size)):

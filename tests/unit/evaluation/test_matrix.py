@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from streamlearn.evaluation.matrix import HISTORY, AccuracyMatrix
+from streamlearn.evaluation.matrix import HISTORY, WINDOW, AccuracyMatrix
 
 
 def filled() -> AccuracyMatrix:
@@ -41,13 +41,38 @@ def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
     assert matrix.backward_transfer == pytest.approx(((0.4 - 0.9) + (0.7 - 0.8) + (0.8 - 1.0)) / 3)
 
 
+def test_figures_between_the_ends_of_tasks() -> None:
+    """min-ACC, WC-ACC and WF look at every evaluation; the one at a task's own end is not after it."""
+    matrix = filled()
+    assert matrix.learning_accuracy == pytest.approx((0.9 + 0.8 + 1.0) / 3)
+    assert matrix.worst_forgetting == pytest.approx(0.4)
+    assert matrix.min_accuracy == pytest.approx((0.5 + 0.7) / 2)
+    matrix.record({0: (0.2, 0.1), 1: (0.9, 0.1), 2: (0.9, 0.1), 3: (0.1, 0.1)}, 35, 350, after=None)
+    matrix.record({0: (0.6, 0.1), 1: (0.8, 0.1), 2: (1.0, 0.1), 3: (0.5, 0.1)}, 40, 400, after=3)
+    lowest = (0.2 + 0.7 + 0.9) / 3
+    assert matrix.min_accuracy == pytest.approx(lowest)
+    assert matrix.worst_case_accuracy == pytest.approx(0.5 / 4 + 0.75 * lowest)
+    # the first fell from 0.95 to 0.2, the others by a tenth at most, the last only rose
+    assert matrix.windowed_forgetting == pytest.approx((0.75 + 0.1 + 0.1 + 0.0) / 4)
+
+
+def test_a_drop_within_a_window_is_one_of_few_evaluations() -> None:
+    """What is lost little by little is no drop: only the newest evaluations are compared."""
+    matrix = AccuracyMatrix()
+    for number in range(41):
+        matrix.record({0: (1 - number / 100, 0.1)}, number, number, after=None)
+    assert matrix.windowed_forgetting == pytest.approx((WINDOW - 1) / 100)
+
+
 def test_undefined_is_none() -> None:
     """Before the first evaluation nothing is known, and one task cannot be forgotten."""
     matrix = AccuracyMatrix()
-    figures = (matrix.average_accuracy, matrix.backward_transfer, matrix.forward_transfer, matrix.average_forgetting)
-    assert (figures, matrix.matrix(), matrix.best(0), matrix.forgetting(0)) == ((None,) * 4, [], None, None)
+    assert (set(matrix.figures().values()), matrix.matrix()) == ({None}, [])
+    assert (matrix.best(0), matrix.forgetting(0)) == (None, None)
     matrix.record({0: (0.9, 0.1)}, 1, 1, after=0)
-    assert (matrix.backward_transfer, matrix.forgetting(0), matrix.forward_transfer) == (None, None, None)
+    assert matrix.forgetting(0) is None
+    known = {name: value for name, value in matrix.figures().items() if value is not None}
+    assert known == {"average_accuracy": 0.9, "learning_accuracy": 0.9, "windowed_forgetting": 0.0}
 
 
 def test_forward_transfer_leaves_the_first_task_out() -> None:
@@ -62,7 +87,9 @@ def test_survives_json() -> None:
     matrix, copied = filled(), AccuracyMatrix()
     copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())))
     assert copied.state_dict() == matrix.state_dict()
-    assert copied.average_forgetting == matrix.average_forgetting
+    for one in (matrix, copied):
+        one.record({0: (0.3, 0.1), 1: (0.7, 0.1), 2: (0.6, 0.1)}, 40, 400, after=None)
+    assert copied.figures() == matrix.figures()
 
 
 def test_history_is_thinned_but_keeps_its_ends() -> None:
