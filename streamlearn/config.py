@@ -675,6 +675,15 @@ class Config(Section):
         if slots == {"penalty"} and self.scenario.kind == "class":
             names = " + ".join(self.strategy)
             found.append(f"strategy {names}: importance alone does not protect class-incremental learning; add replay")
+        topics = self.stream.topics or ()
+        if len(topics) == 1 and self.stream.task_end.next_topic and "naive" not in self.strategy:
+            found.append(
+                f"strategy {' + '.join(self.strategy)}: learns as naive does until a task has ended, and the only topic, "
+                f"{topics[0]}, ends by a marker alone; stream.task_end records: N or idle: SECONDS would end it"
+            )
+        for name, parameters in self.strategy.items():
+            if isinstance(budget := parameters.get("budget"), int) and budget < len(topics):
+                found.append(f"strategy.{name}.budget is {budget}: too few for a sample of each of {len(topics)} tasks")
         if self.kafka is not None and self.kafka.security_protocol == "SASL_PLAINTEXT":
             found.append("kafka.security_protocol SASL_PLAINTEXT: credentials travel without encryption")
         if self.kafka is not None and not self.kafka.ssl_check_hostname:

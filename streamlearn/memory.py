@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from streamlearn.data import StreamlearnError
 from streamlearn.tensors import seeded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 State = dict[str, Any]
 Slot = dict[str, Tensor]  # values of stored samples, each [n, ...]
@@ -114,7 +117,8 @@ class EpisodicMemory:
     """Samples of past tasks, at most `budget` in all (or `ALL`) and `max_bytes`; drawn by index, at a cost that does not grow.
 
     `balanced` shares the budget equally over the classes of all tasks (a class is an output of a task), at most `per_class`
-    each; otherwise the tasks share it, and within a task every sample is as likely to be kept.
+    each; otherwise the tasks share it, and within a task every sample is as likely to be kept. Where one has fewer than its
+    share, the others have more.
     """
 
     def __init__(
@@ -193,14 +197,22 @@ class EpisodicMemory:
         self._gather()
 
     def _share(self, room: int) -> None:
-        """Cut every slot to its share of `room` samples: the first of its random order, overall or of each class."""
-        if not self.balanced:
-            share = room // len(self.slots)
-            self._cut({task: torch.arange(len(slot["y"])) < share for task, slot in self.slots.items()})
-            return
-        classes = sum(len(slot["y"].unique()) for slot in self.slots.values())
-        share = min(room // classes, self.per_class or room)
-        self._cut({task: place_in_class(slot["y"]) < share for task, slot in self.slots.items()})
+        """Cut every slot, or class of one, to the same share of `room` samples: the first of its random order.
+
+        What a small one leaves goes to the others; where there is not one sample for each, the newest have one.
+        """
+        groups = {
+            (task, label): (slot["y"] == label) if self.balanced else torch.ones(len(slot["y"]), dtype=torch.bool)
+            for task, slot in sorted(self.slots.items())
+            for label in (slot["y"].unique().tolist() if self.balanced else [0])
+        }
+        share = fair_share([min(int(rows.sum()), self.per_class or room) for rows in groups.values()], room)
+        share = min(share, self.per_class or room)
+        poor = list(groups)[: len(groups) - room] if share == 0 else []
+        kept = {task: torch.zeros(len(slot["y"]), dtype=torch.bool) for task, slot in self.slots.items()}
+        for (task, label), rows in groups.items():
+            kept[task] |= rows & (rows.cumsum(0) <= (0 if (task, label) in poor else max(share, 1)))
+        self._cut(kept)
 
     def _cut(self, kept: dict[int, Tensor]) -> None:
         for task, mask in kept.items():
@@ -227,10 +239,11 @@ def num_bytes_of(slot: Slot) -> int:
     return sum(value.nbytes for value in slot.values())
 
 
-def place_in_class(y: Tensor) -> Tensor:
-    """Return each sample's place among those of its class, `[n]`, from 0."""
-    place = torch.empty_like(y)
-    for label in y.unique().tolist():
-        rows = y == label
-        place[rows] = torch.arange(int(rows.sum()))
-    return place
+def fair_share(sizes: Sequence[int], room: int) -> int:
+    """Return the largest share for which all, each cut to it, fit into `room`."""
+    for number, size in enumerate(sorted(sizes)):
+        share = room // (len(sizes) - number)
+        if size > share:
+            return share
+        room -= size
+    return max(sizes, default=0)

@@ -2,7 +2,7 @@
 
 loss = (1 - share) * mean over new samples + share * mean over replayed samples.
 ER draws `ratio` samples for each new one, and all weigh the same (or by tasks, or by counts). Joint training draws k - 1 for
-each new one, where k is the number of tasks, so that every task has the same share of the loss.
+each new one, where k is the number of tasks: the current one has 1/k of the loss, and all stored samples share the rest.
 Dark experience replay (Buzzega et al. 2020, DER++): loss = CE(new) + alpha * |logits - stored logits|^2 + beta * CE(stored).
 """
 

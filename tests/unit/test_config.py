@@ -17,6 +17,7 @@ from streamlearn.strategies.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"topics": ["a"]}}
+TWO = {**MINIMAL, "stream": {"topics": ["a", "b"]}}  # so that the first task ends
 
 
 def written(tmp_path: Path, tree: Any, **environ: str) -> Config:
@@ -509,7 +510,7 @@ def test_a_token_over_plain_http_is_warned_of(tmp_path: Path) -> None:
     found = {}
     for url in ("http://id.example/token", "http://localhost:8080/token", "https://id.example/token"):
         kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": {**sasl, "token_url": url}}
-        found[url] = written(tmp_path, {**MINIMAL, "kafka": kafka}).warnings(RECIPES)
+        found[url] = written(tmp_path, {**TWO, "kafka": kafka}).warnings(RECIPES)
     told = "kafka.sasl.token_url is http: the client's secret and the token travel without encryption"
     assert list(found.values()) == [[told], [], []]
 
@@ -519,7 +520,7 @@ def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     sasl = {**OAUTH, "client_secret_file": str(path)}
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
-    config = written(tmp_path, {**MINIMAL, "kafka": kafka})
+    config = written(tmp_path, {**TWO, "kafka": kafka})
     assert config.absent_secret() == f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
     assert config.warnings(RECIPES) == []
     path.write_text("12345")
@@ -572,9 +573,30 @@ def test_only_what_shapes_the_state_must_agree(tmp_path: Path) -> None:
 
 def test_importance_alone_is_warned_about(tmp_path: Path) -> None:
     """EWC or SI without replay does not protect class-incremental learning."""
-    assert written(tmp_path, {**MINIMAL, "strategy": "ewc"}).warnings(RECIPES) != []
-    assert written(tmp_path, {**MINIMAL, "strategy": ["er", "ewc"]}).warnings(RECIPES) == []
-    assert written(tmp_path, {**MINIMAL, "strategy": "ewc", "scenario": "task"}).warnings(RECIPES) == []
+    assert written(tmp_path, {**TWO, "strategy": "ewc"}).warnings(RECIPES) != []
+    assert written(tmp_path, {**TWO, "strategy": ["er", "ewc"]}).warnings(RECIPES) == []
+    assert written(tmp_path, {**TWO, "strategy": "ewc", "scenario": "task"}).warnings(RECIPES) == []
+
+
+def test_a_task_that_never_ends_is_warned_about(tmp_path: Path) -> None:
+    """What protects past tasks begins at a task's end, and the only topic has none by itself."""
+    alone = {"stream": {"topics": ["a"]}}
+    (told,) = written(tmp_path, {**MINIMAL, **alone, "strategy": "er"}).warnings(RECIPES)
+    assert told == (
+        "strategy er: learns as naive does until a task has ended, and the only topic, a, ends by a marker alone; "
+        "stream.task_end records: N or idle: SECONDS would end it"
+    )
+    assert written(tmp_path, {**MINIMAL, **alone, "strategy": "naive"}).warnings(RECIPES) == []
+    ended = {"stream": {"topics": ["a"], "task_end": {"records": 500}}}
+    assert written(tmp_path, {**MINIMAL, **ended, "strategy": "er"}).warnings(RECIPES) == []
+
+
+def test_a_budget_below_the_number_of_tasks_is_warned_about(tmp_path: Path) -> None:
+    """Such a memory cannot hold a sample of each."""
+    topics = {"stream": {"topics": ["a", "b", "c"]}}
+    (told,) = written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 2}}}).warnings(RECIPES)
+    assert told == "strategy.er.budget is 2: too few for a sample of each of 3 tasks"
+    assert written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 3}}}).warnings(RECIPES) == []
 
 
 def test_schema_accepts_what_ships() -> None:

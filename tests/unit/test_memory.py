@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamlearn.data import StreamlearnError
-from streamlearn.memory import ALL, EpisodicMemory, Immutable, Reservoir
+from streamlearn.memory import ALL, EpisodicMemory, Immutable, Reservoir, fair_share
 
 
 def numbers(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +58,33 @@ def test_a_balanced_memory_shares_by_class() -> None:
         memory.store(task, x, (torch.arange(20) >= first).long())
         counts = [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()]
         assert counts == [[[4, 2]], [[3, 2], [3, 3]]][task]
+
+
+def test_what_a_small_task_leaves_goes_to_the_others() -> None:
+    """Tasks of 5, 5, 1000 and 1000 samples fill a budget of 100."""
+    memory = EpisodicMemory(100, 1 << 20, 0)
+    for task, size in enumerate((5, 5, 1000, 1000)):
+        memory.store(task, *numbers(0, size))
+    assert memory.sizes()["samples"] == {0: 5, 1: 5, 2: 45, 3: 45}
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_memory_smaller_than_its_slots_keeps_the_newest(balanced: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """Where there is not one sample for each task, or class, the memory is small but not empty."""
+    memory = EpisodicMemory(2, 1 << 20, 0, balanced=balanced)
+    for task in range(4):
+        x, y = numbers(0, 6)
+        memory.store(task, x, torch.arange(6) % 2 if balanced else y)
+    assert memory.sizes()["samples"] == ({0: 0, 1: 0, 2: 0, 3: 2} if balanced else {0: 0, 1: 0, 2: 1, 3: 1})
+    assert len(memory.draw(9)["y"]) == 9
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 200))
+def test_a_fair_share_is_the_largest_that_fits(sizes: list[int], room: int) -> None:
+    """All, cut to the share, fit; with a share of one more they would not, or nothing is cut."""
+    share = fair_share(sizes, room)
+    assert sum(min(size, share) for size in sizes) <= room
+    assert share >= max(sizes) or sum(min(size, share + 1) for size in sizes) > room
 
 
 def test_stored_values_can_be_widened() -> None:
