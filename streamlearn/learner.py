@@ -89,7 +89,12 @@ class Learner:
         self.cursor: int | None = None  # refinement batches done, while refining
         self.slowed = 1.0  # what the learning rate was multiplied by, after training had diverged
         needed = [part.samples_needed for part in strategy.parts.values()]
-        self.reservoir = Reservoir(ALL if ALL in needed else max(needed), world.max_bytes, world.seed)
+        self.reservoir = Reservoir(
+            ALL if ALL in needed else max(needed),
+            world.max_bytes,
+            world.seed,
+            balanced=any(part.samples_balanced for part in strategy.parts.values()),
+        )
         self.names, self.params = self._trained()
         self.optimizer = self._make_optimizer()
         self.averaged: Network = strategy.network  # where there is an average, a copy that holds it

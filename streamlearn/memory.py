@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +29,16 @@ class Immutable(dict[str, Tensor]):
 class Reservoir:
     """A uniform sample of the current task (Vitter 1985, algorithm R), of `capacity` samples, or `ALL`.
 
-    Kept on the host, where two insertions into one place have an order.
+    `balanced`: uniform within each class, and the classes as equal as what has come allows (Chrysakis & Moens 2020, algorithm
+    1). Kept on the host, where two insertions into one place have an order.
     """
 
-    def __init__(self, capacity: int, max_bytes: int, seed: int) -> None:
+    def __init__(self, capacity: int, max_bytes: int, seed: int, *, balanced: bool = False) -> None:
         self.capacity = capacity
         self.max_bytes = max_bytes
+        self.balanced = balanced
+        self._met: Counter[int] = Counter()  # samples seen of each class, where balanced
+        self._full: set[int] = set()  # classes that were the largest once
         self.seen = 0
         self.sealed = False
         self._size = 0
@@ -62,11 +67,15 @@ class Reservoir:
         if room > 0:
             self._append(x[:room], y[:room])
         rest = torch.arange(room, len(y))
-        draws = torch.rand(len(rest), generator=self._generator, dtype=torch.float64)
-        places = (draws * (self.seen + rest + 1)).long().tolist()
-        self.seen += len(y)
         # of two insertions into one place the later stays; written together, their order would be undefined
-        taken = {place: room + number for number, place in enumerate(places) if place < self.capacity}
+        if self.balanced:
+            self._met.update(y[:room].tolist())
+            taken = self._balance(room, y[room:].tolist())
+        else:
+            draws = torch.rand(len(rest), generator=self._generator, dtype=torch.float64)
+            places = (draws * (self.seen + rest + 1)).long().tolist()
+            taken = {place: room + number for number, place in enumerate(places) if place < self.capacity}
+        self.seen += len(y)
         if taken:
             into, index = torch.tensor(list(taken)), torch.tensor(list(taken.values()))
             self._x[into], self._y[into] = x[index], y[index]
@@ -75,6 +84,8 @@ class Reservoir:
         """Forget the task; the stream of random numbers goes on."""
         self.seen = self._size = 0
         self.sealed = False
+        self._met.clear()
+        self._full.clear()
         self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> State:
@@ -83,14 +94,40 @@ class Reservoir:
             "y": self.y,
             "seen": self.seen,
             "sealed": self.sealed,
+            "met": {str(label): count for label, count in self._met.items()},
+            "full": sorted(self._full),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: State) -> None:
         self._x, self._y = state["x"].clone(), state["y"].clone()
+        self._met = Counter({int(label): count for label, count in state.get("met", {}).items()})  # 0.1 has none
+        self._full = set(state.get("full", []))
         self._size = len(self._y)
         self.seen, self.sealed = state["seen"], state["sealed"]
         self._generator.set_state(state["generator"])
+
+    def _balance(self, first: int, labels: Sequence[int]) -> dict[int, int]:
+        """Return which of the samples from number `first` on go into which places, all of which are taken."""
+        places: dict[int, list[int]] = {}
+        for place, label in enumerate(self.y.tolist() if labels else []):
+            places.setdefault(label, []).append(place)
+        draws = torch.rand(len(labels), 2, generator=self._generator, dtype=torch.float64).tolist()
+        taken = {}
+        for number, (label, (chance, where)) in enumerate(zip(labels, draws, strict=True), first):
+            self._met[label] += 1
+            largest = max(places, key=lambda one: len(places[one]))
+            self._full |= {one for one, rows in places.items() if len(rows) == len(places[largest])}
+            if label not in self._full:  # it grows, and the largest shrinks
+                rows = places[largest]
+                place = rows.pop(int(where * len(rows)))
+                places.setdefault(label, []).append(place)
+            elif chance * self._met[label] <= len(places[label]):
+                place = places[label][int(where * len(places[label]))]
+            else:
+                continue
+            taken[place] = number
+        return taken
 
     def _append(self, x: Tensor, y: Tensor) -> None:
         needed = self._size + len(y)

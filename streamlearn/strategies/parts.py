@@ -57,6 +57,7 @@ class Part:
     """What every slot has; all of it defaults to nothing."""
 
     samples_needed: int = 0  # of the finished task: 0, a number, or memory.ALL
+    samples_balanced: bool = False  # whether of each class as many as of any other
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         """Prepare for a task whose parameters are these; raises `StreamlearnError` before anything is changed."""

@@ -36,6 +36,7 @@ class AverageProjection(Constraint):
         self.reference = world.batch_size if reference is None else reference
         self.epsilon = epsilon
         self.samples_needed = memory.budget
+        self.samples_balanced = memory.balanced
         self._projected = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:

@@ -43,6 +43,7 @@ class EpisodicReplay(Replay):
         self.balance = balance
         self.shares = Shares(balance)
         self.samples_needed = memory.budget
+        self.samples_balanced = memory.balanced
 
     def sample(self, batch: Batch) -> Batch | None:
         self.shares.see(len(batch))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +29,38 @@ def test_a_reservoir_is_a_uniform_sample() -> None:
         hits[reservoir.x.flatten().long()] += 1
     assert float(hits.min()) > 15
     assert float(hits.max()) < 70
+
+
+def test_a_balanced_reservoir_keeps_rare_classes() -> None:
+    """A class that is one in a hundred has half of the places, and within a class every sample is as likely to stay."""
+    rare, common = torch.zeros(5000), torch.zeros(5000)
+    for seed in range(60):
+        reservoir = Reservoir(60, 1 << 20, seed, balanced=True)
+        y = (torch.arange(5000) % 100 == 7).long()
+        for some in torch.arange(5000, dtype=torch.float32)[:, None].split(50):
+            reservoir.add(some, y[some.flatten().long()])
+        assert torch.bincount(reservoir.y).tolist() == [30, 30]
+        assert torch.equal(reservoir.y, y[reservoir.x.flatten().long()])
+        rare[reservoir.x[reservoir.y == 1].flatten().long()] += 1
+        common[reservoir.x[reservoir.y == 0].flatten().long()] += 1
+    assert float(rare[rare > 0].max()) <= 60
+    early, late = common[:2500].sum(), common[2500:].sum()
+    assert abs(float(early - late)) < 5 * 1800**0.5
+    early, late = rare[:2500].sum(), rare[2500:].sum()
+    assert abs(float(early - late)) < 5 * 1800**0.5
+
+
+def test_a_balanced_reservoir_resumes() -> None:
+    """What it has counted of each class survives, so that it chooses the same afterwards."""
+    one, other = (Reservoir(20, 1 << 20, 0, balanced=True) for _ in range(2))
+    x, y = numbers(0, 400)
+    y = (torch.arange(400) % 9 == 0).long()
+    one.add(x[:200], y[:200])
+    other.load_state_dict(json.loads(json.dumps({k: v for k, v in one.state_dict().items() if not torch.is_tensor(v)}))
+                          | {k: v for k, v in one.state_dict().items() if torch.is_tensor(v)})  # fmt: skip
+    for reservoir in (one, other):
+        reservoir.add(x[200:], y[200:])
+    assert torch.equal(one.x, other.x)
 
 
 def test_a_sealed_reservoir_ignores_additions() -> None:
