@@ -214,8 +214,8 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"gem": {"memory": 256, "margin": 0.5}},
             optimizer("sgd", 0.1),
             note="Each task is learned to 86 at once, where by the two published figures it would be 81: less is left to gain "
-            "by later tasks. A separate account of their released script (PIL's rotation, quadprog, none of this code) gives 87.3 "
-            "and +1.5 over five seeds (83.7 to 88.5, -1.6 to +3.4), as ours does. Their ridge of 1e-3 is absolute; one "
+            "by later tasks. A separate account of their released script (PIL's rotation, quadprog, none of this code) gives "
+            "87.3 and +1.5 over five seeds (83.7 to 88.5, -1.6 to +3.4), as ours does. Their ridge of 1e-3 is absolute; one "
             "relative to the gradients lost six points with one seed of three.",
         ),
         Row(
