@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -53,6 +54,12 @@ def _options(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _directory(value: Any) -> Any:
+    if value == "":
+        raise PydanticCustomError("directory", "expected a directory")
+    return value
+
+
 def _topic(value: str) -> str:
     """Refuse what Kafka refuses."""
     if not TOPIC_NAME.fullmatch(value):
@@ -68,6 +75,9 @@ NumBytes = Annotated[Int, Field(ge=1, le=1 << 53)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Label = Int | str
 Topic = Annotated[str, AfterValidator(_topic)]
+Width = Annotated[Int, Field(ge=1, le=1 << 20)]  # of a layer
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+)(:\d{1,5})?")
 Options = Annotated[dict[str, Any], AfterValidator(_options)]
 
 
@@ -232,6 +242,14 @@ class Kafka(Section):
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _are_servers(cls, value: list[str]) -> list[str]:
+        for server in value:
+            if not SERVER.fullmatch(server):
+                raise PydanticCustomError("server", "expected host:port, got {server}", {"server": server})
+        return value
+
     def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
         del recipes
         yield self._has_sasl()
@@ -347,7 +365,7 @@ class Encoder(Section):
     @field_validator("name")
     @classmethod
     def _is_function(cls, value: str) -> str:
-        if value.count(":") != 1:
+        if not FUNCTION.fullmatch(value):
             raise PydanticCustomError("encoder", "expected package.module:function")
         return value
 
@@ -449,12 +467,15 @@ class LearnerSpec(Section):
     augment: Augment | None = Field(None, description="images only: distort them at random, at every update anew")
 
 
+BELONGS = {"mlp": ("hidden",), "resnet": ("width",), "memnet": ("embedding", "hops", "heads")}
+
+
 class Model(Section):
     """`mlp`, `resnet`, `memnet` (of text), or `package.module:function` with parameters of its own under `options`."""
 
     name: str = "mlp"
-    hidden: list[Whole] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
-    width: Whole = Field(16, ge=1, description="resnet: channels of the first stage")
+    hidden: list[Width] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
+    width: Width = Field(16, description="resnet: channels of the first stage")
     embedding: Whole = Field(48, ge=1, description="memnet: numbers that stand for a word")
     hops: Whole = Field(3, ge=1, description="memnet: how often the story is consulted")
     heads: Whole = Field(4, ge=1, description="memnet: sentences that a hop can tell apart at once")
@@ -463,9 +484,19 @@ class Model(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in {"mlp", "resnet", "memnet"} and value.count(":") != 1:
+        if value not in BELONGS and not FUNCTION.fullmatch(value):
             raise PydanticCustomError("model", "accepted: mlp, resnet, memnet, package.module:function")
         return value
+
+    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
+        del recipes
+        yield self._belong()
+
+    def _belong(self) -> Rule:
+        for key, default in Model.model_fields.items():
+            accepted = BELONGS.get(self.name, ("options",))
+            if key not in ("name", *accepted) and getattr(self, key) != default.get_default(call_default_factory=True):
+                yield key, f"model {self.name} has no such parameter; accepted: {', '.join(accepted)}"
 
 
 class Memory(Section):
@@ -520,7 +551,7 @@ class Config(Section):
     """The whole file."""
 
     name: str = Field("streamlearn", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    state_dir: Path = Path("state/streamlearn")
+    state_dir: Annotated[Path, BeforeValidator(_directory)] = Path("state/streamlearn")
     seed: Int = Field(0, ge=0, le=1 << 53)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
     threads: Int = Field(1, ge=1, le=1024)
@@ -605,7 +636,7 @@ class Config(Section):
             names = ", ".join(bare)
             yield "scenario.tasks", f"scenario domain needs the classes of each task, and has none for topic {names}"
         strange = [name for name in spec.tasks if topics is not None and name not in topics]
-        if spec.kind in {"task", "domain"} and strange:
+        if strange:
             yield "scenario.tasks", f"{', '.join(strange)}: not in stream.topics; accepted: {', '.join(topics or ())}"
 
     def _classes_are_declared(self) -> Rule:
@@ -729,10 +760,10 @@ class Config(Section):
 def _as_recipes(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {value: {}}
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return {name: {} for name in value}
     if isinstance(value, dict) and value:
-        return {str(name): parameters or {} for name, parameters in value.items()}
+        return {str(name): {} if parameters is None else parameters for name, parameters in value.items()}
     raise PydanticCustomError("strategy", "expected a recipe's name, a list of names, or names with parameters")
 
 

@@ -22,6 +22,8 @@ ENV_PREFIX = "STREAMLEARN__"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
 SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
 SHORT = {"model": "name", "scenario": "kind", "encoder": "name"}  # sections that may be a word, and what it is
+INNER = ("list[", "union[", "function-", "constrained-", "literal[")  # pydantic's names for what is no key
+HINT = "; to YAML 1.1 yes, no, on and off are true and false: quote them"
 SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
 
 
@@ -41,13 +43,14 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
         for key in SECRETS
         if _get(tree, key) is not None
     ]
-    problems += _overlay({} if tree is None else tree, environ)
+    places, wrong = _overlay({} if tree is None else tree, environ)
+    problems += wrong
     if tree is None:
         raise StreamlearnError("\n".join(problems), code=78)
     try:
         config = Config.model_validate(tree, context={"recipes": recipes})
     except ValidationError as error:
-        problems += [_describe(path, details, lines) for details in error.errors()]
+        problems += [_describe(path, details, lines, places) for details in error.errors()]
     if problems:
         raise StreamlearnError("\n".join(problems), code=78)
     return config
@@ -101,18 +104,23 @@ def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tupl
     return tree, _line_numbers(node), twice
 
 
-def _describe(path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int]) -> str:
-    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(("list[", "union[", "function-")))
+def _describe(
+    path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int], places: Mapping[tuple[str, ...], str]
+) -> str:
+    """Return the line for an error; `places` says which environment variables have set a key."""
+    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(INNER))
     if key[-1:] in {("int",), ("str",)}:
         key = key[:-1]
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = f"{path}:{line}" if line is not None else str(path)
+    where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), where)
     value = (
         ""
         if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
         else f" is {_show(key, details['input'])};"
     )
-    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {expected(details, model_at(Config, key[:-1]))}"
+    hint = HINT if isinstance(details["input"], bool) and key[:1] == ("classes",) else ""
+    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {expected(details, model_at(Config, key[:-1]))}{hint}"
 
 
 def _show(key: Sequence[str], value: Any) -> str:
@@ -130,10 +138,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
-    """Lay the environment's values over a tree; return what is wrong with those that are not YAML."""
-    problems = []
+def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Lay the environment's values over a tree; return which key each has set, and what is wrong with the others."""
+    places, problems = {}, []
     for name, text in sorted(environ.items()):
+        if name.startswith(ENV_PREFIX.rstrip("_") + "_") and "__" in name and not name.startswith(ENV_PREFIX):
+            problems.append(f"{name}: no key of the configuration; one begins with {ENV_PREFIX}")
         if not name.startswith(ENV_PREFIX):
             continue
         *parents, last = name.removeprefix(ENV_PREFIX).lower().split("__")
@@ -142,11 +152,12 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
             if not isinstance(node.get(part), dict):
                 node[part] = _written_out(part, node.get(part))
             node = node[part]
+        places[*parents, last] = name
         try:  # a secret is text whatever it looks like
             node[last] = text if "password" in last or "secret" in last else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
-    return problems
+    return places, problems
 
 
 def _written_out(key: str, value: Any) -> dict[str, Any]:

@@ -499,4 +499,6 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
         config.stream.batch_size, tuple(config.stream.topics or ()), names=vocabulary is not None,
     )  # fmt: skip
     strategy = compose(config.strategy, world)
+    if config.grow_head and registry.head_of(strategy.network.module) is None:
+        raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
     return Learner(strategy, config.learner, world, scenario, batch_size=config.stream.batch_size, encoder=encoder)

@@ -286,6 +286,11 @@ def _csv(path: Path, split: str) -> Samples:
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file)
         for number, row in enumerate(filter(None, lines)):
+            if len(row) < 2:
+                where = f"{path}:{lines.line_num}"
+                raise StreamlearnError(
+                    f"{where}: one column; expected numbers, then a label, with commas between", code=74
+                )
             try:
                 x.append([float(value) for value in row[:-1]])
                 y.append(_label(row[-1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +25,6 @@ ServersOption = Annotated[
     str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")
 ]
 EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
-
-SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+)(:\d{1,5})?")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -189,11 +186,12 @@ def _open(
         raise StreamlearnError("give one of --config, --bootstrap-servers and --embedded", code=2)
     quiet_kafka()
     if servers is not None:
+        from streamlearn.config import SERVER, Kafka
+
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
             raise StreamlearnError(
                 f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several with commas", code=2
             )
-        from streamlearn.config import Kafka
         from streamlearn.stream.kafka import KafkaLog, KafkaSink
 
         kafka = Kafka.model_validate({"bootstrap_servers": servers})

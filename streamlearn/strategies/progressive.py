@@ -154,6 +154,15 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
         parent, _, last = name.rpartition(".")
         seen = [] if layer is called[0] else [other[name] for other in others]  # all columns have the same input
         setattr(column.get_submodule(parent), last, Lateral(layer, seen))
+    if not earlier:
+        try:
+            with torch.no_grad(), evaluating(column):
+                column(world.zeros(2))
+        except Exception as error:  # a model may want of its layers what only they have
+            raise StreamlearnError(f"strategy.pnn: cannot connect the model's layers: {error}", code=78) from error
+        for module in column.modules():
+            if isinstance(module, Lateral):
+                module.seen = None
 
 
 def _adapter(layer: nn.Module) -> nn.Module:

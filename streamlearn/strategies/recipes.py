@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
     Check = Callable[[Config, str], Iterator[str]]
 
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Strength = Annotated[float, Strict(), Field(ge=0, le=1e30)]  # within float32, where it is multiplied
 Positive = Annotated[int, Strict(), Field(ge=1)]  # or true would be 1
-Ratio = Annotated[float, Field(gt=0, le=100)]
-Temperature = Annotated[float, Field(gt=0, le=100)]
+Width = Annotated[int, Strict(), Field(ge=1, le=1 << 16)]  # of a generator's layer
+Ratio = Annotated[float, Strict(), Field(gt=0, le=100)]
+Temperature = Annotated[float, Strict(), Field(gt=0, le=100)]
 Balance = Literal["tasks", "counts"]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Anchor = Literal["all", "last"]
@@ -104,8 +105,8 @@ def generative(
     ratio: Ratio = 2.0,
     balance: Balance = "tasks",
     prior: Literal["moments", "normal"] = "moments",
-    hidden: Positive = 400,
-    latent: Positive = 50,
+    hidden: Width = 400,
+    latent: Width = 50,
     gated: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     lr: Annotated[float, Field(gt=0, lt=1)] = 1e-3,
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",

@@ -73,6 +73,7 @@ class Assembler:
         self._newest: float | None = None
         self._ids: dict[str, str] = dict(progress.positions.topic_ids)
         self._partitions: tuple[int, ...] = ()
+        self._told: set[str] = set()  # topics of which a rejected sample was logged
         text = rules.codec.text
         self._vocabulary = Vocabulary(progress.vocabulary, text.vocabulary if text is not None else 0)
 
@@ -216,8 +217,13 @@ class Assembler:
                         self._read(chunk, index)
             if index in chunk.bad:
                 codes[index] = REJECTED
-        for index in np.flatnonzero(codes == REJECTED).tolist():
+        rejected = np.flatnonzero(codes == REJECTED).tolist()
+        for index in rejected:
             self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index])
+        if rejected and record.topic not in self._told:  # once: what comes after is counted
+            self._told.add(record.topic)
+            where = f"topic {record.topic} [{record.partition}] offset {record.offset}"
+            log.warning("%s: a sample is rejected: %s; further ones are counted", where, chunk.bad[rejected[0]])
         return codes, outputs
 
     def _follow_burst(self, record: Record, chunk: Chunk, codes: np.ndarray, skip: int) -> None:

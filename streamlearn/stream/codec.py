@@ -95,7 +95,8 @@ class Codec:
         if "y" not in tree or tree["y"] is None:
             raise Rejected("missing_label", "no label: expected a field y")
         if "x" not in tree:
-            raise Rejected("schema", f"no field x; found {', '.join(map(repr, list(tree)[:8])) or 'nothing'}")
+            found = ", ".join(repr(name) for name in list(tree)[:8] if name != "codec")  # which is not the record's
+            raise Rejected("schema", f"no field x; found {found or 'nothing'}")
         _check_task(tree, record)
         if tree["codec"] == "batch":
             return self._batch(tree)

@@ -78,7 +78,7 @@ class Run:
         }
         for name in like or chosen:
             tree = jobs.merged(tree, NEEDS.get(name, {}))
-        tree = {**jobs.merged(tree, over), "input": over.get("input", tree["input"])}
+        tree = jobs.merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
         path = tmp_path / "job.yaml"
         path.write_text(configfile.dump(tree))
         config = configfile.load(path, RECIPES, {})
@@ -251,7 +251,10 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
     assert one.learner.evaluate(batch.x, batch.y, 2) == other.learner.evaluate(batch.x, batch.y, 2)
 
 
-REFUSED = {"packnet": {"tied", "normed", "drawing"}}  # weights that tasks cannot share out, and statistics of batches
+REFUSED = {
+    "pnn": {"reused"},
+    "packnet": {"tied", "normed", "drawing"},  # weights that tasks cannot share out, and statistics of batches
+}
 
 
 @pytest.mark.parametrize("kind", list(awkward.MAKERS))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 WIDTH = 8
 
@@ -69,6 +69,32 @@ class Folded(nn.Module):
         return torch.tanh(self.part(parts)).reshape(len(x), -1)
 
 
+class Reused(nn.Module):
+    """Uses a layer's weight once more, past the layer, and calls a layer with its input by name."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.square = nn.Linear(size, size)
+        self.named = nn.Linear(size, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layers make of it."""
+        h = torch.tanh(self.square(x)) @ self.square.weight
+        return torch.tanh(self.named(input=h))
+
+
+class Sequence(nn.Module):
+    """Positions first, samples second, as recurrent layers had it for long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean over positions."""
+        return torch.tanh(self.each(x.reshape(len(x), -1, 4).transpose(0, 1))).mean(0)
+
+
 def drawing(size: int, num_outputs: int) -> nn.Module:
     """Make a model with dropout, an activation in place, and a layer in evaluation mode for good."""
     still = nn.BatchNorm1d(WIDTH).eval().requires_grad_(requires_grad=False)
@@ -110,10 +136,12 @@ MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
     "normed": normed,
     "recurrent": lambda _, outputs: Body(Recurrent(), WIDTH, outputs),
     "sparse": lambda _, outputs: Body(Table(), WIDTH, outputs),
+    "reused": lambda size, outputs: Body(Reused(size), WIDTH, outputs),
+    "sequence": lambda _, outputs: Body(Sequence(), WIDTH, outputs),
     "folded": lambda size, outputs: Body(Folded(), size, outputs),
 }
 
 
-def make(input_shape: Sequence[int], num_outputs: int, *, kind: str) -> nn.Module:
+def make(input_shape: list[int], num_outputs: int, *, kind: str) -> nn.Module:
     """Return the model of this kind."""
     return MAKERS[kind](input_shape[0], num_outputs)

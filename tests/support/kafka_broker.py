@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -136,10 +137,12 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="keep the data here (default: a temporary directory)")
     arguments = parser.parse_args()
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="streamlearn-kafka-"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     with KafkaBroker(directory, port=arguments.port, auto_create=True) as broker:
         print(f"Apache Kafka {VERSION} listens on {broker.address}; Ctrl-C ends it", flush=True)
         try:
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            signal.pause()
         finally:
             if arguments.directory is None:
                 shutil.rmtree(directory, ignore_errors=True)

@@ -384,9 +384,8 @@ def test_a_password_is_never_in_the_file_nor_shown(tmp_path: Path) -> None:
     assert "12345" not in json.dumps(config.effective())
     assert "12345" not in repr(config)
     empty = refused(tmp_path, tree, STREAMLEARN__KAFKA__SASL__PASSWORD="")
-    assert empty == [
-        "job.yaml:7: kafka.sasl.password: is ***; Value should have at least 1 item after validation, not 0"
-    ]
+    name = "STREAMLEARN__KAFKA__SASL__PASSWORD"
+    assert empty == [f"{name}: kafka.sasl.password: is ***; Value should have at least 1 item after validation, not 0"]
     with pytest.raises(StreamlearnError, match="a secret is not accepted in the file"):
         written(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {"username": "me", "password": "12345"}}})
 
