@@ -712,6 +712,12 @@ class Config(Section):
                 f"strategy {' + '.join(self.strategy)}: learns as naive does until a task has ended, and the only topic, "
                 f"{topics[0]}, ends by a marker alone; stream.task_end records: N or idle: SECONDS would end it"
             )
+        integers = self.input.dtype.startswith(("int", "uint")) and isinstance(self.input, Input)
+        if integers and self.input.scale == 1 and self.strategy.get("generative", {}).get("likelihood") == "bernoulli":
+            found.append(
+                f"input.scale is 1 for dtype {self.input.dtype}: generative replays values from 0 to 1 (likelihood bernoulli); "
+                "give the largest value, or likelihood: gaussian"
+            )
         for name, parameters in self.strategy.items():
             if isinstance(budget := parameters.get("budget"), int) and budget < len(topics):
                 found.append(f"strategy.{name}.budget is {budget}: too few for a sample of each of {len(topics)} tasks")

@@ -8,6 +8,7 @@ codes of a class from where that class's codes lie (`latent.py`).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from streamlearn.tensors import averaging_rate, clones, copy_into, finite_norm, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+
+log = logging.getLogger(__name__)
 
 MOMENTS_DECAY = 0.998  # where the weights have no average
 
@@ -85,6 +88,7 @@ class GenerativeReplay(Replay):
         self.steps = 0  # of the generator, in the current task
         self._noise = seeded(world.seed, "generative", world.device)
         self._choice = seeded(world.seed, "generative-choice")
+        self._looked = False  # at the values of the current task
 
     @property
     def _params(self) -> list[Tensor]:
@@ -102,8 +106,13 @@ class GenerativeReplay(Replay):
     def _optimizer(self) -> Optimizer:
         return Optimizer(self._params, "adam", self.spec.lr)
 
+    def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
+        del task, params
+        self._looked = False
+
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
+        self._look(batch.x)
         self.shares.see(len(batch))
         scholar, targets = self.scholar, self.targets
         if scholar is None or not len(scholar.pairs):  # a first task may have had no usable sample
@@ -136,6 +145,17 @@ class GenerativeReplay(Replay):
             rate = averaging_rate(self.spec.average or MOMENTS_DECAY, self.steps)
             self.moments.note(mean.detach(), log_variance.detach(), mixed.y, rate, applied)
         self.steps += 1
+
+    def _look(self, x: Tensor) -> None:
+        if self._looked or self.spec.likelihood != "bernoulli":
+            return
+        self._looked = True  # once a task: it waits for the device
+        low, high = float(x.min()), float(x.max())
+        if low < 0 or high > 1:
+            told = (
+                "strategy.generative: values from %.3g to %.3g are replayed cut to 0 and 1, by likelihood bernoulli; %s"
+            )
+            log.warning(told, low, high, "set input.scale, or likelihood: gaussian")
 
     def _step(self, finite: Tensor) -> Tensor:
         """Take the generator's optimizer step; return whether it was applied, 0-dim and on the device."""

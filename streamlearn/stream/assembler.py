@@ -222,7 +222,7 @@ class Assembler:
             self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index])
         if rejected and record.topic not in self._told:  # once: what comes after is counted
             self._told.add(record.topic)
-            where = f"topic {record.topic} [{record.partition}] offset {record.offset}"
+            where = f"{record.topic}[{record.partition}] offset {record.offset}"
             log.warning("%s: a sample is rejected: %s; further ones are counted", where, chunk.bad[rejected[0]])
         return codes, outputs
 

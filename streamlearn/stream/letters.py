@@ -111,7 +111,7 @@ def index(log: Log, topic: str) -> list[Letter]:
         if record.header(REPLAYED) is not None:
             replayed.add((record.key or b"").decode(errors="replace"))
         elif (letter := Letter.of(record)) is not None:
-            found.setdefault(letter.key, letter)  # a repeat after a crash says the same
+            found[letter.key] = letter  # one that is there again, under another configuration, may say something else
     letters = sorted(found.values(), key=lambda letter: letter.rejected)
     return [replace(letter, replayed=letter.key in replayed) for letter in letters]
 
@@ -119,6 +119,7 @@ def index(log: Log, topic: str) -> list[Letter]:
 def find(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
     """Return the letter of a key, and the one that has its bytes, None where retention took it; raises `StreamlearnError`."""
     known: dict[str, Record] = {}
+    found: tuple[Record, str] | None = None
     for record in read(log, topic):
         letter = Letter.of(record)
         if letter is None or record.header(REPLAYED) is not None:
@@ -126,7 +127,9 @@ def find(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
         if letter.key == letter.carrier and letter.key.rpartition("-")[0] == key.rpartition("-")[0]:
             known.setdefault(letter.key, record)
         if letter.key == key:
-            return record, known.get(letter.carrier)
+            found = record, letter.carrier
+    if found is not None:
+        return found[0], known.get(found[1])
     raise StreamlearnError(f"no letter {key} in topic {topic}")
 
 

@@ -81,6 +81,17 @@ def test_a_letter_says_what_was_rejected_where_and_why(world: World) -> None:
     ]
 
 
+def test_the_newest_letter_of_a_sample_counts(world: World) -> None:
+    """Where a topic is read anew under another configuration, what is told is why it is rejected now."""
+    a = world.topic("a", [0, 99])
+    reject(world, [0, 1], a)
+    reject(world, [0, 2], a)
+    (letter,) = index(world)
+    assert letter.message == "label 99 has no output; accepted: 0, 2"
+    record, _ = asked(world, lambda log: letters.find(log, world.name("dlq"), letter.key))
+    assert letters.Letter.of(record) == letter
+
+
 def test_where_there_is_no_topic_there_are_no_letters(world: World) -> None:
     """Nothing is waited for, and nothing made."""
     assert index(world) == []

@@ -387,6 +387,15 @@ def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
     assert one.digest() == other.digest()
 
 
+def test_a_head_that_cannot_grow_is_refused_at_the_start(tmp_path: Path) -> None:
+    """A model without a layer named `head` learns nothing before that is told."""
+    own = {"name": "tests.support.models:counting", "options": {"samples": 9}}
+    Run(tmp_path, {"er": {}}, model=own, input={"shape": [5]}, grow_head=True)
+    with pytest.raises(StreamlearnError, match="grow_head: the model needs a linear layer named head") as caught:
+        Run(tmp_path, {"er": {}}, model={"name": "tests.support.awkward:headless"}, grow_head=True)
+    assert caught.value.code == 78
+
+
 @pytest.mark.parametrize("name", sorted(FIXED_HEAD))
 @pytest.mark.parametrize(
     "over", [{"classes": 2, "grow_head": True}, {"scenario": {"kind": "class"}}], ids=["head", "class"]

@@ -697,6 +697,15 @@ def test_a_burst_may_be_logged_only_or_end_the_daemon(world: World, caplog: pyte
     assert caught.value.code == 65
 
 
+def test_the_first_rejected_sample_of_a_topic_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A stream of which nothing can be used does not end without a word; what follows is counted."""
+    a = world.topic("a", [0, 98, 99])
+    everything(world.stream(topics=[a], classes=[0, 1]))
+    lines = [record.getMessage() for record in caplog.records if "is rejected" in record.getMessage()]
+    told = "a sample is rejected: label 98 has no output; accepted: 0, 1; further ones are counted"
+    assert lines == [f"{a}[0] offset 1: {told}"]
+
+
 def test_a_good_sample_ends_a_burst(world: World) -> None:
     """Bad samples among good ones are no burst, however many there are."""
     a = world.topic("a", [90, 91, 92, 0] * 5)

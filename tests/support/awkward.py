@@ -145,3 +145,8 @@ MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
 def make(input_shape: list[int], num_outputs: int, *, kind: str) -> nn.Module:
     """Return the model of this kind."""
     return MAKERS[kind](input_shape[0], num_outputs)
+
+
+def headless(input_shape: list[int], num_outputs: int) -> nn.Module:
+    """Return a model whose last layer has another name."""
+    return nn.Sequential(nn.Linear(input_shape[0], num_outputs))

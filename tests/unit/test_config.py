@@ -278,6 +278,23 @@ REFUSED = [
         "strategy.packnet: packnet prunes at the end of a task, and the only topic, a, has none; accepted: stream.task_end",
     ),
     ("strength", {"strategy": {"mas": {"strength": float("nan")}}}, "strategy.mas.strength: is nan; Input should be"),
+    (
+        "too strong",
+        {"strategy": {"l2": {"strength": 1e300}}},
+        "strategy.l2.strength: is 1e+300; Input should be less than",
+    ),
+    (
+        "a true strength",
+        {"strategy": {"l2": {"strength": True}}},
+        "strategy.l2.strength: is True; Input should be a valid",
+    ),
+    (
+        "a wide generator",
+        {"strategy": {"generative": {"latent": 10**8}}},
+        "strategy.generative.latent: is 100000000; Input",
+    ),
+    ("none", {"strategy": []}, "strategy: is []; expected a recipe's name, a list of names, or names with parameters"),
+    ("a list of nothing", {"strategy": {"ewc": []}}, "strategy.ewc: is []; "),
     ("misspelt", {"strategy": {"agem": {"budgt": 3}}}, "strategy.agem.budgt: is 3; no such key (did you mean budget?)"),
     (
         "a boolean",
@@ -290,6 +307,67 @@ REFUSED = [
         "strategy.er: per_class is 3, and selection reservoir; accepted",
     ),
 ]
+
+
+NOWHERE: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"hidden": [0]}}, "job.yaml:6: model.hidden.0: is 0; Input should be greater than or equal to 1"),
+    ({"model": ":f"}, "job.yaml:5: model.name: is ':f'; accepted: mlp, resnet, memnet, package.module:function"),
+    (
+        {"model": {"name": "nets:make", "width": 4}},
+        "job.yaml:7: model.width: is 4; model nets:make has no such parameter; accepted: options",
+    ),
+    (
+        {"model": {"options": {"a": 1}}},
+        "job.yaml:6: model.options: model mlp has no such parameter; accepted: hidden",
+    ),
+    ({"state_dir": ""}, "job.yaml:5: state_dir: is ''; expected a directory"),
+    (
+        {"kafka": {"bootstrap_servers": "localhost:abc"}},
+        "job.yaml:6: kafka.bootstrap_servers: is 'localhost:abc'; expected host:port, got localhost:abc",
+    ),
+    (
+        {"scenario": {"kind": "class", "tasks": {"nope": [1]}}},
+        "job.yaml:7: scenario.tasks: nope: not in stream.topics; accepted: a",
+    ),
+    ({"strategy": {"joint": {"budget": 0}}}, "job.yaml:7: strategy.joint.budget: is 0; Input should be greater"),
+]
+
+
+@pytest.mark.parametrize(("over", "line"), NOWHERE)
+def test_values_that_lead_nowhere_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """What would be ignored, or fail only when it runs, is told by its key."""
+    lines = refused(tmp_path, {**MINIMAL, **over})
+    assert [one for one in lines if one.startswith(line)], lines
+    assert "constrained" not in " ".join(lines)
+
+
+def test_what_yaml_reads_as_a_boolean_is_explained(tmp_path: Path) -> None:
+    """`yes` and `no` are labels to people only."""
+    lines = refused(tmp_path, "input: {shape: [4]}\nstream: {topics: [a, b]}\nclasses: [yes, no]\n")
+    assert lines[0].startswith("job.yaml:3: classes.0: is True; ")
+    assert lines[0].endswith("; to YAML 1.1 yes, no, on and off are true and false: quote them")
+
+
+def test_a_wrong_override_is_told_by_its_variable(tmp_path: Path) -> None:
+    """The line of the file is right, so it is not named; and a variable that nearly has the prefix is not ignored."""
+    environ = {"STREAMLEARN__INPUT__SHAPE": "8,8", "STREAMLEARN_LEARNER__AVERAGE": "0.9", "STREAMLEARN_STATE_DIR": "s"}
+    lines = refused(tmp_path, MINIMAL, **environ)
+    assert lines == [
+        "STREAMLEARN_LEARNER__AVERAGE: no key of the configuration; one begins with STREAMLEARN__",
+        "STREAMLEARN__INPUT__SHAPE: input.shape: is '8,8'; Input should be a valid list",
+    ]
+
+
+def test_values_that_a_generator_cannot_make_are_warned_of(tmp_path: Path) -> None:
+    """Integers that are not divided lie outside [0, 1]."""
+    pixels = {**TWO, "input": {"shape": [4], "dtype": "uint8"}}
+    (told,) = written(tmp_path, pixels).warnings(RECIPES)
+    assert told.startswith("input.scale is 1 for dtype uint8: generative replays values from 0 to 1")
+    for fine in (
+        {"input": {**pixels["input"], "scale": 255}},
+        {"strategy": {"generative": {"likelihood": "gaussian"}}},
+    ):
+        assert written(tmp_path, {**pixels, **fine}).warnings(RECIPES) == []
 
 
 @pytest.mark.parametrize(("over", "line"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])

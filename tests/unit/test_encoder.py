@@ -82,6 +82,13 @@ def one_row(_: list[int]) -> nn.Module:
     return Other(torch.zeros(1, 3))
 
 
+def nowhere(_: list[int]) -> nn.Module:
+    """Make an encoder of NaN."""
+    encoder = nn.Linear(4, 3)
+    nn.init.constant_(encoder.bias, torch.nan)
+    return encoder
+
+
 def pair(_: list[int]) -> nn.Module:
     """Make one that returns two things."""
     return Other((torch.zeros(2, 3), torch.zeros(2, 3)))
@@ -109,6 +116,7 @@ WRONG: list[tuple[str, str]] = [
     ("doubles", r"and give torch\.float64 \[2, 3\]$"),
     ("one_row", r"and give torch\.float32 \[1, 3\]$"),
     ("pair", r"and give tuple$"),
+    ("nowhere", r"two samples of zeros give features that are not finite$"),
     ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: "),
     ("no_module", r"expected a torch\.nn\.Module, got int$"),
     ("more", r"its state_dict must hold dense tensors alone, or it cannot be saved$"),

@@ -113,6 +113,7 @@ CASES = [
     ("a.npz", b"no", "not a .npz file of plain arrays"),
     ("a.npz", b"", "not a .npz file of plain arrays"),
     ("a.csv", b"", "holds no samples"),
+    ("a.csv", b"1;2;3;cat\n", r"a\.csv:1: one column; expected numbers, then a label, with commas between"),
     ("a.csv", b"1,2,0\n1,0\n", "not every line has the same number of columns"),
     (
         "a.jsonl",

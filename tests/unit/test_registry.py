@@ -71,6 +71,18 @@ def keeping(shape: list[int], outputs: int) -> nn.Module:
     return Keeping(shape[0], outputs)
 
 
+def nowhere(shape: list[int], outputs: int) -> nn.Module:
+    """Make a model of NaN."""
+    model = Own(shape[0], outputs)
+    nn.init.constant_(model.head.bias, torch.nan)
+    return model
+
+
+def frozen(shape: list[int], outputs: int) -> nn.Module:
+    """Make a model that learns nothing."""
+    return Own(shape[0], outputs).requires_grad_(requires_grad=False)
+
+
 def key_error(*_: object) -> nn.Module:
     """Fail as a user's code may."""
     raise KeyError("no such option")
@@ -94,6 +106,8 @@ WRONG: list[tuple[str, str]] = [
         "keeping",
         r"cannot be copied once it has learned, as average and teacher need it: RuntimeError: Only Tensors created",
     ),
+    ("nowhere", r"two samples of zeros give outputs that are not finite$"),
+    ("frozen", r"no parameter of it learns: expected one with requires_grad$"),
     ("key_error", r"KeyError: 'no such option'$"),
     ("out_of_memory", r"RuntimeError: first second$"),
     ("absent", r"AttributeError: "),

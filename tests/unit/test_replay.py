@@ -14,6 +14,7 @@ from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP
 from streamlearn.strategies.distillation import Distillation
+from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec, Targets
 from streamlearn.strategies.latent import JITTER, LatentMoments, codes
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.replay import DarkReplay
@@ -53,6 +54,22 @@ def test_shares_by_tasks_and_by_counts() -> None:
         shares.see(240)
         seen.append([*row, shares.of_the_past])
     assert seen == [[0, 1 / 2, 2 / 3, 2 / 3], [0, 1 / 2, 120 / 180, 120 / 360]]
+
+
+def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    """A generator of values from 0 to 1 says so where others come, and one of any values says nothing."""
+    batch = Batch(torch.tensor([[0.0, 0.5, 3.25, -1.5, 1.0]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    for likelihood in ("bernoulli", "gaussian"):
+        spec = GeneratorSpec(
+            conditional=True, hidden=4, latent=2, lr=0.1, likelihood=likelihood, average=None, moments=False
+        )
+        replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+        for task in range(2):
+            replay.begin_task(task, [])
+            for _ in range(3):
+                replay.sample(batch)
+    told = "strategy.generative: values from -1.5 to 3.25 are replayed cut to 0 and 1, by likelihood bernoulli; "
+    assert [record.getMessage() for record in caplog.records] == [told + "set input.scale, or likelihood: gaussian"] * 2
 
 
 def test_a_past_without_samples_has_its_share_by_tasks() -> None:
