@@ -145,7 +145,7 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             tdc(98.54, 87.7, 65.1),
             {"agem": {**MEMORY, "momentum": "allow"}},
             note="With Adam, and with their epsilon of 1e-7 beside the reference's squared norm, as published. In "
-            "`class` it depends most on which digits make a task: 54 to 81 with five draws, 53 with the digits in "
+            "`class` it depends most on which digits make a task: 43 to 81 with ten draws, 53 with the digits in "
             "order (ten seeds).",
         ),
         Row(
