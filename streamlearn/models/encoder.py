@@ -54,8 +54,8 @@ class Encoder:
                 f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
             )
             raise _unfit(name, f"two samples must give float32 features [2, ...], and give {got}")
-        if not bool(features.isfinite().all()):
-            raise _unfit(name, "two samples of zeros give features that are not finite")
+        if broken := [key for key, param in made.named_parameters() if not bool(param.isfinite().all())]:
+            raise _unfit(name, f"parameter {broken[0]} is not finite")
         return cls(name, made, tuple(features.shape[1:]))
 
     def __call__(self, x: Tensor) -> Tensor:

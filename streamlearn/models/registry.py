@@ -74,8 +74,8 @@ def _build_own(
             spec,
             f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}",
         )
-    if not bool(logits.isfinite().all()):
-        raise _unfit(spec, "two samples of zeros give outputs that are not finite")
+    if broken := [name for name, param in model.named_parameters() if not bool(param.isfinite().all())]:
+        raise _unfit(spec, f"parameter {broken[0]} is not finite")
     if not any(param.requires_grad for param in model.parameters()):
         raise _unfit(spec, "no parameter of it learns: expected one with requires_grad")
     return model

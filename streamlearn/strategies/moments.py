@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from streamlearn.strategies.parts import World
 
 SLICE = 16  # samples whose gradients are held at once
-CLOSE = 0.02
+CLOSE = 0.02  # of a gradient's largest entry
 
 
 def moments(
