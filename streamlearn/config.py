@@ -77,7 +77,7 @@ Label = Int | str
 Topic = Annotated[str, AfterValidator(_topic)]
 Width = Annotated[Int, Field(ge=1, le=1 << 20)]  # of a layer
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-SERVER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+)(:\d{1,5})?")
+SERVER = re.compile(r"([A-Za-z_]+://)?(\[[^\s\[\]]+\]|[^\s:/\[\]]+)(:\d{1,5})?|[0-9a-fA-F:.]+(%\w+)?")
 Options = Annotated[dict[str, Any], AfterValidator(_options)]
 
 
@@ -246,7 +246,7 @@ class Kafka(Section):
     @classmethod
     def _are_servers(cls, value: list[str]) -> list[str]:
         for server in value:
-            if not SERVER.fullmatch(server):
+            if not SERVER.fullmatch(server.strip()):
                 raise PydanticCustomError("server", "expected host:port, got {server}", {"server": server})
         return value
 
@@ -488,15 +488,12 @@ class Model(Section):
             raise PydanticCustomError("model", "accepted: mlp, resnet, memnet, package.module:function")
         return value
 
-    def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
-        del recipes
-        yield self._belong()
-
-    def _belong(self) -> Rule:
+    def ignored(self) -> Iterator[str]:
+        """Give the keys that say something, and are of another model."""
         for key, default in Model.model_fields.items():
-            accepted = BELONGS.get(self.name, ("options",))
-            if key not in ("name", *accepted) and getattr(self, key) != default.get_default(call_default_factory=True):
-                yield key, f"model {self.name} has no such parameter; accepted: {', '.join(accepted)}"
+            own = ("name", *BELONGS.get(self.name, ("options",)))
+            if key not in own and getattr(self, key) != default.get_default(call_default_factory=True):
+                yield key
 
 
 class Memory(Section):
@@ -636,7 +633,7 @@ class Config(Section):
             names = ", ".join(bare)
             yield "scenario.tasks", f"scenario domain needs the classes of each task, and has none for topic {names}"
         strange = [name for name in spec.tasks if topics is not None and name not in topics]
-        if strange:
+        if spec.kind in {"task", "domain"} and strange:
             yield "scenario.tasks", f"{', '.join(strange)}: not in stream.topics; accepted: {', '.join(topics or ())}"
 
     def _classes_are_declared(self) -> Rule:
@@ -709,7 +706,7 @@ class Config(Section):
         topics = self.stream.topics or ()
         if len(topics) == 1 and self.stream.task_end.next_topic and "naive" not in self.strategy:
             found.append(
-                f"strategy {' + '.join(self.strategy)}: learns as naive does until a task has ended, and the only topic, "
+                f"strategy {' + '.join(self.strategy)}: protects nothing until a task has ended, and the only topic, "
                 f"{topics[0]}, ends by a marker alone; stream.task_end records: N or idle: SECONDS would end it"
             )
         integers = self.input.dtype.startswith(("int", "uint")) and isinstance(self.input, Input)
@@ -718,6 +715,10 @@ class Config(Section):
                 f"input.scale is 1 for dtype {self.input.dtype}: generative replays values from 0 to 1 (likelihood bernoulli); "
                 "give the largest value, or likelihood: gaussian"
             )
+        accepted = ", ".join(BELONGS.get(self.model.name, ("options",)))
+        # no error: what shapes a checkpoint may not be taken away
+        ignored = f"is ignored: model {self.model.name} has no such parameter; it has {accepted}"
+        found += [f"model.{key} {ignored}" for key in self.model.ignored()]
         for name, parameters in self.strategy.items():
             if isinstance(budget := parameters.get("budget"), int) and budget < len(topics):
                 found.append(f"strategy.{name}.budget is {budget}: too few for a sample of each of {len(topics)} tasks")

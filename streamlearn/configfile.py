@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from streamlearn.config import RecipeSchema
 
 ENV_PREFIX = "STREAMLEARN__"
+NEARLY = "STREAMLEARN_"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
 SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
 SHORT = {"model": "name", "scenario": "kind", "encoder": "name"}  # sections that may be a word, and what it is
@@ -142,7 +143,8 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tup
     """Lay the environment's values over a tree; return which key each has set, and what is wrong with the others."""
     places, problems = {}, []
     for name, text in sorted(environ.items()):
-        if name.startswith(ENV_PREFIX.rstrip("_") + "_") and "__" in name and not name.startswith(ENV_PREFIX):
+        section, _, below = name.removeprefix(NEARLY).lower().partition("__")
+        if name.startswith(NEARLY) and below and section in Config.model_fields:
             problems.append(f"{name}: no key of the configuration; one begins with {ENV_PREFIX}")
         if not name.startswith(ENV_PREFIX):
             continue

@@ -13,7 +13,7 @@ from torch.nn import functional
 from streamlearn.augment import Distortion
 from streamlearn.config import TextInput
 from streamlearn.data import Batch, Delivery, StreamlearnError
-from streamlearn.memory import ALL, Immutable, Reservoir
+from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
 from streamlearn.models.modes import LayerDraws, evaluating
@@ -246,8 +246,9 @@ class Learner:
             self.reservoir.sealed = True
             if self.strategy.refine_epochs:
                 self._take_average()
-                for part in self.strategy.parts.values():
-                    part.begin_refine(self._closing(part))
+                with self.layer_draws.taken():
+                    for part in self.strategy.parts.values():
+                        part.begin_refine(self._closing(part))
                 self._renew()
                 self._make_average(self.params)  # anew: what was pruned has no past
                 self.task_steps = 0
@@ -264,8 +265,9 @@ class Learner:
     def end_task(self) -> None:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
         self._take_average()
-        for part in self.strategy.parts.values():
-            part.end_task(self._closing(part))
+        with self.layer_draws.taken():
+            for part in self.strategy.parts.values():
+                part.end_task(self._closing(part))
         self.cursor = None
         self.reservoir.clear()
         self._renew()
@@ -281,7 +283,7 @@ class Learner:
             copy_into(self._of(network), params)
         hits = torch.zeros((), device=self.world.device)
         total = torch.zeros((), device=self.world.device)
-        with evaluating(network.module):
+        with evaluating(network.module), self.layer_draws.taken(keep=False):
             for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
                 tasks = torch.full((len(some_y),), task)
                 target = some_y.to(self.world.device)
@@ -406,6 +408,8 @@ class Learner:
         x, y = self.reservoir.x, self.reservoir.y
         if part.samples_needed != ALL and part.samples_needed < len(y):  # another part asked for more
             order = torch.randperm(len(y), generator=seeded(self.world.seed, f"closing-{self.task}"))
+            if part.samples_balanced:
+                order = order[place_in_class(y[order]).argsort(stable=True)]
             x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
         return Closing(
             self.task, x, y, self.params, self.strategy.network.module, self.allowed, self.outputs, self._draws
@@ -501,4 +505,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     strategy = compose(config.strategy, world)
     if config.grow_head and registry.head_of(strategy.network.module) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
-    return Learner(strategy, config.learner, world, scenario, batch_size=config.stream.batch_size, encoder=encoder)
+    learner = Learner(strategy, config.learner, world, scenario, batch_size=config.stream.batch_size, encoder=encoder)
+    if config.learner.average is not None or learner.transfers:
+        registry.check_copies(spec["name"], build_network(world.num_outputs), world.zeros(2))
+    return learner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class Reservoir:
         self.balanced = balanced
         self._met: Counter[int] = Counter()  # samples seen of each class, where balanced
         self._full: set[int] = set()  # classes that were the largest once
+        self._places: dict[int, list[int]] = {}  # where the samples of each class are, once all places are taken
         self.seen = 0
         self.sealed = False
         self._size = 0
@@ -86,6 +88,7 @@ class Reservoir:
         self.sealed = False
         self._met.clear()
         self._full.clear()
+        self._places = {}
         self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> State:
@@ -101,33 +104,47 @@ class Reservoir:
 
     def load_state_dict(self, state: State) -> None:
         self._x, self._y = state["x"].clone(), state["y"].clone()
-        self._met = Counter({int(label): count for label, count in state.get("met", {}).items()})  # 0.1 has none
+        self._met = Counter({int(label): count for label, count in state.get("met", {}).items()})
         self._full = set(state.get("full", []))
+        if self.balanced and "met" not in state:  # of a version whose reservoirs were uniform: what it saw is estimated
+            self._met = Counter(self._y.tolist())
+            if state["seen"] > len(self._y):
+                self._full = set(self._met)
+                self._met = Counter({y: round(n * state["seen"] / len(self._y)) for y, n in self._met.items()})
+        self._places = {}
         self._size = len(self._y)
         self.seen, self.sealed = state["seen"], state["sealed"]
         self._generator.set_state(state["generator"])
 
     def _balance(self, first: int, labels: Sequence[int]) -> dict[int, int]:
         """Return which of the samples from number `first` on go into which places, all of which are taken."""
-        places: dict[int, list[int]] = {}
-        for place, label in enumerate(self.y.tolist() if labels else []):
-            places.setdefault(label, []).append(place)
+        if not labels:
+            return {}
+        if not (places := self._places):
+            for place, label in enumerate(self.y.tolist()):
+                places.setdefault(label, []).append(place)
+        largest = self._largest()
         draws = torch.rand(len(labels), 2, generator=self._generator, dtype=torch.float64).tolist()
         taken = {}
         for number, (label, (chance, where)) in enumerate(zip(labels, draws, strict=True), first):
             self._met[label] += 1
-            largest = max(places, key=lambda one: len(places[one]))
-            self._full |= {one for one, rows in places.items() if len(rows) == len(places[largest])}
             if label not in self._full:  # it grows, and the largest shrinks
-                rows = places[largest]
-                place = rows.pop(int(where * len(rows)))
-                places.setdefault(label, []).append(place)
+                place = places[largest].pop(int(where * len(places[largest])))
+                bisect.insort(places.setdefault(label, []), place)  # in order, as after a restart
+                largest = self._largest()
             elif chance * self._met[label] <= len(places[label]):
                 place = places[label][int(where * len(places[label]))]
             else:
                 continue
             taken[place] = number
         return taken
+
+    def _largest(self) -> int:
+        """Return the class that has the most places, and note all that have as many."""
+        most = max(map(len, self._places.values()))
+        largest = [label for label, rows in self._places.items() if len(rows) == most]
+        self._full.update(largest)
+        return min(largest)
 
     def _append(self, x: Tensor, y: Tensor) -> None:
         needed = self._size + len(y)
@@ -274,6 +291,15 @@ class EpisodicMemory:
 def num_bytes_of(slot: Slot) -> int:
     """Return the bytes of stored samples."""
     return sum(value.nbytes for value in slot.values())
+
+
+def place_in_class(y: Tensor) -> Tensor:
+    """Return each sample's place among those of its class, `[n]`, from 0."""
+    place = torch.empty_like(y)
+    for label in y.unique().tolist():
+        rows = y == label
+        place[rows] = torch.arange(int(rows.sum()))
+    return place
 
 
 def fair_share(sizes: Sequence[int], room: int) -> int:

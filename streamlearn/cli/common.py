@@ -28,13 +28,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", readable=False)]
 
 
-def load_config(path: Path) -> Config:
-    """Return a configuration, its warnings printed; raises `StreamlearnError` (78)."""
+def load_config(path: Path, *, warn: bool = False) -> Config:
+    """Return a configuration, its warnings printed where it is to be learned by; raises `StreamlearnError` (78)."""
     from streamlearn.configfile import load
     from streamlearn.strategies.recipes import RECIPES
 
     config = load(path, RECIPES, os.environ)
-    for warning in config.warnings(RECIPES):
+    for warning in config.warnings(RECIPES) if warn else ():
         print_error(f"warning: {warning}")
     return config
 

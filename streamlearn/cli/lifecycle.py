@@ -57,7 +57,7 @@ def run(
                 pipe.write(json.dumps(event) + "\n")
 
     try:
-        loaded = load_config(config)
+        loaded = load_config(config, warn=True)
         from streamlearn import daemon, logs
 
         logs.set_up(loaded.log.level, loaded.log.format)
@@ -78,7 +78,7 @@ def start(
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 120.0,
 ) -> None:
     """Learn in the background; returns when the daemon runs, or with its error and exit code."""
-    loaded = load_config(config)
+    loaded = load_config(config, warn=True)
     if is_locked(loaded.state_dir):
         raise held(loaded.state_dir)
     try:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 HISTORY = 2000
 WINDOW = 10
@@ -39,10 +39,7 @@ class AccuracyMatrix:
         }  # one outlier can overflow
         for task, accuracy in self.now.items():
             self._peaks[task] = max(accuracy, self._peaks.get(task, accuracy))
-            if task in self.rows:
-                self._lowest[task] = min(accuracy, self._lowest.get(task, accuracy))
-            window = self._window[task] = [*self._window.get(task, []), accuracy][-WINDOW:]
-            self._drops[task] = max(max(window) - accuracy, self._drops.get(task, 0.0))
+        self._follow(self.now, self.rows)
         if after is not None:
             self.rows[after] = dict(self.now)
         self.history.append((batches, trained, dict(self.now)))
@@ -151,10 +148,23 @@ class AccuracyMatrix:
         """Take over what `state_dict` returned."""
         self.rows = {int(i): _numbered(row) for i, row in state["rows"].items()}
         self.now, self.loss, self._peaks = (_numbered(state[key]) for key in ("now", "loss", "peaks"))
-        self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))  # 0.1 has none
-        self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
         self.transfer = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
         self.history = [(batches, trained, _numbered(row)) for batches, trained, row in state["history"]]
+        self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))
+        self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
+        if "lowest" not in state:  # of a version that had none: from what it kept of every evaluation
+            ended: set[int] = set()
+            for _, _, row in self.history:
+                self._follow(row, ended)
+                ended |= {task for task, last in self.rows.items() if last == row}
+
+    def _follow(self, now: Mapping[int, float], ended: Container[int]) -> None:
+        """Note what an evaluation says of accuracies between the ends of tasks."""
+        for task, accuracy in now.items():
+            if task in ended:
+                self._lowest[task] = min(accuracy, self._lowest.get(task, accuracy))
+            window = self._window[task] = [*self._window.get(task, []), accuracy][-WINDOW:]
+            self._drops[task] = max(max(window) - accuracy, self._drops.get(task, 0.0))
 
     def _forgotten(self) -> list[float]:
         found = [self.forgetting(task) for task in self._earlier()]

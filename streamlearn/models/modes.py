@@ -37,13 +37,14 @@ class LayerDraws:
             self._states["cuda"] = seeded(seed, "layers", device).get_state()
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Let layers draw from here, and give the process back its own state."""
+    def taken(self, *, keep: bool = True) -> Iterator[None]:
+        """Let layers draw from here, and give the process back its own state; what was drawn counts only where it is kept."""
         before = self._exchange(self._states)
         try:
             yield
         finally:
-            self._states = self._exchange(before)
+            after = self._exchange(before)
+            self._states = after if keep else self._states
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything needed to go on bit-equal."""

@@ -60,14 +60,11 @@ def _build_own(
     device = next((param.device for param in model.parameters()), None)
     zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
     shape = list(zeros.shape)
-    doing = f"cannot see a batch of shape {shape}: "
     try:
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.no_grad():
             logits = model(zeros)
-        doing = "cannot be copied once it has learned, as average and teacher need it: "
-        copy.deepcopy(model)
     except Exception as error:
-        raise _unfit(spec, error, doing) from error
+        raise _unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise _unfit(
@@ -79,6 +76,17 @@ def _build_own(
     if not any(param.requires_grad for param in model.parameters()):
         raise _unfit(spec, "no parameter of it learns: expected one with requires_grad")
     return model
+
+
+def check_copies(name: str, model: nn.Module, zeros: torch.Tensor) -> None:
+    """Raise `StreamlearnError` (78) where a model cannot be copied once it has seen something: it keeps a graph."""
+    try:
+        with torch.random.fork_rng(devices=[]), evaluating(model), torch.enable_grad():
+            model(zeros)
+        copy.deepcopy(model)
+    except Exception as error:  # whatever a user's model raises is not our fault
+        doing = "cannot be copied once it has learned, as learner.average and forward transfer need it: "
+        raise _unfit({"name": name}, error, doing) from error
 
 
 def _unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:

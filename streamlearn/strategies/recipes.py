@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -23,11 +24,19 @@ if TYPE_CHECKING:
     Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
     Check = Callable[[Config, str], Iterator[str]]
 
-Strength = Annotated[float, Strict(), Field(ge=0, le=1e30)]  # within float32, where it is multiplied
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "expected a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]  # not Strict: to YAML 1e4 is a string
+Strength = Annotated[Number, Field(ge=0, le=1e30)]  # within float32, where it is multiplied
 Positive = Annotated[int, Strict(), Field(ge=1)]  # or true would be 1
 Width = Annotated[int, Strict(), Field(ge=1, le=1 << 16)]  # of a generator's layer
-Ratio = Annotated[float, Strict(), Field(gt=0, le=100)]
-Temperature = Annotated[float, Strict(), Field(gt=0, le=100)]
+Ratio = Annotated[Number, Field(gt=0, le=100)]
+Temperature = Annotated[Number, Field(gt=0, le=100)]
 Balance = Literal["tasks", "counts"]
 Decay = Annotated[float, Field(gt=0, le=1)]
 Anchor = Literal["all", "last"]

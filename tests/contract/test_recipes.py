@@ -316,6 +316,19 @@ def test_no_part_gets_more_samples_than_it_asked_for(tmp_path: Path) -> None:
     assert run.learner.strategy.constraint.sizes()["samples"] == {0: 9}
 
 
+def test_a_balanced_memory_stays_balanced_beside_a_larger_part(tmp_path: Path) -> None:
+    """What a balanced part gets of a larger reservoir is of every class alike."""
+    run = Run(tmp_path, {"er": {"budget": 6, "selection": "balanced"}, "ewc": {"samples": "all"}})
+    run.begin()
+    for number in range(12):
+        batch = run.batch(number)
+        kept = (batch.y == 0) | (number == 0)  # the other class is there at the beginning alone
+        run.learner.learn(Batch(batch.x[kept], batch.y[kept], batch.task[kept]))
+    run.end()
+    memory = run.learner.strategy.replay.memory.slots[0]["y"]  # type: ignore[attr-defined]  # of episodic replay
+    assert torch.bincount(memory).tolist() == [3, 3]
+
+
 def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
     """Where there is no average, probes see the live weights, before a restart and after it."""
     plain = {"updates_per_batch": 3, "average": None, "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.1}}

@@ -71,13 +71,15 @@ def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[s
     """Stopped six times, while it starts, learns, refines or saves: each ends with 0 in time, and the end is bit-equal."""
     print(f"seed {SEED}")
     scenario = "task" if "packnet" in strategy else "class"
-    configs = [jobs.write_config(tmp_path / name, strategy=strategy, scenario=scenario) for name in ("a", "b")]
+    over: dict[str, Any] = {"strategy": strategy, "scenario": scenario}
+    configs = [jobs.write_config(tmp_path / name, **over) for name in ("a", "b")]
+    waiting = jobs.write_config(tmp_path / "b", stream={"on_finished": "wait"}, **over)  # it never ends by itself
     for config in configs:
         jobs.publish_embedded(config.parent / "topics.sqlite", 1000)
     expected = jobs.run_to_end(configs[0])
     chance, learned = random.Random(SEED), set()
     for number in range(6):
-        with jobs.Daemon(configs[1]) as daemon:
+        with jobs.Daemon(waiting) as daemon:
             # before it answers nothing can be lost; every other time while it starts
             daemon.until(partial(begun, "starting" if number % 2 else "running"))
             time.sleep(chance.uniform(0, 1))
@@ -87,6 +89,7 @@ def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[s
             assert "Traceback" not in daemon.log.read_text()
         learned |= {checkpoint.manifest["step"] for checkpoint in Store(daemon.state).all()[:1]}
     assert len(learned) > 1, "no stop came while it learned"
+    jobs.write_config(tmp_path / "b", **over)
     actual = jobs.run_to_end(configs[1])
     assert jobs.differences(expected, actual) == []
 

@@ -68,7 +68,7 @@ def settings(directory: Path, **over: Any) -> dict[str, Any]:
         "classes": 10,
         "holdout": {"fraction": 0.0, "max": None},
         "stream": {"topics": TOPICS, "on_finished": "exit", "batch_size": 50},
-        "model": {"name": "mlp", "hidden": [64, 64]},
+        "model": {} if "model" in over else {"hidden": [64, 64]},
         "learner": {"updates_per_batch": 4},
         "strategy": over.pop("strategy", {"generative": {"hidden": 64, "latent": 16}, "si": {}}),
         "checkpoint": {"every_seconds": None, "every_batches": 3},

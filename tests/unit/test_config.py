@@ -286,7 +286,7 @@ REFUSED = [
     (
         "a true strength",
         {"strategy": {"l2": {"strength": True}}},
-        "strategy.l2.strength: is True; Input should be a valid",
+        "strategy.l2.strength: is True; expected a number",
     ),
     (
         "a wide generator",
@@ -312,22 +312,10 @@ REFUSED = [
 NOWHERE: list[tuple[dict[str, Any], str]] = [
     ({"model": {"hidden": [0]}}, "job.yaml:6: model.hidden.0: is 0; Input should be greater than or equal to 1"),
     ({"model": ":f"}, "job.yaml:5: model.name: is ':f'; accepted: mlp, resnet, memnet, package.module:function"),
-    (
-        {"model": {"name": "nets:make", "width": 4}},
-        "job.yaml:7: model.width: is 4; model nets:make has no such parameter; accepted: options",
-    ),
-    (
-        {"model": {"options": {"a": 1}}},
-        "job.yaml:6: model.options: model mlp has no such parameter; accepted: hidden",
-    ),
     ({"state_dir": ""}, "job.yaml:5: state_dir: is ''; expected a directory"),
     (
         {"kafka": {"bootstrap_servers": "localhost:abc"}},
         "job.yaml:6: kafka.bootstrap_servers: is 'localhost:abc'; expected host:port, got localhost:abc",
-    ),
-    (
-        {"scenario": {"kind": "class", "tasks": {"nope": [1]}}},
-        "job.yaml:7: scenario.tasks: nope: not in stream.topics; accepted: a",
     ),
     ({"strategy": {"joint": {"budget": 0}}}, "job.yaml:7: strategy.joint.budget: is 0; Input should be greater"),
 ]
@@ -341,6 +329,38 @@ def test_values_that_lead_nowhere_are_refused(tmp_path: Path, over: dict[str, An
     assert "constrained" not in " ".join(lines)
 
 
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (
+            {"name": "nets:make", "width": 4},
+            "model.width is ignored: model nets:make has no such parameter; it has options",
+        ),
+        ({"options": {"a": 1}}, "model.options is ignored: model mlp has no such parameter; it has hidden"),
+    ],
+)
+def test_parameters_of_another_model_are_warned_of(tmp_path: Path, model: dict[str, Any], line: str) -> None:
+    """They say something and do nothing."""
+    assert written(tmp_path, {**TWO, "model": model}).warnings(RECIPES) == [line]
+
+
+SERVERS = ["a", "a:1,b:2", ["a:1 ", " b"], "[::1]:9092", "::1", "[fe80::1%eth0]:9092", "SASL_SSL://a.b.c:9092"]
+
+
+@pytest.mark.parametrize("servers", SERVERS)
+def test_servers_are_taken_as_the_client_takes_them(tmp_path: Path, servers: Any) -> None:
+    """With a port or without, addresses of either kind, and as a listener's setting has them."""
+    assert written(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": servers}}).kafka is not None
+
+
+def test_a_strength_may_have_an_exponent(tmp_path: Path) -> None:
+    """To YAML 1e4 is a string."""
+    text = "input: {shape: [4]}\nstream: {topics: [a, b]}\nclasses: 3\nstrategy: {ewc: {strength: 1e4}}\n"
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    assert load(path, RECIPES, {}).strategy["ewc"]["strength"] == 10_000.0
+
+
 def test_what_yaml_reads_as_a_boolean_is_explained(tmp_path: Path) -> None:
     """`yes` and `no` are labels to people only."""
     lines = refused(tmp_path, "input: {shape: [4]}\nstream: {topics: [a, b]}\nclasses: [yes, no]\n")
@@ -350,7 +370,8 @@ def test_what_yaml_reads_as_a_boolean_is_explained(tmp_path: Path) -> None:
 
 def test_a_wrong_override_is_told_by_its_variable(tmp_path: Path) -> None:
     """The line of the file is right, so it is not named; and a variable that nearly has the prefix is not ignored."""
-    environ = {"STREAMLEARN__INPUT__SHAPE": "8,8", "STREAMLEARN_LEARNER__AVERAGE": "0.9", "STREAMLEARN_STATE_DIR": "s"}
+    others = {"STREAMLEARN_STATE_DIR": "s", "STREAMLEARN_DB__URL": "of another program"}
+    environ = {"STREAMLEARN__INPUT__SHAPE": "8,8", "STREAMLEARN_LEARNER__AVERAGE": "0.9", **others}
     lines = refused(tmp_path, MINIMAL, **environ)
     assert lines == [
         "STREAMLEARN_LEARNER__AVERAGE: no key of the configuration; one begins with STREAMLEARN__",
@@ -660,7 +681,7 @@ def test_a_task_that_never_ends_is_warned_about(tmp_path: Path) -> None:
     alone = {"stream": {"topics": ["a"]}}
     (told,) = written(tmp_path, {**MINIMAL, **alone, "strategy": "er"}).warnings(RECIPES)
     assert told == (
-        "strategy er: learns as naive does until a task has ended, and the only topic, a, ends by a marker alone; "
+        "strategy er: protects nothing until a task has ended, and the only topic, a, ends by a marker alone; "
         "stream.task_end records: N or idle: SECONDS would end it"
     )
     assert written(tmp_path, {**MINIMAL, **alone, "strategy": "naive"}).warnings(RECIPES) == []

@@ -63,6 +63,17 @@ def test_a_balanced_reservoir_resumes() -> None:
     assert torch.equal(one.x, other.x)
 
 
+def test_a_balanced_reservoir_goes_on_from_a_uniform_one() -> None:
+    """A version that had no balance left no counts: what comes last must not take all places."""
+    old, new = Reservoir(100, 1 << 20, 0), Reservoir(100, 1 << 20, 0, balanced=True)
+    x, _ = numbers(0, 11_000)
+    y = (torch.arange(11_000) % 2).long()
+    old.add(x[:10_000], y[:10_000])
+    new.load_state_dict({key: value for key, value in old.state_dict().items() if key not in {"met", "full"}})
+    new.add(x[10_000:], y[10_000:])
+    assert int((new.x >= 10_000).sum()) < 30  # a tenth or so
+
+
 def test_a_sealed_reservoir_ignores_additions() -> None:
     """While a task is refined its samples stay what they are."""
     reservoir = Reservoir(ALL, 1 << 20, 0)

@@ -102,10 +102,6 @@ WRONG: list[tuple[str, str]] = [
     ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
     ("wide", r"a batch of shape \[2, 4\] must give outputs of shape \[2, 3\], and gives \[2, 4\]$"),
     ("pair", r"must give outputs of shape \[2, 3\], and gives tuple$"),
-    (
-        "keeping",
-        r"cannot be copied once it has learned, as average and teacher need it: RuntimeError: Only Tensors created",
-    ),
     ("nowhere", r"parameter head\.bias is not finite$"),
     ("frozen", r"no parameter of it learns: expected one with requires_grad$"),
     ("key_error", r"KeyError: 'no such option'$"),
@@ -131,9 +127,18 @@ def test_the_trial_leaves_no_trace() -> None:
     model = build("fits")
     assert torch.equal(torch.rand(3), expected)
     assert isinstance(model, Own)
-    assert model.seen == [(False, True)]
+    assert model.seen == [(False, False)]
     assert (model.training, model.drop.training, model.frozen.training) == (True, True, False)
     assert all(param.grad is None and param.requires_grad for param in model.parameters())
+
+
+def test_a_model_that_keeps_a_graph_is_refused_where_it_is_copied() -> None:
+    """It can be built; the average's copy of it could not be made any more once it has learned."""
+    registry.check_copies("own:fits", build("fits"), torch.zeros(2, 4))
+    why = r"^model own:keeping: cannot be copied once it has learned, .*: RuntimeError: Only Tensors created"
+    with pytest.raises(StreamlearnError, match=why) as caught:
+        registry.check_copies("own:keeping", build("keeping"), torch.zeros(2, 4))
+    assert caught.value.code == 78
 
 
 def test_a_model_too_large_for_the_memory_is_refused() -> None:

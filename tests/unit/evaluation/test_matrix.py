@@ -92,6 +92,15 @@ def test_survives_json() -> None:
     assert copied.figures() == matrix.figures()
 
 
+def test_figures_between_the_ends_of_tasks_come_from_the_history_of_earlier_versions() -> None:
+    """A state that has none of them is read as if it had been followed from the beginning."""
+    matrix, copied = filled(), AccuracyMatrix()
+    matrix.record({0: (0.2, 0.1), 1: (0.9, 0.1), 2: (0.9, 0.1)}, 35, 350, after=None)
+    state = json.loads(json.dumps(matrix.state_dict()))
+    copied.load_state_dict({key: value for key, value in state.items() if key not in {"lowest", "window", "drops"}})
+    assert copied.figures() == matrix.figures()
+
+
 def test_history_is_thinned_but_keeps_its_ends() -> None:
     """However long the stream, the curve stays small, begins at its beginning and ends at its end."""
     matrix = AccuracyMatrix()
