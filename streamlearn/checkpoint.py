@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
-NAME = re.compile(r"ckpt-(\d{12})")
+NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
 OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
 MAX_MANIFEST_BYTES = 16 << 20

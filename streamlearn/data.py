@@ -342,5 +342,7 @@ def audit(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that compares digits as numbers: `task-2` comes before `task-10`."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+    """Return a sort key that compares digits (0 to 9) as numbers: `task-2` comes before `task-10`."""
+    parts = re.split(r"([0-9]+)", name)  # every second one is a number: the one with fewer digits is smaller
+    parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
+    return [(n % 2, len(part) if n % 2 else 0, part) for n, part in enumerate(parts)]

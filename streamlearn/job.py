@@ -453,7 +453,8 @@ class Job:
         behind = Counter[str]()
         for place, end in stream.status.ends.items():
             behind[place[0]] += max(0, end - (applied[place].offset if place in applied else 0))
-        ages = {(t,): (now - self.newest[t] if n else 0.0) for t, n in behind.items() if t in self.newest}
+        # a producer's clock may be ahead of ours
+        ages = {(t,): (max(0.0, now - self.newest[t]) if n else 0.0) for t, n in behind.items() if t in self.newest}
         metrics.gauges.replace("consumer_lag_seconds", ages)
         try:
             free = shutil.disk_usage(self.config.state_dir).free

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json
+from streamlearn.cli.lifecycle import STOPPED, read_status
 from streamlearn.data import StreamlearnError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from streamlearn.stream.letters import Letter
     from streamlearn.stream.log import Log, Sink
@@ -44,27 +45,30 @@ def list_(
     """
     from streamlearn.stream import letters
 
-    with _opened(config) as (log, _, dead):
+    with _opened(config) as (log, _, dead, _):
         found = letters.index(log, dead)
-    matching = _matching(found, topic, reason)
+    matching = _matching(found.letters, topic, reason)
     chosen = [letter for letter in matching if everything or not letter.replayed]
     shown = chosen if limit is None else chosen[max(0, len(chosen) - limit) :]
     counts = sorted(Counter((letter.topic, letter.reason) for letter in chosen).items())
     hidden = len(matching) - len(chosen)
     if json_:
         summary = [{"topic": topic, "reason": reason, "letters": count} for (topic, reason), count in counts]
-        print_json({"topic": dead, "letters": [_tree(e) for e in shown], "summary": summary, "hidden": hidden})
+        tree = {"topic": dead, "letters": [_tree(e) for e in shown], "summary": summary, "hidden": hidden}
+        print_json({**tree, "skipped": found.skipped})
         return
     for letter in shown:
         mark = "replayed  " if letter.replayed else ""
         message = printable(letter.message)
-        typer.echo(f"{printable(letter.key)}  {_clock(letter.rejected)[:19]}  {letter.reason}  {mark}{message}")
-    if not found:
+        when, why = _clock(letter.rejected, "seconds").removesuffix("+00:00"), printable(letter.reason)
+        typer.echo(f"{letter.key}  {when}  {why}  {mark}{message}")
+    if not found.letters:
         print_error(f"no dead letters in topic {dead}")
     for (name, why), count in counts:
-        typer.echo(f"{printable(name)}: {count} {why}")
+        typer.echo(f"{name}: {count} {printable(why)}")
     if hidden:
         typer.echo(f"{hidden} more were replayed (--all shows them)")
+    _report_skipped(found.skipped, dead)
 
 
 @app.command()
@@ -81,7 +85,7 @@ def show(
     """Show a letter: why its sample was rejected, and the record's own headers and bytes."""
     from streamlearn.stream import letters
 
-    with _opened(config) as (log, _, dead):
+    with _opened(config) as (log, _, dead, _):
         record, carrier = letters.find(log, dead, key)
     letter = letters.Letter.of(record)
     assert letter is not None
@@ -131,10 +135,12 @@ def replay(
     """
     from streamlearn.stream import letters
 
-    with _opened(config) as (log, sink, dead):
+    with _opened(config) as (log, sink, dead, state_dir):
         if to == dead:
             raise StreamlearnError(f"--to {to}: that is the dead-letter topic itself", code=2)
-        matching = [e for e in _matching(letters.index(log, dead), topic, reason) if not e.replayed]
+        found = letters.index(log, dead)
+        _report_skipped(found.skipped, dead)
+        matching = [e for e in _matching(found.letters, topic, reason) if not e.replayed]
         if key is not None:
             if unknown := sorted(set(key) - {letter.key for letter in matching}):
                 raise StreamlearnError(f"no letter {', '.join(unknown)} to be sent in topic {dead}")
@@ -145,20 +151,27 @@ def replay(
         if not chosen:
             typer.echo("nothing to send")
             return
+        partitions, unwritable = letters.targets(sink, dead, chosen, to)
+        if not partitions:
+            raise next(iter(unwritable.values()))
+        _warn_of_ended(state_dir, partitions)
         sent: list[Letter] = []
         if dry_run:
-            letters.targets(sink, chosen, to)
-            sent.extend(letter for _, group in letters.sendable(log, dead, chosen) for letter in group)
+            reachable = [letter for letter in chosen if (to or letter.topic) in partitions]
+            sent.extend(letter for _, _, group in letters.sendable(log, dead, reachable) for letter in group)
             _tell("would be sent", sent, to)
         else:
             _confirm(chosen, to, yes=yes)
             try:
-                sent.extend(letters.replay(log, sink, dead, chosen, to))  # as far as it comes
+                sent.extend(letters.replay(log, sink, dead, chosen, to, partitions))  # as far as it comes
             finally:
                 _tell("sent", sent, to)
         if missing := len(chosen) - len(sent):
             how = "cannot be sent" if dry_run else "were not sent"
-            raise StreamlearnError(f"{missing} letters {how}: their bytes are gone, were cut, or never were")
+            whys = [str(error) for error in unwritable.values()]
+            if missing > sum(letter.topic in unwritable for letter in chosen):
+                whys.append("their bytes are gone, were cut, never were, or are not what the letter says")
+            raise StreamlearnError(f"{missing} letters {how}: {'; '.join(whys[:3])}")
 
 
 def printable(text: str) -> str:
@@ -170,8 +183,17 @@ def _text(data: bytes) -> str:
     return printable(data.decode(errors="backslashreplace"))
 
 
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+def _clock(seconds: float, precision: Literal["seconds", "milliseconds"] = "milliseconds") -> str:
+    """Return a time in ISO 8601, UTC; years beyond 9999, which producers may send, in its expanded form with a sign."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=precision)
+    except (ValueError, OverflowError, OSError):
+        from numpy import datetime64
+
+        last = (1 << 63) - 1
+        stamp = datetime64(max(-last, min(last, round(seconds * 1000))), "ms")
+        text = str(stamp.astype("datetime64[s]") if precision == "seconds" else stamp)
+        return f"{text if text.startswith('-') else '+' + text}+00:00"
 
 
 def _tree(letter: Letter) -> dict[str, Any]:
@@ -179,6 +201,27 @@ def _tree(letter: Letter) -> dict[str, Any]:
     known = asdict(letter)
     del known["carrier"], known["lies_in"]
     return {**known, "rejected": _clock(letter.rejected), "timestamp": _clock(letter.timestamp)}
+
+
+def _report_skipped(count: int, topic: str) -> None:
+    if count:
+        print_error(f"{count} records of topic {topic} look like letters and are none: skipped")
+
+
+def _warn_of_ended(state_dir: Path, topics: Collection[str]) -> None:
+    """Say which of these topics' tasks have ended, as far as the state directory knows."""
+    try:
+        tasks = read_status(state_dir).get("tasks", [])
+    except StreamlearnError as error:
+        if error.code != STOPPED:  # else nothing was learned here, so nothing has ended
+            print_error(f"whether a task has ended is not known: {error}")
+        return
+    if ended := sorted(task["name"] for task in tasks if task["state"] != "active" and task["name"] in topics):
+        which = f"topic {ended[0]} has" if len(ended) == 1 else f"topics {', '.join(ended)} have"
+        print_error(
+            f"warning: the task of {which} ended: what is sent there counts as late and is not learned; "
+            "--to sends it to a topic that is still to be learned"
+        )
 
 
 def _matching(found: list[Letter], topic: str | None, reason: str | None) -> list[Letter]:
@@ -209,8 +252,8 @@ def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Log, Sink, str]]:
-    """Give the log, connected, a sink, and the dead-letter topic of a configuration."""
+def _opened(path: Path) -> Iterator[tuple[Log, Sink, str, Path]]:
+    """Give the log, connected, a sink, the dead-letter topic and the state directory of a configuration."""
     quiet_kafka()
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
@@ -220,7 +263,7 @@ def _opened(path: Path) -> Iterator[tuple[Log, Sink, str]]:
     log, sink = open_log(config)
     try:
         log.connect()
-        yield log, sink, config.dead_letter_topic
+        yield log, sink, config.dead_letter_topic, config.state_dir
     finally:
         log.close()
         sink.close()

@@ -219,7 +219,7 @@ class Assembler:
                 codes[index] = REJECTED
         rejected = np.flatnonzero(codes == REJECTED).tolist()
         for index in rejected:
-            self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index])
+            self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index], self.topic_id(record.topic))
         if rejected and record.topic not in self._told:  # once: what comes after is counted
             self._told.add(record.topic)
             where = f"{record.topic}[{record.partition}] offset {record.offset}"

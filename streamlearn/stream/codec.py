@@ -204,18 +204,25 @@ def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
     return bytes(msgpack.packb(tree))
 
 
-def cut_batch(value: bytes, indices: Sequence[int]) -> bytes:
-    """Return the bytes of a batch record with these of its samples alone, bit by bit as they are, and all else it says."""
-    tree = msgpack.unpackb(value)
-    count, x, y = tree["shape"][0], tree["x"], tree["y"]
-    size = len(x) // count
-    tree["x"] = b"".join(x[size * index : size * (index + 1)] for index in indices)
-    tree["shape"] = [len(indices), *tree["shape"][1:]]
-    if isinstance(y, bytes):
-        tree["y"] = b"".join(y[8 * index : 8 * (index + 1)] for index in indices)
-    else:
-        tree["y"] = [y[index] for index in indices]
-    return bytes(msgpack.packb(tree))
+def cut_batch(value: bytes, indices: Sequence[int], samples: int) -> bytes:
+    """Return a batch record of these of its samples alone, bit by bit as they are, and everything else that it says.
+
+    Raises `ValueError` if the bytes are no batch record of so many samples.
+    """
+    try:
+        tree = msgpack.unpackb(value)
+        (count, *rest), x, y = tree["shape"], tree["x"], tree["y"]
+        size = len(x) // samples
+        if count != samples or len(x) != samples * size or len(y) != samples * (8 if isinstance(y, bytes) else 1):
+            raise ValueError(f"no batch record of {samples} samples")
+        if isinstance(y, bytes):
+            labels: Any = b"".join(y[8 * index : 8 * (index + 1)] for index in indices)
+        else:
+            labels = [y[index] for index in indices]
+        x = b"".join(x[size * index : size * (index + 1)] for index in indices)
+        return bytes(msgpack.packb({**tree, "x": x, "shape": [len(indices), *rest], "y": labels}))
+    except (msgpack.UnpackException, TypeError, LookupError, RecursionError, OverflowError) as error:
+        raise ValueError(f"no batch record: {error!r:.80}") from error
 
 
 def encode_text(codec: str, text: Mapping[str, Any], answer: Label) -> bytes:

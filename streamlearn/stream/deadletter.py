@@ -24,7 +24,8 @@ class DeadLetters:
 
     The value and headers are the record's own (but for names that begin with `streamlearn.errors.`, which are ours); a batch
     record's value stands in the letter of its first rejected sample, which the others name in `streamlearn.errors.value-in`.
-    The key is `topic-partition-offset-index`, so that a repeat after a crash is recognised; the record's own key stands in a
+    The key is `topic-partition-offset-index`, so that a repeat after a crash is recognised; a header has the topic's id,
+    because a topic that is deleted and created again has other samples at the same offsets. The record's own key stands in a
     header.
     """
 
@@ -36,7 +37,7 @@ class DeadLetters:
         self._unacknowledged = False
         self._failure: str | None = None
         self._num_partitions = 1
-        self._last: tuple[tuple[str, int, int], bytes] | None = None  # the last record, and the key of its first letter
+        self._last: tuple[object, bytes] | None = None  # the last record's place, and the key of its first letter
 
     def prepare(self) -> None:
         """Make sure that the topic is there; raises `StreamlearnError` if it is not and may not be created."""
@@ -45,7 +46,7 @@ class DeadLetters:
             1 if made else self.sink.partitions(self.topic)
         )  # brokers list a new topic a little later
 
-    def send(self, record: Record, index: int, samples: int, rejected: Rejected) -> None:
+    def send(self, record: Record, index: int, samples: int, rejected: Rejected, topic_id: str | None) -> None:
         """Write one rejected sample of a record's `samples`; it is safe after the next `flush`."""
         facts = {
             "topic": record.topic,
@@ -56,6 +57,7 @@ class DeadLetters:
             "timestamp": f"{record.timestamp:.3f}",
             "reason": rejected.reason,
             "message": str(rejected),
+            **({"topic-id": topic_id} if topic_id is not None else {}),
         }
         added = tuple((PREFIX + name, value.encode(errors="backslashreplace")) for name, value in facts.items())
         if record.key is not None:
@@ -63,7 +65,7 @@ class DeadLetters:
         key = f"{record.topic}-{record.partition}-{record.offset}-{index}".encode()
         partition = record.partition % self._num_partitions
         value = record.value
-        place = (record.topic, record.partition, record.offset)
+        place = (topic_id, record.topic, record.partition, record.offset)
         carrier = self._last[1] if self._last is not None and self._last[0] == place else key
         if carrier != key:  # a batch record's bytes are written once, not for each sample
             value = None

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.stream.codec import cut_batch
 from streamlearn.stream.deadletter import PREFIX
-from streamlearn.stream.log import ATTEMPT, CUT, BrokerUnavailable
+from streamlearn.stream.log import ATTEMPT, CONTROL, CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from streamlearn.stream.log import Log, Record, Sink
+    from streamlearn.stream.log import Headers, Log, Record, Sink
 
-    Group = list[tuple[Record, list["Letter"]]]
+    Identity = tuple[str | None, str]  # the topic's id and the key; letters of earlier versions have no id
+    Group = list[tuple[Record, bytes, list["Letter"]]]
 
+NUMBER = re.compile(rb"[0-9]{1,19}")
+LATEST_SECONDS = (2**63 - 1) / 1000  # Kafka's timestamps are milliseconds of 64 bits
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
 REPLAYED = PREFIX + "replayed-to"  # header of a mark: the letter of the same key was sent to this topic
 GROUP_RECORDS = 100  # that are sent, acknowledged and then marked: so many are sent twice after a crash between the two
 GROUP_BYTES = 8 << 20
+NEVER_SENT = (REPLAYED, CUT, CONTROL)  # headers of a mark, of bytes that were cut, and of a record that is no sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,7 @@ class Letter:
 
     key: str
     topic: str
+    topic_id: str | None  # a topic that is deleted and created again has another; None in letters of earlier versions
     partition: int
     offset: int
     index: int  # of the sample in its record
@@ -44,21 +51,32 @@ class Letter:
     lies_in: int  # partition of the dead-letter topic
     replayed: bool = False
 
+    @property
+    def identity(self) -> Identity:
+        """What tells this letter's sample from every other sample."""
+        return self.topic_id, self.key
+
+    @property
+    def place(self) -> tuple[str | None, str, int, int, int]:
+        """The record of the sample: topic id, topic, partition, offset, and how many samples it has."""
+        return self.topic_id, self.topic, self.partition, self.offset, self.samples
+
     @classmethod
     def of(cls, record: Record) -> Letter | None:
-        """Return what a record of the dead-letter topic says, or None where it is no letter of ours."""
-        facts = {name.removeprefix(PREFIX): data for name, data in record.headers if name.startswith(PREFIX)}
+        """Return what a record of the dead-letter topic says, or None if it is no letter: anybody may write there."""
+        facts = {name.removeprefix(PREFIX): data or b"" for name, data in record.headers if name.startswith(PREFIX)}
         try:
             key = (record.key or b"").decode()
-            return cls(
+            letter = cls(
                 key=key,
                 topic=facts["topic"].decode(),
-                partition=int(facts["partition"]),
-                offset=int(facts["offset"]),
-                index=int(facts["index"]),
-                samples=int(facts["samples"]),
-                reason=facts["reason"].decode(),
-                message=facts["message"].decode(),
+                topic_id=_topic_id(record),
+                partition=_number(facts["partition"]),
+                offset=_number(facts["offset"]),
+                index=_number(facts["index"]),
+                samples=_number(facts["samples"]),
+                reason=facts["reason"].decode(errors="replace"),
+                message=facts["message"].decode(errors="replace"),
                 rejected=record.timestamp,
                 timestamp=float(facts["timestamp"]),
                 attempts=attempts(record),
@@ -67,12 +85,45 @@ class Letter:
             )
         except (KeyError, ValueError):
             return None
+        return letter if letter.is_consistent else None
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the letter's facts agree with each other, as in every letter that a daemon writes."""
+        return (
+            TOPIC_NAME.fullmatch(self.topic) is not None
+            and self.key == f"{self.topic}-{self.partition}-{self.offset}-{self.index}"
+            and self.index < self.samples
+            and math.isfinite(self.timestamp)
+            and abs(self.timestamp) <= LATEST_SECONDS
+        )
+
+
+@dataclass(frozen=True)
+class Index:
+    """The letters of a topic, oldest first, and how many records look like letters and are none."""
+
+    letters: list[Letter]
+    skipped: int
+
+
+def _number(data: bytes) -> int:
+    """Return a number in plain digits; raises `ValueError` for anything else."""
+    if not NUMBER.fullmatch(data):
+        raise ValueError(f"{data!r:.40} is no number")
+    return int(data)
+
+
+def _topic_id(record: Record) -> str | None:
+    """Return the id of the topic of a letter's or a mark's sample, or None if it has none."""
+    data = record.header(PREFIX + "topic-id")
+    return None if data is None else data.decode(errors="replace")
 
 
 def attempts(record: Record) -> int:
     """Return how often a record was sent again."""
-    told = record.header(ATTEMPT) or b""
-    return int(told) if told.isdigit() and len(told) < 10 else 0
+    count = record.header(ATTEMPT) or b""
+    return int(count) if count.isdigit() and len(count) < 10 else 0  # bytes.isdigit: 0 to 9 alone
 
 
 def read(log: Log, topic: str) -> Iterator[Record]:
@@ -103,39 +154,46 @@ def _give_up(topic: str, silent_since: float) -> None:
         raise BrokerUnavailable(f"{topic}: nothing was read for {SILENCE_SECONDS:.0f} s")
 
 
-def index(log: Log, topic: str) -> list[Letter]:
-    """Return the letters of a topic in the order in which they were written, each key once, and whether it was replayed."""
-    found: dict[str, Letter] = {}
-    replayed: set[str] = set()
+def index(log: Log, topic: str) -> Index:
+    """Return the letters of a topic, oldest first, each sample's newest letter alone, and whether it was replayed."""
+    found: dict[Identity, Letter] = {}
+    replayed: set[Identity] = set()
+    skipped = 0
     for record in read(log, topic):
         if record.header(REPLAYED) is not None:
-            replayed.add((record.key or b"").decode(errors="replace"))
+            replayed.add((_topic_id(record), (record.key or b"").decode(errors="replace")))
         elif (letter := Letter.of(record)) is not None:
-            found[letter.key] = letter  # one that is there again, under another configuration, may say something else
+            found[letter.identity] = letter  # a later letter, under another configuration, may give another reason
+        else:
+            skipped += any(name.startswith(PREFIX) for name, _ in record.headers)
     letters = sorted(found.values(), key=lambda letter: letter.rejected)
-    return [replace(letter, replayed=letter.key in replayed) for letter in letters]
+    return Index([replace(letter, replayed=letter.identity in replayed) for letter in letters], skipped)
 
 
 def find(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
-    """Return the letter of a key, and the one that has its bytes, None where retention took it; raises `StreamlearnError`."""
-    known: dict[str, Record] = {}
-    found: tuple[Record, str] | None = None
+    """Return a key's newest letter, and the letter that has its bytes or None if retention removed that one.
+
+    Raises `StreamlearnError` if there is no such letter.
+    """
+    known: dict[Identity, Record] = {}
+    found: tuple[Record, Letter] | None = None
     for record in read(log, topic):
         letter = Letter.of(record)
         if letter is None or record.header(REPLAYED) is not None:
             continue
         if letter.key == letter.carrier and letter.key.rpartition("-")[0] == key.rpartition("-")[0]:
-            known.setdefault(letter.key, record)
+            known.setdefault(letter.identity, record)
         if letter.key == key:
-            found = record, letter.carrier
+            found = record, letter
     if found is not None:
-        return found[0], known.get(found[1])
+        return found[0], known.get((found[1].topic_id, found[1].carrier))
     raise StreamlearnError(f"no letter {key} in topic {topic}")
 
 
 def original_headers(carrier: Record) -> tuple[tuple[str, bytes], ...]:
     """Return the headers that the record had when it was rejected."""
-    return tuple((name, data) for name, data in carrier.headers if not name.startswith(PREFIX))
+    # Kafka allows null, its client does not
+    return tuple((name, data or b"") for name, data in carrier.headers if not name.startswith(PREFIX))
 
 
 def original_key(carrier: Record) -> bytes | None:
@@ -143,38 +201,66 @@ def original_key(carrier: Record) -> bytes | None:
     return carrier.header(PREFIX + "key")
 
 
-def sendable(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, list[Letter]]]:
-    """Give the records whose samples can be sent again, each with its letters among those chosen.
+def sendable(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, bytes, list[Letter]]]:
+    """Give the records whose samples can be sent again, each with the bytes to send and its letters among those chosen.
 
-    A letter without its record's bytes is not among them: they are gone, were cut, or never were (a tombstone).
+    Some letters cannot be sent: their record's bytes are gone, were cut, never were (a tombstone), or contradict the letter.
     """
-    wanted: dict[str, list[Letter]] = {}
+    wanted: dict[Identity, list[Letter]] = {}
     for letter in chosen:
-        wanted.setdefault(letter.carrier, []).append(letter)
+        wanted.setdefault((letter.topic_id, letter.carrier), []).append(letter)
     for record in read(log, topic):
-        key = (record.key or b"").decode(errors="replace")
-        if key in wanted and record.header(REPLAYED) is None and record.header(PREFIX + "value-in") is None:
-            letters = wanted.pop(key)
-            if record.value is not None and record.header(CUT) is None:
-                yield record, letters
+        carrier = Letter.of(record)
+        if carrier is None or carrier.carrier != carrier.key or carrier.identity not in wanted:
+            continue
+        letters = [letter for letter in wanted[carrier.identity] if letter.place == carrier.place]
+        if not letters or record.value is None or any(record.header(name) is not None for name in NEVER_SENT):
+            continue
+        try:
+            value = _value(record.value, letters)
+        except ValueError:
+            continue
+        del wanted[carrier.identity]
+        yield record, value, letters
 
 
-def targets(sink: Sink, chosen: Iterable[Letter], to: str | None) -> dict[str, int]:
-    """Return the topics that letters go to, with their partitions; raises `StreamlearnError` where one is not there."""
-    return {name: sink.partitions(name) for name in {to or letter.topic for letter in chosen}}
+def targets(
+    sink: Sink, topic: str, chosen: Iterable[Letter], to: str | None
+) -> tuple[dict[str, int], dict[str, StreamlearnError]]:
+    """Return the partitions of each topic that letters go to, and why the other topics cannot be written.
+
+    Raises `StreamlearnError` if that one topic is given (`to`), or if no broker answers.
+    """
+    if to is not None:
+        return {to: sink.partitions(to)}, {}
+    partitions: dict[str, int] = {}
+    refused: dict[str, StreamlearnError] = {}
+    for name in sorted({letter.topic for letter in chosen}):
+        if name == topic or name.startswith("__"):  # no sample comes from there: somebody else wrote the letter
+            refused[name] = StreamlearnError(f"{name} is no topic of samples")
+            continue
+        try:
+            partitions[name] = sink.partitions(name)
+        except BrokerUnavailable:
+            raise
+        except StreamlearnError as error:
+            refused[name] = error
+    return partitions, refused
 
 
-def replay(log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None) -> Iterator[Letter]:
+def replay(
+    log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None, partitions: Mapping[str, int]
+) -> Iterator[Letter]:
     """Send what is sendable of letters to their own topic or another, and mark the letters; give those that were sent.
 
-    Raises `StreamlearnError` where something cannot be sent.
+    `partitions` is what `targets` returned: letters of other topics are left alone. Raises `StreamlearnError` where a record
+    cannot be sent.
     """
-    partitions = targets(sink, chosen, to)
     group: Group = []
     size = 0
-    for record, letters in sendable(log, topic, chosen):
-        group.append((record, letters))
-        size += len(record.value or b"")
+    for record, value, letters in sendable(log, topic, [e for e in chosen if (to or e.topic) in partitions]):
+        group.append((record, value, letters))
+        size += len(value)
         if len(group) == GROUP_RECORDS or size >= GROUP_BYTES:
             yield from _send(sink, topic, group, partitions, to)
             group, size = [], 0
@@ -183,29 +269,33 @@ def replay(log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str |
 
 def _send(sink: Sink, topic: str, group: Group, partitions: Mapping[str, int], to: str | None) -> Iterator[Letter]:
     """Send some records, and mark their letters only when they are acknowledged."""
-    for record, letters in group:
+    for record, value, letters in group:
         target = to or letters[0].topic
         headers = tuple(header for header in original_headers(record) if header[0] != ATTEMPT)
         count = str(max(letter.attempts for letter in letters) + 1).encode()
         sink.append(
             target,
             letters[0].partition % partitions[target],
-            _value(record, letters),
+            value,
             key=original_key(record),
             headers=(*headers, (ATTEMPT, count)),
         )
     sink.flush()
-    sent = [letter for _, letters in group for letter in letters]
+    sent = [letter for _, _, letters in group for letter in letters]
     for letter in sent:
-        mark = ((REPLAYED, (to or letter.topic).encode()),)
+        mark: Headers = ((REPLAYED, (to or letter.topic).encode()),)
+        if letter.topic_id is not None:
+            mark += ((PREFIX + "topic-id", letter.topic_id.encode()),)
         sink.append(topic, letter.lies_in, None, key=letter.key.encode(), headers=mark)
     sink.flush()
     yield from sent
 
 
-def _value(record: Record, letters: list[Letter]) -> bytes:
-    """Return the bytes to be sent: of a record of many samples those alone that were rejected, the others were learned."""
-    assert record.value is not None
+def _value(value: bytes, letters: list[Letter]) -> bytes:
+    """Return the bytes to be sent: of a record of many samples those alone that were rejected, the others were learned.
+
+    Raises `ValueError` if they are not a record of so many samples.
+    """
     if letters[0].samples == 1:
-        return record.value
-    return cut_batch(record.value, sorted(letter.index for letter in letters))
+        return value
+    return cut_batch(value, sorted({letter.index for letter in letters}), letters[0].samples)

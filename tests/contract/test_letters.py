@@ -9,7 +9,7 @@ import numpy as np
 from streamlearn.data import Progress
 from streamlearn.stream import letters
 from streamlearn.stream.codec import TYPE_OF, encode
-from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CUT
+from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CONTROL, CUT, TASK_END
 from tests.contract.test_streams import TYPED, World, everything, places, world
 
 if TYPE_CHECKING:
@@ -47,12 +47,14 @@ def asked(world: World, ask: Callable[[Log], T]) -> T:
 
 def index(world: World) -> list[Letter]:
     """Return every letter."""
-    return asked(world, lambda log: letters.index(log, world.name("dlq")))
+    return asked(world, lambda log: letters.index(log, world.name("dlq"))).letters
 
 
 def replay(world: World, chosen: list[Letter], to: str | None = None) -> list[Letter]:
     """Send letters again."""
-    return asked(world, lambda log: list(letters.replay(log, world.sink, world.name("dlq"), chosen, to)))
+    dead = world.name("dlq")
+    partitions, _ = letters.targets(world.sink, dead, chosen, to)
+    return asked(world, lambda log: list(letters.replay(log, world.sink, dead, chosen, to, partitions)))
 
 
 def written(world: World, topic: str) -> list[Record]:
@@ -151,6 +153,85 @@ def test_a_letter_is_sent_once(world: World) -> None:
     assert [letter.replayed for letter in index(world)] == [True] * 3
 
 
+def forge(world: World, key: str, value: bytes | None, **facts: str) -> None:
+    """Write what somebody else might write to the dead-letter topic; each fact may differ from what a daemon writes."""
+    topic, partition, offset, index = key.rsplit("-", 3)
+    known = {"topic": topic, "partition": partition, "offset": offset, "index": index, "samples": "1"}
+    known |= {"timestamp": "1.0", "reason": "decode", "message": "m", **facts}
+    headers = tuple((f"streamlearn.errors.{name}", text.encode()) for name, text in known.items())
+    world.sink.append(world.name("dlq"), 0, value, key=key.encode(), headers=headers)
+    world.sink.flush()
+
+
+def test_letters_of_a_topic_created_again_are_other_letters(world: World) -> None:
+    """A mark counts for the topic's id: the same offset in a topic of the same name, made anew, is another sample."""
+    a, b = world.topic("a", [99]), world.topic("b", [], marker=False)
+    reject(world, [0, 1], a)
+    (first,) = index(world)
+    replay(world, [first], b)
+    record = written(world, world.name("dlq"))[0]
+    assert record.header("streamlearn.errors.topic-id") == (first.topic_id or "").encode() != b""
+    others = [header for header in record.headers if header[0] != "streamlearn.errors.topic-id"]
+    for headers, value in (((*others, ("streamlearn.errors.topic-id", b"other")), b"second"), (others, b"of no id")):
+        world.sink.append(world.name("dlq"), 0, value, key=record.key, headers=tuple(headers))
+    world.sink.flush()
+    found = index(world)
+    assert [(letter.key, letter.topic_id, letter.replayed) for letter in found] == [
+        (first.key, first.topic_id, True),
+        (first.key, "other", False),
+        (first.key, None, False),  # as earlier versions wrote it
+    ]
+    assert replay(world, found[1:], b) == found[1:]
+    assert [record.value for record in written(world, b)[1:]] == [b"second", b"of no id"]
+    assert [letter.replayed for letter in index(world)] == [True] * 3
+
+
+def test_what_is_no_letter_is_skipped_and_counted(world: World) -> None:
+    """Records with a letter's headers and facts that no daemon writes are no letters, and the others stay."""
+    a = world.topic("a", [0, 99])
+    reject(world, [0, 1], a)
+    forge(world, f"{a}-0-5-0", b"x", timestamp="nan")
+    forge(world, f"{a}-0-5-0", b"x", timestamp="1e300")
+    forge(world, f"{a}-0-5-0", b"x", partition="٣")
+    forge(world, f"{a}-0-5-0", b"x", offset="-5")
+    forge(world, f"{a}-0-5-0", b"x", index="1_0")
+    forge(world, f"{a}-0-5-5", b"x", samples="5")
+    forge(world, f"{a}-0-5-0", b"x", topic="a topic")
+    forge(world, f"{a}-0-5-0", b"x", offset="6")
+    found = asked(world, lambda log: letters.index(log, world.name("dlq")))
+    assert ([letter.key for letter in found.letters], found.skipped) == ([f"{a}-0-1-0"], 8)
+
+
+def test_a_forged_letter_ends_no_replay(world: World) -> None:
+    """What contradicts its letter, or names a topic that does not exist or has no samples, is left out; the rest is sent."""
+    a, b = world.topic("a", [99]), world.topic("b", [], marker=False)
+    reject(world, [0, 1], a)
+    batch = encode("batch", np.zeros((2, 1), np.float32), [0, 1])
+    for offset, value in enumerate((b"\xc1", b"\x80", b"\xff", batch, b"\x93\x01\x02\x03", b"\x81\xa1x\xc0"), start=5):
+        forge(world, f"{a}-0-{offset}-0", value, samples="5")
+    forge(world, f"{a}-0-11-0", None, samples="5")
+    forge(world, f"{a}-0-12-0", b"x", **{"value-in": f"{a}-0-0-0"})
+    gone, dead = world.name("gone"), world.name("dlq")
+    forge(world, f"{gone}-0-1-0", b"x")
+    forge(world, f"{dead}-0-1-0", b"x")
+    forge(world, "__consumer_offsets-0-1-0", b"x")
+    headers = written(world, dead)[-1].headers
+    ends = tuple((name, b"0" if name.endswith("offset") else data) for name, data in headers)
+    world.sink.append(dead, 0, TASK_END, key=b"__consumer_offsets-0-0-0", headers=(*ends, (CONTROL, TASK_END)))
+    world.sink.flush()
+    chosen = index(world)
+    assert len(chosen) == 13
+    partitions, refused = letters.targets(world.sink, dead, chosen, None)
+    assert (list(partitions), sorted(refused)) == ([a], sorted([gone, dead, "__consumer_offsets"]))
+    assert [letter.key for letter in replay(world, chosen, b)] == [
+        f"{a}-0-0-0",
+        f"{gone}-0-1-0",  # it may have been deleted: where `to` says so it is sent
+        f"{dead}-0-1-0",
+        "__consumer_offsets-0-1-0",
+    ]
+    assert [record.header(CONTROL) for record in written(world, b)] == [None] * 4
+
+
 def test_attempts_are_counted(world: World) -> None:
     """A sample that is rejected again says how often it was sent; it has a letter of its own, that of its new record."""
     names = [world.topic("a", [99]), world.topic("b", [], marker=False), world.topic("c", [], marker=False)]
@@ -173,7 +254,7 @@ def test_what_was_cut_is_not_sent(world: World) -> None:
     world.sink.create_topic(dead, 1)
     world.sink.append(dead, 0, b"{", key=record.key, headers=(*record.headers, (CUT, b"900")))
     world.sink.flush()
-    assert asked(world, lambda log: list(letters.replay(log, world.sink, dead, [one, two], b))) == []
+    assert asked(world, lambda log: list(letters.replay(log, world.sink, dead, [one, two], b, {b: 1}))) == []
     assert written(world, b) == []
 
 

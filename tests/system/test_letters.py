@@ -106,6 +106,7 @@ def test_letters_are_listed_and_shown(rejecting: Rejecting, tmp_path: Path) -> N
         "letters": [],
         "summary": [{"topic": a, "reason": "label_range", "letters": 3}],
         "hidden": 0,
+        "skipped": 0,
     }
     assert {key: letter[key] for key in ("key", "index", "samples", "attempts", "replayed")} == {
         "key": f"{a}-0-3-3", "index": 3, "samples": 4, "attempts": 0, "replayed": False,
@@ -156,13 +157,50 @@ def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
     mark(sink, "a")
     sink.close()
     jobs.run_to_end(config)
-    rest = "their bytes are gone, were cut, or never were"
+    rest = "their bytes are gone, were cut, never were, or are not what the letter says"
+    ended = (
+        "warning: the task of topic a has ended: what is sent there counts as late and is not learned; "
+        "--to sends it to a topic that is still to be learned"
+    )
     would = cli("dlq", "replay", config, "--dry-run")
     assert (would.returncode, would.stdout) == (1, "1 samples would be sent to a\n")
-    assert one_line(would) == f"streamlearn: 1 letters cannot be sent: {rest}"
+    assert would.stderr.splitlines() == [ended, f"streamlearn: 1 letters cannot be sent: {rest}"]
     did = cli("dlq", "replay", config, "--yes")
     assert (did.returncode, did.stdout) == (1, "1 samples sent to a\n")
-    assert one_line(did) == f"streamlearn: 1 letters were not sent: {rest}"
+    assert did.stderr.splitlines() == [ended, f"streamlearn: 1 letters were not sent: {rest}"]
+
+
+def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> None:
+    """Dates that no calendar has, and letters that somebody else wrote, fail neither `list` nor `show` nor `replay`."""
+    config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    for name in ("a", "job.dlq"):
+        sink.create_topic(name, 1)
+    for offset, (seconds, topic) in enumerate(
+        (("9223372036854775.807", "a"), ("253402300800.000", "a"), ("-5.000", "a"), ("nan", "a"), ("1.000", "gone"))
+    ):
+        facts = {"topic": topic, "partition": 0, "offset": offset, "index": 0, "samples": 1, "timestamp": seconds}
+        facts |= {"reason": "\x1b[31m" if seconds == "1.000" else "decode", "message": "m"}
+        headers = tuple((f"streamlearn.errors.{name}", str(fact).encode()) for name, fact in facts.items())
+        sink.append("job.dlq", 0, b"x", key=f"{topic}-0-{offset}-0".encode(), headers=headers)
+    sink.close()
+    listed = cli("dlq", "list", config, "--json")
+    tree = json.loads(listed.stdout)
+    assert [letter["timestamp"] for letter in tree["letters"]] == [
+        "+292278994-08-17T07:12:55.807+00:00",
+        "+10000-01-01T00:00:00.000+00:00",
+        "1969-12-31T23:59:55.000+00:00",
+        "1970-01-01T00:00:01.000+00:00",
+    ]
+    assert tree["skipped"] == 1
+    text = cli("dlq", "list", config)
+    assert (text.returncode, "\x1b" in text.stdout, r"gone: 1 \x1b[31m" in text.stdout) == (0, False, True)
+    skipped = "1 records of topic job.dlq look like letters and are none: skipped"
+    assert one_line(text) == skipped
+    assert "timestamp  +292278994-08-17T07:12:55.807+00:00" in cli("dlq", "show", config, "a-0-0-0").stdout
+    replayed = cli("dlq", "replay", config, "--yes")
+    assert (replayed.returncode, replayed.stdout) == (1, "3 samples sent to a\n")
+    assert replayed.stderr.splitlines() == [skipped, "streamlearn: 1 letters were not sent: no topic gone"]
 
 
 def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:

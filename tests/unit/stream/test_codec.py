@@ -128,7 +128,7 @@ def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObje
     x = data.draw(arrays(np.uint32, (len(y), 3))).view(np.float32)
     chosen = sorted(data.draw(st.sets(st.integers(0, len(y) - 1), min_size=1)))
     y = [label % 2**62 if isinstance(label, int) else label for label in y]
-    value = cut_batch(encode("batch", x, y), chosen)
+    value = cut_batch(encode("batch", x, y), chosen, len(y))
     chunk = Codec([3], "float32", "batch", 1 << 20).decode(record(value))
     assert chunk.x.tobytes() == x[chosen].tobytes()
     assert chunk.y == [y[place] for place in chosen]
