@@ -175,7 +175,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples kept for a task's probe: `x [n, ...]` as they arrived, `y [n]` output indices."""
+    """Samples kept for a task's probe: `x [n, ...]` as they arrived, `y [n]` output indices.
+
+    A label that no trained sample has had yet has no output. `y` is then -1 less its place in `Progress.probe_labels`.
+    In a text, a word that no trained sample has had yet stands in the same way for its place in `Progress.probe_words`.
+    """
 
     task: int
     x: np.ndarray
@@ -195,6 +199,8 @@ class Found:
     held_out: list[HeldOut] = field(default_factory=list)
     labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
     words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
+    probe_labels: list[Label] = field(default_factory=list)  # of held-out samples, and without an output so far
+    probe_words: list[str] = field(default_factory=list)  # of held-out texts, and not in the vocabulary so far
     markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
 
     def __bool__(self) -> bool:
@@ -208,7 +214,7 @@ class Task:
     index: int
     name: str
     state: str = "active"  # active | refining | ended
-    labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance
+    labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance in training
     counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
     ends: dict[int, int] | None = None  # end offset of each partition, once fixed
     marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
@@ -252,13 +258,19 @@ class Delivery:
 
 @dataclass
 class Progress:
-    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels, words and totals. All state."""
+    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels, words and totals. All state.
+
+    Only trained samples add to `labels` and `vocabulary`, so that no probe takes an output or an id. What probes alone
+    contain is listed apart.
+    """
 
     positions: Positions = field(default_factory=Positions)
     tasks: list[Task] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # in order of first appearance; append-only
     ledger: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
     vocabulary: list[str] = field(default_factory=list)  # of text: in order of first appearance; append-only
+    probe_labels: list[Label] = field(default_factory=list)  # met in a probe before training met them; append-only
+    probe_words: list[str] = field(default_factory=list)  # the same for words
 
     @property
     def current(self) -> Task | None:
@@ -268,6 +280,8 @@ class Progress:
     def meet(self, found: Found) -> None:
         """Note the labels and words of a delivery, so that its own batch can be learned with them."""
         self.vocabulary += found.words
+        self.probe_labels += found.probe_labels
+        self.probe_words += found.probe_words
         for index, label in found.labels:
             task = self.tasks[index]
             if label not in task.labels:
@@ -322,6 +336,8 @@ class Progress:
             "labels": self.labels,
             "ledger": {topic: dict(count) for topic, count in self.ledger.items()},
             "vocabulary": list(self.vocabulary),
+            "probe_labels": list(self.probe_labels),
+            "probe_words": list(self.probe_words),
         }
 
     @classmethod
@@ -329,7 +345,8 @@ class Progress:
         """Return the progress that `to_json` described."""
         ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
         tasks = [Task.from_json(task) for task in tree["tasks"]]
-        return cls(positions, tasks, list(tree["labels"]), ledger, list(tree["vocabulary"]))
+        apart = (list(tree.get(key, [])) for key in ("probe_labels", "probe_words"))  # older checkpoints have none
+        return cls(positions, tasks, list(tree["labels"]), ledger, list(tree["vocabulary"]), *apart)
 
 
 def audit(topics: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -271,6 +271,7 @@ class Job:
         self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
         groups = state.unpack(files, rest["groups"])
         self.probes.load_state_dict(groups.pop("probes"))
+        self.probes.follow(self.progress)
         self.matrix.load_state_dict(rest["matrix"])
         self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from streamlearn.strategies.parts import Network, Part, State, Strategy
 
 EVALUATION_CHUNK = 512
+IGNORED = -100  # stands for a label that has no loss
 
 
 @dataclass(frozen=True)
@@ -276,22 +278,30 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, task: int, params: Sequence[Tensor] | None = None) -> tuple[float, float]:
-        """Return accuracy and mean loss on samples of a task, with the averaged weights or the given parameters."""
+        """Return accuracy and mean loss on samples of a task, with the averaged weights or the given parameters.
+
+        A sample whose label does not compete in the task, or has no output (`y` is negative), is a wrong answer. It has no
+        loss: the mean is of the others, and infinite where there are none.
+        """
         network = self.averaged
         if params is not None:
             network = self._copy_network()
             copy_into(self._of(network), params)
         hits = torch.zeros((), device=self.world.device)
-        total = torch.zeros((), device=self.world.device)
+        total, counted = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         with evaluating(network.module), self.layer_draws.taken(keep=False):
             for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
                 tasks = torch.full((len(some_y),), task)
                 target = some_y.to(self.world.device)
                 logits = network.forward(self.world.scale(some_x), tasks)
-                masked = logits.masked_fill(self._forbidden(tasks), -torch.inf)
-                hits += (masked.argmax(1) == target).sum()
-                total += functional.cross_entropy(masked, target, reduction="sum")
-        return float(hits) / len(y), float(total) / len(y)
+                forbidden = self._forbidden(tasks).expand_as(logits)
+                masked = logits.masked_fill(forbidden, -torch.inf)
+                competes = (target >= 0) & ~forbidden.gather(1, target.clamp(min=0)[:, None])[:, 0]
+                hits += ((masked.argmax(1) == target) & competes).sum()
+                kept = torch.where(competes, target, IGNORED)
+                total += functional.cross_entropy(masked, kept, ignore_index=IGNORED, reduction="sum")
+                counted += competes.sum()
+        return float(hits) / len(y), float(total) / float(counted) if counted else math.inf
 
     @property
     def transfers(self) -> bool:

@@ -69,6 +69,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.note(stats)
 
     progress.apply(delivery, stats.outcome if stats is not None else "trained")
+    job.probes.follow(progress)
     job.probes.collect(delivery.found.held_out)
     if task is not None and delivery.newest is not None:
         job.newest[task.name] = delivery.newest

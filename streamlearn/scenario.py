@@ -32,6 +32,11 @@ class Scenario:
         spec = config.scenario
         return cls(spec.kind, spec.active, config.classes, spec.tasks, config.grow_head)
 
+    @property
+    def by_appearance(self) -> bool:
+        """Whether labels take outputs in the order in which training meets them."""
+        return self.kind != "domain" and isinstance(self.classes, int)
+
     def num_outputs(self, labels: Sequence[Label]) -> int:
         """Return the outputs a model needs, given the labels met so far."""
         if self.kind == "domain":

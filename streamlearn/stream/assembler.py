@@ -75,7 +75,10 @@ class Assembler:
         self._partitions: tuple[int, ...] = ()
         self._told: set[str] = set()  # topics of which a rejected sample was logged
         text = rules.codec.text
-        self._vocabulary = Vocabulary(progress.vocabulary, text.vocabulary if text is not None else 0)
+        self._vocabulary = Vocabulary(
+            progress.vocabulary, text.vocabulary if text is not None else 0, progress.probe_words
+        )
+        self._apart: dict[Label, int] = {label: -1 - place for place, label in enumerate(progress.probe_labels)}
 
     def follow(self, topic: str, topic_id: str | None, partitions: tuple[int, ...]) -> None:
         """Say which partitions the current task has; new ones may be added while it runs."""
@@ -200,21 +203,22 @@ class Assembler:
         codes = np.full(len(chunk), TRAIN, np.uint8)
         outputs = np.zeros(len(chunk), np.int64)
         probe = record.header(USE) == PROBE
-        known: dict[Label, int | None] = {}
+        known: dict[tuple[Label, bool], int | None] = {}
         room = len(chunk) if self.rules.records is None else max(0, self.rules.records - self.task.counts["consumed"])
         for index in range(skip, min(len(chunk), skip + room)):  # what comes after the count is late, whatever it is
             if index not in chunk.bad:
                 label = chunk.y[index]
-                if label not in known:
-                    known[label] = self._output(label)
-                if (output := known[label]) is None:
+                held_out = probe or self.rules.holdout.takes(chunk.value(index), label, record.key)
+                if (label, held_out) not in known:
+                    known[label, held_out] = self._probe_output(label) if held_out else self._output(label)
+                if (output := known[label, held_out]) is None:
                     chunk.bad[index] = Rejected("label_range", f"label {label!r:.80} has no output; {self._accepted()}")
                 else:
                     outputs[index] = output
-                    if probe or self.rules.holdout.takes(chunk.value(index), label, record.key):
+                    if held_out:
                         codes[index] = HELD_OUT
                     if index in chunk.text:
-                        self._read(chunk, index)
+                        self._read(chunk, index, held_out=held_out)
             if index in chunk.bad:
                 codes[index] = REJECTED
         rejected = np.flatnonzero(codes == REJECTED).tolist()
@@ -234,6 +238,7 @@ class Assembler:
             self.burst.follow(record, codes == REJECTED, chunk.bad, skip)
 
     def _output(self, label: Label) -> int | None:
+        """Return the output of a trained sample's label, or None if it has none; a new label takes the next one."""
         assert self.task is not None
         labels = self.progress.labels
         output = self.rules.scenario.output(label, self.task.name, labels)
@@ -245,9 +250,32 @@ class Assembler:
                 labels.append(label)
         return output
 
-    def _read(self, chunk: Chunk, index: int) -> None:
+    def _probe_output(self, label: Label) -> int | None:
+        """Return the output of a held-out sample's label, or None if it has none.
+
+        A label that training has not met takes no output and does not compete: probes must not change what is learned.
+        Where outputs go by first appearance, it has a negative number, until training meets it.
+        """
+        assert self.task is not None
+        scenario, labels = self.rules.scenario, self.progress.labels
+        output = scenario.output(label, self.task.name, labels)
+        if output is None or not scenario.by_appearance or label in labels:
+            return output
+        if label not in self._apart:
+            if not scenario.grow and len(self._apart) >= scenario.num_outputs(labels):
+                return None
+            self._apart[label] = -1 - len(self._apart)
+            self.progress.probe_labels.append(label)
+            self._found.probe_labels.append(label)
+        return self._apart[label]
+
+    def _read(self, chunk: Chunk, index: int, *, held_out: bool) -> None:
         """Write a text's ids into its sample; what is new in it travels with the delivery, as labels do."""
         rows, vocabulary = chunk.text[index], self._vocabulary
+        if held_out:
+            self._found.probe_words += vocabulary.set_apart(rows)
+            chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape, held_out=True)
+            return
         was_full = vocabulary.full
         self._found.words += vocabulary.learn(rows)
         chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape)

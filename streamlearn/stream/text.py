@@ -25,12 +25,27 @@ WORD = re.compile(r"[^\W_]+")
 
 
 class Vocabulary:
-    """Words to ids, append-only: an id never changes, so samples that are stored as ids keep their meaning."""
+    """Words to ids, append-only: an id never changes, so samples that are stored as ids keep their meaning.
 
-    def __init__(self, words: Sequence[str], size: int) -> None:
+    Words of probes take no id. A word that only probes contain so far is stored as a negative number, -1 less its place
+    among such words, until a trained text contains it.
+    """
+
+    def __init__(self, words: Sequence[str], size: int, probe_words: Sequence[str] = ()) -> None:
         self.size = size
         self.full = False  # a word has found no room
         self._ids = {word: FIRST + place for place, word in enumerate(words)}
+        self._apart = {word: -1 - place for place, word in enumerate(probe_words)}
+
+    def set_apart(self, rows: Rows) -> list[str]:
+        """Give numbers apart from the ids to a held-out text's unknown words, while there is room for ids; return the new ones."""
+        new: list[str] = []
+        for word in (word for row in rows for word in row if len(word) <= MAX_LETTERS):
+            room = len(self._ids) < self.size and len(self._apart) < self.size
+            if room and word not in self._ids and word not in self._apart:
+                self._apart[word] = -1 - len(self._apart)
+                new.append(word)
+        return new
 
     def learn(self, rows: Rows) -> list[str]:
         """Take in a text's new words, as far as there is room; return them in the order in which they are read."""
@@ -46,11 +61,12 @@ class Vocabulary:
                 new.append(word)
         return new
 
-    def encode(self, rows: Rows, shape: Sequence[int]) -> np.ndarray:
-        """Return a text's ids, `[1 + sentences, words]`."""
+    def encode(self, rows: Rows, shape: Sequence[int], *, held_out: bool = False) -> np.ndarray:
+        """Return a text's ids, `[1 + sentences, words]`; of a held-out text, with the numbers of words set apart."""
         ids = np.full(shape, PADDING, np.int32)
+        apart = self._apart if held_out else {}
         for place, row in enumerate(rows):
-            ids[place, : len(row)] = [self._ids.get(word, UNKNOWN) for word in row]
+            ids[place, : len(row)] = [self._ids.get(word, apart.get(word, UNKNOWN)) for word in row]
         return ids
 
 

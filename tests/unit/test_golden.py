@@ -56,7 +56,7 @@ def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     tree, old = json.loads(json.dumps(job.progress.to_json())), job.checkpoint.read_json("state.json")["progress"]
     # what is known of a task may grow from version to version
     tree["tasks"] = [{key: task[key] for key in was} for task, was in zip(tree["tasks"], old["tasks"], strict=True)]
-    assert tree == old
+    assert {key: tree[key] for key in old} == old
     stats = job.learner.learn(Batch(torch.zeros(10, 4), torch.full((10,), 2), torch.full((10,), 1)))
     assert stats.applied == 2
 

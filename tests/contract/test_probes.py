@@ -1,0 +1,277 @@
+"""What is held out for probes never changes what is learned."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from streamlearn import loop, state
+from streamlearn.checkpoint import Store
+from streamlearn.config import Config
+from streamlearn.data import Delivery, Progress, Task
+from streamlearn.job import Job
+from streamlearn.metrics import Metrics
+from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import TYPE_OF, Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.memory import MemoryStore
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from streamlearn.data import Positions
+
+pytestmark = pytest.mark.usefixtures("daemon_mode")
+
+TYPED = ((CONTENT_TYPE, TYPE_OF["json"]),)
+LABELS = {"a": ["p", "q"], "b": ["r", "s"], "c": ["t", "p"]}
+ALL = ["p", "q", "r", "s", "t", "never"]
+Sample = tuple[Any, str]
+Probes = dict[str, list[Sample]]  # by topic
+
+
+class Direct:
+    """Stands for the reader: what the loop asks of it when deliveries come without a thread."""
+
+    def __init__(self) -> None:
+        self.spliced: list[Delivery] = []
+
+    def splice(self, deliveries: Iterable[Delivery]) -> None:
+        """Keep a task's refinement for the next turns."""
+        self.spliced = list(deliveries)
+
+    def settle(self) -> None:
+        """Every dead letter is acknowledged."""
+
+    def report(self, positions: Positions) -> None:
+        """Report to nobody."""
+
+
+def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
+    """Return the job that has learned all tasks."""
+    tree: dict[str, Any] = {
+        "state_dir": str(directory),
+        "device": "cpu",
+        "input": {"shape": [len(ALL)]},
+        "classes": len(ALL),
+        "holdout": {"fraction": 0.0},
+        "stream": {"topics": list(LABELS), "batch_size": 8, "on_finished": "exit"},
+        "model": {"hidden": [8]},
+        "learner": {"updates_per_batch": 2},
+        "probes": {"every": 1, "minimum": 1},
+        "checkpoint": {"every_seconds": None},
+    }
+    merged = jobs.merged(tree, over) | {key: over[key] for key in ("input", "model") if key in over}
+    config = Config.model_validate(merged, context={"recipes": RECIPES})
+    job = Job.make(config, Store(directory), Metrics())
+    dead = DeadLetters(store, "dlq")
+    holdout = HoldOut(config.holdout.by, config.holdout.fraction)
+    rules = Rules(Codec.from_config(config), holdout, job.scenario, dead, config.stream.batch_size)
+    assembler, stream = Assembler(rules, Progress()), Direct()
+    for number, topic in enumerate(LABELS):
+        declared = list(job.scenario.declared[topic]) if job.scenario.kind == "domain" else []
+        apply(job, stream, assembler.begin(Task(number, topic, labels=declared)))
+        assembler.follow(topic, None, (0,))
+        for each in store.records[topic, 0]:
+            for delivery in assembler.feed(each):
+                apply(job, stream, delivery)
+    job.collect(stream, wait=True)  # type: ignore[arg-type]  # all that it asks of a stream
+    return job
+
+
+def apply(job: Job, stream: Direct, delivery: Delivery) -> None:
+    """Take one turn of the loop, and those of the refinement that it may begin."""
+    loop.turn(job, stream, delivery)  # type: ignore[arg-type]  # all that it asks of a stream
+    spliced, stream.spliced = stream.spliced, []
+    for further in spliced:
+        apply(job, stream, further)
+
+
+def record(sample: Sample) -> bytes:
+    """Return a sample as JSON."""
+    x, y = sample
+    return json.dumps({"x": x, "y": y} if isinstance(x, list) else {**x, "answer": y}).encode()
+
+
+def published(samples: Mapping[str, Sequence[Sample]], probes: Probes) -> MemoryStore:
+    """Return a log with these samples; probe records stand before and between them."""
+    store = MemoryStore()
+    for topic, some in samples.items():
+        store.create_topic(topic, 1)
+        held = list(probes.get(topic, []))
+        before, between = held[: len(held) // 2], held[len(held) // 2 :]
+        for sample in before:
+            store.append(topic, 0, record(sample), headers=(*TYPED, (USE, PROBE)))
+        for place, sample in enumerate(some):
+            store.append(topic, 0, record(sample), headers=TYPED)
+            if place < len(between):
+                store.append(topic, 0, record(between[place]), headers=(*TYPED, (USE, PROBE)))
+        store.append(topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
+    return store
+
+
+def digest(job: Job) -> str:
+    """Return a hash of everything learned, replay and optimizer too, and of the labels and words that it is about."""
+    files, rest, _ = state.pack(job.learner.state_dict())
+    told = [job.progress.labels, [task.labels for task in job.progress.tasks], job.progress.vocabulary]
+    found = hashlib.sha256(json.dumps([rest, told, job.learner.allowed.tolist()], sort_keys=True).encode())
+    for name, content in sorted(files.items()):
+        for key, tensor in sorted(content.items()):
+            found.update(f"{name}:{key}".encode() + tensor.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def numbers(labels: Sequence[str], count: int, seed: int) -> list[Sample]:
+    """Return samples whose largest value tells their label."""
+    rng = random.Random(seed)
+    drawn = [rng.choice(labels) for _ in range(count)]
+    return [([0.3 * rng.random() + (place == ALL.index(y)) for place in range(len(ALL))], y) for y in drawn]
+
+
+def tasks(scenario: str) -> dict[str, list[str]]:
+    """Return each task's labels; the tasks of a domain scenario share theirs."""
+    return {topic: ["p", "q"] for topic in LABELS} if scenario == "domain" else LABELS
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "class-count": {"scenario": "class", "classes": len(ALL)},
+    "class-list": {"scenario": "class", "classes": ALL},
+    "class-all": {"scenario": {"kind": "class", "active": "all"}, "classes": len(ALL)},
+    "class-grow": {"scenario": "class", "classes": 2, "grow_head": True},
+    "task-count": {"scenario": "task", "classes": len(ALL)},
+    "task-list": {"scenario": "task", "classes": ALL},
+    "domain": {"scenario": {"kind": "domain", "tasks": {topic: ["p", "q"] for topic in LABELS}}, "classes": ALL},
+}
+STRATEGIES: dict[str, Any] = {
+    "naive": "naive",
+    "default": {"generative": {"hidden": 8, "latent": 4}, "si": {}},
+    "er+gem": {"er": {"selection": "balanced"}, "gem": {"memory": 5}},
+    "derpp+ewc": {"derpp": {}, "ewc": {}},
+    "lwf": "lwf",
+    "packnet": "packnet",
+    "pnn": "pnn",
+}
+ANY = list(CHOICES)
+PAIRS = [
+    *((choice, strategy) for choice in ANY for strategy in ("naive", "default")),
+    *((choice, "er+gem") for choice in ("class-count", "task-list")),
+    *((choice, "derpp+ewc") for choice in ("class-grow", "task-count", "domain")),
+    *((choice, "lwf") for choice in ("class-list", "task-count")),
+    *((choice, strategy) for choice in ("task-count", "task-list") for strategy in ("packnet", "pnn")),
+]
+SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
+
+
+@pytest.mark.parametrize(("choice", "strategy"), PAIRS)
+def test_what_the_probes_hold_changes_nothing_that_is_learned(tmp_path: Path, choice: str, strategy: str) -> None:
+    """The same training samples end at the same bits: with no probe, the task's own, every label, or one never trained."""
+    own = tasks(choice)
+    samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(own.items())}
+    any_label = own["a"] if choice == "domain" else ALL
+    probes: dict[str, Probes] = {
+        "none": {},
+        "own": {topic: numbers(labels, 10, 9 + seed) for seed, (topic, labels) in enumerate(own.items())},
+        "all": {topic: numbers(any_label, 30, 19 + seed) for seed, topic in enumerate(own)},
+        "never": {topic: numbers(any_label[-1:], 5, 29) for topic in own},
+    }
+    over = {**CHOICES[choice], "strategy": STRATEGIES[strategy], **({"learner": SGD} if "gem" in strategy else {})}
+    ended = {name: learn(tmp_path / name, published(samples, held), **over) for name, held in probes.items()}
+    assert len({digest(job) for job in ended.values()}) == 1
+    assert {job.progress.totals()["rejected"] for job in ended.values()} == {0}
+    if choice != "domain":
+        assert ended["never"].matrix.now == dict.fromkeys(range(3), 0.0), "what was never trained is a wrong answer"
+        assert ended["never"].matrix.loss == {}
+
+
+@pytest.mark.parametrize("choice", ["class-count", "task-count"])
+def test_what_a_hash_holds_out_changes_nothing_that_is_learned(tmp_path: Path, choice: str) -> None:
+    """A sample that its hash keeps for the probe teaches no label, as if the log had never had it."""
+    samples = {topic: numbers(labels, 40, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
+    samples["b"].insert(0, next(s for s in numbers(["never"], 99, 5) if HoldOut("value", 0.3).takes(*hashed(s), None)))
+    over = {**CHOICES[choice], "holdout": {"fraction": 0.3}, "strategy": {"er": {}, "si": {}}}
+    kept = {
+        topic: [s for s in some if not HoldOut("value", 0.3).takes(*hashed(s), None)] for topic, some in samples.items()
+    }
+    whole, rest = (
+        learn(tmp_path / "a", published(samples, {}), **over),
+        learn(tmp_path / "b", published(kept, {}), **over),
+    )
+    assert whole.progress.totals()["held_out"] > 20
+    assert rest.progress.totals()["held_out"] == 0
+    assert digest(whole) == digest(rest)
+    assert "never" in whole.progress.probe_labels
+
+
+def hashed(sample: Sample) -> tuple[Any, str]:
+    """Return what the hash is taken of."""
+    return torch.tensor(sample[0], dtype=torch.float32).numpy(), sample[1]
+
+
+def test_a_label_counts_as_wrong_until_training_meets_it(tmp_path: Path) -> None:
+    """A probe that holds a later task's labels gets better when that task is learned, sealed as it is."""
+    samples = {topic: numbers(labels, 160, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
+    held: Probes = {"a": numbers(["p", "q"], 20, 9) + numbers(["r", "s"], 20, 10)}
+    random.Random(0).shuffle(held["a"])
+    job = learn(
+        tmp_path, published(samples, held), strategy={"er": {}}, learner={"updates_per_batch": 20, "average": None}
+    )
+    assert job.matrix.rows[0][0] <= 0.5
+    assert job.matrix.rows[1][0] > 0.9
+    assert {"r", "s"} <= set(job.progress.probe_labels)
+    probe = job.probes.of(0)
+    assert probe is not None
+    assert int(probe[1].min()) >= 0
+
+
+def test_the_words_of_a_probe_take_no_ids(tmp_path: Path) -> None:
+    """A probe's words are unknown until training meets them, and known from then on; the vocabulary is training's alone."""
+
+    def told(words: Sequence[str], answers: Sequence[str], seed: int) -> list[Sample]:
+        rng = random.Random(seed)
+        drawn = [(rng.choice(words), rng.choice(answers)) for _ in range(16)]
+        return [
+            ({"story": [f"{word} went {answer}"], "question": f"where is {word}"}, answer) for word, answer in drawn
+        ]
+
+    text = {"kind": "text", "sentences": 2, "words": 4, "vocabulary": 30}
+    over: dict[str, Any] = {"input": text, "model": {"name": "memnet", "embedding": 8, "heads": 2}, "strategy": "er"}
+    samples = {topic: told([f"w{topic}", f"v{topic}"], labels, 1) for topic, labels in LABELS.items()}
+    other = {topic: told(["strange", "wa", "wb", "vc"], ALL, 2) for topic in LABELS}
+    one, two = (learn(tmp_path / name, published(samples, held), **over) for name, held in (("a", {}), ("b", other)))
+    assert digest(one) == digest(two)
+    assert "strange" in two.progress.probe_words
+    assert "strange" not in two.progress.vocabulary
+    probe = two.probes.of(0)
+    assert probe is not None
+    ids = {word: place + 2 for place, word in enumerate(two.progress.vocabulary)}
+    assert {ids["wb"], ids["vc"], 1} <= set(probe[0].flatten().tolist()) <= {0, 1, *ids.values()}
+
+
+def test_probes_go_on_after_a_restart(tmp_path: Path) -> None:
+    """The labels and words that only probes contain are state, and their numbers mean the same afterwards."""
+    samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
+    held: Probes = {topic: numbers(ALL, 30, 19) for topic in LABELS}
+    job = learn(tmp_path, published(samples, held), strategy="naive")
+    again = Job.make(job.config, Store(tmp_path), Metrics())
+    assert again.restore()
+    assert again.progress.probe_labels == job.progress.probe_labels
+    assert again.progress.probe_labels
+    for task in range(3):
+        one, two = job.probes.of(task), again.probes.of(task)
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one[1], two[1])
+    before = copy.deepcopy(again.matrix.now)
+    again.evaluate()
+    assert again.matrix.now == before
