@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import platform
-import queue
-import signal
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from streamlearn.service.api import control as control_routes
 from streamlearn.service.api import read_only
 from streamlearn.service.client import held, process_start_time
 from streamlearn.service.server import Server, bind_control, bind_tcp
+from streamlearn.service.signals import call_on_stop, ignore_stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,22 +42,38 @@ log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 0.1
 CONTACT_SECONDS = 30.0
 COMMAND_SECONDS = 600.0
+LAST_LINE_SECONDS = 1.0  # for the line that says why a process ends without a checkpoint
 LOCK_SECONDS = 0.5  # a `status` holds the lock for a moment, to see whether it is held
 
 
+@dataclass
+class Request:
+    """A command that waits for the loop, and the place for its answer."""
+
+    name: str
+    arguments: dict[str, Any]
+    answer: Future[dict[str, Any]] = field(default_factory=Future)
+
+
 class Desk:
-    """Where people's wishes and the loop meet: the loop's `Control`, and the routes' `Backend`."""
+    """Where people's requests and the loop meet: the loop's `Control`, and the routes' `Backend`.
+
+    Other threads put requests into a queue. The loop applies them in order between two turns, so no request can undo
+    another one that was not applied yet. Only a stop is a flag: it cannot be taken back, and its grace period runs from
+    the moment of the call.
+    """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.config = config
         self.stopping = False
-        self.paused = False
-        self.resumed = False  # asked to go on, and the stream does not know yet
+        self.paused = False  # written by the loop alone
         self.metrics = metrics
         self.servers: list[Server] = []
-        self._asked: queue.SimpleQueue[Future[dict[str, Any]]] = queue.SimpleQueue()
-        self._awaited: list[tuple[Future[dict[str, Any]], Saving]] = []
+        self._requests: deque[Request] = deque()
+        self._ended = False  # the loop will apply no further request
+        self._awaited: list[tuple[Request, Saving]] = []
         self._bell = threading.Event()
+        self._wake_stream: Callable[[], None] = lambda: None
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._published = 0.0
@@ -68,23 +85,23 @@ class Desk:
 
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
         self._turned = time.monotonic()
-        job.state = "draining" if self.stopping else "paused" if self.paused else "running"
-        self._answer()
-        while not self._asked.empty():
-            self._awaited.append((self._asked.get(), job.save(stream, "manual")))
-        if self.resumed:
-            self.resumed = False
-            stream.acknowledge()
+        self._wake_stream = stream.wake
+        job.state = self._state()
+        self._answer_saves()
+        while self._requests:
+            self._apply(self._requests.popleft(), job, stream)
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
         if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish(job, stream)
 
     def refuse(self) -> None:
-        """Answer those whose wish came too late."""
-        self._answer()
-        while not self._asked.empty():
-            self._asked.get().set_exception(StreamlearnError("the daemon is ending", code=75))
+        """Refuse the requests that came too late, now and from now on."""
+        self._ended = True
+        self._answer_saves()
+        while self._requests:
+            with suppress(IndexError):  # another thread was faster
+                self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is ending", code=75))
 
     def wait(self, seconds: float) -> None:
         self._bell.wait(seconds)
@@ -106,16 +123,47 @@ class Desk:
         """Have something called once, when every readiness condition first holds."""
         self._on_ready = call
 
-    # -- for signals and routes, from any thread
+    def _apply(self, request: Request, job: Job, stream: Stream) -> None:
+        """Do what a request asks. The answer comes when a checkpoint is durable, or else when `status` shows the change."""
+        try:
+            match request.name:
+                case "checkpoint":
+                    self._awaited.append((request, job.save(stream, "manual")))
+                    return
+                case "pause":
+                    self.paused = True
+                case "resume":
+                    self.paused = False
+                    stream.acknowledge()
+            job.state = self._state()
+            self.publish(job, stream)
+        except StreamlearnError as error:  # refused; the loop goes on
+            request.answer.set_exception(error)
+            return
+        request.answer.set_result({"state": job.state})
+
+    def _answer_saves(self) -> None:
+        """Answer those who asked for a checkpoint, once it is durable or could not be written."""
+        for request, saving in [pair for pair in self._awaited if pair[1].collected]:
+            self._awaited.remove((request, saving))
+            if saving.checkpoint is not None:
+                request.answer.set_result(saving.checkpoint.summary())
+            else:
+                request.answer.set_exception(
+                    StreamlearnError("the checkpoint could not be written; the log says why", code=74)
+                )
+
+    # -- for signals and routes, from any thread but the loop's
 
     def stop(self) -> None:
         """Have the loop end after the batch it is at, and hold it to its grace period."""
         if not self.stopping:
-            self.stopping = True  # and no more: a signal may have come while the loop holds a lock
+            self.stopping = True
             threading.Thread(target=self._hold_to_grace, name="grace", daemon=True).start()
+        self._wake()
 
     def status(self) -> dict[str, Any]:
-        return self._status
+        return {**self._status, "state": "draining"} if self.stopping else self._status
 
     def liveness(self) -> tuple[bool, dict[str, Any]]:
         age = time.monotonic() - self._turned
@@ -142,28 +190,23 @@ class Desk:
             raise StreamlearnError(f"{name}: takes no arguments, got {', '.join(arguments)}", code=2)
         if name == "stop":
             self.stop()
-        elif name in {"pause", "resume"}:
-            self.paused = name == "pause"
-            self.resumed = name == "resume"
-            self._bell.set()
-        else:
-            asked: Future[dict[str, Any]] = Future()
-            self._asked.put(asked)
-            self._bell.set()
-            try:
-                return asked.result(timeout=COMMAND_SECONDS)
-            except FutureTimeout as error:
-                raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
-        return {"state": "draining" if self.stopping else "paused" if self.paused else "running"}
+            return {"state": self._state()}
+        request = Request(name, arguments)
+        self._requests.append(request)
+        if self._ended:
+            self.refuse()
+        self._wake()
+        try:
+            return request.answer.result(timeout=COMMAND_SECONDS)
+        except FutureTimeout as error:
+            raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
 
-    def _answer(self) -> None:
-        """Tell those who asked for a checkpoint, once it is durable or could not be written."""
-        for asked, saving in [pair for pair in self._awaited if pair[1].collected]:
-            self._awaited.remove((asked, saving))
-            if saving.checkpoint is not None:
-                asked.set_result(saving.checkpoint.summary())
-            else:
-                asked.set_exception(StreamlearnError("the checkpoint could not be written; the log says why", code=74))
+    def _wake(self) -> None:
+        self._bell.set()
+        self._wake_stream()
+
+    def _state(self) -> str:
+        return "draining" if self.stopping else "paused" if self.paused else "running"
 
     def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
         contact = stream.status.contacted
@@ -177,13 +220,12 @@ class Desk:
         }
 
     def _hold_to_grace(self) -> None:
-        self._bell.set()
+        """End the process when the grace period is over, even where the log's reader takes no further line."""
         time.sleep(self.config.shutdown_grace)
-        log.error(
-            "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint",
-            self.config.shutdown_grace,
-        )
-        logging.shutdown()
+        line = "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint"
+        writing = threading.Thread(target=log.error, args=(line, self.config.shutdown_grace), daemon=True)
+        writing.start()
+        writing.join(LAST_LINE_SECONDS)
         os._exit(1)
 
 
@@ -202,8 +244,7 @@ def run(
     desk = Desk(config, metrics)
     with ExitStack() as stack:
         stack.enter_context(locked(config.state_dir))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: desk.stop())
+        call_on_stop(desk.stop)
         listener = bind_tcp(config.service.host, config.service.port)
         socket_, path = bind_control(config.state_dir)
         stack.callback(path.unlink, missing_ok=True)
@@ -242,6 +283,7 @@ def run(
             metrics.record_state("restoring", ready=False)
             job = job.roll_back(diverged)
         end_well(config.state_dir)
+        ignore_stop_signals()
 
 
 def learn_from(job: Job, desk: Desk) -> Diverged | None:

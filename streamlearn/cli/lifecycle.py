@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STOPPED = 3
+COMMAND_SECONDS = 600.0  # a command is applied between two turns of the loop, and a turn can be long
 ENDING_SECONDS = 30.0  # between a process's last word and its end
 
 
@@ -142,12 +143,12 @@ def stop(
 
 def pause(state: StateOption = None) -> None:
     """Stop learning, but stay: metrics, status and checkpoints go on. A restart does not keep it."""
-    typer.echo(Client(find_state(state)).command("pause")["state"])
+    typer.echo(Client(find_state(state), timeout=COMMAND_SECONDS).command("pause")["state"])
 
 
 def resume(state: StateOption = None) -> None:
     """Go on learning."""
-    typer.echo(Client(find_state(state)).command("resume")["state"])
+    typer.echo(Client(find_state(state), timeout=COMMAND_SECONDS).command("resume")["state"])
 
 
 def status(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import random
 import re
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -74,11 +73,13 @@ class Stream:
         self.refresh_seconds = refresh_seconds
         self.status = StreamStatus()
         self.finished = False  # nothing further will ever come, and everything was given out
-        self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._queue: deque[Delivery] = deque()
         self._spliced: Iterator[Delivery] = iter(())
         self._waiting: Counter[str] = Counter()  # samples in the queue, by topic
         self._waiting_bytes = 0
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # a delivery, an error, or a call of `wake`
+        self._woken = False
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._exhausted = False
@@ -103,20 +104,31 @@ class Stream:
         self._thread.start()
 
     def next(self, timeout: float) -> Delivery | None:
-        """Return the next delivery, or None when none came in time; raises what the reader died of."""
+        """Return the next delivery, or None when none came in time or `wake` was called; raises what the reader died of.
+
+        The main thread waits here, so a signal handler may run inside. `Condition` is used, because `SimpleQueue.get` of
+        CPython 3.11 and 3.12 waits for ever when a handler returns after the deadline.
+        """
         if (spliced := next(self._spliced, None)) is not None:
             return spliced
-        try:
-            delivery = self._queue.get(timeout=timeout)
-        except queue.Empty:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._error or self._woken, timeout)
+            woken, self._woken = self._woken, False
+            if self._queue:
+                delivery = self._queue.popleft()
+                self._waiting -= delivery.found.consumed
+                self._waiting_bytes -= _num_bytes(delivery)
+                return delivery
             if self._error is not None:
-                raise self._error from None
-            self.finished = self._exhausted and self._queue.empty()
-            return None
-        with self._lock:
-            self._waiting -= delivery.found.consumed
-            self._waiting_bytes -= _num_bytes(delivery)
-        return delivery
+                raise self._error
+            self.finished = self._exhausted and not woken
+        return None
+
+    def wake(self) -> None:
+        """Have the call of `next` that waits, or else the following one, return at once."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     def splice(self, deliveries: Iterable[Delivery]) -> None:
         """Give these out before anything else, each made when it is its turn: refinement is not a second loop."""
@@ -164,8 +176,10 @@ class Stream:
         try:
             self._read_on()
         except BaseException as error:  # noqa: BLE001 - a thread has no caller: the loop raises it
-            self._error = error
             self.status.problem = str(error)
+            with self._changed:
+                self._error = error
+                self._changed.notify()
         finally:
             try:
                 with contextlib.suppress(StreamlearnError):  # a report is not worth an error, least of all after one
@@ -299,10 +313,11 @@ class Stream:
             self._linger_since = None
         if delivery.ends is not None:
             self._checked = -1e9  # the next task is chosen at once
-        with self._lock:
+        with self._changed:
             self._waiting += delivery.found.consumed
             self._waiting_bytes += _num_bytes(delivery)
-        self._queue.put(delivery)
+            self._queue.append(delivery)
+            self._changed.notify()
 
     def _balance(self) -> None:
         """Pause over the high mark, resume under half of it; polling goes on, so the connection is kept."""

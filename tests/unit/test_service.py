@@ -1,13 +1,17 @@
-"""The listeners: what the one on the network refuses, whoever asks."""
+"""The listeners: what the one on the network refuses, whoever asks. The desk: commands in the order of their arrival."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from streamlearn.daemon import Desk
+from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, read_only
 from streamlearn.service.server import Server, bind_tcp
@@ -47,3 +51,62 @@ def test_a_huge_request_is_refused(address: str) -> None:
     with pytest.raises((httpx.HTTPError, AssertionError)):
         assert httpx.get(address + "/healthz", headers={"x": "y" * (1 << 20)}).status_code == 200
     assert httpx.get(address + "/healthz").status_code == 200
+
+
+def ask(desk: Desk, *names: str) -> list[Future[dict[str, Any]]]:
+    """Ask for commands in this order, each from a thread of its own; return when the desk has them all."""
+    answers: list[Future[dict[str, Any]]] = []
+    for number, name in enumerate(names, 1):
+        answer: Future[dict[str, Any]] = Future()
+        answers.append(answer)
+
+        def call(name: str = name, answer: Future[dict[str, Any]] = answer) -> None:
+            try:
+                answer.set_result(desk.command(name, {}))
+            except StreamlearnError as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=call, daemon=True).start()
+        while len(desk._requests) < number:
+            time.sleep(0.001)
+    return answers
+
+
+def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are asked for within one turn of the loop: reading goes on where a burst had stopped it, and then it pauses."""
+    job, stream = made(tmp_path)
+    acknowledged = []
+    monkeypatch.setattr(stream, "acknowledge", lambda: acknowledged.append(job.state))
+    desk = Desk(job.config, Metrics())
+    answers = ask(desk, "pause", "resume", "pause")
+    assert (desk.paused, acknowledged) == (False, [])  # nothing is done before the loop has its turn
+    desk.serve(job, stream, idle=False)
+    assert acknowledged == ["paused"]
+    assert [answer.result(10) for answer in answers] == [{"state": state} for state in ("paused", "running", "paused")]
+    assert desk.paused
+
+
+def test_the_answer_to_pause_is_what_status_says(tmp_path: Path) -> None:
+    """Whoever has the answer `paused` reads `paused` in the status, however seldom the loop publishes."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    desk.serve(job, stream, idle=True)
+    for name, state in (("pause", "paused"), ("resume", "running")):
+        (answer,) = ask(desk, name)
+        desk.serve(job, stream, idle=False)
+        assert answer.result(10)["state"] == desk.status()["state"] == state
+    desk.stopping = True
+    assert desk.status()["state"] == "draining"
+
+
+def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> None:
+    """The loop has ended: nobody would apply it, so the answer is 75 at once."""
+    job, _ = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    (early,) = ask(desk, "pause")
+    desk.refuse()
+    with pytest.raises(StreamlearnError, match="the daemon is ending"):
+        early.result(10)
+    with pytest.raises(StreamlearnError, match="the daemon is ending") as caught:
+        desk.command("pause", {})
+    assert caught.value.code == 75

@@ -1,0 +1,113 @@
+"""Signals that ask for a stop, where they meet the loop's waits, and where they must not count."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from streamlearn.daemon import Desk
+from streamlearn.data import Delivery
+from streamlearn.metrics import Metrics
+from tests.unit.test_job import made
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MEETINGS = """
+import os, random, signal, sys, threading, time
+from streamlearn.config import Stream as Spec
+from streamlearn.service.signals import call_on_stop
+from streamlearn.stream.reader import Stream
+
+stream = Stream(None, None, Spec(topics=["a"]), None, "group")
+heard = threading.Semaphore(0)
+
+def stop():
+    heard.release()
+    stream.wake()
+
+call_on_stop(stop)
+for turn in range(300):
+    timeout = random.uniform(0.001, 0.004)
+    threading.Timer(timeout, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    stream.next(timeout)
+    heard.acquire()
+    stream.next(timeout)
+print("met", "torch" in sys.modules)
+"""
+FORKING = """
+import os, signal, time
+from streamlearn.service.signals import call_on_stop
+call_on_stop(lambda: os._exit(1))
+child = os.fork()
+if child == 0:
+    time.sleep(20)
+    os._exit(0)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+time.sleep(0.2)
+"""
+IGNORING = """
+import os, signal, threading
+from streamlearn.service.signals import call_on_stop
+stopped = threading.Event()
+call_on_stop(stopped.set)
+os.kill(os.getpid(), signal.SIGHUP)
+print(stopped.wait(0.5))
+os.kill(os.getpid(), signal.SIGTERM)
+print(stopped.wait(60))
+"""
+
+
+def output(script: str, *before: str) -> str:
+    """Return what a script prints; it must end with 0."""
+    command = [*before, sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("where", ["next", "wait"])
+def test_a_handler_that_outlasts_the_deadline_does_not_lengthen_a_wait(tmp_path: Path, where: str) -> None:
+    """A signal comes before a wait's deadline and its handler returns after it: the wait ends all the same."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    waits: dict[str, Callable[[float], object]] = {"next": stream.next, "wait": desk.wait}
+    before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.3))
+
+    def end_both() -> None:
+        stream._put(Delivery())
+        desk._bell.set()
+
+    rescue = threading.Timer(20, end_both)
+    rescue.start()
+    try:
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+        assert waits[where](0.2) is None
+        assert rescue.is_alive(), "only the rescue ended the wait"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        rescue.cancel()
+
+
+def test_stop_signals_that_meet_the_wait_at_its_deadline_are_all_heard() -> None:
+    """Three hundred signals, each at the moment when the wait ends by itself: none is lost, and no wait hangs."""
+    assert output(MEETINGS) == "met False\n"
+
+
+def test_a_signal_to_a_forked_child_is_not_the_daemons() -> None:
+    """A data worker of a user's model ends by SIGTERM as any process does, and the daemon goes on."""
+    assert output(FORKING) == f"{-signal.SIGTERM}\n"
+
+
+def test_nohup_is_kept() -> None:
+    """Who starts with SIGHUP ignored wants to outlive the terminal: SIGHUP stops nothing, SIGTERM still does."""
+    assert output(IGNORING, "nohup") == "False\nTrue\n"
