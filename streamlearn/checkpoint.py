@@ -2,10 +2,10 @@
 
 A save, in order: (1) a copy of everything is taken between two batches, and from here on a thread beside the loop works
 (the job's part), (2) the dead letters before its positions are acknowledged (the job's part), (3) space is checked, (4)
-every file is written and synced under a temporary name, files that never change are linked from the parent, (5)
-MANIFEST.json with every file's hash is written last, (6) the directory is synced, renamed and its parent synced, (7) old
-checkpoints are removed, (8) positions are reported to the broker (the job's part). A crash between any two leaves the
-previous one in force.
+every file is written and synced under a temporary name, files that never change are linked from the parent (or copied,
+where the file system has no links), (5) MANIFEST.json with every file's hash is written last, (6) the directory is synced,
+renamed and its parent synced, (7) old checkpoints are removed, (8) positions are reported to the broker (the job's part). A
+crash between any two leaves the previous one in force.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import shutil
 import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from streamlearn import __version__
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     Content = bytes | Callable[[], bytes] | None
@@ -37,9 +38,12 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
+TAG = re.compile(r"(?!latest$|ckpt-|\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+TAG_FILE = "tag-"  # a checkpoint that has a tag has an empty file of this name followed by the tag
 OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
 MAX_MANIFEST_BYTES = 16 << 20
 SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
+COPY_BYTES = 1 << 20  # read and written at once where a file is copied
 
 
 class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
@@ -78,6 +82,11 @@ class Checkpoint:
         """Bytes of its files, linked ones included."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
+    @property
+    def tags(self) -> list[str]:
+        """The names that people gave it; retention does not remove a checkpoint that has one."""
+        return sorted(path.name.removeprefix(TAG_FILE) for path in self.path.glob(f"{TAG_FILE}*"))
+
     def summary(self) -> dict[str, Any]:
         """Return what `status` shows of it."""
         return {
@@ -114,11 +123,15 @@ class Checkpoint:
 class Store:
     """The checkpoints of one state directory."""
 
-    def __init__(self, state_dir: Path, *, keep: int = 3, hourly: int = 24) -> None:
+    def __init__(
+        self, state_dir: Path, *, keep: int = 3, hourly: int = 24, task_ends: int | Literal["all"] = 5
+    ) -> None:
         self.root = state_dir / "checkpoints"
         self.keep = keep
         self.hourly = hourly
+        self.task_ends = task_ends
         self.corrupt = 0  # refused since the start
+        self.copies = False  # the file system has refused a hard link
 
     def all(self) -> list[Checkpoint]:
         """Return the checkpoints whose manifest can be read, newest first."""
@@ -131,14 +144,14 @@ class Store:
         return sorted((path for path in self.root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
     def find(self, name: str, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
-        """Return a checkpoint by id or sequence number, or as `latest` the newest whose manifest and `files` are sound.
+        """Return a checkpoint by id, number or tag, or as `latest` the newest whose manifest and `files` are sound.
 
         So must be those `optional` files that it has. Raises `Broken` where the one that is named is, and `StreamlearnError` if
         there is none, or a later version wrote it.
         """
         paths = self.paths()
         for path in paths:
-            if name in {"latest", path.name, str(int(path.name.removeprefix("ckpt-")))}:
+            if name in {"latest", path.name, str(int(path.name.removeprefix("ckpt-")))} or _has_tag(path, name):
                 try:
                     checkpoint = _load(path)
                     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
@@ -181,15 +194,31 @@ class Store:
             )
         return None
 
-    def save(self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int = 0) -> Checkpoint:
-        """Write a checkpoint and return it; a file given as None is linked from the newest one.
+    def save(
+        self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int = 0, tags: Iterable[str] = ()
+    ) -> Checkpoint:
+        """Write a checkpoint, remove those that retention does not keep, and return the new one.
 
-        A file given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will
-        be written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
+        A file given as None is taken over from the newest checkpoint: it is linked, or copied where links are refused. A file
+        given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will be
+        written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
         """
+        checkpoint = self._save(files, info, num_bytes, tags)
+        try:
+            self.prune()
+        except OSError as error:  # the new one is durable: an old one too many is no failure
+            log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
+        return checkpoint
+
+    def _save(
+        self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int, tags: Iterable[str] = ()
+    ) -> Checkpoint:
         self._make_root()
-        self._check_space(num_bytes)
         newest, sequence = self._next()
+        if self.copies and newest is not None:
+            copied = [name for name, content in files.items() if content is None]
+            num_bytes += sum(newest.manifest["files"][name]["size"] for name in copied)
+        self._check_space(num_bytes)
         final = self.root / f"ckpt-{sequence:012d}"
         temporary = self.root / f".tmp-{final.name}"
         try:
@@ -205,6 +234,8 @@ class Store:
                 "files": entries,
             }
             manifest["sha256"] = _digest(manifest)
+            for tag in tags:
+                _write(temporary / f"{TAG_FILE}{tag}", b"")
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
             _sync_directory(temporary)
             temporary.rename(final)
@@ -212,10 +243,6 @@ class Store:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
-        try:
-            self.prune()
-        except OSError as error:  # the new one is durable: an old one too many is no failure
-            log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return Checkpoint(final, manifest)
 
     def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
@@ -231,32 +258,99 @@ class Store:
         return None
 
     def restore(self, name: str) -> Checkpoint:
-        """Make a copy of an older checkpoint the newest; nothing is rewound in place."""
+        """Make a copy of an older checkpoint the newest; nothing is rewound in place, and nothing is removed."""
         old = self.find(name)
         old.verify()
         info = {key: value for key, value in old.manifest.items() if key not in OWN}
-        return self.save(
-            {file: old.read(file) for file in old.manifest["files"]}, {**info, "restored_from": old.origin}
-        )
+        files = {file: partial(old.read, file) for file in old.manifest["files"]}
+        return self._save(files, {**info, "restored_from": old.origin}, old.num_bytes)
 
-    def prune(self, keep: int | None = None, hourly: int | None = None, *, dry_run: bool = False) -> list[Checkpoint]:
-        """Remove all but the newest `keep` and the newest of each of the last `hourly` hours; return what went."""
+    def prune(
+        self,
+        keep: int | None = None,
+        hourly: int | None = None,
+        task_ends: int | Literal["all"] | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> list[Checkpoint]:
+        """Remove the checkpoints that no rule keeps, and return them.
+
+        Kept are: the newest `keep`; of those before them the newest of each of the last `hourly` hours; the first one after
+        the end of each of the last `task_ends` tasks; and every one that has a tag. To the first two rules, one that repeats
+        the next newer one (see `_repeats`) is none of its own.
+        """
         keep, hourly = keep or self.keep, self.hourly if hourly is None else hourly
-        hours: dict[int, Checkpoint] = {}
+        task_ends = self.task_ends if task_ends is None else task_ends
         checkpoints = self.all()
-        for checkpoint in checkpoints[keep:]:
+        newer = [None, *checkpoints]
+        apart = [c for c, next_ in zip(checkpoints, newer, strict=False) if next_ is None or not _repeats(c, next_)]
+        hours: dict[int, Checkpoint] = {}
+        for checkpoint in apart[keep:]:
             hours.setdefault(int(checkpoint.created // 3600), checkpoint)
-        kept = {c.id for c in checkpoints[:keep]} | {c.id for c in list(hours.values())[:hourly] if hourly}
-        gone = [checkpoint for checkpoint in checkpoints if checkpoint.id not in kept]
+        ends = _after_task_ends(checkpoints)
+        kept = {c.id for c in [*apart[:keep], *list(hours.values())[:hourly]]}
+        kept |= {c.id for c in (ends if task_ends == "all" else ends[:task_ends])}
+        gone = [checkpoint for checkpoint in checkpoints if checkpoint.id not in kept and not checkpoint.tags]
         if not dry_run:
             for checkpoint in gone:
-                doomed = self.root / f".del-{checkpoint.id}"
-                try:
-                    checkpoint.path.rename(doomed)
-                except FileNotFoundError:  # another process was faster
-                    continue
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._remove(checkpoint)
         return gone
+
+    def tag(self, name: str, tag: str) -> Checkpoint:
+        """Give a checkpoint a name, so that retention keeps it; raises `StreamlearnError` where that cannot be."""
+        self.check_tag(tag)
+        found = self.find(name)
+        try:
+            _write(found.path / f"{TAG_FILE}{tag}", b"")
+            _sync_directory(found.path)
+        except OSError as error:
+            raise StreamlearnError.of_system(error, found.path) from error
+        return found
+
+    def check_tag(self, tag: str) -> None:
+        """Raise `StreamlearnError` where no checkpoint can be given this tag."""
+        if not TAG.fullmatch(tag):
+            raise StreamlearnError(
+                f"tag {tag!r:.80}: expected up to 64 letters, digits, dots, dashes and underscores, a letter or digit first; "
+                "not `latest`, a number alone, or what begins like an id",
+                code=2,
+            )
+        if holder := next((path for path in self.paths() if _has_tag(path, tag)), None):
+            raise StreamlearnError(
+                f"tag {tag}: {holder.name} has it; `streamlearn checkpoint untag {tag}` takes it off"
+            )
+
+    def untag(self, tag: str) -> str:
+        """Take a tag off its checkpoint and return that one's id: from now on retention may remove it."""
+        for path in self.paths():
+            if _has_tag(path, tag):
+                try:
+                    (path / f"{TAG_FILE}{tag}").unlink()
+                except OSError as error:
+                    raise StreamlearnError.of_system(error) from error
+                return path.name
+        known = ", ".join(tag for checkpoint in self.all() for tag in checkpoint.tags) or "none"
+        raise StreamlearnError(f"{self.root}: no checkpoint has the tag {tag!r:.80}; there are: {known}")
+
+    def remove(self, name: str) -> Checkpoint:
+        """Remove a checkpoint, whatever tags it has; raises `StreamlearnError` for the newest: a job goes on from it."""
+        found = self.find(name)
+        if found.path == self.paths()[0]:
+            raise StreamlearnError(f"{found.id} is the newest checkpoint: the job goes on from it, so it stays")
+        try:
+            self._remove(found)
+        except OSError as error:
+            raise StreamlearnError.of_system(error) from error
+        return found
+
+    def _remove(self, checkpoint: Checkpoint) -> None:
+        """Remove a directory, renamed first: a crash between the two leaves nothing that looks like a checkpoint."""
+        doomed = self.root / f".del-{checkpoint.id}"
+        try:
+            checkpoint.path.rename(doomed)
+        except FileNotFoundError:  # another process was faster
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _check_space(self, num_bytes: int) -> None:
         free = shutil.disk_usage(self.root).free
@@ -287,17 +381,56 @@ class Store:
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    @staticmethod
-    def _put(directory: Path, name: str, content: Content, parent: Checkpoint | None) -> dict[str, Any]:
+    def _put(self, directory: Path, name: str, content: Content, parent: Checkpoint | None) -> dict[str, Any]:
         if content is not None:
             content = content() if callable(content) else content
             _write(directory / name, content)
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if parent is None:
             raise OSError(errno.ENOENT, f"the checkpoint that holds {name} cannot be read")
-        os.link(parent.path / name, directory / name)
         entry: dict[str, Any] = parent.manifest["files"][name]
+        try:
+            os.link(parent.path / name, directory / name)
+        except OSError as error:  # for whatever reason: where the file cannot be copied either, the copy says why
+            _copy(parent.path / name, directory / name, entry["sha256"])
+            if not self.copies:
+                self.copies = True
+                log.warning(
+                    "%s: files cannot be linked here (%s): each checkpoint gets its own copies, and needs more room and time",
+                    self.root,
+                    error.strerror or error,
+                )
         return entry
+
+
+def _repeats(checkpoint: Checkpoint, newer: Checkpoint) -> bool:
+    """Tell whether a checkpoint adds nothing to the next newer one.
+
+    Either no step lies between the two, or it was saved while a task was ending, and the newer one holds the task's end.
+    """
+    old, new = checkpoint.manifest, newer.manifest
+    if old["step"] == new["step"]:
+        return True
+    return bool(old.get("ending")) and new.get("tasks_ended", 0) > old.get("tasks_ended", 0)
+
+
+def _after_task_ends(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return the first checkpoint after each end of a task, newest first, as `checkpoints` are.
+
+    Where an older state was restored and a task has ended again, only the later end counts.
+    """
+    found: dict[int, Checkpoint] = {}
+    before = 0
+    for checkpoint in reversed(checkpoints):
+        ended = checkpoint.manifest.get("tasks_ended", 0)
+        if ended > before:
+            found[ended] = checkpoint
+        before = ended
+    return sorted(found.values(), key=lambda checkpoint: checkpoint.sequence, reverse=True)
+
+
+def _has_tag(path: Path, tag: str) -> bool:
+    return TAG.fullmatch(tag) is not None and (path / f"{TAG_FILE}{tag}").is_file()
 
 
 def _check_format(path: Path) -> None:
@@ -361,18 +494,40 @@ def _content(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def _create(path: Path) -> int:
+    """Return a descriptor of a new file, for its owner alone."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _copy(source: Path, target: Path, sha256: str) -> None:
+    """Copy a file and return when it is on the disk; raises `OSError`, also where the file does not match its hash."""
+    found = hashlib.sha256()
+    origin = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(origin, "rb") as read, os.fdopen(_create(target), "wb") as file:
+        while piece := read.read(COPY_BYTES):
+            found.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    if found.hexdigest() != sha256:
+        raise OSError(errno.EIO, f"{source} does not match its hash")
+
+
 def _write(path: Path, content: bytes) -> None:
     """Write a new file and return when it is on the disk; an error of `fsync` is an error of the checkpoint."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
+    with os.fdopen(_create(path), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk; a file system that cannot sync directories says so by EINVAL or ENOTSUP."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
     finally:
         os.close(descriptor)

@@ -512,10 +512,13 @@ class Probes(Section):
 class Checkpoints(Section):
     """When the state is saved, besides at every task's end and at the stop."""
 
-    every_batches: Whole | None = Field(None, ge=1)
-    every_seconds: Seconds | None = 30.0
-    keep: Whole = Field(3, ge=1)
+    every_batches: Whole | None = Field(None, ge=1, description="batches between checkpoints; null: the clock alone")
+    every_seconds: Seconds | None = Field(30.0, description="seconds between checkpoints; null: the batches alone")
+    keep: Whole = Field(3, ge=1, description="newest checkpoints kept; several of the same step count as one")
     hourly: Whole = Field(24, ge=0, description="older checkpoints kept, one for each hour")
+    task_ends: Annotated[Whole, Field(ge=0)] | Literal["all"] = Field(
+        5, description="checkpoints kept of ends of tasks: of the last so many tasks, or of all"
+    )
 
 
 class Divergence(Section):

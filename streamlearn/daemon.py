@@ -128,7 +128,12 @@ class Desk:
         try:
             match request.name:
                 case "checkpoint":
-                    self._awaited.append((request, job.save(stream, "manual")))
+                    tag = request.arguments.get("tag")
+                    if tag is not None:
+                        job.store.check_tag(tag)
+                        if any(waiting.arguments.get("tag") == tag for waiting, _ in self._awaited):
+                            raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
+                    self._awaited.append((request, job.save(stream, "manual", tag)))
                     return
                 case "pause":
                     self.paused = True
@@ -186,8 +191,11 @@ class Desk:
         return answer
 
     def _command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        if arguments:
-            raise StreamlearnError(f"{name}: takes no arguments, got {', '.join(arguments)}", code=2)
+        accepted = {"tag": str} if name == "checkpoint" else {}
+        for key, value in arguments.items():
+            if not isinstance(value, accepted.get(key, ())):
+                what = "one argument, tag, a string" if accepted else "no arguments"
+                raise StreamlearnError(f"{name}: takes {what}, got {key}: {value!r:.80}", code=2)
         if name == "stop":
             self.stop()
             return {"state": self._state()}
@@ -262,9 +270,9 @@ def run(
         from streamlearn.job import Job
 
         metrics.record_state("restoring", ready=False)
-        job = Job.make(
-            config, Store(config.state_dir, keep=config.checkpoint.keep, hourly=config.checkpoint.hourly), metrics
-        )
+        spec = config.checkpoint
+        store = Store(config.state_dir, keep=spec.keep, hourly=spec.hourly, task_ends=spec.task_ends)
+        job = Job.make(config, store, metrics)
         job.restore()
         announce(job, cause)
         desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))

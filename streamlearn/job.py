@@ -25,7 +25,7 @@ from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from concurrent.futures import Future
 
     from streamlearn.checkpoint import Checkpoint, Content, Store
@@ -180,14 +180,17 @@ class Job:
         by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
-    def save(self, stream: Stream, trigger: str) -> Saving:
-        """Copy everything and have it written beside the loop, which pauses for the copy alone; `collect` sees it end."""
+    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
+        """Copy everything and have it written beside the loop, which pauses for the copy alone; `collect` sees it end.
+
+        A checkpoint with a tag is kept until somebody removes it.
+        """
         self.collect(stream, wait=True)  # one at a time: what never changes is linked from the one before
         begun = time.perf_counter()
         snapshot = self._snapshot()
         seconds = self.metrics.histograms["checkpoint_duration_seconds"]
         seconds.labels("snapshot").observe(time.perf_counter() - begun)
-        written = self._writer.submit(self._write, stream, snapshot)
+        written = self._writer.submit(self._write, stream, snapshot, [] if tag is None else [tag])
         self.saving = Saving(trigger, snapshot, written)
         return self.saving
 
@@ -217,11 +220,11 @@ class Job:
         extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
         log.info("saved %s", checkpoint.id, extra=extra)
 
-    def _write(self, stream: Stream, snapshot: Snapshot) -> tuple[Checkpoint, float]:
+    def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, float]:
         """Make a snapshot durable, in the writer's thread; return the checkpoint and the seconds that it took."""
         begun = time.perf_counter()
         stream.settle()  # the dead letters before these positions are acknowledged first
-        checkpoint = self.store.save(snapshot.files, snapshot.info, snapshot.num_bytes)
+        checkpoint = self.store.save(snapshot.files, snapshot.info, snapshot.num_bytes, tags)
         return checkpoint, time.perf_counter() - begun
 
     def restore(self) -> bool:
@@ -299,6 +302,8 @@ class Job:
         info = {
             "step": self.learner.step,
             "batches": self.learner.batches,
+            "tasks_ended": sum(task.state == "ended" for task in self.progress.tasks),
+            "ending": any(task.state != "ended" and task.ends is not None for task in self.progress.tasks),
             "average_accuracy": self.matrix.average_accuracy,
             "config_sha256": self.config.digest(),
             "shaping": self.config.shaping(),

@@ -82,7 +82,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("trained_task", "task"),
     ),
     "probe_accuracy_best_ratio": ("Best accuracy measured so far on the task's probe.", ("task",)),
-    "probe_loss": ("Mean cross-entropy on the task's probe, at the last evaluation, of the samples whose label competes.", ("task",)),
+    "probe_loss": (
+        "Mean cross-entropy on the task's probe, at the last evaluation, of the samples whose label competes.",
+        ("task",),
+    ),
     "probe_samples": ("Samples in the task's probe.", ("task",)),
     "probe_interval_batches": ("Batches from one evaluation to the next; each task's end has one of its own.", ()),
     "probe_last_success_timestamp_seconds": ("Unix time of the last complete evaluation.", ()),

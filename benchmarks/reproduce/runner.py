@@ -136,8 +136,8 @@ class Cell:
 class Unsaved(Job):
     """A job that writes no checkpoints: a cell that was cut off begins again."""
 
-    def save(self, stream: Stream, trigger: str) -> Saving:
-        del stream
+    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
+        del stream, tag
         return Saving(trigger, Snapshot({}, {}, 0, Positions(), 0, 0.0), Future(), collected=True)
 
 

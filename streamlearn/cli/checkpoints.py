@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,15 +11,22 @@ from streamlearn.cli.common import JsonOption, StateOption, find_state, megabyte
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client, is_locked
 
-app = typer.Typer(help="Create, list, show, verify, restore and prune checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Create, list, show, verify, tag, restore and remove checkpoints.", no_args_is_help=True)
 
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, its number, or `latest`.")]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, its number, a tag, or `latest`.")]
+TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A name of yours.")]
 
 
 @app.command()
-def create(state: StateOption = None, json_: JsonOption = False) -> None:
-    """Have the daemon save now; returns when the checkpoint is durable."""
-    found = Client(find_state(state), timeout=600).command("checkpoint")
+def create(
+    state: StateOption = None,
+    json_: JsonOption = False,
+    tag: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Keep it, under this name too, until it is removed or untagged.")
+    ] = None,
+) -> None:
+    """Have the daemon save now; returns when the checkpoint is durable. Without a tag, retention removes it in its turn."""
+    found = Client(find_state(state), timeout=600).command("checkpoint", **({} if tag is None else {"tag": tag}))
     if json_:
         print_json(found)
     else:
@@ -38,29 +45,31 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
         except StreamlearnError as error:
             print_error(f"{path.name}: {error}")
         else:
-            rows.append({**found.summary(), **{key: found.manifest.get(key) for key in ("average_accuracy", "parent")}})
+            more = {key: found.manifest.get(key) for key in ("average_accuracy", "parent")}
+            rows.append({**found.summary(), **more, "tags": found.tags})
     if json_:
         print_json(rows)
         return
-    typer.echo(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9}")
+    typer.echo(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9} {'TAGS'}")
     for row in rows:
         accuracy = percent(row["average_accuracy"])
-        typer.echo(
-            f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}"
-        )
+        line = f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}"
+        typer.echo(f"{line} {', '.join(row['tags'])}".rstrip())
 
 
 @app.command()
 def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOption = False) -> None:
     """Show a checkpoint: where the stream stood, what the accuracy was, and its files."""
     found = Store(find_state(state)).find(id_, "offsets.json")
-    tree = {**dict(found.manifest), "positions": found.read_json("offsets.json")}
+    tree = {**dict(found.manifest), "tags": found.tags, "positions": found.read_json("offsets.json")}
     if json_:
         print_json(tree)
         return
     for key in ("id", "parent", "created", "step", "batches", "version"):
         typer.echo(f"{key:<10} {tree[key]}")
     typer.echo(f"{'accuracy':<10} {percent(tree['average_accuracy'])}")
+    for tag in tree["tags"]:
+        typer.echo(f"{'tag':<10} {tag}")
     for topic, entry in tree["positions"]["topics"].items():
         for partition, position in entry["partitions"].items():
             typer.echo(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
@@ -103,7 +112,6 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
     Store(directory).find(id_)  # before the lock, which would make a directory that is not there
     with locked(directory):
         store = Store(directory)
-        store.keep = max(store.keep, len(store.all()) + 1)  # restoring removes nothing
         before = next(iter(store.all()), None)
         restored = store.restore(id_)
     typer.echo(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
@@ -117,12 +125,36 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
 
 
 @app.command()
+def tag(id_: IdArgument, tag: TagArgument, state: StateOption = None) -> None:
+    """Give a checkpoint a name: it is kept until it is removed or untagged, and every ID may be this name."""
+    typer.echo(f"{Store(find_state(state)).tag(id_, tag).id} has the tag {tag}")
+
+
+@app.command()
+def untag(tag: TagArgument, state: StateOption = None) -> None:
+    """Take a name off its checkpoint; retention removes that one in its turn."""
+    typer.echo(f"{Store(find_state(state)).untag(tag)} no longer has the tag {tag}")
+
+
+@app.command()
+def remove(id_: IdArgument, state: StateOption = None) -> None:
+    """Remove a checkpoint, whatever tags it has; never the newest."""
+    typer.echo(f"{Store(find_state(state)).remove(id_).id} removed")
+
+
+@app.command()
 def prune(
     state: StateOption = None,
     keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest to keep.")] = 3,
     hourly: Annotated[int, typer.Option(min=0, help="How many older ones to keep, one for each hour.")] = 24,
+    task_ends: Annotated[
+        str, typer.Option(metavar="N|all", help="Of how many tasks to keep the checkpoint of the end.")
+    ] = "5",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
-    """Remove old checkpoints; never the newest."""
-    for checkpoint in Store(find_state(state)).prune(keep_last, hourly, dry_run=dry_run):
+    """Remove old checkpoints; never the newest, and never one that has a tag."""
+    if task_ends != "all" and not (task_ends.isascii() and task_ends.isdigit()):
+        raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number, or all", code=2)
+    ends: int | Literal["all"] = "all" if task_ends == "all" else int(task_ends)
+    for checkpoint in Store(find_state(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
         typer.echo(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")

@@ -35,7 +35,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the configuration of a daemon that has ended, whose last two checkpoints are kept."""
     directory = tmp_path_factory.mktemp("daemon")
     strategy = {"generative": {"hidden": 16, "latent": 4}, "si": {}}
-    over = {"checkpoint": {"every_batches": None, "keep": 2, "hourly": 0}, "model": {"hidden": [16]}}
+    over = {"checkpoint": {"every_batches": None, "keep": 2, "hourly": 0, "task_ends": 0}, "model": {"hidden": [16]}}
     config = jobs.write_config(directory, strategy=strategy, **over)
     jobs.publish_embedded(directory / "topics.sqlite", 100)
     jobs.run_to_end(config)

@@ -194,6 +194,12 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
         assert cli("pause", "--state", state).stdout == "paused\n"
         created = cli("checkpoint", "create", "--state", state, "--json")
         checkpoint = json.loads(created.stdout)["id"]
+        tagged = cli("checkpoint", "create", "--state", state, "--tag", "before-deploy")
+        assert tagged.stdout.strip() > checkpoint
+        again = cli("checkpoint", "create", "--state", state, "--tag", "before-deploy")
+        assert (again.returncode, tagged.stdout.strip() in again.stderr) == (1, True)
+        assert "before-deploy" in cli("checkpoint", "list", "--state", state).stdout
+        checkpoint = cli("checkpoint", "create", "--state", state).stdout.strip()
         assert cli("checkpoint", "verify", "--state", state, checkpoint).stdout == f"{checkpoint}: sound\n"
         held = Client(state).get("/status")
         assert held["state"] == "paused"

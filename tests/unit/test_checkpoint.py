@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
+import stat
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -16,10 +19,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+STEPS = itertools.count(1)
+
+
 def save(store: Store, content: bytes = b"1", **files: bytes | None) -> Checkpoint:
-    """Save a small checkpoint."""
+    """Save a small checkpoint, a step after the one before it."""
     named = {f"{name}.safetensors": value for name, value in files.items()}
-    return store.save({"state.json": content, **named}, {"step": 1})
+    return store.save({"state.json": content, **named}, {"step": next(STEPS)})
+
+
+def at(store: Store, step: int, ended: int = 0, *, ending: bool = False, tags: tuple[str, ...] = ()) -> Checkpoint:
+    """Save a checkpoint of a step, after so many tasks have ended."""
+    info = {"step": step, "tasks_ended": ended, "ending": ending}
+    return store.save({"state.json": str(step).encode()}, info, tags=tags)
+
+
+def steps(store: Store) -> list[tuple[int, int]]:
+    """Return step and number of ended tasks of what is kept, oldest first."""
+    return [(c.manifest["step"], c.manifest["tasks_ended"]) for c in reversed(store.all())]
 
 
 def test_what_is_saved_is_found_and_sound(tmp_path: Path) -> None:
@@ -102,6 +119,82 @@ def test_what_never_changes_is_linked(tmp_path: Path) -> None:
     second.verify()
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EACCES])
+def test_what_cannot_be_linked_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """Where the file system has no hard links, each checkpoint has whole files of its own, and one line says so."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(tmp_path, keep=9)
+    content = os.urandom(3 << 20)  # more than is copied at once
+    first = save(store, b"1", memory=content)
+    second, third = save(store, b"2", memory=None), save(store, b"3", memory=None)
+    files = [c.path / "memory.safetensors" for c in (first, second, third)]
+    assert len({file.stat().st_ino for file in files}) == 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    third.verify()
+    assert third.read("memory.safetensors") == content
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 1
+    assert (
+        f"{store.root}: files cannot be linked here ({os.strerror(code)}): each checkpoint gets its own copies"
+        in lines[0]
+    )
+
+
+def test_a_damaged_file_is_not_copied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that does not match the hash fails the save with 74, and leaves nothing."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(tmp_path)
+    first = save(store, b"1", memory=b"x" * 100)
+    (first.path / "memory.safetensors").write_bytes(b"y" * 100)
+    with pytest.raises(StreamlearnError, match=r"memory\.safetensors does not match its hash") as caught:
+        save(store, b"2", memory=None)
+    assert caught.value.code == 74
+    assert [path.name for path in store.root.iterdir()] == [first.id]
+
+
+def test_room_is_kept_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files are copied, they count for the room that a checkpoint needs."""
+    store = Store(tmp_path)
+    save(store, b"1", memory=b"x" * 1000)
+    asked: list[int] = []
+    monkeypatch.setattr(store, "_check_space", asked.append)
+    save(store, b"2", memory=None)
+    store.copies = True
+    save(store, b"3", memory=None)
+    assert asked == [0, 1000]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_directory_that_cannot_be_synced_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Some file systems sync files alone; an error of another kind still fails the save."""
+    sync = os.fsync
+    answer = code
+
+    def refuse_directories(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answer, os.strerror(answer))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    store = Store(tmp_path)
+    save(store).verify()
+    answer = errno.EIO
+    with pytest.raises(StreamlearnError, match="Input/output error"):
+        save(store)
+
+
 def test_what_cannot_be_listed_or_linked_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save that cannot see the checkpoints before it fails with 74; one that cannot remove an old one does not."""
     store = Store(tmp_path, keep=1, hourly=0)
@@ -157,6 +250,74 @@ def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
     store.prune(3, 2)
     assert [c.sequence for c in store.all()] == [12, 11, 10, 9, 6]
     assert {c.sequence for c in gone} == {1, 2, 3, 4, 5, 7, 8}
+
+
+def test_checkpoints_of_one_step_count_as_one(tmp_path: Path) -> None:
+    """`keep` counts steps: what repeats the next newer one goes, and so does what was saved while a task was ending."""
+    store = Store(tmp_path, keep=3, hourly=0, task_ends=0)
+    at(store, 10)
+    at(store, 20)
+    at(store, 30)
+    at(store, 30, 1)
+    assert steps(store) == [(10, 0), (20, 0), (30, 1)]
+    at(store, 40, 1, ending=True)
+    assert steps(store) == [(20, 0), (30, 1), (40, 1)]
+    at(store, 50, 2)
+    assert steps(store) == [(20, 0), (30, 1), (50, 2)]
+
+
+def test_ends_of_tasks_are_kept(tmp_path: Path) -> None:
+    """The first checkpoint after each of the last `task_ends` ends stays, all of them where so chosen."""
+    for task_ends, kept in ((2, [3, 4]), ("all", [1, 2, 3, 4]), (0, [])):
+        store = Store(tmp_path / str(task_ends), keep=1, hourly=0, task_ends=task_ends)  # type: ignore[arg-type]
+        for task in range(1, 5):
+            for step in range(10):
+                at(store, 10 * task + step, task - 1)
+            at(store, 10 * task + 9, task)
+        at(store, 51, 4)
+        assert steps(store) == [*((10 * task + 9, task) for task in kept), (51, 4)]
+
+
+def test_a_task_that_ended_again_counts_once(tmp_path: Path) -> None:
+    """After a restore the later end of a task is the one that counts, and the restore itself removes nothing."""
+    store = Store(tmp_path, keep=1, hourly=0, task_ends=2)
+    for task in range(3):
+        at(store, 10 * task, task)
+    assert steps(store) == [(10, 1), (20, 2)]
+    store.restore("2")
+    assert steps(store) == [(10, 1), (20, 2), (10, 1)]
+    at(store, 15, 1)
+    at(store, 21, 2)
+    at(store, 25, 2)
+    assert steps(store) == [(10, 1), (21, 2), (25, 2)]
+
+
+def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
+    """A tag names a checkpoint and keeps it, whatever retention says, until it is taken off or the checkpoint removed."""
+    store = Store(tmp_path, keep=1, hourly=0, task_ends=0)
+    first = at(store, 1, tags=("before-deploy",))
+    second = at(store, 2)
+    assert (store.tag("latest", "v2").id, second.tags) == (second.id, ["v2"])
+    for step in range(3, 6):
+        at(store, step)
+    assert steps(store) == [(1, 0), (2, 0), (5, 0)]
+    assert (store.find("before-deploy").id, store.find("v2").id, first.tags) == (first.id, second.id, ["before-deploy"])
+    store.find("v2").verify()
+    with pytest.raises(StreamlearnError, match=f"tag v2: {second.id} has it"):
+        store.tag("1", "v2")
+    assert store.untag("before-deploy") == first.id
+    at(store, 6)
+    assert steps(store) == [(2, 0), (6, 0)]
+    store.remove("v2")
+    assert steps(store) == [(6, 0)]
+    with pytest.raises(StreamlearnError, match="is the newest checkpoint"):
+        store.remove("latest")
+    with pytest.raises(StreamlearnError, match="no checkpoint has the tag 'v2'; there are: none"):
+        store.untag("v2")
+    for tag in ("latest", "7", "ckpt-1", "../x", "", ".x", "a/b", "a" * 65, "x\n"):
+        with pytest.raises(StreamlearnError, match="expected up to 64 letters") as caught:
+            store.tag("latest", tag)
+        assert caught.value.code == 2
 
 
 def test_restore_makes_a_new_generation(tmp_path: Path) -> None:

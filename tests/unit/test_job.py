@@ -104,6 +104,7 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
     """The first rollback is to the newest checkpoint, the second to the one before it, each at a slower rate."""
     job, stream = made(tmp_path)
     for _ in range(2):
+        job.learner.step += 1
         job.save(stream, "manual")
         job.collect(stream, wait=True)
     rate, gone_to = job.learner.optimizer.lr, []
