@@ -38,7 +38,7 @@ class Vocabulary:
         self._apart = {word: -1 - place for place, word in enumerate(probe_words)}
 
     def set_apart(self, rows: Rows) -> list[str]:
-        """Give numbers apart from the ids to a held-out text's unknown words, while there is room for ids; return the new ones."""
+        """Give the unknown words of a held-out text numbers of their own, while ids have room; return the new ones."""
         new: list[str] = []
         for word in (word for row in rows for word in row if len(word) <= MAX_LETTERS):
             room = len(self._ids) < self.size and len(self._apart) < self.size
