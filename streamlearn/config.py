@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from streamlearn.data import TOPIC_NAME, StreamlearnError
+from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -68,12 +68,19 @@ def _topic(value: str) -> str:
     return value
 
 
+def _label(value: str) -> str:
+    """Refuse what no record may have for a label."""
+    if len(value.encode(errors="surrogatepass")) > MAX_LABEL_BYTES:
+        raise PydanticCustomError("label", "a label has at most {n} bytes", {"n": MAX_LABEL_BYTES})
+    return value
+
+
 # Bounds of numbers are far beyond what is useful, and within what torch, clocks and memory can bear.
 Int = Annotated[int, Strict()]  # or true would be 1
 Whole = Annotated[Int, Field(le=(1 << 31) - 1)]
 NumBytes = Annotated[Int, Field(ge=1, le=1 << 53)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
-Label = Int | str
+Label = Int | Annotated[str, AfterValidator(_label)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Width = Annotated[Int, Field(ge=1, le=1 << 20)]  # of a layer
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -24,6 +24,9 @@ TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
 """How a consumed sample can end; until then it is queued. Their sum is the number consumed."""
 
+MAX_LABEL_BYTES = 256
+"""The longest label that is accepted: labels stand in every checkpoint, every status and every page."""
+
 REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
 """Why a sample can be rejected: a closed set, so that it can be a metric's label."""
 

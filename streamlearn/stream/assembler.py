@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions, Rejected
+from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions, Rejected, StreamlearnError
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
 from streamlearn.stream.text import Vocabulary
@@ -112,6 +112,8 @@ class Assembler:
         expected = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
         chunk = None if record.header(CONTROL) == TASK_END else self.rules.codec.decode(record)
         skip = expected.skip if record.offset == expected.offset else 0
+        if chunk is not None and skip >= max(1, len(chunk)):
+            raise _cut_otherwise(record, skip, chunk)
         learns = chunk is not None and record.offset >= expected.offset and not self._is_late(record)
         codes, outputs = self._sort(record, chunk, skip) if chunk is not None and learns else (None, None)
         # nothing above changes what was counted: a dead letter that cannot be sent leaves the record unread
@@ -355,3 +357,13 @@ class Assembler:
         self.queued = 0
         self._pending, self._found, self._newest = _Pending(), Found(), None
         return delivery
+
+
+def _cut_otherwise(record: Record, skip: int, chunk: Chunk) -> StreamlearnError:
+    """Return the refusal to go on in a record of which samples are done, and which has no further one any more."""
+    why = f" ({chunk.bad[0].reason}: {chunk.bad[0]})" if 0 in chunk.bad else ""
+    where = f"{record.topic}[{record.partition}] offset {record.offset}"
+    text = f"{where}: {skip} samples of this record were done before, and now it is read as {len(chunk)}{why}"
+    return StreamlearnError(
+        f"{text}; go back to the configuration that read it, stream.max_record_bytes above all", code=78
+    )

@@ -10,6 +10,7 @@ All may name their "task", which must then be the topic's. Binary data is little
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 import orjson
 
 from streamlearn.config import TextInput
-from streamlearn.data import Rejected
+from streamlearn.data import MAX_LABEL_BYTES, Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse
 
@@ -36,6 +37,8 @@ CONTENT_TYPES = {
     b"application/vnd.streamlearn.batch": "batch",
 }
 TYPE_OF = {codec: content_type for content_type, codec in CONTENT_TYPES.items()}
+NOT_FINITE = (b"NaN", b"Infinity")  # what many writers put where JSON has no number
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass
@@ -113,6 +116,8 @@ class Codec:
             raise Rejected("missing_label", "no label: expected a field answer")
         if type(answer) is not str:
             raise Rejected("schema", f"answer is {answer!r:.80}; expected a string")
+        if (wrong := _wrong_label("answer", answer)) is not None:
+            raise wrong
         _check_task(tree, record)
         return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words)})
 
@@ -126,7 +131,7 @@ class Codec:
         if codec is None:
             raise Rejected("decode", f"content type {content_type!r:.80}; expected {', '.join(TYPE_OF)}")
         try:
-            tree = orjson.loads(record.value) if codec == "json" else msgpack.unpackb(record.value, strict_map_key=True)
+            tree = _json(record.value) if codec == "json" else msgpack.unpackb(record.value, strict_map_key=True)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise Rejected("decode", f"not {codec}: {error!s:.160}") from error
         if not isinstance(tree, dict):
@@ -185,11 +190,19 @@ class Codec:
             finite = np.isfinite(chunk.x).reshape(len(chunk), -1).all(axis=1)
             for index in np.flatnonzero(~finite).tolist():
                 chunk.bad[index] = Rejected("nonfinite", "x holds a value that is not finite")
+        if self.dtype == np.float64:  # models compute in float32, where it would be infinite
+            far = (np.abs(chunk.x) > FLOAT32_MAX).reshape(len(chunk), -1).any(axis=1)
+            for index in np.flatnonzero(far & finite).tolist():
+                chunk.bad[index] = Rejected(
+                    "nonfinite", f"x holds a value beyond float32: expected {FLOAT32_MAX:.3g} at most"
+                )
         for index, label in enumerate(chunk.y):
             if label is None:
                 chunk.bad[index] = Rejected("missing_label", "no label")
             elif type(label) is not int and type(label) is not str:
                 chunk.bad[index] = Rejected("schema", f"y is {label!r:.80}; expected an integer or a string")
+            elif (wrong := _wrong_label("y", label)) is not None:
+                chunk.bad[index] = wrong
 
 
 def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
@@ -234,6 +247,34 @@ def encode_text(codec: str, text: Mapping[str, Any], answer: Label) -> bytes:
 def _check_task(tree: dict[str, Any], record: Record) -> None:
     if tree.get("task", record.topic) != record.topic:
         raise Rejected("unknown_task", f"task is {tree['task']!r:.80}; expected {record.topic!r}, the topic's")
+
+
+def _json(value: bytes) -> Any:
+    """Return what JSON holds; numbers that are not finite are read as well, so that they are rejected for what they are."""
+    try:
+        return orjson.loads(value)
+    except ValueError:
+        if not any(word in value for word in NOT_FINITE):
+            raise
+        met: set[str] = set()
+
+        def number(word: str) -> float:
+            met.add(word)
+            return math.nan
+
+        tree = json.loads(value, parse_constant=number)
+        if not met:  # something else is wrong, and Python's reader is only more lenient
+            raise
+        return tree
+
+
+def _wrong_label(name: str, label: Label) -> Rejected | None:
+    """Return why a label is not accepted, or None."""
+    if isinstance(label, int) or (size := len(label.encode(errors="surrogatepass"))) <= MAX_LABEL_BYTES:
+        return None
+    return Rejected(
+        "schema", f"{name} is a string of {size} bytes, {label[:20]!r}...; expected {MAX_LABEL_BYTES} at most"
+    )
 
 
 def _is_count(value: Any) -> bool:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from streamlearn.config import TextInput
 from streamlearn.data import REASONS
-from streamlearn.stream.codec import TYPE_OF, Codec, cut_batch, encode
+from streamlearn.stream.codec import TYPE_OF, Codec, cut_batch, encode, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, Record
 
@@ -132,3 +133,46 @@ def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObje
     chunk = Codec([3], "float32", "batch", 1 << 20).decode(record(value))
     assert chunk.x.tobytes() == x[chosen].tobytes()
     assert chunk.y == [y[place] for place in chosen]
+
+
+def test_a_value_beyond_float32_rejects_its_sample() -> None:
+    """Models compute in float32: what only float64 can hold costs its own sample, and no batch."""
+    codec = Codec([2], "float64", "json", 1 << 20)
+    x = np.array([[1.0, 2.0], [1e39, 0.0], [0.0, -1e300], [3.4e38, -3.4e38], [np.inf, 1e39]])
+    chunk = codec.decode(record(encode("batch", x, [0, 1, 2, 3, 4]), "batch"))
+    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == dict.fromkeys((1, 2, 4), "nonfinite")
+    assert "beyond float32" in str(chunk.bad[1])
+    assert "not finite" in str(chunk.bad[4])
+    assert codec.decode(record(b'{"x": [1e39, 0], "y": 1}')).bad[0].reason == "nonfinite"
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_json_number_that_is_not_finite_is_called_so(word: str) -> None:
+    """JSON has no such number, but many writers have: the reason says what is wrong with the sample."""
+    codec = Codec([2], "float32", "json", 1 << 20)
+    told = {
+        '{"x": [%s, 1], "y": 1}': "nonfinite",
+        '{"x": [0, 1], "y": %s}': "schema",
+        '{"x": [0, %s]}': "missing_label",
+        '{"x": [0, 1], "y": "%s"': "decode",
+        '{"x": [0, 1,], "y": "%s"}': "decode",
+        '{"x": [0, %s], "y": 1': "decode",
+        "%s": "schema",
+    }
+    found = {text: codec.decode(record((text % word).encode())).bad[0].reason for text in told}
+    assert found == told
+
+
+def test_a_label_is_of_256_bytes_at_most() -> None:
+    """Labels stand in every checkpoint and every page, so a longer one rejects its sample, in any codec and as an answer."""
+    codec = Codec([1], "float32", "json", 1 << 20)
+    fits, long = "\u00e9" * 128, "\u00e9" * 128 + "a"
+    x = np.zeros((3, 1), np.float32)
+    chunk = codec.decode(record(encode("batch", x, [fits, long, "a"]), "batch"))
+    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == {1: "schema"}
+    assert "a string of 257 bytes" in str(chunk.bad[1])
+    assert codec.decode(record(encode("json", x[0], long), "json")).bad[0].reason == "schema"
+    told = Codec([3, 4], "int32", "json", 1 << 20, TextInput(kind="text", sentences=2, words=4, vocabulary=9))
+    for answer, bad in ((fits, False), (long, True)):
+        value = encode_text("json", {"story": [], "question": "who"}, answer)
+        assert bool(told.decode(record(value)).bad) == bad

@@ -1,0 +1,67 @@
+"""The assembler: what it makes of records alone, without a log."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from streamlearn.data import Delivery, Progress, StreamlearnError, Task
+from streamlearn.scenario import Scenario
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import TYPE_OF, Codec, encode
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.memory import MemoryStore
+
+BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+
+
+def made(progress: Progress | None = None, *, max_record_bytes: int = 1 << 20, classes: Any = 10) -> Assembler:
+    """Return an assembler that stands in task a, or where progress stands."""
+    store = MemoryStore()
+    letters = DeadLetters(store, "dlq")
+    letters.prepare()
+    codec = Codec([1], "float32", "json", max_record_bytes)
+    assembler = Assembler(
+        Rules(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6), progress or Progress()
+    )
+    if progress is None:
+        assembler.begin(Task(0, "a"))
+    return assembler
+
+
+def batch_record(count: int, offset: int = 0) -> Record:
+    """Return a batch record of so many samples."""
+    value = encode("batch", np.arange(count, dtype=np.float32)[:, None], [0] * count)
+    return Record("a", 0, offset, 0.0, None, value, BATCH)
+
+
+def applied(deliveries: list[Delivery]) -> Progress:
+    """Return what a checkpoint holds after these deliveries, through JSON."""
+    progress = Progress(tasks=[Task(0, "a")])
+    for delivery in deliveries:
+        progress.meet(delivery.found)
+        progress.apply(delivery, "trained")
+    return Progress.from_json(json.loads(json.dumps(progress.to_json())), progress.positions)
+
+
+def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
+    """A stop inside a record, and then a lower bound on its bytes: its other samples may not vanish, so reading ends (78)."""
+    stands = applied(list(made().feed(batch_record(10))))
+    assert stands.positions.at["a", 0].skip == 6
+    again = made(stands, max_record_bytes=20)
+    with pytest.raises(
+        StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it is read as 1 .*max_record_bytes"
+    ) as told:
+        list(again.feed(batch_record(10)))
+    assert told.value.code == 78
+    assert not again.undelivered
+    going_on = made(stands)
+    assert list(going_on.feed(batch_record(10))) == []
+    [delivery] = going_on.feed(batch_record(2, 1))
+    assert delivery.batch is not None
+    assert delivery.batch.x[:, 0].tolist() == [6, 7, 8, 9, 0, 1]
