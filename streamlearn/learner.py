@@ -56,7 +56,7 @@ class LearnStats:
     applied: int  # of them, those whose gradient was finite
     clipped: int
     loss: float | None  # mean over the applied updates
-    accuracy: float  # before the first update: test, then train
+    accuracy: float  # of the model that probes see, before the first update: test, then train
     gradient_norm: float  # of the last update
 
     @property
@@ -113,7 +113,6 @@ class Learner:
         self.layer_draws = LayerDraws(world.seed, world.device)
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
-        self._hits = torch.zeros((), device=world.device)  # right answers before the first update
 
     # -- learning
 
@@ -121,13 +120,11 @@ class Learner:
         """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
         there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
         self._noted, self._clipped = [], []
+        hits = self._count_hits(there)
         with self.layer_draws.taken():
-            if self.distort is not None:  # test before training on the samples as they are
-                with torch.no_grad():
-                    self._hits = self._count_hits(self.strategy.network.forward(there.x, there.task), there)
-            for number in range(self.spec.updates_per_batch):
-                self.update(there, first=number == 0)
-        stats = self._read_stats(batch)
+            for _ in range(self.spec.updates_per_batch):
+                self.update(there)
+        stats = self._read_stats(batch, hits)
         if self.cursor is not None:
             self.cursor += 1
         elif stats.outcome == "trained":
@@ -135,7 +132,7 @@ class Learner:
         self.batches += 1
         return stats
 
-    def update(self, batch: Batch, *, first: bool = True) -> None:
+    def update(self, batch: Batch) -> None:
         """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
         s = self.strategy
         mixed = batch.join(s.replay.sample(batch), s.replay.share)
@@ -156,8 +153,6 @@ class Learner:
         s.replay.observe(mixed, finite)  # a generator learns too
         self._update_average(finite)
         self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
-        if first and self.distort is None:
-            self._hits = self._count_hits(logits, batch)
         for param in self.params:
             param.grad = None
         self.step += 1
@@ -400,19 +395,23 @@ class Learner:
             mean.copy_(value)
 
     @torch.no_grad()
-    def _count_hits(self, logits: Tensor, batch: Batch) -> Tensor:
-        masked = logits[: len(batch)].masked_fill(self._forbidden(batch.task), -torch.inf)
+    def _count_hits(self, batch: Batch) -> Tensor:
+        """Return how many samples of a scaled batch are answered rightly by the model that probes see; waits for nothing."""
+        network = self.averaged
+        with evaluating(network.module), self.layer_draws.taken(keep=False):
+            logits = network.forward(batch.x, batch.task)
+        masked = logits.masked_fill(self._forbidden(batch.task), -torch.inf)
         return (masked.argmax(1) == batch.y).sum()
 
-    def _read_stats(self, batch: Batch) -> LearnStats:
+    def _read_stats(self, batch: Batch, hits: Tensor) -> LearnStats:
         """Wait for the device, once a batch."""
         losses, norms, finite = (torch.stack(noted) for noted in zip(*self._noted, strict=True))
         applied = int(finite.sum())
         loss = float(losses[finite].mean()) if applied else None
         clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
         steps = self.spec.updates_per_batch
-        hits = int(self._hits)
-        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, hits / len(batch), float(norms[-1]))
+        accuracy = int(hits) / len(batch)
+        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, accuracy, float(norms[-1]))
 
     def _closing(self, part: Part) -> Closing:
         x, y = self.reservoir.x, self.reservoir.y

@@ -57,7 +57,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "broker_last_contact_timestamp_seconds": ("Unix time of the log's last answer.", ()),
     "train_loss": ("Training loss of the current task, exponentially smoothed over batches.", ("task",)),
     "train_prequential_accuracy_ratio": (
-        "Accuracy on each batch before it is learned, exponentially smoothed over batches.",
+        "Accuracy of the model that probes see on each batch before it is learned, exponentially smoothed over batches.",
         ("task",),
     ),
     "train_gradient_norm": (

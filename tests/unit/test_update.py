@@ -1,0 +1,81 @@
+"""The update: what a batch may move and how far, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from streamlearn import configfile
+from streamlearn.data import Batch, Task
+from streamlearn.learner import Learner, make_learner
+from streamlearn.scenario import Scenario
+from streamlearn.strategies.recipes import RECIPES
+from tests.support import jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("daemon_mode")
+
+BATCH = 20
+
+
+def dropping(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Return a model most of whose inputs are dropped while it learns."""
+    layers: dict[str, nn.Module] = {"drop": nn.Dropout(0.8), "head": nn.Linear(input_shape[0], num_outputs)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model
+
+
+def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **over: Any) -> Learner:
+    """Return a learner of four numbers whose largest one's place is the class; the first task has begun."""
+    tree: dict[str, Any] = {
+        "device": jobs.DEVICE,
+        "input": {"shape": [4]},
+        "classes": 4,
+        "stream": {"topics": [f"t{number}" for number in range(len(tasks))], "batch_size": BATCH},
+        "model": {} if "model" in over else {"hidden": [16]},
+        "strategy": "naive",
+    }
+    path = directory / "job.yaml"
+    path.write_text(configfile.dump(jobs.merged(tree, over)))
+    config = configfile.load(path, RECIPES, {})
+    learner = make_learner(config, Scenario.from_config(config))
+    begin(learner, tasks[:1])
+    return learner
+
+
+def begin(learner: Learner, tasks: Sequence[Sequence[int]]) -> None:
+    """Begin the last of these tasks."""
+    described = [Task(number, f"t{number}", labels=list(labels)) for number, labels in enumerate(tasks)]
+    learner.begin_task(described[-1])
+    learner.activate(described, [label for labels in tasks for label in labels])
+
+
+def batch(number: int, size: int = BATCH, *, classes: Sequence[int] = (0, 1, 2, 3), task: int = 0) -> Batch:
+    """Return samples of these classes."""
+    generator = torch.Generator().manual_seed(number)
+    y = torch.tensor(classes)[torch.randint(len(classes), (size,), generator=generator)]
+    x = torch.rand(size, 4, generator=generator)
+    x[torch.arange(size), y] += 1.0
+    return Batch(x, y, torch.full((size,), task))
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_accuracy_before_learning_is_that_of_what_probes_see(tmp_path: Path, average: float | None) -> None:
+    """Layers drop nothing while a batch is answered, and the averaged weights answer where there are some."""
+    learner = begun(
+        tmp_path,
+        model={"name": "tests.unit.test_update:dropping"},
+        learner={"updates_per_batch": 5, "average": average},
+    )
+    for number in range(60):
+        new = batch(number)
+        expected, _ = learner.evaluate(new.x, new.y, 0)
+        assert learner.learn(new).accuracy == pytest.approx(expected)
