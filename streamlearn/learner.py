@@ -107,7 +107,7 @@ class Learner:
         self.task_start = clones(self.params)  # the same
         self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
         self.forbidden = ~self.allowed
-        self.outputs: list[list[int]] = []  # met in each task
+        self.classes: list[dict[int, Label]] = []  # the outputs met in each task, with their labels
         self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
         self.layer_draws = LayerDraws(world.seed, world.device)
@@ -230,8 +230,8 @@ class Learner:
         masks = [self.scenario.mask(task, labels) for task in tasks]
         self.allowed = torch.tensor(masks, dtype=torch.bool, device=self.world.device).reshape(len(tasks), size)
         self.forbidden = ~self.allowed
-        found = [[self.scenario.output(label, task.name, labels) for label in task.labels] for task in tasks]
-        self.outputs = [[output for output in row if output is not None] for row in found]
+        found = [{self.scenario.output(label, task.name, labels): label for label in task.labels} for task in tasks]
+        self.classes = [{output: label for output, label in row.items() if output is not None} for row in found]
 
     def refine(self) -> Iterator[Delivery]:
         """Yield the rest of a task after its last record: `refine_epochs` passes over the reservoir, then its end.
@@ -421,8 +421,9 @@ class Learner:
                 order = order[place_in_class(y[order]).argsort(stable=True)]
             x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
         return Closing(
-            self.task, x, y, self.params, self.strategy.network.module, self.allowed, self.outputs, self._draws
-        )
+            self.task, x, y, self.params, self.strategy.network.module, self.allowed,
+            [list(row) for row in self.classes], self._draws, self.classes,
+        )  # fmt: skip
 
     def _trained(self) -> tuple[list[str], list[Tensor]]:
         trained = self.strategy.network.trained()

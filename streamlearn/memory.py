@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import Label, StreamlearnError
 from streamlearn.tensors import seeded
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 State = dict[str, Any]
 Slot = dict[str, Tensor]  # values of stored samples, each [n, ...]
+Classes = Sequence[Mapping[int, Label]]  # of each task: the label of each output
 
 ALL = -1
 """A number of samples that stands for every one."""
@@ -170,9 +169,9 @@ class Reservoir:
 class EpisodicMemory:
     """Samples of past tasks, at most `budget` in all (or `ALL`) and `max_bytes`; drawn by index, at a cost that does not grow.
 
-    `balanced` shares the budget equally over the classes of all tasks (a class is an output of a task), at most `per_class`
-    each; otherwise the tasks share it, and within a task every sample is as likely to be kept. Where one has fewer than its
-    share, the others have more.
+    `balanced` shares the budget equally over the classes (a class is a label, in however many tasks it came), at most
+    `per_class` each, and a class's part over its tasks; otherwise the tasks share it, and within a task every sample is as
+    likely to be kept. Where one has fewer than its share, the others have more.
     """
 
     def __init__(
@@ -196,11 +195,12 @@ class EpisodicMemory:
         """Bytes of the stored samples."""
         return sum(num_bytes_of(slot) for slot in self.slots.values())
 
-    def store(self, task: int, x: Tensor, y: Tensor, **more: Tensor) -> None:
+    def store(self, task: int, x: Tensor, y: Tensor, classes: Classes = (), **more: Tensor) -> None:
         """Keep a finished task's samples in random order, and cut every slot to its new share.
 
-        `x [n, ...]`, `y [n]`, and more values for each sample, `[n, ...]`, all on the host. Raises `StreamlearnError` when
-        `ALL` samples no longer fit `max_bytes`.
+        `x [n, ...]`, `y [n]`, and more values for each sample, `[n, ...]`, all on the host. `classes` gives the label of
+        each output of each task; without it an output is a class. Raises `StreamlearnError` when `ALL` samples no longer
+        fit `max_bytes`.
         """
         if not len(y):
             return
@@ -213,7 +213,7 @@ class EpisodicMemory:
                     f"memory.max_bytes: {self.max_bytes} bytes hold {affordable} samples; the strategy has {len(self)} to keep"
                 )
         else:
-            self._share(min(self.budget, affordable))
+            self._share(min(self.budget, affordable), classes)
         self._gather()
 
     def draw(self, count: int) -> Slot:
@@ -250,22 +250,29 @@ class EpisodicMemory:
         self._generator.set_state(state["generator"])
         self._gather()
 
-    def _share(self, room: int) -> None:
-        """Cut every slot, or class of one, to the same share of `room` samples: the first of its random order.
+    def _share(self, room: int, classes: Classes) -> None:
+        """Cut every slot to its share of `room` samples: the first of its random order.
 
-        What a small one leaves goes to the others; where there is not one sample for each, the newest have one.
+        Balanced, the classes share the room equally, and the tasks in which a class came share its part; else the tasks
+        share the room. What a small one leaves goes to the others; where there is not one sample for each, the newest
+        have one.
         """
-        groups = {
-            (task, label): (slot["y"] == label) if self.balanced else torch.ones(len(slot["y"]), dtype=torch.bool)
-            for task, slot in sorted(self.slots.items())
-            for label in (slot["y"].unique().tolist() if self.balanced else [0])
-        }
-        share = fair_share([min(int(rows.sum()), self.per_class or room) for rows in groups.values()], room)
-        share = min(share, self.per_class or room)
+        groups: dict[Label, dict[tuple[int, int], Tensor]] = {}  # of a class, or a task: its rows in each task's slot
+        for task, slot in sorted(self.slots.items()):
+            for output in slot["y"].unique().tolist() if self.balanced else [0]:
+                rows = slot["y"] == output if self.balanced else torch.ones(len(slot["y"]), dtype=torch.bool)
+                name = (classes[task].get(output, output) if classes else output) if self.balanced else task
+                # what came in a newer task goes behind: the oldest are the first to have none
+                groups[name] = {**groups.pop(name, {}), (task, output): rows}
+        most = self.per_class or room
+        sizes = {name: {place: int(rows.sum()) for place, rows in group.items()} for name, group in groups.items()}
+        share = min(fair_share([min(sum(size.values()), most) for size in sizes.values()], room), most)
         poor = list(groups)[: len(groups) - room] if share == 0 else []
         kept = {task: torch.zeros(len(slot["y"]), dtype=torch.bool) for task, slot in self.slots.items()}
-        for (task, label), rows in groups.items():
-            kept[task] |= rows & (rows.cumsum(0) <= (0 if (task, label) in poor else max(share, 1)))
+        for name, group in groups.items():
+            quotas = split_fairly(sizes[name], 0 if name in poor else max(share, 1))
+            for (task, output), rows in group.items():
+                kept[task] |= rows & (rows.cumsum(0) <= quotas[task, output])
         self._cut(kept)
 
     def _cut(self, kept: dict[int, Tensor]) -> None:
@@ -310,3 +317,15 @@ def fair_share(sizes: Sequence[int], room: int) -> int:
             return share
         room -= size
     return max(sizes, default=0)
+
+
+def split_fairly(sizes: Mapping[tuple[int, int], int], room: int) -> dict[tuple[int, int], int]:
+    """Return how many each may keep, at most `room` in all and as equal as they can be; the last have what is left over."""
+    share = fair_share(list(sizes.values()), room)
+    parts = {key: min(size, share) for key, size in sizes.items()}
+    left = room - sum(parts.values())
+    for key in reversed(list(sizes)):
+        if left > 0 and parts[key] < sizes[key]:
+            parts[key] += 1
+            left -= 1
+    return parts

@@ -67,6 +67,14 @@ class Scholar:
     teacher: Teacher
     normals: tuple[Tensor, Tensor] | None
     pairs: Tensor  # [P, 2]: (task, output) of everything it can replay, on the host
+    classes: Tensor  # [P]: the number of its class; one that came in several tasks has as many pairs
+
+    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return the numbers of `count` pairs, drawn so that every class is as likely, in however many tasks it came."""
+        tasks = self.classes.bincount()[self.classes]
+        if bool((tasks == tasks[0]).all()):
+            return torch.randint(len(self.pairs), (count,), generator=generator)
+        return torch.multinomial(1 / tasks.double(), count, replacement=True, generator=generator)
 
 
 class GenerativeReplay(Replay):
@@ -120,7 +128,7 @@ class GenerativeReplay(Replay):
             return None
         count = max(1, round(targets.ratio * len(batch)))
         self.share = self.shares.of_the_past
-        chosen = torch.randint(len(scholar.pairs), (count,), generator=self._choice)
+        chosen = scholar.choose(count, self._choice)
         task = scholar.pairs[chosen, 0]
         y = scholar.pairs[chosen, 1].to(self.world.device, non_blocking=True)
         z = torch.randn(count, self.spec.latent, generator=self._noise, device=self.world.device)
@@ -179,11 +187,14 @@ class GenerativeReplay(Replay):
         generator = self._build(self.num_outputs)
         copy_into(list(generator.parameters()), self._params)
         pairs = [(task, y) for task, outputs in enumerate(closing.outputs) for y in outputs]
+        labels = [closing.classes[task][y] if closing.classes else y for task, y in pairs]
+        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         self.scholar = Scholar(
             generator.requires_grad_(requires_grad=False).eval(),
             Teacher.of(self.world, closing),
             self.moments.normals() if self.moments is not None else None,
             torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+            torch.tensor([numbers[label] for label in labels], dtype=torch.int64),
         )
         self.shares.end_task(closing.task)
         self.steps = 0
@@ -219,6 +230,7 @@ class GenerativeReplay(Replay):
                 "generator": dict(scholar.generator.state_dict()),
                 "teacher": scholar.teacher.state_dict(),
                 "pairs": scholar.pairs,
+                "classes": scholar.classes,
             }
             if scholar.normals is not None:
                 state["scholar"] |= {"mean": scholar.normals[0], "root": scholar.normals[1]}
@@ -247,6 +259,7 @@ class GenerativeReplay(Replay):
                 Teacher.from_state(self.world, frozen["teacher"]),
                 normals,
                 frozen["pairs"],
+                frozen.get("classes", torch.arange(len(frozen["pairs"]))),  # of an earlier version: all alike
             )
 
 

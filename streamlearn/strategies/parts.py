@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from streamlearn.data import Batch
+    from streamlearn.data import Batch, Label
 
 State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can hold
 GradientOf = Callable[["Batch"], list[Tensor]]
@@ -51,6 +51,7 @@ class Closing:
     allowed: Tensor  # [T, C]: which outputs compete in each task
     outputs: Sequence[Sequence[int]]  # the outputs met in each task so far
     generator: torch.Generator  # for draws that belong to the task's end
+    classes: Sequence[Mapping[int, Label]] = ()  # the label of each of these outputs; empty: an output is a class
 
 
 class Part:

@@ -53,7 +53,7 @@ class AverageProjection(Constraint):
         self._projected += (along < 0) & (square > self.epsilon)
 
     def end_task(self, closing: Closing) -> None:
-        self.memory.store(closing.task, closing.x, closing.y)
+        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
 
     def state_dict(self) -> State:
         return {**self.memory.state_dict(), "projected": int(self._projected)}
@@ -101,7 +101,7 @@ class EpisodicProjection(Constraint):
             grad.add_(part.reshape(grad.shape).to(grad.dtype))
 
     def end_task(self, closing: Closing) -> None:
-        self.memory.store(closing.task, closing.x, closing.y)
+        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
 
     def state_dict(self) -> State:
         return {**self.memory.state_dict(), "projected": self.projected, "failed": self.failed}

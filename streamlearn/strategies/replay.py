@@ -61,7 +61,7 @@ class EpisodicReplay(Replay):
 
     def end_task(self, closing: Closing) -> None:
         self.shares.end_task(closing.task)
-        self.memory.store(closing.task, closing.x, closing.y)
+        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
 
     def state_dict(self) -> State:
         return {**self.memory.state_dict(), "shares": self.shares.state_dict()}
@@ -107,7 +107,7 @@ class DarkReplay(EpisodicReplay):
                 if len(x)
             ]
         if parts:
-            self.memory.store(closing.task, closing.x, closing.y, logits=torch.cat(parts))
+            self.memory.store(closing.task, closing.x, closing.y, closing.classes, logits=torch.cat(parts))
 
     def grow(self, params: object, num_outputs: int) -> None:
         del params

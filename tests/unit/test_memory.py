@@ -95,13 +95,34 @@ def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
 
 
 def test_a_balanced_memory_shares_by_class() -> None:
-    """Every class of every task has the same share, at most `per_class`, however unequal they came."""
+    """Every class has the same share, at most `per_class`, however unequal they came and in however many tasks."""
     memory = EpisodicMemory(12, 1 << 20, 0, balanced=True, per_class=4)
     for task, first in enumerate((18, 3)):
         x, _ = numbers(100 * task, 20)
         memory.store(task, x, (torch.arange(20) >= first).long())
         counts = [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()]
-        assert counts == [[[4, 2]], [[3, 2], [3, 3]]][task]
+        assert counts == [[[4, 2]], [[2, 2], [2, 2]]][task]
+
+
+@pytest.mark.parametrize(("per_class", "expected"), [(None, 30), (20, 20)])
+def test_a_class_that_comes_in_every_task_has_one_share(per_class: int | None, expected: int) -> None:
+    """Six tasks of class 0 and a new one: 30 of each of the seven, those of class 0 spread over the tasks."""
+    memory = EpisodicMemory(210, 1 << 20, 0, balanced=True, per_class=per_class)
+    for task in range(6):
+        x, _ = numbers(1000 * task, 300)
+        memory.store(task, x, (torch.arange(300) % 2) * (task + 1))
+    ys = [slot["y"] for slot in memory.slots.values()]
+    assert torch.bincount(torch.cat(ys)).tolist() == 7 * [expected]
+    assert max(int((y == 0).sum()) for y in ys) - min(int((y == 0).sum()) for y in ys) <= 1
+
+
+def test_a_class_is_a_label_and_not_an_output() -> None:
+    """Where each task counts its outputs anew, an output of two tasks is two classes, and a label that both have is one."""
+    memory = EpisodicMemory(12, 1 << 20, 0, balanced=True, per_class=4)
+    classes = [{0: "cat", 1: "dog"}, {0: "cow", 1: "cat"}]
+    for task in range(2):
+        memory.store(task, *numbers(0, 20)[:1], torch.arange(20) % 2, classes)
+    assert [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()] == [[2, 4], [4, 2]]
 
 
 def test_what_a_small_task_leaves_goes_to_the_others() -> None:

@@ -79,6 +79,29 @@ def test_a_past_without_samples_has_its_share_by_tasks() -> None:
     assert shares.of_the_past == 1 / 2
 
 
+def test_a_class_that_came_in_several_tasks_is_replayed_as_often_as_any_other() -> None:
+    """Drawn by task and output it would come once for each task; where every class has as many, one draw does."""
+    solver = build(4)
+    allowed = torch.ones(3, 4, dtype=torch.bool)
+    classes = [{0: "cat", 1: "dog"}, {0: "cat", 2: "cow"}, {0: "cat", 3: "hen"}]
+    spec = GeneratorSpec(
+        conditional=True, hidden=8, latent=3, lr=1e-3, likelihood="gaussian", average=None, moments=False
+    )
+    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=2.0, balance="tasks"))
+    end = Closing(
+        2, torch.empty(0), torch.empty(0), list(solver.parameters()), solver, allowed,
+        [list(row) for row in classes], torch.Generator(), classes,
+    )  # fmt: skip
+    replay.end_task(end)
+    other = GenerativeReplay(WORLD, replay.spec, replay.targets)
+    other.load_state_dict(replay.state_dict())
+    for scholar in (replay.scholar, other.scholar):
+        assert scholar is not None
+        drawn = scholar.pairs[scholar.choose(40_000, torch.Generator().manual_seed(0))]
+        assert (torch.bincount(drawn[:, 1]) / 40_000 - 0.25).abs().max() < 0.01
+        assert (torch.bincount(drawn[drawn[:, 1] == 0, 0]) / 40_000 - 0.25 / 3).abs().max() < 0.01
+
+
 def test_distillation_is_the_old_softmax_on_new_samples() -> None:
     """LwF: the current inputs, with the old solver's distribution at T over the outputs of its time; 1 - 1/k of the loss."""
     part, solver = Distillation(WORLD, temperature=2.0, balance="tasks"), build(4)
