@@ -768,6 +768,7 @@ class Config(Section):
         chosen = {key: tree[key] for key in keys}
         if (encoder := tree["input"].get("encoder")) is not None:  # where its files lie; what it is, the state knows
             chosen["input"] = {**tree["input"], "encoder": encoder["name"]}
+        chosen["stream.source"] = self.source  # positions of one source mean nothing in another
         chosen["stream.codec"] = tree["stream"]["codec"]
         chosen["stream.batch_size"] = tree["stream"]["batch_size"]
         chosen["learner.optimizer.name"] = tree["learner"]["optimizer"]["name"]

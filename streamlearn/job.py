@@ -313,6 +313,11 @@ class Job:
 
     def _check_fit(self, checkpoint: Checkpoint) -> None:
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
+        if "stream.source" not in theirs:  # of an earlier version: its status says where it read
+            theirs = {
+                **theirs,
+                "stream.source": checkpoint.read_json("status.json").get("source", ours["stream.source"]),
+            }
         for key in sorted(LATER & set(ours) - set(theirs)):
             recipe, _, parameter = key.rpartition(".")
             if any(known.startswith(f"{recipe}.") for known in theirs):

@@ -481,7 +481,10 @@ class Stream:
         if task is None:
             return None
         if (info := self._topics.get(task.name)) is None:
-            return f"topic {task.name} is gone"
+            problem = f"topic {task.name} is gone"
+            if self.status.problem != problem:
+                log.error("%s: reading stands still until it is there again", problem)
+            return problem
         if self._is_other(info):
             return self._refuse(f"topic {task.name} was deleted and created again: its id is {info.topic_id}")
         for p in info.partitions:

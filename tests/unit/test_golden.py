@@ -93,3 +93,18 @@ def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(StreamlearnError, match=r"of a later streamlearn"):
             job.store.find(name)
     assert job.checkpoint.path.is_dir()
+
+
+def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
+    """Positions of one source mean nothing in another: a removed section kafka ends with 78, with old checkpoints too."""
+    golden = next(path for path in GOLDEN if path.name == "default")
+    shutil.copytree(golden, tmp_path / "state")
+    tree = {**make.settings(tmp_path, golden.name), "kafka": {"bootstrap_servers": "127.0.0.1:1"}}
+    path = tmp_path / "job.yaml"
+    path.write_text(configfile.dump(tree))
+    config = configfile.load(path, RECIPES, {})
+    with pytest.raises(
+        StreamlearnError, match=r"stream\.source: the checkpoint has 'embedded', the configuration 'kafka'"
+    ) as told:
+        Job.make(config, Store(config.state_dir), Metrics()).restore()
+    assert told.value.code == 78

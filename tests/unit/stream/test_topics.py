@@ -1,0 +1,95 @@
+"""The reader and its topics: what it says of them. On a log in memory, with a real thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from streamlearn.config import Stream as StreamSpec
+from streamlearn.data import Delivery, Progress
+from streamlearn.scenario import Scenario
+from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.codec import Codec
+from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.reader import Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SECONDS = 20
+
+
+class Reading:
+    """A stream of JSON samples over a log in memory, and what it has delivered."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore()
+        self.progress = Progress()
+        self.found: list[Delivery] = []
+        self.stream: Stream | None = None
+
+    def publish(self, topic: str, count: int) -> None:
+        """Append samples of label 0 to a topic."""
+        self.store.create_topic(topic, 1)
+        for _ in range(count):
+            self.store.append(topic, 0, b'{"x": [1], "y": 0}')
+
+    def start(self, scenario: Scenario | None = None, **spec: Any) -> Stream:
+        """Begin to read, from where the progress stands."""
+        full = StreamSpec.model_validate({"batch_size": 4, **spec})
+        letters = DeadLetters(self.store, "dlq")
+        codec = Codec([1], "float32", "json", full.max_record_bytes)
+        rules = Rules(codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size)
+        copied = Progress.from_json(self.progress.to_json(), self.progress.positions)
+        self.stream = Stream(MemoryLog(self.store, 5), Assembler(rules, copied), full, letters, "g", 0.2)
+        self.stream.start()
+        return self.stream
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Apply deliveries, as the loop does, until something holds."""
+        assert self.stream is not None
+        deadline = time.monotonic() + SECONDS
+        while not holds():
+            assert time.monotonic() < deadline, self.found
+            if (delivery := self.stream.next(0.05)) is None:
+                continue
+            self.found.append(delivery)
+            if delivery.begins is not None:
+                self.progress.tasks.append(delivery.begins)
+            self.progress.meet(delivery.found)
+            self.progress.apply(delivery, "trained")
+            if delivery.ends is not None:
+                self.progress.tasks[-1].state = "ended"
+
+    def consumed(self) -> int:
+        """Return the samples that were delivered."""
+        return self.progress.totals()["consumed"]
+
+
+@pytest.fixture
+def reading() -> Iterator[Reading]:
+    """Return a stream that is stopped at the end."""
+    made = Reading()
+    yield made
+    if made.stream is not None:
+        made.stream.stop()
+
+
+def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
+    """Reading stands still, and an error line says so, however often the log is asked."""
+    reading.publish("a", 4)
+    with caplog.at_level(logging.ERROR):
+        stream = reading.start(topics=["a"])
+        reading.until(lambda: reading.consumed() == 4)
+        with reading.store.changed:
+            del reading.store.infos["a"]
+        reading.until(lambda: stream.status.problem == "topic a is gone")
+        checked = stream.status.contacted
+        reading.until(lambda: stream.status.contacted != checked)
+    told = [record.message for record in caplog.records if "is gone" in record.message]
+    assert told == ["topic a is gone: reading stands still until it is there again"]
