@@ -349,6 +349,16 @@ class Stream(Section):
             raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from error
         return value
 
+    def reads(self, topic: str) -> bool:
+        """Tell whether a topic is a task, by its name: internal topics and dead letters (`*.dlq`) match no pattern."""
+        if self.topics is not None:
+            return topic in self.topics
+        return (
+            not topic.startswith("__")
+            and not topic.endswith(".dlq")
+            and re.fullmatch(self.pattern or "", topic) is not None
+        )
+
     def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
         del recipes
         yield self._topics_or_pattern()

@@ -336,6 +336,12 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     if job.progress.positions != job.saved:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
         raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
+    totals = job.progress.totals()
+    if stream.finished and totals["rejected"] and not totals["trained"] + totals["held_out"]:
+        raise StreamlearnError(
+            f"nothing was learned: every sample was rejected ({totals['rejected']}); `streamlearn dlq list CONFIG` says why",
+            code=65,
+        )
 
 
 def make_stream(job: Job) -> Stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import time
 import zlib
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ import orjson
 from streamlearn.data import StreamlearnError, natural_key
 from streamlearn.stream.codec import TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.table import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from streamlearn.config import Config
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, Sink
 
@@ -64,21 +67,42 @@ class Publishing:
     rate: float | None = None  # samples a second
 
 
-def read(source: str, split: str = "train") -> Samples:
+@dataclass(frozen=True)
+class Reading:
+    """How files are read: what their lines do not tell, and where every assumption about them is said."""
+
+    header: bool | None = None  # whether the first line of a `.csv` names the columns; None: that line decides
+    exact: bool = False  # numbers of text files as wide as they are, not as float32
+    say: Callable[[str], None] = lambda _: None
+
+
+def read(source: str, split: str = "train", how: Reading = Reading()) -> Samples:
     """Return the samples of a `.npz`, `.csv`, `.jsonl` or `.jsonl.gz` file, or of the example set `digits`.
 
     An `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`; a `.csv` has the label in its last column;
     a `.jsonl` has an object with `x` and `y`, or with `story`, `question` and `answer`, on each line, and perhaps `task`
-    and `split`. Raises `StreamlearnError`, naming file and line.
+    and `split`. Text files may be gzipped. Raises `StreamlearnError`, naming file and line.
     """
     if source == "digits":
         return _digits(split)
     path = Path(source)
-    readers: dict[str, Callable[[Path, str], Samples]] = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}
-    if (reader := readers.get(_kind(path))) is None:
-        raise StreamlearnError(f"{source}: expected a .npz, .csv or .jsonl file, or the example set: digits", code=2)
+    if how.header is not None and _kind(path) != ".csv":
+        raise StreamlearnError(f"{source}: --header and --no-header are for .csv files", code=2)
     with _naming(path):
-        samples = reader(path, split)
+        match _kind(path):
+            case ".npz":
+                samples = _npz(path, split)
+            case ".csv":
+                samples = Samples(
+                    *read_table(path, np.dtype("f8" if how.exact else "f4"), header=how.header, say=how.say)
+                )
+            case ".jsonl":
+                samples = _jsonl(path, split, exact=how.exact)
+            case _:
+                raise StreamlearnError(
+                    f"{source}: expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file, or the example set: digits",
+                    code=2,
+                )
     if not len(samples):
         raise StreamlearnError(f"{path}: holds no samples", code=74)
     for index, label in enumerate(samples.y):
@@ -90,20 +114,115 @@ def read(source: str, split: str = "train") -> Samples:
     return samples
 
 
-def test_split(source: str) -> Samples:
+def test_split(source: str, how: Reading) -> Samples:
     """Return a source's own test split; raises `StreamlearnError` (2) where it has none."""
-    samples = read(source, "test")
+    samples = read(source, "test", how)
     if not samples.is_split:
         raise StreamlearnError(f"{source}: has no test split; give a file of probes", code=2)
     return samples
 
 
+def fitted(samples: Samples, config: Config, say: Callable[[str], None]) -> Samples:
+    """Return samples in the shape, dtype and labels of a configuration; `say` is called for each thing that is changed.
+
+    Raises `StreamlearnError` (65) if the configuration's stream would reject one of them.
+    """
+    is_text = config.input.kind == "text"
+    if samples.is_text != is_text:
+        kinds = ("numbers", "text")
+        raise _misfit(f"the samples are {kinds[samples.is_text]}, and the configuration's input is {kinds[is_text]}")
+    if is_text:
+        return samples
+    x = _as_dtype(_in_shape(samples.x, config.input.shape, say), np.dtype(config.input.dtype), say)
+    return Samples(x, _as_classes(samples.y, config.classes, say), samples.task, samples.is_split)
+
+
+def check(parts: Sequence[Samples], how: Publishing, config: Config) -> None:
+    """Raise `StreamlearnError` (65) if a configuration's stream would reject some of these parts for their size or number."""
+    largest = config.stream.max_record_bytes
+    if how.codec == "batch" and (size := parts[0].x[0].nbytes) * how.per_record > largest:
+        text = f"a batch record of {how.per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+        raise _misfit(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or raise that key")
+    labels = {label for part in parts for label in part.y}
+    if config.grow_head or config.scenario.kind == "domain" or not isinstance(config.classes, int):
+        return
+    if len(labels) > config.classes:
+        text = f"the samples have {len(labels)} labels, and classes is {config.classes}: the others would be rejected"
+        raise _misfit(f"{text}; set classes: {len(labels)}, or grow_head: true, or choose some with --groups")
+
+
+def _misfit(why: str) -> StreamlearnError:
+    return StreamlearnError(f"{why}; nothing was published", code=65)
+
+
+def _in_shape(x: np.ndarray, shape: Sequence[int], say: Callable[[str], None]) -> np.ndarray:
+    there, wanted = list(x.shape[1:]), list(shape)
+    if there == wanted:
+        return x
+    same = [size for size in there if size > 1] == [size for size in wanted if size > 1]
+    if math.prod(there) != math.prod(wanted) or not (same or len(there) == 1 or len(wanted) == 1):
+        raise _misfit(f"a sample has shape {there}, and the configuration's input.shape is {wanted}")
+    say(f"samples have shape {there}: published as {wanted}, the configuration's input.shape")
+    return x.reshape(len(x), *wanted)
+
+
+def _as_dtype(x: np.ndarray, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray:
+    """Return numbers as another dtype; raises `StreamlearnError` where one of them cannot be held, or is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = x.astype(dtype, copy=False)
+        held = np.isfinite(converted) if dtype.kind == "f" else converted == x
+    if not held.all():
+        place = tuple(np.argwhere(~held)[0].tolist())
+        count = int((~held.reshape(len(x), -1).all(axis=1)).sum())
+        what = "finite numbers" if dtype.kind == "f" else "integers from {0.min} to {0.max}".format(np.iinfo(dtype))
+        raise _misfit(
+            f"sample {place[0]} holds {x[place]}, and input.dtype {dtype.name} takes {what} "
+            f"({count} of {len(x)} samples do not fit): leave such samples out, or change input.dtype"
+        )
+    if x.dtype.name != dtype.name:
+        rounded = x.dtype.kind in "iu" and not np.array_equal(converted.astype(x.dtype), x)
+        say(
+            f"x is {x.dtype.name}: published as {dtype.name}, the configuration's input.dtype"
+            + (", in which large integers are rounded" if rounded else "")
+        )
+    return converted
+
+
+def _as_classes(labels: list[Label], classes: list[Label] | int, say: Callable[[str], None]) -> list[Label]:
+    """Return labels as a list of classes names them, 1 and "1" alike; raises `StreamlearnError` for one that it lacks."""
+    if isinstance(classes, int):
+        return labels
+    known: dict[Label, Label] = {}
+    known |= {str(label): label for label in classes}
+    known |= {label: label for label in classes}
+    known |= {label: known[str(label)] for label in set(labels) if label not in known and str(label) in known}
+    if (odd := next((n for n, label in enumerate(labels) if label not in known), None)) is not None:
+        accepted = ", ".join(map(repr, classes))
+        raise _misfit(f"the label of sample {odd} is {labels[odd]!r:.60}; accepted by classes: {accepted:.200}")
+    if changed := next((label for label in labels if type(known[label]) is not type(label)), None):
+        say(f"the label {changed!r:.60} is published as {known[changed]!r:.60}, as classes has it; so are others")
+    return [known[label] for label in labels]
+
+
+def resolved(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Label]]:
+    """Return groups of labels given as text; raises `StreamlearnError` (2) where 1 and "1" are different labels here."""
+    known: dict[str, list[Label]] = {}
+    for label in dict.fromkeys(samples.y):
+        known.setdefault(str(label), []).append(label)
+    for text in (text for group in groups for text in group):
+        if len(known.get(text, [])) > 1:
+            raise StreamlearnError(
+                f"{text} is both an integer and a string among the labels: write it in one way in the samples", code=2
+            )
+    return [[known.get(text, [text])[0] for text in group] for group in groups]
+
+
 def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
     """Return a task for each group of classes; raises `StreamlearnError` for a class that no sample has."""
-    labels = np.array([str(label) for label in samples.y])
     tasks = []
     for group in groups:
-        chosen = np.isin(labels, [str(label) for label in group])
+        wanted = set(group)
+        chosen = np.fromiter((label in wanted for label in samples.y), bool, len(samples))
         if not chosen.any():
             raise StreamlearnError(f"no sample has a class of {', '.join(map(str, group))}", code=2)
         tasks.append(samples.take(np.flatnonzero(chosen)))
@@ -269,45 +388,25 @@ def _numbers(values: Any) -> np.ndarray:
     return array
 
 
-def _floats(rows: list[Any]) -> np.ndarray:
-    """Return rows as float32; raises ValueError where they are not numbers of one shape, or too large."""
+def _floats(rows: list[Any], *, exact: bool = False) -> np.ndarray:
+    """Return rows as float32, or as they are (`exact`).
+
+    Raises ValueError where they are not numbers of one shape, or too large.
+    """
     try:
         with np.errstate(over="raise"):
-            return _numbers(rows).astype(np.float32)
+            return _numbers(rows) if exact else _numbers(rows).astype(np.float32)
     except FloatingPointError as error:
         raise ValueError("x holds a number that is too large for float32") from error
     except ValueError as error:
         raise ValueError("x is not numbers of the same shape on every line") from error
 
 
-def _csv(path: Path, split: str) -> Samples:
-    del split
-    x, y = [], []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file)
-        for number, row in enumerate(filter(None, lines)):
-            if len(row) < 2:
-                where = f"{path}:{lines.line_num}"
-                raise StreamlearnError(
-                    f"{where}: one column; expected numbers, then a label, with commas between", code=74
-                )
-            try:
-                x.append([float(value) for value in row[:-1]])
-                y.append(_label(row[-1]))
-            except ValueError as error:
-                if number:  # only the first may be the header
-                    where = f"{path}:{lines.line_num}"
-                    raise StreamlearnError(f"{where}: {error}; expected numbers, then a label", code=74) from error
-    if len({len(row) for row in x}) > 1:
-        raise StreamlearnError(f"{path}: not every line has the same number of columns", code=74)
-    return Samples(_floats(x), y)
-
-
 def _kind(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
+def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False) -> Samples:
     x: list[Any] = []
     y: list[Label] = []
     tasks: list[str] = []
@@ -334,7 +433,7 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True) -> Samples:
             raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
     if is_text:
         return Samples(_objects(x), y, tasks, is_split)
-    return Samples(_floats(x), y, tasks, is_split)
+    return Samples(_floats(x, exact=exact), y, tasks, is_split)
 
 
 def _objects(texts: Sequence[Any]) -> np.ndarray:
@@ -353,13 +452,6 @@ def _digits(split: str) -> Samples:
     test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST) == 0
     chosen = test if split == "test" else ~test
     return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist(), is_split=True)
-
-
-def _label(text: str) -> Label:
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def rotated(x: np.ndarray, degrees: float) -> np.ndarray:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "streamlearn"
 
 ROWS = [
     {"data", "tensors", "logs", "__init__"},
-    {"config"},
+    {"config", "table"},
     {"configfile", "scenario"},
     {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
     {"state", "strategies", "evaluation"},

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_json
+from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_error, print_json
 from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from streamlearn.config import Config
     from streamlearn.data import Label
-    from streamlearn.producer import Samples
+    from streamlearn.producer import Reading, Samples
     from streamlearn.stream.log import Log, Sink
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
@@ -25,6 +27,10 @@ ServersOption = Annotated[
     str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")
 ]
 EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
+HeaderOption = Annotated[
+    bool | None,
+    typer.Option("--header/--no-header", help="Of a .csv: its first line names the columns, or is a sample."),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,13 +43,19 @@ def topics(
     config: ConfigOption = None,
     servers: ServersOption = None,
     embedded: EmbeddedOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="With a configuration: topics of others, too.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """List topics with their partitions and records."""
-    log, _ = _open(config, servers, embedded, reading=True)
+    """List topics with their partitions and records: those of a configuration, or all."""
+    loaded = _config(config, servers, embedded)
+    log, _ = _open(loaded, servers, embedded, reading=True)
     log.connect()
     try:
         infos = log.topics()
+        if loaded is not None and not everything:
+            infos = {name: info for name, info in infos.items() if loaded.stream.reads(name)} | {
+                name: info for name, info in infos.items() if name == loaded.dead_letter_topic
+            }
         bounds = log.bounds([(name, p) for name, info in infos.items() for p in info.partitions])
     finally:
         log.close()
@@ -57,11 +69,14 @@ def topics(
     typer.echo(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
     for name, partitions in rows.items():
         typer.echo(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
+    if loaded is not None and (missing := [name for name in loaded.stream.topics or () if name not in rows]):
+        print_error(f"of stream.topics there {'is' if len(missing) == 1 else 'are'} not yet: {', '.join(missing)}")
 
 
 def produce(
     source: Annotated[
-        list[str], typer.Argument(help="A .npz, .csv, .jsonl or .jsonl.gz file (several: a task each), or `digits`.")
+        list[str],
+        typer.Argument(help="A .npz, .csv or .jsonl file (.csv.gz, .jsonl.gz; several: a task each), or `digits`."),
     ],
     config: ConfigOption = None,
     servers: ServersOption = None,
@@ -83,6 +98,7 @@ def produce(
     probe: Annotated[
         str | None, typer.Option(help="A file whose samples are probes; `test` is the source's own test split.")
     ] = None,
+    header: HeaderOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a task.")] = None,
     shuffle: Annotated[bool, typer.Option(help="In random order within a task.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of shuffling and permutations.")] = 0,
@@ -95,32 +111,44 @@ def produce(
     rate: Annotated[float | None, typer.Option(min=0.001, help="Samples a second.")] = None,
     markers: Annotated[bool, typer.Option(help="Mark each task's end.")] = True,
 ) -> None:
-    """Publish labelled samples to topics, one topic a task, one task after the other."""
+    """Publish labelled samples to topics, one topic a task, one task after the other.
+
+    With a configuration they are published in its shape and dtype; what its stream would reject is refused.
+    """
     from streamlearn import producer
+
+    loaded = _config(config, servers, embedded)
+    exact = loaded is not None and loaded.input.dtype not in {"float16", "float32"}
+    reading = producer.Reading(header, exact, cache(print_error))  # each line once, also where files are alike
 
     def split(samples: Samples) -> list[Samples]:
         return producer.by_task(samples, names) if by == "task" else _tasks(samples, tasks, by, groups, seed)
+
+    def fitted(parts: list[Samples]) -> list[Samples]:
+        return parts if loaded is None else [producer.fitted(part, loaded, reading.say) for part in parts]
 
     if by == "file" and probe not in {None, "test"}:
         raise StreamlearnError("--by file: --probe takes `test`, each file's own test split", code=2)
 
     names: list[str] = []
     if by == "file":
-        parts = [producer.read(name) for name in source]
+        parts = [producer.read(name, how=reading) for name in source]
     else:
-        whole = _one(source)
+        whole = _one(source, reading)
         names = producer.task_names(whole, tasks) if by == "task" else []
         parts = split(whole)
-    probes = None
+    parts, probes = fitted(parts), None
     if probe is not None:
-        held = [producer.test_split(n) for n in source] if by == "file" else split(_probe(source[0], probe))
-        probes = dict(enumerate(held))
-    here = Path("streamlearn.yaml")
-    if config is None and servers is None and embedded is None and here.is_file():
-        config = here  # its topics, too
-    topics_ = _names(topic, config, len(parts))
-    _, sink = _open(config, servers, embedded)
+        if by == "file":
+            held = [producer.test_split(name, reading) for name in source]
+        else:
+            held = split(_probe(source[0], probe, reading))
+        probes = dict(enumerate(fitted(held)))
     how = producer.Publishing(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)
+    if loaded is not None:
+        producer.check([*parts, *(probes or {}).values()], how, loaded)
+    topics_ = _names(topic, loaded, len(parts))
+    _, sink = _open(loaded, servers, embedded)
     try:
         with _progress() as advance:
             for index, (name, part) in enumerate(zip(topics_, parts, strict=True)):
@@ -151,6 +179,7 @@ def predict(
     task: Annotated[str | None, typer.Option(help="The task, in scenarios task and domain.")] = None,
     split: Annotated[str, typer.Option(help="Of a file that has several.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Only samples of these classes: 0,1.")] = None,
+    header: HeaderOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Predict with a saved model, from its model.safetensors, model.json and encoder (where there is one) alone."""
@@ -159,9 +188,9 @@ def predict(
     from streamlearn.predict import Model, accuracy
 
     if (samples := producer.unlabelled(file, split)) is None:
-        samples = producer.read(str(file), split)
+        samples = producer.read(str(file), split, producer.Reading(header, say=print_error))
     if classes is not None:
-        samples = producer.by_classes(samples, [classes.split(",")])[0]
+        samples = producer.by_classes(samples, producer.resolved(samples, [_labels(classes)]))[0]
     directory = Path(checkpoint)
     if not directory.is_dir():
         directory = Store(find_state(state)).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL).path
@@ -179,11 +208,19 @@ def predict(
             typer.echo(label)
 
 
-def _open(
-    config: Path | None, servers: str | None, embedded: Path | None, *, reading: bool = False
-) -> tuple[Log, Sink]:
+def _config(config: Path | None, servers: str | None, embedded: Path | None) -> Config | None:
+    """Return the configuration that a command is about: the given one, or streamlearn.yaml here if nothing is given."""
     if sum(option is not None for option in (config, servers, embedded)) > 1:
         raise StreamlearnError("give one of --config, --bootstrap-servers and --embedded", code=2)
+    here = Path("streamlearn.yaml")
+    if config is None and servers is None and embedded is None and here.is_file():
+        config = here
+    return None if config is None else load_config(config)
+
+
+def _open(
+    config: Config | None, servers: str | None, embedded: Path | None, *, reading: bool = False
+) -> tuple[Log, Sink]:
     quiet_kafka()
     if servers is not None:
         from streamlearn.config import SERVER, Kafka
@@ -202,18 +239,17 @@ def _open(
         if reading and not embedded.is_file():
             raise StreamlearnError(f"{embedded}: no such file", code=74)
         return EmbeddedLog(embedded), EmbeddedSink(embedded)
-    path = config or Path("streamlearn.yaml")
-    if not path.is_file():
+    if config is None:
         raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
     from streamlearn.daemon import open_log
 
-    return open_log(load_config(path))
+    return open_log(config)
 
 
-def _names(topic: list[str] | None, config: Path | None, count: int) -> list[str]:
+def _names(topic: list[str] | None, config: Config | None, count: int) -> list[str]:
     names = topic
     if names is None and config is not None:
-        names = load_config(config).stream.topics
+        names = config.stream.topics
     if names is None:
         return [f"task-{n + 1}" for n in range(count)]
     if len(names) < count:
@@ -224,18 +260,22 @@ def _names(topic: list[str] | None, config: Path | None, count: int) -> list[str
     return names[:count]
 
 
-def _one(source: list[str]) -> Samples:
+def _one(source: list[str], how: Reading) -> Samples:
     from streamlearn import producer
 
     if len(source) != 1:
         raise StreamlearnError("several files: each is a task with --by file", code=2)
-    return producer.read(source[0])
+    return producer.read(source[0], how=how)
 
 
-def _probe(source: str, probe: str) -> Samples:
+def _probe(source: str, probe: str, how: Reading) -> Samples:
     from streamlearn import producer
 
-    return producer.test_split(source) if probe == "test" else producer.read(probe, "test")
+    return producer.test_split(source, how) if probe == "test" else producer.read(probe, "test", how)
+
+
+def _labels(text: str) -> list[str]:
+    return [label.strip() for label in text.split(",")]
 
 
 def _tasks(samples: Samples, tasks: int | None, by: str, groups: str | None, seed: int) -> list[Samples]:
@@ -246,7 +286,7 @@ def _tasks(samples: Samples, tasks: int | None, by: str, groups: str | None, see
     if by == "rotation":
         return producer.by_rotation(samples, tasks or 1)
     chosen: list[list[Label]] = (
-        [list(group.split(",")) for group in groups.split("/")]
+        producer.resolved(samples, [_labels(group) for group in groups.split("/")])
         if groups
         else producer.equal_groups(samples, tasks or 1)
     )

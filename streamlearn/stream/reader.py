@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import re
 import sys
 import threading
 import time
@@ -373,13 +372,11 @@ class Stream:
         begun = [task.name for task in self.assembler.progress.tasks]
         if self.spec.topics is not None:
             return [name for name in self.spec.topics if name in self._topics]
-        pattern = re.compile(self.spec.pattern or "")
         found = [
             name
             for name in self._topics
-            if pattern.fullmatch(name) and not name.startswith("__") and not name.endswith(".dlq")
-            and name != self.dead_letters.topic and name not in begun
-        ]  # fmt: skip
+            if self.spec.reads(name) and name != self.dead_letters.topic and name not in begun
+        ]
         if self.spec.order == "first_record":
             stamps = {name: self.source.first_timestamp(self._topics[name]) for name in found}
             found.sort(key=lambda name: (stamps[name] or float("inf"), natural_key(name)))

@@ -17,6 +17,7 @@ import pytest
 from streamlearn import daemon
 from streamlearn.checkpoint import MANIFEST, Store
 from streamlearn.cli import lifecycle
+from streamlearn.stream.embedded import EmbeddedSink
 from tests.support import jobs
 from tests.system.test_daemon import cli, one_line
 
@@ -187,9 +188,29 @@ def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
+    """The cluster of others is not listed unless it is asked for; a topic that does not exist yet is named."""
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    for name in ("t1", "t2", "job.dlq", "others"):
+        sink.create_topic(name, 1)
+    sink.close()
+    config = jobs.write_config(tmp_path, stream={"topics": ["t1", "t3"]})
+    own = cli("topics", "--config", config)
+    assert [line.split()[0] for line in own.stdout.splitlines()] == ["TOPIC", "job.dlq", "t1"]
+    assert one_line(own) == "of stream.topics there is not yet: t3"
+    tree = jobs.settings(tmp_path)
+    del tree["stream"]["topics"]
+    tree["stream"]["pattern"] = "t[0-9]"
+    pattern = jobs.write_tree(tmp_path, tree)
+    assert list(json.loads(cli("topics", "--config", pattern, "--json").stdout)) == ["job.dlq", "t1", "t2"]
+    everything = cli("topics", "--config", pattern, "--all", "--json")
+    assert list(json.loads(everything.stdout)) == ["job.dlq", "others", "t1", "t2"]
+
+
 WRONG = [
     (["--by", "file", "--probe", "missing.npz"], "--probe takes `test`"),
     (["--probe", "test"], "has no test split"),
+    (["--header", "--probe", "a.npz"], "--header and --no-header are for .csv files"),
     (["--groups", "0/1", "--tasks", "5"], "--tasks is 5, but --groups names 2"),
     (["--topic", "a b"], "topic 'a b': expected 1 to 249 letters"),
     (["--seed", "-1"], "Invalid value for '--seed'"),

@@ -241,6 +241,28 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert (done.returncode, text in one_line(done)) == (code, True), done.stderr
 
 
+def test_a_run_that_rejects_everything_does_not_end_with_0(tmp_path: Path) -> None:
+    """What comes to its end with no sample but rejected ones says so, with 65; what `produce --config` publishes is learned."""
+    config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
+    np.savez(tmp_path / "data.npz", x=np.zeros((8, 2, 1)), y=np.array(["0", "1"] * 4))
+    made = cli("produce", tmp_path / "data.npz", "--config", config)
+    assert (made.returncode, made.stdout) == (0, "a: 8 samples\n")
+    assert made.stderr.splitlines() == [
+        "samples have shape [2, 1]: published as [2], the configuration's input.shape",
+        "x is float64: published as float32, the configuration's input.dtype",
+        "the label '0' is published as 0, as classes has it; so are others",
+    ]
+    assert jobs.run_to_end(config).read_json("status.json")["samples"]["trained"] == 8
+    other = tmp_path / "other"
+    config = jobs.write_config(other, **SMALL, stream={"topics": ["a"]})
+    assert cli("produce", tmp_path / "data.npz", "--embedded", other / "topics.sqlite", "--topic", "a").returncode == 0
+    ended = cli("run", config)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
+        65,
+        "streamlearn: nothing was learned: every sample was rejected (1); `streamlearn dlq list CONFIG` says why",
+    )
+
+
 @pytest.mark.parametrize("how", ["resume", "kill"])
 def test_a_burst_makes_the_daemon_unready_until_it_is_acknowledged(tmp_path: Path, how: str) -> None:
     """A changed schema stops the reading with one line; after `resume`, or a restart, all is learned as without a pause."""

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from streamlearn import producer
+from streamlearn.config import Config
 from streamlearn.data import StreamlearnError
+from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.codec import TYPE_OF
 from streamlearn.stream.log import CONTENT_TYPE
 from streamlearn.stream.memory import MemoryStore
@@ -27,6 +29,101 @@ def test_classes_make_tasks() -> None:
         producer.by_classes(IMAGES, [[7]])
     with pytest.raises(StreamlearnError, match="3 classes cannot make 4 tasks"):
         producer.equal_groups(IMAGES, 4)
+
+
+def test_every_sample_is_in_one_task_though_labels_look_alike() -> None:
+    """1 and "1" are two labels: groups of labels keep them apart, and groups given as text are refused."""
+    mixed = producer.Samples(np.arange(6.0)[:, None], [1, "1", 2, "2", 1, "1"])
+    groups = producer.equal_groups(mixed, 2)
+    assert groups == [[1, 2], ["1", "2"]]
+    assert [task.x.ravel().tolist() for task in producer.by_classes(mixed, groups)] == [[0, 2, 4], [1, 3, 5]]
+    with pytest.raises(StreamlearnError, match="1 is both an integer and a string among the labels") as caught:
+        producer.resolved(mixed, [["1"]])
+    assert caught.value.code == 2
+    assert producer.resolved(IMAGES, [["0", "x"], ["7"]]) == [[0, "x"], ["7"]]
+
+
+def configured(**over: Any) -> Config:
+    """Return a configuration of four numbers."""
+    tree = {"input": {"shape": [4]}, "classes": 2, "stream": {"topics": ["a"]}, "strategy": "naive", **over}
+    return Config.model_validate(tree, context={"recipes": RECIPES})
+
+
+def test_samples_are_published_as_the_configuration_takes_them() -> None:
+    """Shape, dtype and labels are converted where nothing is lost, with a line for each."""
+    said: list[str] = []
+    images = producer.Samples(np.array([[[0, 1], [2, 255]]] * 2, np.int64), ["1", "0"])
+    spec = {"shape": [4], "dtype": "uint8"}
+    fitted = producer.fitted(images, configured(input=spec, classes=[0, 1]), said.append)
+    assert (fitted.x.dtype.name, fitted.x.tolist(), fitted.y) == ("uint8", [[0, 1, 2, 255]] * 2, [1, 0])
+    assert said == [
+        "samples have shape [2, 2]: published as [4], the configuration's input.shape",
+        "x is int64: published as uint8, the configuration's input.dtype",
+        "the label '1' is published as 1, as classes has it; so are others",
+    ]
+    said.clear()
+    same = producer.Samples(np.ones((1, 4), ">f4"), [7])
+    assert producer.fitted(same, configured(), said.append).x.dtype == np.float32
+    assert said == []
+    large = producer.Samples(np.full((1, 4), 2**24 + 1), [7])
+    producer.fitted(large, configured(), said.append)
+    assert said == [
+        "x is int64: published as float32, the configuration's input.dtype, in which large integers are rounded"
+    ]
+    text = {"kind": "text", "sentences": 1, "words": 2, "vocabulary": 9}
+    stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
+    assert producer.fitted(stories, configured(input=text, model="memnet"), said.append) is stories
+
+
+MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
+    (np.ones((2, 3)), [0, 1], {}, r"a sample has shape \[3\], and the configuration's input.shape is \[4\]"),
+    (np.ones((2, 2, 3)), [0, 1], {"input": {"shape": [3, 2]}}, r"a sample has shape \[2, 3\]"),
+    (
+        np.array([[1, 2, 3, 4], [0, np.nan, 0, 0]]),
+        [0, 1],
+        {},
+        r"sample 1 holds nan, and input.dtype float32 takes finite numbers \(1 of 2 samples do not fit\)",
+    ),
+    (np.full((1, 4), 1e39), [0], {}, r"sample 0 holds 1e\+39, and input.dtype float32 takes finite numbers"),
+    (
+        np.full((1, 4), 0.5),
+        [0],
+        {"input": {"shape": [4], "dtype": "uint8"}},
+        "sample 0 holds 0.5, .* integers from 0 to 255",
+    ),
+    (
+        np.full((1, 4), -1),
+        [0],
+        {"input": {"shape": [4], "dtype": "uint8"}},
+        "sample 0 holds -1, .* integers from 0 to 255",
+    ),
+    (np.ones((1, 4)), ["x"], {"classes": [0, 1]}, "the label of sample 0 is 'x'; accepted by classes: 0, 1"),
+    (np.array([{}], object), ["x"], {}, "the samples are text, and the configuration's input is numbers"),
+]
+
+
+@pytest.mark.parametrize(("x", "y", "over", "message"), MISFITS)
+def test_what_the_stream_would_reject_is_not_published(
+    x: Any, y: list[Any], over: dict[str, Any], message: str
+) -> None:
+    """The value, what is accepted and what to do are said, with 65."""
+    with pytest.raises(StreamlearnError, match=rf"^{message}.*; nothing was published$") as caught:
+        producer.fitted(producer.Samples(x, y), configured(**over), lambda _: None)
+    assert caught.value.code == 65
+
+
+def test_too_many_labels_and_too_large_records_are_refused() -> None:
+    """What would be rejected for its number or its size alone is not published."""
+    three = producer.Samples(np.ones((3, 4), np.float32), [0, 1, 2])
+    how = producer.Publishing()
+    with pytest.raises(StreamlearnError, match="the samples have 3 labels, and classes is 2: the others would be"):
+        producer.check([three], how, configured())
+    producer.check([three], how, configured(grow_head=True))
+    producer.check([three], how, configured(classes=[0, 1, 2]))
+    small = {"topics": ["a"], "max_record_bytes": 1000}
+    with pytest.raises(StreamlearnError, match=r"100 samples of 16 bytes is larger than .* 1000; give --batch 12, or"):
+        producer.check([three], how, configured(classes=3, stream=small))
+    producer.check([three], producer.Publishing("json"), configured(classes=3, stream=small))
 
 
 def test_permutations_keep_the_values_and_rotations_the_image() -> None:
@@ -109,21 +206,21 @@ def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
 
 
 CASES = [
-    ("a.txt", b"", "expected a .npz, .csv or .jsonl file"),
+    ("a.txt", b"", "expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file"),
     ("a.npz", b"no", "not a .npz file of plain arrays"),
     ("a.npz", b"", "not a .npz file of plain arrays"),
     ("a.csv", b"", "holds no samples"),
     ("a.csv", b"1;2;3;cat\n", r"a\.csv:1: one column; expected numbers, then a label, with commas between"),
-    ("a.csv", b"1,2,0\n1,0\n", "not every line has the same number of columns"),
+    ("a.csv", b"1,2,0\n1,0\n", r"a\.csv:2: 2 columns, and line 1 has 3; expected the same number on every line"),
     (
         "a.jsonl",
         b'{"x": [1], "y": [2]}\n',
         r"the label of sample 0 is \[2\]; expected an integer of 64 bits or a string",
     ),
-    ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: could not convert"),
+    ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: column 2 is 'b'; expected a number"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
     ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not numbers of the same shape on every line"),
-    ("a.csv", b"a,b\nc,d\n1,2\n", r"a\.csv:2: could not convert"),
+    ("a.csv", b"a,b\nc,d\n1,2\n", r"a\.csv:2: column 1 is 'c'; expected a number"),
     ("a.csv", b"1,\xe9\n", r"a\.csv: not UTF-8"),
     ("a.csv", b"1e300,0\n", "too large for float32"),
     ("a.jsonl", b'{"x": [1e300], "y": 0}\n', "too large for float32"),
@@ -140,7 +237,7 @@ CASES = [
     ("a.jsonl", b'{"x": [1], "y": 0, "split": "test"}\n', "holds no samples"),
     ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(TEXTS)[:-20], r"a\.jsonl\.gz: "),
-    ("a.gz", b"", "expected a .npz, .csv or .jsonl file"),
+    ("a.gz", b"", "expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file"),
 ]
 
 
@@ -193,10 +290,10 @@ def test_a_test_split_is_the_files_own(tmp_path: Path) -> None:
     for name in ("one.npz", "one.csv", "one.jsonl"):
         assert len(producer.read(str(tmp_path / name), "test")) == 1
         with pytest.raises(StreamlearnError, match="has no test split") as caught:
-            producer.test_split(str(tmp_path / name))
+            producer.test_split(str(tmp_path / name), producer.Reading())
         assert caught.value.code == 2
     for name in ("two.npz", "two.jsonl"):
-        assert producer.test_split(str(tmp_path / name)).y == [0]
+        assert producer.test_split(str(tmp_path / name), producer.Reading()).y == [0]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), CASES)
