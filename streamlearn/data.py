@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Self
+    from collections.abc import Iterable, Mapping
+    from typing import Self, SupportsIndex
 
     import numpy as np
     from torch import Tensor
@@ -210,6 +210,26 @@ class Found:
         return bool(self.consumed or self.records or self.gaps)
 
 
+class Labels(list[Label]):
+    """Distinct labels in order of first appearance. A label's place is found in constant time."""
+
+    def __init__(self, labels: Iterable[Label] = ()) -> None:
+        super().__init__(labels)
+        self._places = {label: place for place, label in reversed(list(enumerate(self)))}
+
+    def append(self, label: Label) -> None:
+        """Add a label at the end."""
+        self._places.setdefault(label, len(self))
+        super().append(label)
+
+    def __contains__(self, label: object) -> bool:
+        return label in self._places
+
+    def index(self, value: Label, *bounds: SupportsIndex) -> int:
+        """Return where a label is; raises `ValueError` if it is not here."""
+        return super().index(value, *bounds) if bounds or value not in self._places else self._places[value]
+
+
 @dataclass
 class Task:
     """One topic's worth of experience, from its first sample to its end."""
@@ -222,6 +242,9 @@ class Task:
     ends: dict[int, int] | None = None  # end offset of each partition, once fixed
     marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
     excused: dict[int, int] = field(default_factory=dict)  # rejects below these offsets count for no further burst
+
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.labels)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON tree from which `from_json` makes an equal task."""
@@ -275,6 +298,9 @@ class Progress:
     probe_labels: list[Label] = field(default_factory=list)  # met in a probe before training met them; append-only
     probe_words: list[str] = field(default_factory=list)  # the same for words
 
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.labels)
+
     @property
     def current(self) -> Task | None:
         """The task that is being learned, if one is."""
@@ -319,7 +345,10 @@ class Progress:
 
     def totals(self) -> Counter[str]:
         """Return samples consumed and by outcome, over all topics."""
-        return sum(self.ledger.values(), Counter(dict.fromkeys(("consumed", *OUTCOMES), 0)))
+        totals = Counter(dict.fromkeys(("consumed", *OUTCOMES), 0))
+        for count in self.ledger.values():
+            totals.update(count)
+        return totals
 
     def of(self, topic: str) -> Counter[str]:
         """Return a topic's samples consumed and by outcome."""

@@ -373,10 +373,12 @@ class Job:
             "num_outputs": int(self.learner.allowed.shape[1]),
             "scenario": self.scenario.kind,
             "labels": self.scenario.names(progress.labels),
+            # once where all tasks share them: a list for each task would grow with their square
+            **({"outputs": self.learner.competing(0)} if self.scenario.shares_mask and progress.tasks else {}),
             "tasks": {
                 task.name: {
                     "labels": list(self.scenario.declared.get(task.name, task.labels)),
-                    "outputs": [n for n, on in enumerate(self.scenario.mask(task, progress.labels)) if on],
+                    **({} if self.scenario.shares_mask else {"outputs": self.learner.competing(task.index)}),
                     "probe_accuracy": self.matrix.now.get(task.index),
                 }
                 for task in progress.tasks

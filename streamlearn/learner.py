@@ -29,7 +29,6 @@ from streamlearn.tensors import (
     dense,
     finite_norm,
     padded,
-    padded_all,
     scaling,
     seeded,
 )
@@ -105,9 +104,8 @@ class Learner:
         self._make_average(self.params)
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
-        self.allowed = torch.zeros(0, world.num_outputs, dtype=torch.bool, device=world.device)  # [T, C]
-        self.forbidden = ~self.allowed
-        self.classes: list[dict[int, Label]] = []  # the outputs met in each task, with their labels
+        self._masks = self.allowed = self.forbidden = torch.zeros(0, world.num_outputs, dtype=torch.bool)
+        self._forget_masks()
         self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
         self.layer_draws = LayerDraws(world.seed, world.device)
@@ -223,15 +221,33 @@ class Learner:
         self._renew()
 
     def activate(self, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
-        """Take over which outputs compete in each task; the head grows where labels need it."""
+        """Take over which outputs compete in each task; the head grows where labels need it.
+
+        Tasks and labels are append-only, so this costs what is new since the last call, and not tasks times labels.
+        """
         size = self.scenario.num_outputs(labels)
         if size > self.allowed.shape[1]:
             self._grow(size)
-        masks = [self.scenario.mask(task, labels) for task in tasks]
-        self.allowed = torch.tensor(masks, dtype=torch.bool, device=self.world.device).reshape(len(tasks), size)
-        self.forbidden = ~self.allowed
-        found = [{self.scenario.output(label, task.name, labels): label for label in task.labels} for task in tasks]
-        self.classes = [{output: label for output, label in row.items() if output is not None} for row in found]
+        self._add_rows(len(tasks))
+        for row, task in enumerate(tasks[: len(self._counted)]):
+            outputs = self.scenario.competing(task, labels, self._counted[row])
+            if not self._counted[row]:
+                self._masks[row] = False
+            if outputs:
+                self._masks[row, [output for output in outputs if output is not None]] = True
+            self._counted[row] += len(outputs) if self.scenario.is_settled(task, labels) else 0
+        self.allowed = self._masks.expand(len(tasks), size)
+        self.forbidden = ~self._masks
+        for row, task in enumerate(tasks):
+            for label in task.labels[self._met[row] :]:
+                self._met[row] += 1
+                if (output := self.scenario.output(label, task.name, labels)) is not None:
+                    self.classes[row][output] = label
+
+    def competing(self, task: int) -> list[int]:
+        """Return the outputs that compete in a task."""
+        found: list[int] = self.allowed[task].nonzero().flatten().tolist()
+        return found
 
     def refine(self) -> Iterator[Delivery]:
         """Yield the rest of a task after its last record: `refine_epochs` passes over the reservoir, then its end.
@@ -341,6 +357,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, State], tasks: Sequence[Task], labels: Sequence[Label]) -> None:
         """Take over what `state_dict` returned; `tasks` and `labels` are those met so far."""
         own = state["learner"]
+        self._forget_masks()
         if self.encoder is not None:  # as it was: what was learned, was learned of these features
             self.encoder.load(state["encoder"]["frozen"])
         if own["num_outputs"] > self.allowed.shape[1]:
@@ -371,9 +388,28 @@ class Learner:
 
     # -- inside
 
+    def _forget_masks(self) -> None:
+        """Have no task and no label yet; `activate` adds them."""
+        # a row for each task, or one for all: which outputs compete
+        self._masks = torch.zeros(0, self.world.num_outputs, dtype=torch.bool, device=self.world.device)
+        self._counted: list[int] = []  # outputs that each row was given, in order
+        self.allowed = self._masks  # [T, C], of it
+        self.forbidden = ~self._masks
+        self.classes: list[dict[int, Label]] = []  # the outputs met in each task, with their labels
+        self._met: list[int] = []  # labels of each task that `classes` covers
+
+    def _add_rows(self, tasks: int) -> None:
+        """Make room for the masks of so many tasks."""
+        rows = min(tasks, 1) if self.scenario.shares_mask else tasks
+        more = self._masks.new_zeros(rows - len(self._masks), self._masks.shape[1])
+        self._masks = torch.cat([self._masks, more])
+        self._counted += [0] * len(more)
+        self.classes += [{} for _ in range(tasks - len(self.classes))]
+        self._met += [0] * (tasks - len(self._met))
+
     def _forbidden(self, task: Tensor) -> Tensor:
         """Return the outputs that do not compete, `[B, C]` or, where one row serves all, `[1, C]`."""
-        if len(self.allowed) == 1:
+        if len(self.forbidden) == 1:
             return self.forbidden
         return self.forbidden[task.to(self.world.device, non_blocking=True)]
 
@@ -480,7 +516,8 @@ class Learner:
         self._renew()
         for part in self.strategy.parts.values():
             part.grow(self.params, size)
-        self.allowed = padded_all([self.allowed], [self.allowed.new_zeros(len(self.allowed), size)])[0]
+        self._masks = padded(self._masks, self._masks.new_zeros(len(self._masks), size))
+        self.allowed = self._masks.expand(len(self.allowed), size)
 
 
 def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:

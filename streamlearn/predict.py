@@ -70,7 +70,9 @@ class Model:
     def outputs(self, task: str | None) -> list[int]:
         """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
         tasks = self.description["tasks"]
-        if self.description["scenario"] == "class":
+        if (shared := self.description.get("outputs")) is not None:
+            return list(shared)
+        if self.description["scenario"] == "class":  # of an earlier version, or without a task
             return sorted({output for entry in tasks.values() for output in entry["outputs"]})
         if task not in tasks:
             raise StreamlearnError(f"this model needs --task, one of: {', '.join(tasks)}", code=2)

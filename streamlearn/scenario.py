@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from streamlearn.data import Labels
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -30,7 +32,14 @@ class Scenario:
     def from_config(cls, config: Config) -> Scenario:
         """Return the scenario that a configuration describes."""
         spec = config.scenario
-        return cls(spec.kind, spec.active, config.classes, spec.tasks, config.grow_head)
+        classes = config.classes if isinstance(config.classes, int) else Labels(config.classes)
+        declared = {task: Labels(labels) for task, labels in spec.tasks.items()}
+        return cls(spec.kind, spec.active, classes, declared, config.grow_head)
+
+    @property
+    def shares_mask(self) -> bool:
+        """Whether the same outputs compete in every task."""
+        return self.kind == "class"
 
     @property
     def by_appearance(self) -> bool:
@@ -53,29 +62,41 @@ class Scenario:
         if known is not None and label not in known:
             return None
         if self.kind == "domain":
-            return None if known is None else list(known).index(label)
+            return None if known is None else known.index(label)
         if not isinstance(self.classes, int):
             return self.classes.index(label) if label in self.classes else None
         if label in labels:
             return labels.index(label)
         return len(labels) if self.grow or len(labels) < self.classes else None
 
+    def competing(self, task: Task, labels: Sequence[Label], start: int = 0) -> list[int | None]:
+        """Return the outputs that compete for a sample of `task`, given all labels met so far, without the first `start`.
+
+        New labels add outputs at the end. So a caller that counts what it got pays only for what is new.
+        """
+        if self.kind == "domain":
+            return list(range(start, len(self.declared[task.name])))
+        if self.kind == "class" and self.active == "all":
+            return list(range(start, self.num_outputs(labels)))
+        if self.kind == "task":
+            chosen = self.declared.get(task.name, task.labels)
+            return [self.output(label, task.name, labels) for label in chosen[start:]]
+        known = labels if isinstance(self.classes, int) else self.classes
+        return [known.index(label) for label in labels[start:]]
+
+    def is_settled(self, task: Task, labels: Sequence[Label]) -> bool:
+        """Tell whether the outputs that compete in `task` stay as they are, but for labels that are not met yet.
+
+        A class that was declared and not met stands at the next free output, which another label may take.
+        """
+        if self.kind != "task" or not isinstance(self.classes, int):
+            return True
+        return all(label in labels for label in self.declared.get(task.name, ()))
+
     def mask(self, task: Task, labels: Sequence[Label]) -> list[bool]:
         """Return which outputs compete for a sample of `task`, given all labels met so far: `[C]`."""
-        size = self.num_outputs(labels)
-        if self.kind == "domain":
-            return [n < len(self.declared[task.name]) for n in range(size)]
-        if self.kind == "class" and self.active == "all":
-            return [True] * size
-        chosen = labels if self.kind == "class" else self.declared.get(task.name, task.labels)
-        outputs = (
-            {self.output(label, task.name, labels) for label in chosen}
-            if self.kind == "task"
-            else {
-                labels.index(label) if isinstance(self.classes, int) else self.classes.index(label) for label in chosen
-            }
-        )
-        return [n in outputs for n in range(size)]
+        outputs = set(self.competing(task, labels))
+        return [n in outputs for n in range(self.num_outputs(labels))]
 
     def names(self, labels: Sequence[Label]) -> list[Label]:
         """Return the labels in output order, as far as they are known; an empty list where outputs differ by task."""

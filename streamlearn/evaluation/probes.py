@@ -49,9 +49,9 @@ class Probes:
         if sizes == self._known:  # all four are append-only
             return
         self._known = sizes
-        outputs = {label: place for place, label in enumerate(progress.labels)} if progress.probe_labels else {}
         ids = {word: FIRST + place for place, word in enumerate(progress.vocabulary)} if progress.probe_words else {}
-        labels = [outputs.get(label, -1 - place) for place, label in enumerate(progress.probe_labels)]
+        met = progress.labels
+        labels = [met.index(label) if label in met else -1 - place for place, label in enumerate(progress.probe_labels)]
         words = [ids.get(word, -1 - place) for place, word in enumerate(progress.probe_words)]
         self._labels = torch.tensor(labels, dtype=torch.int64)
         self._words = torch.tensor(words, dtype=torch.int32)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Teacher:
-    """A frozen copy of the solver, in evaluation mode, and the outputs that competed in each task, `allowed [T, C]`."""
+    """A frozen copy of the solver, in evaluation mode, and the outputs that competed in each task.
+
+    `allowed [T, C]`, or `[1, C]` where one row serves all tasks.
+    """
 
     def __init__(self, world: World, solver: nn.Module, allowed: Tensor) -> None:
         self.world = world
@@ -26,13 +29,17 @@ class Teacher:
         """Return the solver of a task that has just ended."""
         solver = world.build_network(closing.allowed.shape[1])
         solver.load_state_dict(closing.network.state_dict())
-        return cls(world, solver, closing.allowed.clone())
+        allowed = closing.allowed
+        return cls(
+            world, solver, (allowed if allowed.stride(0) else allowed[:1]).clone()
+        )  # an expanded row has stride 0
 
     @torch.no_grad()
     def logits(self, x: Tensor, task: Tensor) -> Tensor:
         """Return logits `[B, C]` for `x [B, ...]`, -inf where an output did not compete in the sample's `task [B]`."""
         logits: Tensor = self.solver(x)
-        return logits.masked_fill(~self.allowed[task.to(logits.device)], -torch.inf)
+        allowed = self.allowed if len(self.allowed) == 1 else self.allowed[task.to(logits.device)]
+        return logits.masked_fill(~allowed, -torch.inf)
 
     def grow(self, num_outputs: int) -> None:
         """Be asked for more outputs from now on: it knows nothing of them, and they never compete."""

@@ -289,7 +289,9 @@ class Assembler:
         scenario = self.rules.scenario
         declared = scenario.declared.get(self.task.name)
         if declared is not None or not isinstance(scenario.classes, int):
-            return f"accepted: {', '.join(map(repr, declared or scenario.classes))}"[:200]  # type: ignore[arg-type]  # a list here
+            accepted = declared or scenario.classes
+            assert not isinstance(accepted, int)
+            return f"accepted: {', '.join(map(repr, accepted[:100]))}"[:200]
         return f"all {scenario.classes} outputs are taken (grow_head is off)"
 
     def _cut(self, codes: np.ndarray, start: int) -> int:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from streamlearn.data import Task
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from streamlearn import configfile
+from streamlearn.data import Label, Labels, Task
+from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
+from streamlearn.strategies.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 A, B = Task(0, "a", labels=[3, 5]), Task(1, "b", labels=[1])
 
@@ -32,3 +42,95 @@ def test_masks() -> None:
     domain = Scenario("domain", "seen", 6, {"a": [3, 5], "b": [1]})
     assert (domain.mask(A, labels), domain.mask(B, labels)) == ([True, True], [True, False])
     assert (domain.output(5, "a", []), domain.output(5, "b", [])) == (1, None)
+
+
+class Counting(str):
+    """A label that counts how often it is compared with another."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counting.compared += 1
+        return str.__eq__(self, str(other))
+
+    __hash__ = str.__hash__
+
+
+def learner(tmp_path: Path, **over: Any) -> Learner:
+    """Return a learner that begins, of a configuration."""
+    tree = {
+        "device": "cpu",
+        "input": {"shape": [1]},
+        "classes": 4,
+        "stream": {"pattern": ".*"},
+        "model": {"hidden": [2]},
+        "strategy": "naive",
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(configfile.dump(tree | over))
+    config = configfile.load(path, RECIPES, {})
+    return make_learner(config, Scenario.from_config(config))
+
+
+def test_a_label_is_found_without_looking_at_the_others() -> None:
+    """Whether a label is known, and its output, cost the same however many labels there are."""
+    labels = Labels(Counting(number) for number in range(5000))
+    scenario = Scenario("class", "seen", 10_000)
+    Counting.compared = 0
+    assert scenario.output(Counting(4000), "a", labels) == 4000
+    assert scenario.output(Counting(7000), "a", labels) == 5000
+    assert Counting.compared < 20
+    labels.append(Counting(7000))
+    assert (labels.index(Counting(7000)), labels[-1], "7001" in labels) == (5000, "7000", False)
+    with pytest.raises(ValueError, match="7001"):
+        labels.index("7001")
+
+
+@pytest.mark.parametrize("kind", ["class", "task"])
+def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new label of the newest of 300 tasks is looked up a few times, and no label of an earlier task is."""
+    one = learner(tmp_path, classes=2, grow_head=True, scenario=kind)
+    tasks: list[Task] = []
+    labels = Labels()
+    looked: list[Label] = []
+    output = Scenario.output
+    for index in range(300):
+        tasks.append(Task(index, f"t{index}", labels=[2 * index, 2 * index + 1]))
+        for label in tasks[-1].labels:
+            labels.append(label)
+    one.activate(tasks, labels)
+
+    def look(self: Scenario, label: Label, task: str, known: Labels) -> int | None:
+        looked.append(label)
+        return output(self, label, task, known)
+
+    monkeypatch.setattr(Scenario, "output", look)
+    for label in (600, 601):
+        tasks[-1].labels.append(label)
+        labels.append(label)
+        one.activate(tasks, labels)
+    assert set(looked) == {600, 601}
+    assert len(looked) <= 4
+    assert one.allowed.shape == (300, 602)
+    expected = [one.scenario.mask(task, labels) for task in tasks]
+    assert one.allowed.tolist() == expected
+    assert (~one.forbidden).expand(300, 602).tolist() == expected
+    assert one.classes[-1] == {output: output for output in (598, 599, 600, 601)}
+
+
+def test_a_mask_is_the_same_whether_labels_came_one_by_one_or_at_once(tmp_path: Path) -> None:
+    """So a restart, which learns of all labels at once, has the masks of the run that it continues."""
+    declared = {"kind": "task", "tasks": {"a": [7, 8], "b": [9]}}
+    for number, scenario in enumerate(("class", {"kind": "class", "active": "all"}, "task", declared)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        one, other = (learner(directory, scenario=scenario) for _ in range(2))
+        tasks, labels = [Task(0, "a"), Task(1, "b")], Labels()
+        for index, label in ((0, 8), (0, 7), (1, 9)):
+            tasks[index].labels.append(label)
+            labels.append(label)
+            one.activate(tasks, labels)
+        other.activate(tasks, labels)
+        assert one.allowed.tolist() == other.allowed.tolist() == [one.scenario.mask(task, labels) for task in tasks]
+        assert one.classes == other.classes == [{0: 8, 1: 7}, {2: 9}]
