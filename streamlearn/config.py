@@ -523,6 +523,9 @@ class Probes(Section):
     """When held-out samples are evaluated."""
 
     every: Whole = Field(20, ge=1, description="batches between evaluations")
+    every_seconds: Seconds | None = Field(
+        60.0, description="seconds after which what was learned since is evaluated, however few batches; null: never"
+    )
     minimum: Whole = Field(20, ge=1, description="samples from which on the open task's probe is shown")
 
 

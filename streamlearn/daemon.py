@@ -128,12 +128,7 @@ class Desk:
         try:
             match request.name:
                 case "checkpoint":
-                    tag = request.arguments.get("tag")
-                    if tag is not None:
-                        job.store.check_tag(tag)
-                        if any(waiting.arguments.get("tag") == tag for waiting, _ in self._awaited):
-                            raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
-                    self._awaited.append((request, job.save(stream, "manual", tag)))
+                    self._save(request, job, stream)
                     return
                 case "pause":
                     self.paused = True
@@ -146,6 +141,15 @@ class Desk:
             request.answer.set_exception(error)
             return
         request.answer.set_result({"state": job.state})
+
+    def _save(self, request: Request, job: Job, stream: Stream) -> None:
+        """Begin a checkpoint, with a tag where the request names one; raises `StreamlearnError` where that is taken."""
+        tag = request.arguments.get("tag")
+        if tag is not None:
+            job.store.check_tag(tag)
+            if any(other.arguments.get("tag") == tag for other, _ in self._awaited):
+                raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
+        self._awaited.append((request, job.save(stream, "manual", tag)))
 
     def _answer_saves(self) -> None:
         """Answer those who asked for a checkpoint, once it is durable or could not be written."""

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,11 @@ class Job:
     torn: bool = False  # in the middle of a delivery: model and positions do not belong together
     saving: Saving | None = None  # the checkpoint that is being written
     save_failed: float | None = None  # when a save last failed, monotonic
+    evaluated: float | None = None  # when the probes were last evaluated, Unix seconds
+    _recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
+    _evaluated_at: float = field(default_factory=time.monotonic)
+    _evaluated_batches: int = 0
+    _evaluation_seconds: float = 0.0  # that the last evaluation took
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_batches: int = 0
     _restored_batches: int = 0
@@ -141,8 +147,18 @@ class Job:
 
     # -- evaluation
 
-    def evaluate(self, after: int | None = None) -> None:
-        """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix."""
+    def evaluation_due(self) -> bool:
+        """Tell whether what was learned has waited long enough to be evaluated, with less than a tenth of the time for it."""
+        spec = self.config.probes.every_seconds
+        if spec is None or self.learner.batches == self._evaluated_batches:
+            return False
+        return time.monotonic() - self._evaluated_at >= max(spec, 10 * self._evaluation_seconds)
+
+    def evaluate(self, after: int | None = None, *, look: bool = False) -> None:
+        """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix.
+
+        With `look` not even that: for an evaluation at a moment that the clock chooses, and not the records.
+        """
         begun = time.perf_counter()
         results = self.probes.evaluate(self.learner, self.config.probes.minimum)
         for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
@@ -152,10 +168,16 @@ class Job:
             before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
             self.matrix.transfer[after] = (before, untrained)
-        trained = self.progress.totals()["trained"]
-        self.matrix.record(results, self.learner.batches, trained, after)
-        self.metrics.histograms["probe_duration_seconds"].observe(time.perf_counter() - begun)
-        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, time.time())
+        self.evaluated, self._evaluated_at = time.time(), time.monotonic()
+        self._evaluated_batches = self.learner.batches
+        if look:
+            self.matrix.look(results)
+        else:
+            self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after)
+            self._recorded = self.evaluated
+        self._evaluation_seconds = time.perf_counter() - begun
+        self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
 
     def show_parts(self) -> None:
         """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
@@ -254,7 +276,9 @@ class Job:
         self.show_parts()
         self._follow(checkpoint)
         self.restored, self._restored_batches = checkpoint, self.learner.batches
-        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, checkpoint.created)
+        self.evaluated = self._recorded = checkpoint.manifest.get("evaluated")  # unknown of an earlier version
+        self._evaluated_batches = self.matrix.history[-1][0] if self.matrix.history else 0
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
         here = environment(self.config)
         if (there := checkpoint.manifest["environment"]) != here:
             changed = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
@@ -305,6 +329,7 @@ class Job:
             "tasks_ended": sum(task.state == "ended" for task in self.progress.tasks),
             "ending": any(task.state != "ended" and task.ends is not None for task in self.progress.tasks),
             "average_accuracy": self.matrix.average_accuracy,
+            "evaluated": self._recorded,
             "config_sha256": self.config.digest(),
             "shaping": self.config.shaping(),
             "environment": environment(self.config),
@@ -427,6 +452,9 @@ class Job:
             },
             "labels": self.scenario.names(self.progress.labels),
             "tasks": [self._describe_task(task.index) for task in self.progress.tasks],
+            "evaluated": None
+            if self.evaluated is None
+            else datetime.fromtimestamp(self.evaluated, UTC).isoformat(timespec="seconds"),
             "matrix": self.matrix.matrix(),
             **self.matrix.figures(),
             "positions": self.progress.positions.by_topic(),

@@ -40,6 +40,8 @@ def run(job: Job, stream: Stream, control: Control) -> None:
         elif (delivery := stream.next(POLL_SECONDS)) is not None:
             turn(job, stream, delivery)
         job.collect(stream)
+        if job.evaluation_due():
+            job.evaluate(look=True)
         if job.checkpoint_due():
             job.save(stream, "interval")
         control.serve(job, stream, idle=delivery is None)

@@ -81,14 +81,23 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Accuracy matrix R[i,j]: on the probe of task j (task) after task i (trained_task) was learned.",
         ("trained_task", "task"),
     ),
-    "probe_accuracy_best_ratio": ("Best accuracy measured so far on the task's probe.", ("task",)),
+    "probe_accuracy_best_ratio": (
+        "Best accuracy on the task's probe at its own end, at the end of a later task, or now; absent until it has ended.",
+        ("task",),
+    ),
     "probe_loss": (
         "Mean cross-entropy on the task's probe, at the last evaluation, of the samples whose label competes.",
         ("task",),
     ),
-    "probe_samples": ("Samples in the task's probe.", ("task",)),
-    "probe_interval_batches": ("Batches from one evaluation to the next; each task's end has one of its own.", ()),
-    "probe_last_success_timestamp_seconds": ("Unix time of the last complete evaluation.", ()),
+    "probe_samples": ("Samples in the task's probe at the last evaluation; it grows until the task ends.", ("task",)),
+    "probe_interval_batches": (
+        "Batches from one evaluation to the next; each task's end has one of its own, and a slow stream further ones.",
+        (),
+    ),
+    "probe_last_success_timestamp_seconds": (
+        "Unix time of the last complete evaluation; after a restart, of the last one in the checkpoint.",
+        (),
+    ),
     "average_accuracy_ratio": ("ACC: mean probe accuracy over the tasks seen, at the last evaluation.", ()),
     "learning_accuracy_ratio": ("Mean over tasks of the accuracy on their probe when they ended.", ()),
     "backward_transfer": ("BWT: mean over earlier tasks of accuracy now less accuracy when the task ended.", ()),
@@ -306,9 +315,9 @@ class Metrics:
         self._smooth("train_loss", task, stats.loss)
 
     def record_evaluation(
-        self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], now: float
+        self, matrix: AccuracyMatrix, progress: Progress, sizes: Mapping[int, int], evaluated: float | None
     ) -> None:
-        """Show the newest evaluation and all figures made of the matrix."""
+        """Show the newest evaluation, when it was, and all figures made of the matrix."""
         names = {task.index: task.name for task in progress.tasks if self._may_show("task", task.name)}
         tasks = [task for task in matrix.now if task in names]
         self.gauges.replace("probe_accuracy_ratio", {(names[t],): matrix.now[t] for t in tasks})
@@ -324,7 +333,7 @@ class Metrics:
         for name, value in matrix.figures().items():
             self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
         if matrix.now:
-            self.gauges.set("probe_last_success_timestamp_seconds", now)
+            self.gauges.set("probe_last_success_timestamp_seconds", evaluated)
 
     def record_stream(
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int

@@ -24,27 +24,34 @@ class AccuracyMatrix:
         self.rows: dict[int, dict[int, float]] = {}  # after a task's end
         self.now: dict[int, float] = {}  # the newest evaluation
         self.loss: dict[int, float] = {}
+        self._recorded: tuple[dict[int, float], dict[int, float]] = ({}, {})  # accuracy and loss of the newest in state
         self.transfer: dict[int, tuple[float, float]] = {}  # task -> accuracy before it began, and untrained
         self.history: list[tuple[int, int, dict[int, float]]] = []  # batches, samples trained, accuracy by task
-        self._peaks: dict[int, float] = {}
+        self._highest: dict[int, float] = {}  # in any row
+        self._before: dict[int, float] = {}  # in any row but the last
         self._lowest: dict[int, float] = {}  # since the task ended
         self._window: dict[int, list[float]] = {}  # the newest evaluations
         self._drops: dict[int, float] = {}  # the largest within a window, ever
 
     def record(self, results: Mapping[int, tuple[float, float]], batches: int, trained: int, after: int | None) -> None:
         """Take an evaluation: accuracy and loss by task; `after` names the task that has just ended."""
-        self.now = {task: accuracy for task, (accuracy, _) in results.items()}
-        self.loss = {
-            task: loss for task, (_, loss) in results.items() if math.isfinite(loss)
-        }  # one outlier can overflow
-        for task, accuracy in self.now.items():
-            self._peaks[task] = max(accuracy, self._peaks.get(task, accuracy))
+        self.look(results)
+        self._recorded = self.now, self.loss
         self._follow(self.now, self.rows)
         if after is not None:
-            self.rows[after] = dict(self.now)
+            self._add_row(after, dict(self.now))
         self.history.append((batches, trained, dict(self.now)))
         if len(self.history) > HISTORY:  # keep the shape of the curves, not every point
             self.history = self.history[::2] + ([self.history[-1]] if len(self.history) % 2 == 0 else [])
+
+    def look(self, results: Mapping[int, tuple[float, float]]) -> None:
+        """Take an evaluation whose moment the clock chose: it is shown, and leaves no trace in the state.
+
+        Otherwise the same records would not give the same state, bit for bit.
+        """
+        self.now = {task: accuracy for task, (accuracy, _) in results.items()}
+        # the loss of a single outlier can overflow
+        self.loss = {task: loss for task, (_, loss) in results.items() if math.isfinite(loss)}
 
     @property
     def ended(self) -> list[int]:
@@ -57,8 +64,14 @@ class AccuracyMatrix:
         return [[self.rows.get(i, {}).get(j) for j in range(size)] for i in range(size)]
 
     def best(self, task: int) -> float | None:
-        """Return the best accuracy ever measured on a task's probe."""
-        return self._peaks.get(task)
+        """Return the best accuracy on a task's probe at its own end, at the end of a later task, or now.
+
+        None before the task has ended: until then its probe grows, and figures of different samples do not compare. So
+        this less the accuracy now is the task's forgetting, or 0 where that is negative.
+        """
+        if task not in self.rows:
+            return None
+        return max((row[task] for row in (self._highest, self.now) if task in row), default=None)
 
     def figures(self) -> dict[str, float | None]:
         """Return every figure that is one number, by name."""
@@ -98,8 +111,8 @@ class AccuracyMatrix:
         """f_j = max_{l<k} R[l, j] - R[k, j]; negative where a task got better. None before a later task was learned."""
         if task not in self._earlier():
             return None
-        earlier = [row[task] for after, row in self.rows.items() if task in row and not self._is_last(after)]
-        return max(earlier) - self.now[task] if earlier else None
+        earlier = (self._before if self._at_end() else self._highest).get(task)
+        return None if earlier is None else earlier - self.now[task]
 
     @property
     def average_forgetting(self) -> float | None:
@@ -134,9 +147,8 @@ class AccuracyMatrix:
         """Return a JSON tree."""
         return {
             "rows": {str(i): _named(row) for i, row in self.rows.items()},
-            "now": _named(self.now),
-            "loss": _named(self.loss),
-            "peaks": _named(self._peaks),
+            "now": _named(self._recorded[0]),
+            "loss": _named(self._recorded[1]),
             "lowest": _named(self._lowest),
             "window": {str(task): values for task, values in self._window.items()},
             "drops": _named(self._drops),
@@ -146,8 +158,10 @@ class AccuracyMatrix:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.rows = {int(i): _numbered(row) for i, row in state["rows"].items()}
-        self.now, self.loss, self._peaks = (_numbered(state[key]) for key in ("now", "loss", "peaks"))
+        self.rows, self._highest, self._before = {}, {}, {}
+        for after, row in sorted((int(i), _numbered(row)) for i, row in state["rows"].items()):
+            self._add_row(after, row)
+        self._recorded = self.now, self.loss = _numbered(state["now"]), _numbered(state["loss"])
         self.transfer = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
         self.history = [(batches, trained, _numbered(row)) for batches, trained, row in state["history"]]
         self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))
@@ -157,6 +171,13 @@ class AccuracyMatrix:
             for _, _, row in self.history:
                 self._follow(row, ended)
                 ended |= {task for task, last in self.rows.items() if last == row}
+
+    def _add_row(self, after: int, row: dict[int, float]) -> None:
+        """Add a task's end, and keep the maxima over all ends so far."""
+        self.rows[after] = row
+        self._before = dict(self._highest)
+        for task, accuracy in row.items():
+            self._highest[task] = max(accuracy, self._highest.get(task, accuracy))
 
     def _follow(self, now: Mapping[int, float], ended: Container[int]) -> None:
         """Note what an evaluation says of accuracies between the ends of tasks."""
@@ -179,9 +200,10 @@ class AccuracyMatrix:
         newest = self._newest()
         return [task for task in sorted(self.now) if task < newest and task in self.rows]
 
-    def _is_last(self, after: int) -> bool:
-        """Tell whether a row is the newest evaluation itself, which the maximum must leave out."""
-        return after == self._newest() and self.rows[after] == self.now
+    def _at_end(self) -> bool:
+        """Tell whether the newest evaluation is the last row itself, which the maximum must leave out."""
+        newest = self._newest()
+        return newest in self.rows and self.rows[newest] == self.now
 
 
 def _mean(values: list[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +118,46 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
     assert job.store.newest_sound() == job.checkpoint
     with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):
         job.roll_back(Diverged("no"))
+
+
+def evaluated(job: Job) -> list[str]:
+    """Return when the last evaluation was, as a scrape has it."""
+    lines = job.metrics.expose("")[0].decode().splitlines()
+    return [line.split()[1] for line in lines if line.startswith("streamlearn_probe_last_success_timestamp_seconds ")]
+
+
+def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `every_seconds` what was learned since is evaluated, once, and at most a tenth of the time goes into that."""
+    job, _ = made(tmp_path)
+    assert not job.evaluation_due()
+    job.learner.batches += 1
+    assert not job.evaluation_due()
+    monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 61)
+    assert job.evaluation_due()
+    before = job.matrix.state_dict()
+    job.evaluate(look=True)
+    assert (job.evaluation_due(), job.matrix.state_dict()) == (False, before)
+    job.learner.batches += 1
+    monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 61)
+    monkeypatch.setattr(job, "_evaluation_seconds", 7.0)
+    assert not job.evaluation_due()
+    monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 10)
+    assert job.evaluation_due()
+
+
+def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the last evaluation is that of the figures, not that of the checkpoint that they were read from."""
+    job, stream = made(tmp_path)
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.5, 0.1)})
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    job.evaluate()
+    monkeypatch.setattr(time, "time", lambda: 2000.0)
+    job.evaluate(look=True)
+    assert evaluated(job) == ["2000.0"]
+    monkeypatch.undo()
+    job.save(stream, "manual")
+    job.collect(stream, wait=True)
+    again = Job.make(job.config, job.store, Metrics())
+    again.restore()
+    assert evaluated(again) == ["1000.0"]
+    assert again.status(None)["evaluated"] == "1970-01-01T00:16:40+00:00"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_figures_by_hand() -> None:
     assert matrix.forgetting(0) == pytest.approx(0.9 - 0.5)
     assert matrix.forgetting(1) == pytest.approx(0.8 - 0.7)
     assert matrix.average_forgetting == pytest.approx((0.4 + 0.1) / 2)
-    assert matrix.best(0) == 0.95
+    assert [matrix.best(task) for task in range(3)] == [0.9, 0.8, 1.0]  # 0.95 was measured while the second ran
 
 
 def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
@@ -39,6 +40,41 @@ def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
     assert matrix.forgetting(2) == pytest.approx(0.2)
     assert matrix.forgetting(3) is None
     assert matrix.backward_transfer == pytest.approx(((0.4 - 0.9) + (0.7 - 0.8) + (0.8 - 1.0)) / 3)
+
+
+def test_best_accuracy_and_forgetting_agree() -> None:
+    """Whatever was measured, what is forgotten is the best less what is known now; an open task has neither figure yet."""
+    draw = random.Random(0)
+    for _ in range(200):
+        matrix = AccuracyMatrix()
+        tasks = draw.randint(1, 5)
+        for newest in range(tasks):
+            for end in (*[False] * draw.randint(0, 3), True):
+                results = {task: (draw.random(), 0.1) for task in range(newest + 1) if end or draw.random() < 0.7}
+                if end or draw.random() < 0.5:
+                    matrix.record(results, 1, 1, newest if end else None)
+                else:
+                    matrix.look(results)
+                for task in range(newest + 1):
+                    best, forgotten = matrix.best(task), matrix.forgetting(task)
+                    if task == newest and not end:
+                        assert (best, forgotten) == (None, None)
+                    elif forgotten is not None:
+                        assert best is not None
+                        assert best - matrix.now[task] == pytest.approx(max(forgotten, 0))
+
+
+def test_a_look_leaves_no_trace_in_the_state() -> None:
+    """What the clock had evaluated is shown, and what is saved is as if it had not been."""
+    matrix, other = filled(), filled()
+    matrix.look({0: (0.1, 0.1), 1: (0.1, 0.1), 2: (0.1, 0.1)})
+    assert matrix.average_accuracy == pytest.approx(0.1)
+    assert matrix.forgetting(2) is None
+    assert matrix.forgetting(1) == pytest.approx(0.7)
+    assert matrix.state_dict() == other.state_dict()
+    for one in (matrix, other):
+        one.record({0: (0.3, 0.1), 1: (0.7, 0.1), 2: (0.6, 0.1)}, 40, 400, after=None)
+    assert (matrix.state_dict(), matrix.figures()) == (other.state_dict(), other.figures())
 
 
 def test_figures_between_the_ends_of_tasks() -> None:
