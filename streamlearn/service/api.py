@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 COMMANDS = ("pause", "resume", "stop", "checkpoint")
 MAX_BODY_BYTES = 1 << 20
+TOO_LARGE = {"error": f"the request is too large: at most {MAX_BODY_BYTES} bytes are accepted"}
 
 
 class Backend(Protocol):
@@ -56,12 +57,14 @@ def control(backend: Backend) -> Starlette:
         name = request.path_params["name"]
         if name not in COMMANDS:
             return JSONResponse({"error": f"no command {name}; accepted: {', '.join(COMMANDS)}"}, status_code=404)
+        body = b""
         try:
-            body = await request.body()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:  # the rest is not read
+                    return JSONResponse(TOO_LARGE, status_code=413, headers={"connection": "close"})
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
-        if len(body) > MAX_BODY_BYTES:
-            return JSONResponse({"error": "the request is too large"}, status_code=413)
         try:
             arguments = json.loads(body or b"{}")
         except (ValueError, RecursionError) as error:

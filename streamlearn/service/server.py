@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from starlette.applications import Starlette
+    from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 MAX_SOCKET_PATH = 107  # bytes, Linux
-TIMEOUT_SECONDS = 5
+TIMEOUT_SECONDS = 5  # for a whole request, and for an idle connection
+ANSWER_SECONDS = 10  # for a client to take its answer
+MAX_CONNECTIONS = 64  # on each listener
+BACKLOG = 16  # connections that wait to be accepted; asyncio accepts as many at once, each with a descriptor
 
 
 def control_socket_path(state_dir: Path) -> Path:
@@ -47,6 +54,7 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
             listener.bind(str(path))
         finally:
             os.umask(before)
+        listener.listen(BACKLOG)  # from here on who connects waits, and is not refused
     except OSError as error:
         raise StreamlearnError.of_system(error, path) from error
     return listener, path
@@ -60,6 +68,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         if listener is not None:
             listener.close()
@@ -69,6 +78,57 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Protocol(H11Protocol):
+    """One connection that cannot hold a place for ever.
+
+    A request, idleness before it included, has to be whole within a time limit, however its bytes are spread; an answer
+    has to be taken within another. A new connection is always accepted. Where there are too many then, the oldest one that
+    waits for a request is closed, or else the oldest. So whoever asks at once, as probes of health and metrics do, finds
+    room whatever the others do.
+    """
+
+    _since = 0.0
+    _timer: asyncio.TimerHandle | None = None
+    _phase: tuple[int, bool] | None = None  # requests answered, and whether one is with the application
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._follow()
+        alive = [each for each in self.connections if isinstance(each, Protocol) and not each.transport.is_closing()]
+        if len(alive) > MAX_CONNECTIONS:
+            min(alive, key=lambda each: (each._is_busy, each._since)).transport.abort()  # noqa: SLF001 - our own class
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._follow()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._follow(answered=1)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a whole request has arrived and the application is at it: that takes as long as it takes."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not (cycle.response_complete or cycle.more_body)
+
+    def _follow(self, answered: int = 0) -> None:
+        """Begin the time limit of a phase when the connection enters it; further bytes do not prolong it."""
+        before = self._phase or (0, True)
+        if before == (phase := (before[0] + answered, self._is_busy)):
+            return
+        self._phase, self._since = phase, self.loop.time()
+        if self._timer is not None:
+            self._timer.cancel()
+        seconds = ANSWER_SECONDS if self.transport.get_write_buffer_size() else TIMEOUT_SECONDS
+        self._timer = None if self._is_busy else self.loop.call_later(seconds, self.transport.abort)
+
+
 class Server:
     """One application on one socket, in a thread."""
 
@@ -76,7 +136,8 @@ class Server:
         self.listener = listener
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", server_header=False,
-            limit_concurrency=16, timeout_keep_alive=TIMEOUT_SECONDS, timeout_graceful_shutdown=TIMEOUT_SECONDS,
+            http=Protocol, ws="none", backlog=BACKLOG,
+            timeout_keep_alive=TIMEOUT_SECONDS, timeout_graceful_shutdown=TIMEOUT_SECONDS,
             h11_max_incomplete_event_size=16 << 10,
         )  # fmt: skip
         self._server = uvicorn.Server(config)

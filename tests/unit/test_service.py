@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,8 +15,9 @@ import pytest
 from streamlearn.daemon import Desk
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
+from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, read_only
-from streamlearn.service.server import Server, bind_tcp
+from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_tcp
 from tests.unit.test_job import made
 
 if TYPE_CHECKING:
@@ -27,10 +30,10 @@ def address(tmp_path: Path) -> Iterator[str]:
     """Give the address of a read-only listener."""
     job, _ = made(tmp_path)
     listener = bind_tcp("127.0.0.1", 0)
-    server = Server(read_only(Desk(job.config, Metrics())), listener, "http")
-    server.start()
+    http = Server(read_only(Desk(job.config, Metrics())), listener, "http")
+    http.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.stop()
+    http.stop()
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/status"])
@@ -51,6 +54,62 @@ def test_a_huge_request_is_refused(address: str) -> None:
     with pytest.raises((httpx.HTTPError, AssertionError)):
         assert httpx.get(address + "/healthz", headers={"x": "y" * (1 << 20)}).status_code == 200
     assert httpx.get(address + "/healthz").status_code == 200
+
+
+def connected(address: str, sent: bytes = b"") -> socket.socket:
+    """Return a connection that has sent so much of a request."""
+    url = httpx.URL(address)
+    client = socket.create_connection((url.host, url.port or 0), timeout=30)
+    client.sendall(sent)
+    return client
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /status HTTP/1.1\r\nHost: a\r\nX"], ids=["idle", "half"])
+def test_connections_that_ask_for_nothing_keep_nobody_out(address: str, sent: bytes) -> None:
+    """Three times as many as there may be: the oldest are closed, and health and metrics are answered all the while."""
+    clients = []
+    for number in range(3 * MAX_CONNECTIONS):
+        clients.append(connected(address, sent))
+        if number % 16 == 15:
+            assert httpx.get(f"{address}/healthz", timeout=30).status_code == 200
+            assert httpx.get(f"{address}/metrics", timeout=30).status_code == 200
+    assert closed(clients[0])
+    for client in clients:
+        client.close()
+
+
+def closed(client: socket.socket) -> bool:
+    """Tell whether the server ends a connection without a word; waits for it."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_request_that_never_gets_whole_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte after byte comes, and each in time: the limit is for the whole request."""
+    monkeypatch.setattr(server, "TIMEOUT_SECONDS", 0.5)
+    client = connected(address, b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: ")
+    sent = 0
+    with suppress(BrokenPipeError, ConnectionResetError):
+        while sent < 600:
+            client.sendall(b"a")
+            sent += 1
+            time.sleep(0.05)
+    assert sent < 600
+
+
+def test_an_answer_that_nobody_takes_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that asks and does not read ties up its connection for a while, not for ever."""
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(Desk, "status", lambda _: {"long": "x" * (64 << 20)})
+    with connected(address, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n") as client:
+        time.sleep(2)
+        taken = 0
+        with suppress(ConnectionResetError):
+            while content := client.recv(1 << 20):
+                taken += len(content)
+    assert taken < 64 << 20
 
 
 def ask(desk: Desk, *names: str) -> list[Future[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from streamlearn.service.api import Backend, control
+from streamlearn.service.api import MAX_BODY_BYTES, Backend, control
 from streamlearn.service.client import _UnixConnection
 from streamlearn.service.server import Server, bind_control
 
@@ -65,3 +65,13 @@ def test_who_leaves_in_mid_request_leaves_no_trace(path: Path, caplog: pytest.Lo
     assert connection.getresponse().status == 404  # so the one before it was dealt with
     connection.close()
     assert "Traceback" not in caplog.text
+
+
+def test_a_body_that_is_too_long_is_refused_while_it_comes(path: Path) -> None:
+    """Of a body without an end no more is read than may be: the answer comes though the body goes on."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(str(path))
+        client.sendall(b"POST /v1/pause HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.sendall(b"%x\r\n" % MAX_BODY_BYTES + b"x" * MAX_BODY_BYTES + b"\r\n1\r\nx\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
