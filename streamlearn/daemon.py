@@ -360,8 +360,9 @@ def make_stream(job: Job) -> Stream:
     source, sink = open_log(config)
     dead_letters = DeadLetters(sink, config.dead_letter_topic)
     spec = config.stream
+    codec = Codec.from_config(config, job.progress.codec)
     rules = Rules(
-        Codec.from_config(config), HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
+        codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records,
     )  # fmt: skip
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)

@@ -27,6 +27,12 @@ OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
 MAX_LABEL_BYTES = 256
 """The longest label that is accepted: labels stand in every checkpoint, every status and every page."""
 
+CODEC_VERSION = 2
+"""How samples are read, where that has changed; a job keeps the version that it began with, or its hold-out would change.
+
+1: words of text without their combining marks. 2: words with their marks, in Unicode's form NFC.
+"""
+
 REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
 """Why a sample can be rejected: a closed set, so that it can be a metric's label."""
 
@@ -297,6 +303,7 @@ class Progress:
     vocabulary: list[str] = field(default_factory=list)  # of text: in order of first appearance; append-only
     probe_labels: list[Label] = field(default_factory=list)  # met in a probe before training met them; append-only
     probe_words: list[str] = field(default_factory=list)  # the same for words
+    codec: int = CODEC_VERSION
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.labels)
@@ -370,6 +377,7 @@ class Progress:
             "vocabulary": list(self.vocabulary),
             "probe_labels": list(self.probe_labels),
             "probe_words": list(self.probe_words),
+            "codec": self.codec,
         }
 
     @classmethod
@@ -377,8 +385,10 @@ class Progress:
         """Return the progress that `to_json` described."""
         ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
         tasks = [Task.from_json(task) for task in tree["tasks"]]
-        apart = (list(tree.get(key, [])) for key in ("probe_labels", "probe_words"))  # older checkpoints have none
-        return cls(positions, tasks, list(tree["labels"]), ledger, list(tree["vocabulary"]), *apart)
+        labels, words = list(tree["labels"]), list(tree["vocabulary"])
+        # older checkpoints have none of these
+        probe_labels, probe_words = list(tree.get("probe_labels", [])), list(tree.get("probe_words", []))
+        return cls(positions, tasks, labels, ledger, words, probe_labels, probe_words, tree.get("codec", 1))
 
 
 def audit(topics: Mapping[str, Mapping[str, int]]) -> list[str]:

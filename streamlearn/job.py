@@ -394,6 +394,7 @@ class Job:
                 **{key: getattr(config.input, key) for key in ("shape", "dtype", "scale")},
             },
             "vocabulary": progress.vocabulary,
+            "codec": progress.codec,
             "seed": config.seed,
             "num_outputs": int(self.learner.allowed.shape[1]),
             "scenario": self.scenario.kind,

@@ -117,7 +117,8 @@ class Model:
         found = []
         for number, text in enumerate(x):
             try:
-                rows = parse(text, self.input["sentences"], self.input["words"])
+                version = self.description.get("codec", 1)  # older checkpoints have none
+                rows = parse(text, self.input["sentences"], self.input["words"], version)
             except Rejected as error:
                 raise StreamlearnError(f"sample {number}: {error}") from error
             found.append(known.encode(rows, self.input["shape"]))

@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 
 from streamlearn.config import TextInput
-from streamlearn.data import MAX_LABEL_BYTES, Rejected
+from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse
 
@@ -66,9 +66,16 @@ class Codec:
     """Decodes records into samples of a fixed shape and dtype."""
 
     def __init__(
-        self, shape: Sequence[int], dtype: str, default: str, max_record_bytes: int, text: TextInput | None = None
+        self,
+        shape: Sequence[int],
+        dtype: str,
+        default: str,
+        max_record_bytes: int,
+        text: TextInput | None = None,
+        version: int = CODEC_VERSION,
     ) -> None:
         self.text = text
+        self.version = version
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
         self.default = default
@@ -76,11 +83,11 @@ class Codec:
         self._empty = np.zeros((1, *self.shape), self.dtype)
 
     @classmethod
-    def from_config(cls, config: Config) -> Codec:
-        """Return the codec that a configuration describes."""
+    def from_config(cls, config: Config, version: int = CODEC_VERSION) -> Codec:
+        """Return the codec that a configuration describes, in the version that a job began with."""
         text = config.input if isinstance(config.input, TextInput) else None
         spec = config.stream
-        return cls(config.input.shape, config.input.dtype, spec.codec, spec.max_record_bytes, text)
+        return cls(config.input.shape, config.input.dtype, spec.codec, spec.max_record_bytes, text, version)
 
     def decode(self, record: Record) -> Chunk:
         """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
@@ -119,7 +126,7 @@ class Codec:
         if (wrong := _wrong_label("answer", answer)) is not None:
             raise wrong
         _check_task(tree, record)
-        return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words)})
+        return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words, self.version)})
 
     def _parse(self, record: Record) -> dict[str, Any]:
         if record.value is None:

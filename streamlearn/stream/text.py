@@ -7,11 +7,13 @@ question has the same place in every story. 0 is padding, 1 an unknown word, and
 from __future__ import annotations
 
 import re
+import unicodedata
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn.data import Rejected
+from streamlearn.data import CODEC_VERSION, Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ PADDING, UNKNOWN, FIRST = 0, 1, 2
 MAX_LETTERS = 64  # what is longer is no word, and would be kept for ever
 
 WORD = re.compile(r"[^\W_]+")
+MARKS = (range(0x20000), range(0xE0000, 0xE0200))  # code points among which Unicode has combining marks
 
 
 class Vocabulary:
@@ -70,13 +73,13 @@ class Vocabulary:
         return ids
 
 
-def parse(tree: Mapping[str, Any], sentences: int, words: int) -> Rows:
+def parse(tree: Mapping[str, Any], sentences: int, words: int, version: int = CODEC_VERSION) -> Rows:
     """Return a text's words, lower-cased: the question, then the newest `sentences` of its story, the newest first.
 
     Older sentences are left out, and those without a word. Raises `Rejected` where it is no text, or a row is too long.
     """
     question, story = tree.get("question"), tree.get("story")
-    if not isinstance(question, str) or not (asked := split(question)):
+    if not isinstance(question, str) or not (asked := split(question, version)):
         raise Rejected("schema", f"question is {question!r:.80}; expected a string with a word in it")
     if not isinstance(story, list) or not all(isinstance(sentence, str) for sentence in story):
         raise Rejected("schema", f"story is {story!r:.80}; expected a list of strings")
@@ -84,16 +87,28 @@ def parse(tree: Mapping[str, Any], sentences: int, words: int) -> Rows:
     for sentence in reversed(story):
         if len(rows) > sentences:
             break
-        if row := split(sentence):
+        if row := split(sentence, version):
             rows.append(row)
     if (longest := max(map(len, rows))) > words:
         raise Rejected("shape", f"a sentence has {longest} words; expected at most {words}")
     return rows
 
 
-def split(text: str) -> list[str]:
-    """Return a text's words: runs of letters and digits, lower-cased."""
-    return WORD.findall(text.lower())
+def split(text: str, version: int = CODEC_VERSION) -> list[str]:
+    """Return a text's words, lower-cased: runs of letters and digits with the marks on them, in Unicode's form NFC.
+
+    These are Unicode's word characters (UTS 18, annex C) less the underscore. Version 1 cut words at combining marks.
+    """
+    if version == 1 or text.isascii():
+        return WORD.findall(text.lower())
+    return _marked_word().findall(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower()))
+
+
+@cache
+def _marked_word() -> re.Pattern[str]:
+    """Return the pattern of a word in which marks, and joiners before a letter, stand; Python's own class has neither."""
+    marks = "".join(chr(code) for codes in MARKS for code in codes if unicodedata.category(chr(code))[0] == "M")
+    return re.compile(rf"[^\W_](?:[^\W_]|[{marks}]|[\u200c\u200d](?=[^\W_]))*")
 
 
 def fingerprint(rows: Rows) -> np.ndarray:

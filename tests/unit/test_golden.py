@@ -12,6 +12,7 @@ import torch
 
 from streamlearn import configfile, state
 from streamlearn.checkpoint import FORMAT, MANIFEST, Store
+from streamlearn.daemon import make_stream
 from streamlearn.data import Batch, StreamlearnError
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
@@ -108,3 +109,11 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
     ) as told:
         Job.make(config, Store(config.state_dir), Metrics()).restore()
     assert told.value.code == 78
+
+
+def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
+    """The reader of a restored job reads as the version did that began it."""
+    job = restored(tmp_path, next(path for path in GOLDEN if path.name == "default"))
+    stream = make_stream(job)
+    assert stream.assembler.rules.codec.version == 1
+    assert job.describe_model()["codec"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import msgpack
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.config import TextInput
-from streamlearn.data import REASONS
+from streamlearn.data import REASONS, Positions, Progress
 from streamlearn.stream.codec import TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, Record
@@ -147,3 +148,45 @@ def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: st
         chunk.x[0] = 7
         fates.add(hold_out.takes(chunk.value(0), chunk.y[0], None))
     assert len(fates) == 1
+
+
+def test_words_keep_their_marks() -> None:
+    """Vowel signs, accents and joiners belong to their word in every script; canonically equal texts are equal words."""
+    told = {
+        "नमस्ते, दुनिया!": ["नमस्ते", "दुनिया"],
+        "தமிழ் மொழி": ["தமிழ்", "மொழி"],
+        "שָׁלוֹם עולם": ["שָׁלוֹם", "עולם"],
+        "Cafe\u0301 E\u0301TE\u0301": ["caf\u00e9", "\u00e9t\u00e9"],
+        "Caf\u00e9 \u00c9T\u00c9": ["caf\u00e9", "\u00e9t\u00e9"],
+        "می\u200cخواهم\u200c ": ["می\u200cخواهم"],  # noqa: RUF001 - Persian, with a joiner that keeps letters apart
+        "\u0301 a_b don't x\u00b2 \u0663": ["a", "b", "don", "t", "x\u00b2", "\u0663"],
+    }
+    words = {text: split(text) for text in told}
+    assert words == {text: [unicodedata.normalize("NFC", word) for word in some] for text, some in told.items()}
+
+
+@given(text=st.text())
+def test_equal_texts_have_equal_words(text: str) -> None:
+    """Composed or decomposed, a text has the same words, so that its hold-out is the same."""
+    forms = [split(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")]
+    assert forms[0] == forms[1]
+    assert all(unicodedata.is_normalized("NFC", word) for word in forms[0])
+
+
+@given(text=st.text(st.characters(max_codepoint=127)))
+def test_plain_text_has_the_words_of_version_1(text: str) -> None:
+    """What has no marks is read as it always was."""
+    assert split(text) == split(text, 1)
+
+
+def test_a_job_of_version_1_reads_as_it_began() -> None:
+    """Words that were cut at their marks stay so for a job that began with them: its hold-out may not change."""
+    assert split("नमस्ते Cafe\u0301", 1) == ["नमस", "त", "cafe"]
+    old = Codec(CODEC.shape, "int32", "json", 1 << 16, CODEC.text, version=1)
+    told = {"story": ["Cafe\u0301"], "question": "who"}
+    value = encode_text("json", told, "me")
+    assert (old.decode(record(value)).text[0][1], CODEC.decode(record(value)).text[0][1]) == (["cafe"], ["caf\u00e9"])
+    tree = Progress().to_json()
+    assert Progress.from_json(tree, Positions()).codec == 2
+    del tree["codec"]
+    assert Progress.from_json(tree, Positions()).codec == 1
