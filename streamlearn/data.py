@@ -325,8 +325,11 @@ class Progress:
             if label not in self.labels:
                 self.labels.append(label)
 
-    def apply(self, delivery: Delivery, outcome: str) -> None:
-        """Move on past a delivery whose batch, where it has one, ended as `outcome` (trained or skipped)."""
+    def apply(self, delivery: Delivery, outcome: str, unusable: int = 0) -> None:
+        """Move on past a delivery whose batch, where it has one, ended as `outcome` (trained or skipped).
+
+        Of the batch, `unusable` samples were left out, and count as skipped.
+        """
         self.positions = self.positions.advance(delivery.positions)
         found = delivery.found
         for topic, count in found.consumed.items():
@@ -336,8 +339,10 @@ class Progress:
         if (task := self.current) is None:
             return
         if delivery.batch is not None and not delivery.refines:
-            self.ledger.setdefault(task.name, Counter())[outcome] += len(delivery.batch)
-            task.counts[outcome] += len(delivery.batch)
+            for kind, count in ((outcome, len(delivery.batch) - unusable), ("skipped", unusable)):
+                if count:
+                    self.ledger.setdefault(task.name, Counter())[kind] += count
+                    task.counts[kind] += count
         for kind in ("held_out", "rejected", "duplicates"):
             task.counts[kind] += found.outcomes[task.name, kind]
         uncounted = found.outcomes[task.name, "late"] + found.outcomes[task.name, "duplicates"]

@@ -116,6 +116,8 @@ class Job:
 
     def note(self, stats: LearnStats) -> None:
         """Count batches without a finite update; raises `Diverged` when the configuration says that there were enough."""
+        if not stats.steps:
+            return  # no sample of the batch could be used, which says nothing about training
         self.dropped = 0 if stats.applied else self.dropped + 1
         spec = self.config.divergence
         if self.dropped >= spec.after and spec.then != "skip":
@@ -317,7 +319,8 @@ class Job:
         num_bytes = sum(
             tensor.nbytes for name, content in tensors.items() if files[name] is not None for tensor in content.values()
         )
-        files["model.json"] = _json(self.describe_model())
+        odd = {"model": rest["model"], "encoder": groups["encoder"].get("rest", {})}  # state that is no tensor
+        files["model.json"] = _json({**self.describe_model(), "state": odd})
         files["state.json"] = _json(
             {"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,11 @@ from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
-from streamlearn.models.modes import LayerDraws, evaluating
+from streamlearn.models.modes import LayerDraws, differentiating, evaluating, flatten_recurrent
+from streamlearn.models.trial import Trial
+from streamlearn.models.whole import RunningStatistics, load_module_state, module_state
 from streamlearn.optimizers import Optimizer
+from streamlearn.state import equal, put_together, take_apart, through_bytes
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
 from streamlearn.tensors import (
@@ -28,6 +32,7 @@ from streamlearn.tensors import (
     copy_into,
     dense,
     finite_norm,
+    finite_rows,
     padded,
     scaling,
     seeded,
@@ -57,6 +62,7 @@ class LearnStats:
     loss: float | None  # mean over the applied updates
     accuracy: float  # of the model that probes see, before the first update: test, then train
     gradient_norm: float  # of the last update
+    unusable: int = 0  # samples that were left out: the encoder's features of them are not finite
 
     @property
     def outcome(self) -> str:
@@ -76,9 +82,11 @@ class Learner:
         *,
         batch_size: int,
         encoder: Encoder | None = None,
+        learns_alone: bool = True,
     ) -> None:
         self.strategy = strategy
         self.encoder = encoder  # inside `world.scale`, and never trained
+        self.learns_alone = learns_alone  # whether the model can learn a single sample in training mode
         self.spec = spec
         self.world = world
         self.scenario = scenario
@@ -100,7 +108,6 @@ class Learner:
         self.optimizer = self._make_optimizer()
         self.averaged: Network = strategy.network  # where there is an average, a copy that holds it
         self._average: list[Tensor] = self.params  # the parameters that probes see, aligned with `params`
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # running statistics, the average's and the live network's
         self._make_average(self.params)
         self.initial = clones(self.params)  # for forward transfer
         self.task_start = clones(self.params)  # the same
@@ -114,15 +121,19 @@ class Learner:
 
     # -- learning
 
-    def learn(self, batch: Batch) -> LearnStats:
+    def learn(self, given: Batch) -> LearnStats:
         """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
-        there = Batch(self.world.scale(batch.x), batch.y.to(self.world.device), batch.task)
         self._noted, self._clipped = [], []
+        with self.layer_draws.taken():
+            batch, there = self._usable(given)
+        unusable = len(given) - len(batch)
+        if not len(batch):
+            return LearnStats(self.task, 0, 0, 0, 0, None, 0.0, 0.0, unusable)
         hits = self._count_hits(there)
         with self.layer_draws.taken():
             for _ in range(self.spec.updates_per_batch):
                 self.update(there)
-        stats = self._read_stats(batch, hits)
+        stats = self._read_stats(batch, hits, unusable)
         if self.cursor is not None:
             self.cursor += 1
         elif stats.outcome == "trained":
@@ -149,6 +160,7 @@ class Learner:
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params, finite)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
+        self._statistics.settle(finite)
         self._update_average(finite)
         self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
         for param in self.params:
@@ -161,12 +173,12 @@ class Learner:
         network = self.strategy.network
         x = mixed.x if self.distort is None else self.distort(mixed.x)
         if not self.strategy.replay.needs_features:
-            return network.forward(x, mixed.task), None
+            return self._logits(x, mixed.task), None
         head, seen = registry.head_of(network.module), []
         assert head is not None  # or the replay had refused the model
         handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            logits = network.forward(x, mixed.task)
+            logits = self._logits(x, mixed.task)
         finally:
             handle.remove()
         return logits, seen[0]
@@ -198,7 +210,7 @@ class Learner:
     def gradient_of(self, batch: Batch) -> list[Tensor]:
         """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
         joined = batch.join(None, 0.0)
-        loss = self.loss(self.strategy.network.forward(joined.x, joined.task), joined)
+        loss = self.loss(self._logits(joined.x, joined.task), joined)
         found = torch.autograd.grad(loss, self.params, allow_unused=True)
         return [dense(grad, param) for grad, param in zip(found, self.params, strict=True)]
 
@@ -304,7 +316,13 @@ class Learner:
             for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
                 tasks = torch.full((len(some_y),), task)
                 target = some_y.to(self.world.device)
-                logits = network.forward(self.world.scale(some_x), tasks)
+                seen = self.world.scale(some_x)
+                if self.encoder is not None and not bool((usable := finite_rows(seen)).all()):
+                    # a sample without finite features counts as answered wrongly, and has no loss
+                    seen, target, tasks = seen[usable], target[usable], tasks[usable.cpu()]
+                    if not len(target):
+                        continue
+                logits = network.forward(seen, tasks)
                 forbidden = self._forbidden(tasks).expand_as(logits)
                 masked = logits.masked_fill(forbidden, -torch.inf)
                 competes = (target >= 0) & ~forbidden.gather(1, target.clamp(min=0)[:, None])[:, 0]
@@ -330,9 +348,9 @@ class Learner:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
         transfer = self.transfers
         return {
-            "encoder": {} if self.encoder is None else {"frozen": Immutable(self.encoder.module.state_dict())},
-            "model": dict(self.model.state_dict()),
-            "live": dict(self.strategy.network.module.state_dict()) if self.spec.average is not None else {},
+            "encoder": {} if self.encoder is None else encoder_state(self.encoder),
+            "model": module_state(self.model),
+            "live": module_state(self.strategy.network.module) if self.spec.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "reservoir": self.reservoir.state_dict(),
             "transfer": {
@@ -359,19 +377,19 @@ class Learner:
         own = state["learner"]
         self._forget_masks()
         if self.encoder is not None:  # as it was: what was learned, was learned of these features
-            self.encoder.load(state["encoder"]["frozen"])
+            self.encoder.load(put_together(state["encoder"]["frozen"], state["encoder"].get("rest", {})))
         if own["num_outputs"] > self.allowed.shape[1]:
             self._grow(own["num_outputs"])
         for name, part in self.strategy.parts.items():
             part.load_state_dict(state[name])
-        self.strategy.network.module.load_state_dict(state["live"] or state["model"])
+        load_module_state(self.strategy.network.module, state["live"] or state["model"])
         self.names, self.params = self._trained()
         self.slowed = own.get("slowed", 1.0)  # older checkpoints have none, and no draws of layers
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._make_average(self.params)
         if self.spec.average is not None:
-            self.averaged.module.load_state_dict(state["model"])
+            load_module_state(self.averaged.module, state["model"])
         self.reservoir.load_state_dict(state["reservoir"])
         for name in ("initial", "task_start"):
             # empty where forward transfer is undefined: then any values of the right shapes will do
@@ -407,6 +425,26 @@ class Learner:
         self.classes += [{} for _ in range(tasks - len(self.classes))]
         self._met += [0] * (tasks - len(self._met))
 
+    def _usable(self, batch: Batch) -> tuple[Batch, Batch]:
+        """Return a batch's samples that can be learned, as they arrived, and as the network sees them on the device.
+
+        What an encoder makes of a sample may be beyond float32: such a sample is left out.
+        """
+        x, y = self.world.scale(batch.x), batch.y.to(self.world.device)
+        if self.encoder is not None and not bool((usable := finite_rows(x)).all()):
+            rows = usable.to(batch.x.device)
+            batch = Batch(batch.x[rows], batch.y[rows], batch.task[rows])
+            x, y = x[usable], y[usable]
+        return batch, Batch(x, y, batch.task)
+
+    def _logits(self, x: Tensor, task: Tensor) -> Tensor:
+        """Return the logits of samples that are learned. A single sample has no batch statistics: see `Trial.run`."""
+        network = self.strategy.network
+        if len(x) > 1 or self.learns_alone:
+            return network.forward(x, task)
+        with differentiating(network.module):
+            return network.forward(x, task)
+
     def _forbidden(self, task: Tensor) -> Tensor:
         """Return the outputs that do not compete, `[B, C]` or, where one row serves all, `[1, C]`."""
         if len(self.forbidden) == 1:
@@ -427,8 +465,6 @@ class Learner:
         rate = averaging_rate(self.spec.average, self.task_steps) * finite
         for mean, param in zip(self._average, self.params, strict=True):
             mean.lerp_(param, rate)
-        for mean, value in self._buffers:
-            mean.copy_(value)
 
     @torch.no_grad()
     def _count_hits(self, batch: Batch) -> Tensor:
@@ -439,15 +475,15 @@ class Learner:
         masked = logits.masked_fill(self._forbidden(batch.task), -torch.inf)
         return (masked.argmax(1) == batch.y).sum()
 
-    def _read_stats(self, batch: Batch, hits: Tensor) -> LearnStats:
+    def _read_stats(self, batch: Batch, hits: Tensor, unusable: int) -> LearnStats:
         """Wait for the device, once a batch."""
         losses, norms, finite = (torch.stack(noted) for noted in zip(*self._noted, strict=True))
         applied = int(finite.sum())
         loss = float(losses[finite].mean()) if applied else None
         clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
         steps = self.spec.updates_per_batch
-        accuracy = int(hits) / len(batch)
-        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, accuracy, float(norms[-1]))
+        accuracy, norm = int(hits) / len(batch), float(norms[-1])
+        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, accuracy, norm, unusable)
 
     def _closing(self, part: Part) -> Closing:
         x, y = self.reservoir.x, self.reservoir.y
@@ -478,12 +514,12 @@ class Learner:
         """Begin an average at these values; without one, probes see the live network."""
         if self.spec.average is None:
             self._average = self.params
+            self._statistics = RunningStatistics(self.strategy.network.module, self.strategy.network.module)
             return
         self.averaged = self._copy_network()
         self._average = self._of(self.averaged)
         copy_into(self._average, values)
-        there = zip(self.averaged.module.buffers(), self.strategy.network.module.buffers(), strict=True)
-        self._buffers = [(mean, value) for mean, value in there if value.is_floating_point()]
+        self._statistics = RunningStatistics(self.strategy.network.module, self.averaged.module)
 
     def _take_average(self) -> None:
         if self.spec.average is not None:
@@ -492,6 +528,7 @@ class Learner:
     def _copy_network(self) -> Network:
         network = copy.deepcopy(self.strategy.network)
         network.module.requires_grad_(requires_grad=False).eval()
+        flatten_recurrent(network.module)
         return network
 
     def _renew(self) -> None:
@@ -539,6 +576,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     encoder, shape = None, tuple(config.input.shape)
     if config.input.encoder is not None:
         encoder = Encoder.build(config.input.encoder.model_dump(), shape, config.seed, device)
+        encoder.check_state(through_bytes, equal)
         shape = encoder.shape
 
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
@@ -552,7 +590,23 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     strategy = compose(config.strategy, world)
     if config.grow_head and registry.head_of(strategy.network.module) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
-    learner = Learner(strategy, config.learner, world, scenario, batch_size=config.stream.batch_size, encoder=encoder)
-    if config.learner.average is not None or learner.transfers:
-        registry.check_copies(spec["name"], build_network(world.num_outputs), world.zeros(2))
-    return learner
+    alone = True
+    if ":" in spec["name"]:
+
+        def sample(count: int) -> Tensor:
+            some = torch.randint(2, (count, *shape)) if world.names else torch.randn(count, *shape)
+            return some.to(device, world.zeros(0).dtype)
+
+        copies = config.learner.average is not None or (scenario.kind != "class" and strategy.network.transfers)
+        build = partial(build_network, world.num_outputs)
+        alone = Trial(spec["name"], build, sample, config.seed, through_bytes, equal).run(copies=copies)
+    return Learner(
+        strategy, config.learner, world, scenario,
+        batch_size=config.stream.batch_size, encoder=encoder, learns_alone=alone,
+    )  # fmt: skip
+
+
+def encoder_state(encoder: Encoder) -> State:
+    """Return an encoder's state: tensors that never change, in a file of their own, and the rest."""
+    tensors, rest = take_apart(encoder.state_dict())
+    return {"frozen": Immutable(tensors), "rest": rest}

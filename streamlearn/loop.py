@@ -68,9 +68,12 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - begun)
         if stats.applied < stats.steps:
             log.warning("%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps)
+        if stats.unusable:
+            log.warning("%d samples have features that are not finite, and were skipped", stats.unusable)
         job.note(stats)
 
-    progress.apply(delivery, stats.outcome if stats is not None else "trained")
+    outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
+    progress.apply(delivery, outcome, unusable)
     job.probes.follow(progress)
     job.probes.collect(delivery.found.held_out)
     if task is not None and delivery.newest is not None:

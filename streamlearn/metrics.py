@@ -137,7 +137,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "samples_late": ("Samples that came after their task had ended.", ("topic",)),
     "samples_rejected": ("Samples that cannot be used, now in the dead-letter topic.", ("topic", "reason")),
     "samples_duplicate": ("Samples of records that had already been applied.", ("topic",)),
-    "samples_skipped": ("Samples of batches none of whose updates was finite.", ("reason",)),
+    "samples_skipped": (
+        "Samples of batches without a finite update, or without finite features.",
+        ("reason",),
+    ),
     "records_skipped_offsets": ("Offsets never seen, because the log had lost them.", ("topic", "reason")),
     "train_steps": ("Optimizer steps applied.", ("task",)),
     "train_steps_skipped": ("Optimizer steps dropped.", ("reason",)),
@@ -301,11 +304,10 @@ class Metrics:
         if stats is None:
             return
         if not delivery.refines:
-            if stats.outcome == "trained":
-                self.count("samples_trained", stats.samples, task)
-            else:
-                self.count("samples_skipped", stats.samples, "nonfinite")
-            self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy)
+            trained = stats.samples if stats.outcome == "trained" else 0
+            self.count("samples_trained", trained, task)
+            self.count("samples_skipped", stats.samples - trained + stats.unusable, "nonfinite")
+            self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy if stats.samples else None)
             if delivery.newest is not None:
                 self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest))
         self.count("train_steps", stats.applied, task)

@@ -92,6 +92,11 @@ def finite_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return norm, norm < torch.inf  # false for NaN, too
 
 
+def finite_rows(x: Tensor) -> Tensor:
+    """Return which rows of `x [B, ...]` hold finite numbers alone, `[B]`."""
+    return x.flatten(1).isfinite().all(1)
+
+
 def averaging_rate(decay: float, steps: int) -> float:
     """Return how far a moving average follows after so many steps of a task: quickly at first, then by 1 - `decay`.
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.models.modes import drawing_from
+from streamlearn.models.whole import load_module_state, module_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -35,25 +37,24 @@ class Encoder:
         module, _, function = name.partition(":")
         zeros = torch.zeros(2, *input_shape, device=device)
         doing = ""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawing_from(seed):
             try:
                 made = getattr(importlib.import_module(module), function)(list(input_shape), **spec["options"])
                 _freeze(made, device)
-                saved = [isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-                         for value in made.state_dict().values()]  # fmt: skip
                 doing = f"cannot see a batch of shape {list(zeros.shape)}: "
                 features: Any = _features(made, zeros)
+                alone: Any = _features(made, zeros[:1].clone())
             except Exception as error:  # whatever a user's code raises is not our fault
                 raise _unfit(name, error, doing) from error
-        if not all(saved):
-            raise _unfit(name, "its state_dict must hold dense tensors alone, or it cannot be saved")
         number = isinstance(features, Tensor) and features.dtype == torch.float32
         if not number or features.dim() < 2 or features.shape[0] != 2:
             got = (
                 f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
             )
             raise _unfit(name, f"two samples must give float32 features [2, ...], and give {got}")
+        if not isinstance(alone, Tensor) or alone.shape != (1, *features.shape[1:]):
+            got = str(list(alone.shape)) if isinstance(alone, Tensor) else type(alone).__name__
+            raise _unfit(name, f"one sample must give features {[1, *features.shape[1:]]}, and gives {got}")
         if broken := [key for key, param in made.named_parameters() if not bool(param.isfinite().all())]:
             raise _unfit(name, f"parameter {broken[0]} is not finite")
         return cls(name, made, tuple(features.shape[1:]))
@@ -63,10 +64,28 @@ class Encoder:
         features: Tensor = _features(self.module, x)
         return features
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that its features depend on."""
+        return module_state(self.module)
+
+    def check_state(
+        self, through_bytes: Callable[[Mapping[str, Any]], Mapping[str, Any]], equal: Callable[[Any, Any], bool]
+    ) -> None:
+        """Save the state, read it again, and compare; raises `StreamlearnError` (78) where it is not the same."""
+        before = self.state_dict()
+        try:
+            saved = through_bytes(before)
+            same = equal(before, saved)
+            load_module_state(self.module, saved)
+        except Exception as error:  # whatever a user's code raises is not our fault
+            raise _unfit(self.name, error, "its state cannot be saved and read again: ") from error
+        if not same:
+            raise _unfit(self.name, "its state is not the same after it was saved and read again")
+
+    def load(self, state: Mapping[str, Any]) -> None:
         """Become the encoder that was saved; raises `StreamlearnError` (78) where the function makes another kind by now."""
         try:
-            self.module.load_state_dict(dict(state))
+            load_module_state(self.module, state)
         except RuntimeError as error:
             raise _unfit(self.name, error, "does not fit the weights that were saved: ") from error
 

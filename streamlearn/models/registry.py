@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from streamlearn.data import StreamlearnError
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
-from streamlearn.models.modes import evaluating
+from streamlearn.models.modes import drawing_from, evaluating
 from streamlearn.models.resnet import ResNet
 
 if TYPE_CHECKING:
@@ -28,8 +27,7 @@ def build(
     function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built, or does not fit its input
     and outputs.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing_from(seed):
         try:
             if spec["name"] == "mlp":
                 return MLP(input_shape, num_outputs, spec["hidden"])
@@ -40,7 +38,7 @@ def build(
                 sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
                 return MemNet(input_shape, num_outputs, **told, **sizes)
         except (TypeError, ValueError, RuntimeError) as error:  # the last where memory is too small
-            raise _unfit(spec, error) from error
+            raise unfit(spec, error) from error
         return _build_own(spec, input_shape, num_outputs, told)
 
 
@@ -54,9 +52,9 @@ def _build_own(
             list(input_shape), num_outputs, **told, **spec["options"]
         )
     except Exception as error:  # whatever a user's function raises is not our fault
-        raise _unfit(spec, error) from error
+        raise unfit(spec, error) from error
     if not isinstance(model, nn.Module):
-        raise _unfit(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise unfit(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
     device = next((param.device for param in model.parameters()), None)
     zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
     shape = list(zeros.shape)
@@ -64,32 +62,22 @@ def _build_own(
         with evaluating(model), torch.no_grad():
             logits = model(zeros)
     except Exception as error:
-        raise _unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
+        raise unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise _unfit(
+        raise unfit(
             spec,
             f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}",
         )
     if broken := [name for name, param in model.named_parameters() if not bool(param.isfinite().all())]:
-        raise _unfit(spec, f"parameter {broken[0]} is not finite")
+        raise unfit(spec, f"parameter {broken[0]} is not finite")
     if not any(param.requires_grad for param in model.parameters()):
-        raise _unfit(spec, "no parameter of it learns: expected one with requires_grad")
+        raise unfit(spec, "no parameter of it learns: expected one with requires_grad")
     return model
 
 
-def check_copies(name: str, model: nn.Module, zeros: torch.Tensor) -> None:
-    """Raise `StreamlearnError` (78) where a model cannot be copied once it has seen something: it keeps a graph."""
-    try:
-        with torch.random.fork_rng(devices=[]), evaluating(model), torch.enable_grad():
-            model(zeros)
-        copy.deepcopy(model)
-    except Exception as error:  # whatever a user's model raises is not our fault
-        doing = "cannot be copied once it has learned, as learner.average and forward transfer need it: "
-        raise _unfit({"name": name}, error, doing) from error
-
-
-def _unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
+def unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
+    """Return the error that a model cannot be used: one line, 78."""
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
     return StreamlearnError(f"model {spec['name']}: {doing}{why}", code=78)

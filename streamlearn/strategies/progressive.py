@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
-from streamlearn.models.modes import evaluating
+from streamlearn.models.modes import drawing_from, evaluating
 from streamlearn.strategies.parts import Network, State, World
 
 if TYPE_CHECKING:
@@ -112,8 +112,7 @@ class ProgressiveNetwork(Network):
         """Freeze the columns and add one, its lateral connections and weights seeded by its number."""
         number = len(self.module.columns)
         self.module.columns.requires_grad_(requires_grad=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.world.seed + number)
+        with drawing_from(self.world.seed + number):
             column = self.world.build_network(self.world.num_outputs, number)
             wrap(column, self.world, list(self.module.columns))
         self.module.columns.append(column.to(self.world.device))

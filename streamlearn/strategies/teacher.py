@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.models import registry
+from streamlearn.models.whole import load_module_state, module_state
 
 if TYPE_CHECKING:
     from streamlearn.strategies.parts import Closing, State, World
@@ -28,7 +29,7 @@ class Teacher:
     def of(cls, world: World, closing: Closing) -> Teacher:
         """Return the solver of a task that has just ended."""
         solver = world.build_network(closing.allowed.shape[1])
-        solver.load_state_dict(closing.network.state_dict())
+        load_module_state(solver, module_state(closing.network))
         allowed = closing.allowed
         return cls(
             world, solver, (allowed if allowed.stride(0) else allowed[:1]).clone()
@@ -51,11 +52,11 @@ class Teacher:
 
     def state_dict(self) -> State:
         """Return everything needed to make it again."""
-        return {"solver": dict(self.solver.state_dict()), "allowed": self.allowed}
+        return {"solver": module_state(self.solver), "allowed": self.allowed}
 
     @classmethod
     def from_state(cls, world: World, state: State) -> Teacher:
         """Return the teacher that `state_dict` described."""
         solver = world.build_network(state["allowed"].shape[1])
-        solver.load_state_dict(state["solver"])
+        load_module_state(solver, state["solver"])
         return cls(world, solver, state["allowed"].to(world.device))

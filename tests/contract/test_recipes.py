@@ -253,7 +253,12 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
 
 REFUSED = {
     "pnn": {"reused"},
-    "packnet": {"tied", "normed", "drawing"},  # weights that tasks cannot share out, and statistics of batches
+    "packnet": {
+        "tied",
+        "normed",
+        "drawing",
+        "statistics",
+    },  # weights that tasks cannot share out, and statistics of batches
 }
 
 
@@ -284,19 +289,57 @@ def test_models_are_taken_as_they_are(tmp_path: Path, name: str, kind: str) -> N
         assert [part.training for part in one.learner.strategy.network.module.modules()] == modes
 
 
+ALONE: dict[str, dict[str, Any]] = {  # memories and references of one sample
+    "er": {"budget": 1, "ratio": 0.1},
+    "derpp": {"budget": 1, "ratio": 0.1},
+    "gem": {"memory": 1},
+    "agem": {"budget": 1, "reference": 1},
+    "joint": {"budget": 1},
+    "ewc": {"samples": 1},
+    "mas": {"samples": 1},
+    "generative": {"variant": "brain-inspired", "likelihood": "gaussian", "ratio": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", ["statistics", "spread", "drawing", "recurrent", "odd"])
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_batch_of_one_sample_is_learned(tmp_path: Path, name: str, kind: str) -> None:
+    """A single sample is learned by every recipe and model: as a batch, in a memory, as a reference, and in refinement."""
+    if kind in REFUSED.get(name, ()):
+        return  # at the start: see the test before
+    run = Run(
+        tmp_path, {name: ALONE.get(name, {})}, model={"name": "tests.support.awkward:make", "options": {"kind": kind}}
+    )
+    for sizes in ([BATCH, 1], [1], [1, 1, BATCH]):
+        run.begin()
+        for number, size in enumerate(sizes):
+            stats = run.learner.learn(run.batch(number, size))
+            assert (stats.applied, stats.outcome) == (3, "trained")
+        run.end()
+        one = run.batch(9, 1)
+        assert np.isfinite(run.learner.evaluate(one.x, one.y, len(run.tasks) - 1)[1])
+    assert all(bool(param.isfinite().all()) for param in run.learner.params)
+    assert all(bool(value.isfinite().all()) for value in run.learner.model.buffers())
+
+
 def test_layers_draw_what_the_seed_says(tmp_path: Path) -> None:
-    """Dropout is a function of the seed, and whatever else the process draws is not disturbed by it."""
-    made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": "drawing"}}}
-    digests = []
-    for process in (1, 2):
-        torch.manual_seed(process)
-        run = Run(tmp_path, {"naive": {}}, **made)
-        run.through(1)
-        digests.append(run.digest())
-        drawn = torch.rand(3)
-        torch.manual_seed(process)
-        assert torch.equal(drawn, torch.rand(3))
-    assert digests[0] == digests[1]
+    """Dropout, numpy and random follow the seed, at the start too, and whatever else the process draws is not disturbed."""
+    for kind in ("drawing", "odd"):
+        made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": kind}}}
+        digests = []
+        for process in (1, 2):
+            torch.manual_seed(process)
+            random.seed(process)
+            np.random.seed(process)  # noqa: NPY002 - the generator that the model draws from
+            run = Run(tmp_path, {"naive": {}}, **made)
+            run.through(1)
+            digests.append(run.digest())
+            drawn = torch.rand(3).tolist(), random.random(), np.random.random()  # noqa: NPY002 - as above
+            torch.manual_seed(process)
+            random.seed(process)
+            np.random.seed(process)  # noqa: NPY002 - as above
+            assert drawn == (torch.rand(3).tolist(), random.random(), np.random.random())  # noqa: NPY002 - as above
+        assert digests[0] == digests[1]
 
 
 def test_no_part_gets_more_samples_than_it_asked_for(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import random
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -128,6 +131,71 @@ def normed(size: int, num_outputs: int) -> nn.Module:
     return Body(nn.Sequential(layer, nn.Tanh()), WIDTH, num_outputs)
 
 
+def statistics(size: int, num_outputs: int) -> nn.Module:
+    """Make a model that cannot learn a single sample in training mode."""
+    return Body(nn.Sequential(nn.Linear(size, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()), WIDTH, num_outputs)
+
+
+class Spread(nn.Module):
+    """Divides by the spread of a batch, which a single sample does not have, and notes it in buffers that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spread", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is scaled by the batch's spread, or in evaluation mode by the noted one."""
+        spread = self.get_buffer("spread")
+        if self.training:
+            own = (x.var(0).mean() + 1e-3).sqrt()
+            self.spread = 0.9 * spread + 0.1 * own.detach()
+            return x / own
+        return x / spread
+
+
+class Odd(nn.Module):
+    """Has state of every kind: odd names and types, state that is no tensor, a buffer that is not persistent; draws numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"block/1": nn.Linear(size, WIDTH), "a/b/%2F $é": nn.Linear(WIDTH, WIDTH)})
+        weight = np.random.normal(size=(WIDTH, WIDTH)).astype(np.float32)  # noqa: NPY002 - as authors do it
+        self.parts["a/b/%2F $é"].load_state_dict(
+            {"weight": torch.from_numpy(weight) / WIDTH, "bias": torch.zeros(WIDTH)}
+        )
+        self.register_buffer("$list", torch.tensor([1 + 2j, 3 - 4j]).conj())
+        self.register_buffer("none", torch.zeros(0, 3))
+        self.register_buffer("wide", torch.arange(6.0, dtype=torch.float64).reshape(2, 3).T)
+        self.register_buffer("bits", torch.ones(3, dtype=torch.complex128)[1])
+        self.register_buffer("mean", torch.zeros(WIDTH), persistent=False)
+        self.seen: dict[Any, Any] = {
+            ("calls", 1): 0,
+            "last": math.nan,
+            "raw": b"\x00\xff",
+            "parts": [(1, None), {2, 3}],
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return activations less their running mean, with noise from numpy and from Python."""
+        h = torch.tanh(self.parts["a/b/%2F $é"](torch.tanh(self.parts["block/1"](x))))
+        if self.training and torch.is_grad_enabled():
+            self.mean = 0.9 * self.get_buffer("mean") + 0.1 * h.detach().mean(0)
+            self.seen["calls", 1] += 1
+            self.seen["last"] = random.random()
+            noise = np.random.normal(size=h.shape).astype(np.float32)  # noqa: NPY002 - as authors do it
+            h = h + 0.1 * torch.from_numpy(noise).to(h.device) * random.random()
+        return h - self.get_buffer("mean")
+
+    def get_extra_state(self) -> dict[Any, Any]:
+        """Return what is no tensor, and a tensor."""
+        return {**self.seen, "table": torch.ones(2, dtype=torch.int8), "tensors": (torch.zeros(1),)}
+
+    def set_extra_state(self, state: dict[Any, Any]) -> None:
+        """Take it over."""
+        assert torch.equal(state["table"], torch.ones(2, dtype=torch.int8))
+        self.seen = {key: value for key, value in state.items() if key not in {"table", "tensors"}}
+
+
 MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
     "drawing": drawing,
     "frozen": frozen,
@@ -138,6 +206,9 @@ MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
     "sparse": lambda _, outputs: Body(Table(), WIDTH, outputs),
     "reused": lambda size, outputs: Body(Reused(size), WIDTH, outputs),
     "sequence": lambda _, outputs: Body(Sequence(), WIDTH, outputs),
+    "statistics": statistics,
+    "spread": lambda size, outputs: Body(nn.Sequential(nn.Linear(size, WIDTH), Spread()), WIDTH, outputs),
+    "odd": lambda size, outputs: Body(Odd(size), WIDTH, outputs),
     "folded": lambda size, outputs: Body(Folded(), size, outputs),
 }
 

@@ -1,0 +1,123 @@
+"""A user's model is tried before anything is learned: in both modes, with a single sample, and its state through bytes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamlearn import state
+from streamlearn.data import StreamlearnError
+from streamlearn.models.trial import Trial
+from tests.support import awkward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Last(nn.Module):
+    """A linear layer, and a function after it."""
+
+    def __init__(self, last: Callable[[Tensor], Any], training: Callable[[Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.last = last
+        self.in_training = training or last
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what the function makes of the layer's output."""
+        return (self.in_training if self.training else self.last)(self.head(x))
+
+
+class Renamed(nn.Linear):
+    """Calls its state by other names, and does not know them again."""
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # as authors have it
+        """Return the state under names of its own."""
+        return {f"my.{name}": value for name, value in super().state_dict(*args, **options).items()}
+
+
+class Lazy(nn.Linear):
+    """Registers a buffer when it first learns, so that a restored module lacks it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        if self.training and "calls" not in self._buffers:
+            self.register_buffer("calls", torch.ones(1))
+        return super().forward(x)
+
+
+class Scaled(nn.Linear):
+    """Does not come back as it was saved."""
+
+    def set_extra_state(self, factor: float) -> None:
+        """Change the factor on the way."""
+        self.factor = 2 * factor
+
+    def get_extra_state(self) -> float:
+        """Return a factor."""
+        return getattr(self, "factor", 1.0)
+
+
+def tried(build: Callable[[], nn.Module], size: int = 4) -> bool:
+    """Try a model; return whether it learns a single sample in training mode."""
+    trial = Trial("own:make", build, lambda n: torch.randn(n, size), 0, state.through_bytes, state.equal)
+    return trial.run(copies=True)
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "squeezed": (lambda: Last(torch.squeeze), r"a single sample|cannot learn a batch of shape \[1, 4\]"),
+    "tuple in training": (lambda: Last(nn.Identity(), lambda y: (y, y)), r"cannot learn a batch of shape \[2, 4\]: "),
+    "no statistics to use": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)),
+        r"cannot learn a batch of shape \[1, 4\]: ValueError: Expected more than 1 value per channel",
+    ),
+    "renamed": (lambda: Renamed(4, 3), "its state cannot be saved and read again: RuntimeError: "),
+    "lazy": (lambda: Lazy(4, 3), "its state cannot be saved and read again: RuntimeError: .*calls"),
+    "scaled": (lambda: Scaled(4, 3), "its state is not the same after it was saved and read again: '_extra_state'"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_a_model_that_would_end_the_daemon_later_is_refused_at_the_start(name: str) -> None:
+    """One line names the model and what it did; the code is that of the configuration."""
+    build, why = WRONG[name]
+    with pytest.raises(StreamlearnError, match=why) as caught:
+        tried(build)
+    assert caught.value.code == 78
+    assert str(caught.value).startswith("model own:make: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", list(awkward.MAKERS))
+def test_models_that_can_be_used_pass(kind: str) -> None:
+    """Only layers that need the statistics of a batch keep a single sample from being learned in training mode."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert tried(lambda: awkward.make([12], 3, kind=kind), 12) is (kind not in {"statistics", "spread"})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("last", "warned"),
+    [
+        (nn.Softmax(1), True),
+        (nn.Sigmoid(), True),
+        (lambda y: torch.exp(torch.log_softmax(y, 1)), True),
+        (nn.LogSoftmax(1), False),
+        (nn.Identity(), False),
+        (lambda y: 0.5 + 0.001 * y, False),
+    ],
+)
+def test_probabilities_are_told_from_logits(
+    last: Callable[[Tensor], Tensor], warned: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that ends in a softmax or sigmoid is taken, with a warning that says what is expected."""
+    with caplog.at_level(logging.WARNING):
+        assert tried(lambda: copy.deepcopy(Last(last)))
+    found = [line for line in caplog.messages if "outputs are probabilities, and logits are expected" in line]
+    assert bool(found) is warned
