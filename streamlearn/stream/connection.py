@@ -5,8 +5,10 @@ kafka-python tries a refused login again until its time is over, says no more th
 
 from __future__ import annotations
 
+import random
 import re
 import ssl
+import sys
 from typing import TYPE_CHECKING, Any
 
 from kafka import errors as kafka_errors
@@ -37,12 +39,24 @@ HUNG_UP = re.compile(r"WRONG_VERSION_NUMBER|UNEXPECTED_EOF|socket disconnected|r
 REPEATED = re.compile(
     r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )"
 )  # names of the error that say nothing more
+JITTER = random.Random()  # noqa: S311 - the client's: which broker to ask first, and how long to wait
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
 TLS_ALERT = 0x1503  # type of the record, and the first byte of its version
 
 
+def _draw_apart() -> None:
+    """Give the client's modules a generator of their own.
+
+    They draw in the reader's thread from Python's global generator, which is the learner's while a model learns.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kafka.") and getattr(module, "random", None) is random:
+            module.random = JITTER  # type: ignore[attr-defined]  # modules have any attributes
+
+
 def client_settings(kafka: Kafka) -> dict[str, Any]:
     """Return the connection settings that consumer, producer and admin client share; raises `StreamlearnError` (77)."""
+    _draw_apart()
     settings: dict[str, Any] = {
         "bootstrap_servers": kafka.bootstrap_servers,
         "client_id": kafka.client_id,

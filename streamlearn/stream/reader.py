@@ -210,7 +210,9 @@ class Stream:
                 limit = self.spec.startup_timeout
                 if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
                     raise
-                self._stopping.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
+                self._stopping.wait(
+                    backoff * random.SystemRandom().uniform(0.5, 1.0)
+                )  # not the global generator: it is the learner's
                 backoff = min(2 * backoff, MAX_BACKOFF)
 
     def _turn(self) -> None:

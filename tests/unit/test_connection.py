@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -101,3 +103,11 @@ ERRORS: list[tuple[Exception, bool]] = [
 def test_refusals_are_told_from_outages(error: Exception, *, refused: bool) -> None:
     """Only what another attempt cannot change ends the daemon."""
     assert connection.is_refusal(error) == refused
+
+
+def test_the_client_draws_from_no_generator_of_a_model() -> None:
+    """Which broker the client asks first, and how long it waits, moves no draw of a model that uses Python's `random`."""
+    settings()
+    users = [name for name, module in sys.modules.items() if name.startswith("kafka.") and hasattr(module, "random")]
+    assert "kafka.cluster" in users
+    assert [name for name in users if sys.modules[name].random is random] == []
