@@ -160,14 +160,24 @@ class Section(BaseModel):
 class Sasl(Section):
     """Credentials; a password or client secret comes from the environment or a file, never from the YAML."""
 
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "SCRAM-SHA-512"
-    username: str | None = None
-    password: SecretStr | None = Field(None, min_length=1)
-    password_file: Path | None = None
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
+        "SCRAM-SHA-512", description="how the client signs in"
+    )
+    username: str | None = Field(None, description="the user; not for OAUTHBEARER")
+    password: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="the user's password: from STREAMLEARN__KAFKA__SASL__PASSWORD in the environment, never in this file",
+    )
+    password_file: Path | None = Field(None, description="a file that holds the password")
     token_url: str | None = Field(None, description="OAUTHBEARER: where tokens are given for client credentials")
     client_id: str | None = Field(None, min_length=1, description="OAUTHBEARER: who asks for a token")
-    client_secret: SecretStr | None = Field(None, min_length=1)
-    client_secret_file: Path | None = None
+    client_secret: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="OAUTHBEARER: the client's secret, from STREAMLEARN__KAFKA__SASL__CLIENT_SECRET in the environment",
+    )
+    client_secret_file: Path | None = Field(None, description="OAUTHBEARER: a file that holds the client's secret")
     scope: str | None = Field(None, min_length=1, description="OAUTHBEARER: of the token; default: the server's")
 
     @field_validator("token_url")
@@ -228,17 +238,35 @@ class Sasl(Section):
 class Kafka(Section):
     """How to reach the brokers; security keys are named as kafka-python names them."""
 
-    bootstrap_servers: list[str] = Field(min_length=1)
-    client_id: str = "streamlearn"
+    bootstrap_servers: list[str] = Field(
+        min_length=1,
+        description="HOST:PORT of one or more brokers, from which all others are learned: a list, or text with commas",
+    )
+    client_id: str = Field("streamlearn", description="name of this client in the brokers' logs and quotas")
     group_id: str | None = Field(None, description="only reports positions, for lag graphs; default streamlearn.<name>")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    ssl_cafile: Path | None = None
-    ssl_certfile: Path | None = None
-    ssl_keyfile: Path | None = None
-    ssl_password: SecretStr | None = Field(None, min_length=1)
-    ssl_check_hostname: bool = True
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="whether the connection is encrypted (SSL) and whether the client signs in (SASL)"
+    )
+    ssl_cafile: Path | None = Field(
+        None, description="PEM file of the certificate authorities to trust; default: those of the system"
+    )
+    ssl_certfile: Path | None = Field(
+        None, description="PEM file of this client's certificate, for brokers that ask for one"
+    )
+    ssl_keyfile: Path | None = Field(None, description="PEM file of the private key of ssl_certfile")
+    ssl_password: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="password of ssl_keyfile: from STREAMLEARN__KAFKA__SSL_PASSWORD in the environment, never in this file",
+    )
+    ssl_check_hostname: bool = Field(
+        default=True, description="refuse a broker whose certificate is for another host name"
+    )
     sasl: Sasl | None = None
-    isolation_level: Literal["read_committed", "read_uncommitted"] = "read_committed"
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed",
+        description="records of transactions: those that are committed, or all at once, also those that are aborted later",
+    )
     metadata_refresh_seconds: Seconds = Field(10.0, description="how soon new topics and partitions are found")
     replication_factor: Int = Field(
         -1, ge=-1, le=32767, description="of topics created here (dead letters); -1 is the broker's default"
@@ -275,20 +303,24 @@ class Kafka(Section):
 class Embedded(Section):
     """Topics in one SQLite file, for trying everything with nothing installed."""
 
-    path: Path = Path("state/topics.sqlite")
+    path: Path = Field(Path("state/topics.sqlite"), description="the file; it is created if it does not exist")
 
 
 class Queue(Section):
     """Bounds on what the reader may have waiting for the learner."""
 
-    samples: Whole = Field(20_000, ge=1)
-    megabytes: float = Field(256.0, gt=0)
+    samples: Whole = Field(
+        20_000, ge=1, description="samples that wait at most; the reader then pauses until half of them are learned"
+    )
+    megabytes: float = Field(256.0, gt=0, description="their size at most, in megabytes (10^6 bytes)")
 
 
 class TaskEnd(Section):
     """The rule that ends a task when no marker does: exactly one of these."""
 
-    next_topic: bool = False
+    next_topic: bool = Field(
+        default=False, description="the task ends at the records that its topic has when a later topic has its first"
+    )
     records: Whole | None = Field(None, ge=1, description="samples after which the task ends, those of a probe too")
     idle: Seconds | None = Field(None, description="seconds without a record, once caught up")
 
@@ -319,18 +351,28 @@ class Stream(Section):
     source: Literal["kafka", "embedded"] | None = Field(None, description="default: kafka where configured")
     topics: list[Topic] | None = Field(None, min_length=1, description="tasks in this order")
     pattern: str | None = Field(None, description="a regular expression that must match a topic's whole name")
-    order: Literal["name", "first_record"] = "name"
+    order: Literal["name", "first_record"] = Field(
+        "name",
+        description="pattern: topics by name, with digits compared as numbers, or by the time of their first record",
+    )
     task_end: TaskEnd = TaskEnd(next_topic=True)
-    on_finished: Literal["wait", "exit"] = "wait"
+    on_finished: Literal["wait", "exit"] = Field(
+        "wait", description="after the last task: wait for more, or end the daemon with 0"
+    )
     codec: Literal["json", "msgpack", "batch"] = Field("json", description="of records without a content-type header")
-    batch_size: Whole = Field(100, ge=1)
+    batch_size: Whole = Field(100, ge=1, description="samples of a batch, which is learned as one")
     merge: Literal["arrival", "fixed"] = Field(
         "arrival",
         description="several partitions: as they arrive, or in an order that waits for the slowest and is repeatable",
     )
     linger: Seconds | None = Field(None, description="seconds after which a short batch is learned all the same")
-    max_record_bytes: NumBytes = 16 << 20
-    on_offset_out_of_range: Literal["stop", "earliest", "latest", "exit"] = "stop"
+    max_record_bytes: NumBytes = Field(
+        16 << 20, description="bytes of a record's value at most; a larger record is rejected as oversize"
+    )
+    on_offset_out_of_range: Literal["stop", "earliest", "latest", "exit"] = Field(
+        "stop",
+        description="where unread records are gone: stop reading, go on at the earliest or latest record, or end the daemon",
+    )
     startup_timeout: Seconds | None = Field(None, description="seconds to wait for a broker; default: for ever")
     queue: Queue = Queue()
     dead_letter: DeadLetter = DeadLetter()
@@ -390,9 +432,11 @@ class Encoder(Section):
 class Input(Section):
     """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
 
-    kind: Literal["numbers"] = "numbers"
-    shape: list[Whole] = Field(min_length=1)
-    dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = "float32"
+    kind: Literal["numbers"] = Field("numbers", description="numbers (the default) or text")
+    shape: list[Whole] = Field(min_length=1, description="shape of one sample, as [28, 28]")
+    dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = Field(
+        "float32", description="dtype of a sample's numbers, as they arrive"
+    )
     scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="the model, or the encoder, sees x / scale")
     encoder: Encoder | None = Field(None, description="stands before the model, and is frozen")
 
@@ -416,7 +460,7 @@ class Input(Section):
 class TextInput(Section):
     """A story, a question about it, and its answer as the label: the model sees `[1 + sentences, words]` token ids."""
 
-    kind: Literal["text"]
+    kind: Literal["text"] = Field(description="numbers (the default) or text")
     sentences: Int = Field(ge=1, le=10_000, description="of a story, the newest; older ones are left out")
     words: Int = Field(ge=1, le=10_000, description="in a sentence at most; a text with a longer one is rejected")
     vocabulary: Int = Field(ge=1, le=10_000_000, description="words that are told apart, in order of first appearance")
@@ -444,7 +488,10 @@ class TextInput(Section):
 class ScenarioSpec(Section):
     """Which outputs compete for a sample: those of its task, those of its domain, or every class seen so far."""
 
-    kind: Literal["task", "domain", "class"] = "class"
+    kind: Literal["task", "domain", "class"] = Field(
+        "class",
+        description="outputs that compete: of the sample's task (task), one set for all tasks (domain), or all classes (class)",
+    )
     active: Literal["seen", "all"] = Field("seen", description="class: only classes seen so far, or all from the start")
     tasks: dict[str, list[Label]] = Field(default_factory=dict, description="declared classes of each task, by topic")
 
@@ -452,18 +499,28 @@ class ScenarioSpec(Section):
 class Holdout(Section):
     """Which samples are kept for the probes and never trained on."""
 
-    by: Literal["value", "key"] = "value"
-    fraction: float = Field(0.1, ge=0, lt=1)
+    by: Literal["value", "key"] = Field(
+        "value",
+        description="what a hash is taken of: a sample's x and y, or its record's key, which keeps an entity on one side",
+    )
+    fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the samples that is held out, from 0 (none) to below 1"
+    )
     max: Whole | None = Field(1000, ge=1, description="samples of a task's probe; null: no bound")
 
 
 class Optimizer(Section):
     """The solver's optimizer; always the fused kernel."""
 
-    name: Literal["adam", "sgd", "adamw"] = "adam"
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    name: Literal["adam", "sgd", "adamw"] = Field("adam", description="the update rule")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: share of the last update that is added to the next")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="share by which weights shrink: decoupled for adamw, added to the gradient for adam and sgd",
+    )
 
 
 class Augment(Section):
@@ -477,7 +534,7 @@ class Augment(Section):
 class LearnerSpec(Section):
     """How a batch is learned."""
 
-    updates_per_batch: Whole = Field(10, ge=1)
+    updates_per_batch: Whole = Field(10, ge=1, description="gradient steps on each batch")
     optimizer: Optimizer = Optimizer()
     average: float | None = Field(0.998, gt=0, lt=1, description="decay of the weights' moving average; null: none")
     max_norm: float | None = Field(None, gt=0, description="clip the gradient's norm")
@@ -490,7 +547,7 @@ BELONGS = {"mlp": ("hidden",), "resnet": ("width",), "memnet": ("embedding", "ho
 class Model(Section):
     """`mlp`, `resnet`, `memnet` (of text), or `package.module:function` with parameters of its own under `options`."""
 
-    name: str = "mlp"
+    name: str = Field("mlp", description="mlp, resnet, memnet (of text), or package.module:function of your own")
     hidden: list[Width] = Field([400, 400], min_length=1, description="mlp: widths of the hidden layers")
     width: Width = Field(16, description="resnet: channels of the first stage")
     embedding: Whole = Field(48, ge=1, description="memnet: numbers that stand for a word")
@@ -516,7 +573,7 @@ class Model(Section):
 class Memory(Section):
     """A bound on the samples that are kept: the reservoir of the current task, and the memories of past ones."""
 
-    max_bytes: NumBytes = 2 << 30
+    max_bytes: NumBytes = Field(2 << 30, description="bytes at most, of all samples that are kept together")
 
 
 class Probes(Section):
@@ -545,7 +602,9 @@ class Divergence(Section):
     """What is done when update after update is not finite: single ones are dropped, and nothing else happens."""
 
     after: Whole = Field(10, ge=1, description="batches in a row without one finite update")
-    then: Literal["rollback", "stop", "skip"] = "rollback"
+    then: Literal["rollback", "stop", "skip"] = Field(
+        "rollback", description="go back to the newest checkpoint, stop the daemon, or go on without these updates"
+    )
     slow_down: float = Field(
         0.5, gt=0, lt=1, description="rollback: what the learning rate is multiplied by, each time"
     )
@@ -555,30 +614,58 @@ class Divergence(Section):
 class Service(Section):
     """The read-only HTTP listener."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        "127.0.0.1", description="address that it listens on; anybody who reaches it can read metrics and status"
+    )
     port: Int = Field(9464, ge=0, le=65535, description="0: any free port, shown in status")
-    liveness_timeout: Seconds = 60.0
+    liveness_timeout: Seconds = Field(
+        60.0, description="seconds without a turn of the loop, after which /healthz answers 503"
+    )
 
 
 class Log(Section):
     """What is logged, and how."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "console"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe lines that are written"
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="one JSON object a line, plain text (console), or by itself: text on a terminal, else JSON"
+    )
 
 
 class Config(Section):
     """The whole file."""
 
-    name: str = Field("streamlearn", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    state_dir: Annotated[Path, BeforeValidator(_directory)] = Path("state/streamlearn")
-    seed: Int = Field(0, ge=0, le=1 << 53)
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$")
-    threads: Int = Field(1, ge=1, le=1024)
-    shutdown_grace: Seconds = 25.0
+    name: str = Field(
+        "streamlearn",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
+        description="name of the job: in metrics, in the default group id and in the default dead-letter topic",
+    )
+    state_dir: Annotated[Path, BeforeValidator(_directory)] = Field(
+        Path("state/streamlearn"), description="directory of checkpoints, lock and control socket: one for each job"
+    )
+    seed: Int = Field(
+        0,
+        ge=0,
+        le=1 << 53,
+        description="seed of every random draw: with it, stream and machine the same, weights are equal, bit by bit",
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$", description="cpu, cuda, cuda:N, or auto: a GPU if there is one"
+    )
+    threads: Int = Field(
+        1, ge=1, le=1024, description="CPU threads of torch; another number changes the last bits of results"
+    )
+    shutdown_grace: Seconds = Field(
+        25.0, description="seconds to finish the batch and save at a stop; the process then ends with 1"
+    )
     input: Input | TextInput
     classes: list[Label] | Int = Field(description="the labels, or how many there may be")
-    grow_head: bool = False
+    grow_head: bool = Field(
+        default=False,
+        description="give a label beyond the number of classes an output of its own, instead of rejecting it",
+    )
     scenario: ScenarioSpec = ScenarioSpec()
     stream: Stream
     kafka: Kafka | None = None

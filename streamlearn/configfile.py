@@ -69,9 +69,7 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
             {
                 "type": "object",
                 "additionalProperties": False,
-                "properties": {
-                    name: {"anyOf": [recipes[name].parameters.model_json_schema(), {"type": "null"}]} for name in names
-                },
+                "properties": {name: _recipe_schema(recipes[name]) for name in names},
             },
         ],
     }
@@ -81,8 +79,26 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
     stream["task_end"] = {"anyOf": [stream["task_end"], {"const": "next_topic"}]}
     tree["$defs"]["Input"]["properties"]["encoder"]["anyOf"].append({"type": "string"})
     kafka = tree["$defs"]["Kafka"]["properties"]
-    kafka["bootstrap_servers"] = {"anyOf": [kafka["bootstrap_servers"], {"type": "string"}]}
+    servers = kafka["bootstrap_servers"]
+    kafka["bootstrap_servers"] = {"description": servers["description"], "anyOf": [servers, {"type": "string"}]}
+    for section in (tree, *tree["$defs"].values()):  # a key whose value is a section means what the section does
+        for value in section["properties"].values():
+            if "description" not in value and (name := next(_references(value), None)) is not None:
+                value["description"] = tree["$defs"][name]["description"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
+
+
+def _recipe_schema(recipe: RecipeSchema) -> dict[str, Any]:
+    parameters = recipe.parameters.model_json_schema()
+    return {"description": parameters.pop("description"), "anyOf": [parameters, {"type": "null"}]}
+
+
+def _references(value: dict[str, Any]) -> Iterator[str]:
+    """Give the names of the sections that a key's value may be."""
+    if "$ref" in value:
+        yield value["$ref"].removeprefix("#/$defs/")
+    for part in value.get("anyOf", ()):
+        yield from _references(part)
 
 
 def dump(tree: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
 from pydantic_core import PydanticCustomError
 
+from streamlearn.strategies.parameters import describe
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -329,15 +331,19 @@ def _refines(config: Config, name: str) -> Iterator[str]:
 
 
 def signature_model(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return a model whose fields are the function's keyword-only parameters."""
+    """Return a model whose fields are the function's keyword-only parameters, each with its description."""
     hints = inspect.get_annotations(function, eval_str=False)
     scope = vars(inspect.getmodule(function))
     fields: dict[str, Any] = {
-        name: (eval(hints[name], scope), parameter.default)  # noqa: S307 - our own annotations, kept as text
+        name: (
+            eval(hints[name], scope),  # noqa: S307 - our own annotations, kept as text
+            Field(parameter.default, description=describe(function.__name__, name)),
+        )
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    config = ConfigDict(extra="forbid", frozen=True)
+    return create_model(function.__name__, __config__=config, __doc__=function.__doc__, **fields)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -14,6 +14,9 @@ from streamlearn.config import Config, Sasl
 from streamlearn.configfile import load, schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"topics": ["a"]}}
@@ -695,6 +698,23 @@ def test_a_budget_below_the_number_of_tasks_is_warned_about(tmp_path: Path) -> N
     (told,) = written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 2}}}).warnings(RECIPES)
     assert told == "strategy.er.budget is 2: too few for a sample of each of 3 tasks"
     assert written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 3}}}).warnings(RECIPES) == []
+
+
+def keys(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give every key below a part of the schema, and what the schema says of it."""
+    for name, value in node.get("properties", {}).items():
+        yield f"{path}.{name}", value
+        yield from keys(value, f"{path}.{name}")
+    for part in node.get("anyOf", []):
+        yield from keys(part, path)
+
+
+def test_every_key_has_a_description() -> None:
+    """Sections, their keys, recipes and their parameters: an editor can say of each what it means."""
+    tree = schema(RECIPES)
+    found = list(keys(tree, "")) + [pair for name, node in tree["$defs"].items() for pair in keys(node, name)]
+    assert len(found) > 190
+    assert [key for key, value in found if not value.get("description")] == []
 
 
 def test_schema_accepts_what_ships() -> None:
