@@ -99,6 +99,9 @@ class RecipeSchema(Protocol):
     def parameters(self) -> type[BaseModel]:
         """A model made from the recipe's signature."""
 
+    def defaults(self, spec: Input | TextInput) -> dict[str, Any]:
+        """Return the parameters whose defaults depend on the input, with their values."""
+
     def refusals(self, config: Config, name: str) -> Iterator[str]:
         """Give the reasons why a configuration that chose this recipe makes no sense."""
 
@@ -714,7 +717,7 @@ class Config(Section):
     @field_validator("strategy", mode="before")
     @classmethod
     def _strategy(cls, value: Any, info: ValidationInfo) -> dict[str, dict[str, Any]]:
-        return _check_strategy(_as_recipes(value), (info.context or {}).get("recipes", {}))
+        return _check_strategy(_as_recipes(value), (info.context or {}).get("recipes", {}), info.data.get("input"))
 
     def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
         yield self._source_is_there()
@@ -755,7 +758,10 @@ class Config(Section):
 
     def _head_may_grow(self) -> Rule:
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
-            yield "grow_head", "grow_head needs classes as a number, and scenario class or task"
+            why = "grow_head needs classes as a number, and scenario class or task"
+            if isinstance(self.classes, list):
+                why += f"; a list of classes cannot grow: with classes: {len(self.classes)} labels take outputs as they appear"
+            yield "grow_head", why
 
     def _dead_letters_are_apart(self) -> Rule:
         if self.dead_letter_topic in (self.stream.topics or ()):
@@ -905,7 +911,9 @@ def _told(details: ErrorDetails, model: type[BaseModel] | None = None) -> InitEr
     return {"type": message, "loc": details["loc"], "input": details["input"]}
 
 
-def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema]) -> dict[str, dict[str, Any]]:
+def _check_strategy(
+    chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema], spec: Input | TextInput | None
+) -> dict[str, dict[str, Any]]:
     errors: list[InitErrorDetails] = []
     complete: dict[str, dict[str, Any]] = {}
     owner: dict[str, str] = {}
@@ -923,6 +931,8 @@ def _check_strategy(chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema])
                 errors.append({"type": message, "loc": (name,), "input": name})
             owner[slot] = name
         try:
+            if spec is not None and isinstance(parameters, dict):
+                parameters = {**recipes[name].defaults(spec), **parameters}
             complete[name] = recipes[name].parameters.model_validate(parameters).model_dump()
         except ValidationError as error:
             told = [_told(details, recipes[name].parameters) for details in error.errors()]

@@ -357,11 +357,7 @@ class Job:
                     ours[key],
                 )
                 theirs = {**theirs, key: ours[key]}
-        lines = [
-            f"{key}: the checkpoint has {theirs.get(key)!r}, the configuration {ours.get(key)!r}"
-            for key in sorted({*ours, *theirs})
-            if ours.get(key) != theirs.get(key)
-        ]
+        lines = _differences(theirs, ours)
         begun = [task["name"] for task in checkpoint.read_json("state.json")["progress"]["tasks"]]
         listed = self.config.stream.topics
         if listed is not None and listed[: len(begun)] != begun:
@@ -369,8 +365,11 @@ class Job:
                 f"stream.topics: {begun} have begun, in this order, and may not move; the configuration has {listed}"
             )
         if lines:
-            text = "; ".join(lines)
-            raise StreamlearnError(f"{checkpoint.path}: does not fit the configuration: {text}", code=78)
+            raise StreamlearnError(
+                f"{checkpoint.path}: does not fit the configuration: {'; '.join(lines)}; "
+                "put back what the checkpoint has, or give a new job a state_dir of its own",
+                code=78,
+            )
 
     def _follow(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:
         """Take a checkpoint for the newest: one that was just written, or the one that was just restored."""
@@ -514,6 +513,28 @@ class Job:
             metrics.gauges.set("device_memory_allocated_bytes", torch.cuda.memory_allocated(device), str(device))
             metrics.gauges.set("device_memory_reserved_bytes", torch.cuda.memory_reserved(device), str(device))
             metrics.gauges.set("device_memory_total_bytes", torch.cuda.mem_get_info(device)[1], str(device))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value that differs between two configurations, and what to do about those of the outputs."""
+    first, second = (
+        list(dict.fromkeys(key.split(".")[1] for key in shaping if key.startswith("strategy.")))
+        for shaping in (before, now)
+    )
+    lines = [] if set(first) == set(second) else [f"strategy: {' + '.join(first)}, now {' + '.join(second)}"]
+    in_one = {*first} ^ {*second}  # their parameters say nothing more
+    differing = [
+        key
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not (key.startswith("strategy.") and key.split(".")[1] in in_one)
+    ]
+    lines += [f"{key}: the checkpoint has {before.get(key)!r}, the configuration {now.get(key)!r}" for key in differing]
+    if {"classes", "grow_head"} & {*differing}:
+        lines.append(
+            "classes are not added to a job that has begun, and grow_head is not switched on: begin a new job, with another "
+            "state_dir, that reads the topics again; with grow_head: true and classes as a number it takes new labels by itself"
+        )
+    return lines
 
 
 def environment(config: Config) -> dict[str, Any]:

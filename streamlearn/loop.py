@@ -102,10 +102,14 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.save(stream, "task_end")
         log.info(
             "accuracy %s, forgetting %s",
-            job.matrix.average_accuracy,
-            job.matrix.average_forgetting,
+            _figure(job.matrix.average_accuracy),
+            _figure(job.matrix.average_forgetting),
             extra={"task": task.name},
         )
     elif delivery.batch is not None and learner.batches % job.config.probes.every == 0:
         job.evaluate()
     job.torn = False
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

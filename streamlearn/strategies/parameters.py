@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     "hidden": "units of each hidden layer of the generator",
     "interval": "updates between two readings of the path's scores",
     "latent": "numbers of the generator's code",
-    "likelihood": "of generated values: bernoulli for values from 0 to 1, gaussian for any",
+    "likelihood": "of generated values: bernoulli for 0 to 1, gaussian for any; the default is gaussian with an encoder",
     "lr": "learning rate of the generator",
     "margin": "least weight of every past task's gradient in a step that is projected",
     "max_parameters": "parameters of all columns at most; a task that needs more ends the daemon",

@@ -18,7 +18,7 @@ from streamlearn.strategies.parameters import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from streamlearn.config import Config
+    from streamlearn.config import Config, Input, TextInput
     from streamlearn.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.parts import Network, Strategy, World
@@ -311,6 +311,11 @@ def _likelihood(config: Config, name: str) -> Iterator[str]:
         yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
 
 
+def _of_features(spec: Input | TextInput) -> dict[str, Any]:
+    """Return the likelihood of what an encoder makes: features, which nothing bounds."""
+    return {"likelihood": "gaussian"} if spec.encoder is not None else {}
+
+
 def _isolation(config: Config, name: str) -> Iterator[str]:
     """Say what networks that isolate tasks cannot do."""
     if config.scenario.kind == "class":
@@ -354,11 +359,16 @@ class Recipe:
     slots: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     alone: str | None = None  # why nothing is combined with it
+    chosen: Callable[[Input | TextInput], dict[str, Any]] | None = None  # defaults that depend on the input
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
         """A model of the function's keyword parameters."""
         return signature_model(self.build)
+
+    def defaults(self, spec: Input | TextInput) -> dict[str, Any]:
+        """Return the defaults that are others for this input than the signature's."""
+        return {} if self.chosen is None else self.chosen(spec)
 
     def refusals(self, config: Config, name: str) -> Iterator[str]:
         """Give the reasons why a configuration that chose this recipe makes no sense, each with what is accepted."""
@@ -399,7 +409,7 @@ RECIPES: dict[str, Recipe] = {
     "er": Recipe(er, ("replay",), (_per_class,)),
     "derpp": Recipe(derpp, ("replay",), (_per_class,)),
     "lwf": Recipe(lwf, ("replay",)),
-    "generative": Recipe(generative, ("replay",), (_likelihood,)),
+    "generative": Recipe(generative, ("replay",), (_likelihood,), chosen=_of_features),
     "l2": Recipe(l2, ("penalty",)),
     "ewc": Recipe(ewc, ("penalty",)),
     "si": Recipe(si, ("penalty",)),

@@ -292,7 +292,7 @@ class Assembler:
             accepted = declared or scenario.classes
             assert not isinstance(accepted, int)
             return f"accepted: {', '.join(map(repr, accepted[:100]))}"[:200]
-        return f"all {scenario.classes} outputs are taken (grow_head is off)"
+        return f"all {scenario.classes} outputs are taken; a new job with grow_head: true adds outputs for new labels"
 
     def _cut(self, codes: np.ndarray, start: int) -> int:
         """Return where the batch fills, or the task's count is reached, or the chunk ends."""

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -192,6 +193,17 @@ def test_what_the_probes_hold_changes_nothing_that_is_learned(tmp_path: Path, ch
     if choice != "domain":
         assert ended["never"].matrix.now == dict.fromkeys(range(3), 0.0), "what was never trained is a wrong answer"
         assert ended["never"].matrix.loss == {}
+
+
+def test_the_log_says_accuracy_in_four_digits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A task's end is one line that people read; forgetting is not defined before the second."""
+    caplog.set_level("INFO", "streamlearn.loop")
+    samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
+    learn(tmp_path, published(samples, {topic: numbers(LABELS[topic], 7, 9) for topic in LABELS}), strategy="naive")
+    lines = [message for message in caplog.messages if message.startswith("accuracy")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"accuracy [01]\.\d{4}, forgetting -", lines[0])
+    assert all(re.fullmatch(r"accuracy [01]\.\d{4}, forgetting -?[01]\.\d{4}", line) for line in lines[1:])
 
 
 @pytest.mark.parametrize("choice", ["class-count", "task-count"])

@@ -232,7 +232,8 @@ def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
     config = written(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}, "strategy": "er"})
     assert config.effective()["input"]["encoder"] == {"name": "mine:front", "options": {}}
     image = {"shape": [4, 4], "encoder": "mine:front"}
-    lines = refused(tmp_path, {**MINIMAL, "input": image, "strategy": "generative", "learner": {"augment": {}}})
+    pixels = {"generative": {"likelihood": "bernoulli"}}
+    lines = refused(tmp_path, {**MINIMAL, "input": image, "strategy": pixels, "learner": {"augment": {}}})
     assert sorted(line.split(": ", 1)[1] for line in lines) == [
         "learner.augment: learner.augment distorts what the model sees, and with input.encoder that is no image",
         (
@@ -245,6 +246,19 @@ def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
         assert [line.split("input.encoder", 1)[1][: len(told)] for line in lines] == [told]
     lines = refused(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "front"}})
     assert lines[0].endswith("input.encoder.name: is 'front'; expected package.module:function")
+
+
+def test_a_generator_of_features_is_gaussian_by_itself(tmp_path: Path) -> None:
+    """With an encoder every way to name `generative`, the default too, stands for the likelihood that features need."""
+    encoded = {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}}
+    said = {"strategy": {"generative": {"likelihood": "gaussian"}, "si": {}}}
+    shapings = [
+        written(tmp_path, {**encoded, **over}).shaping()
+        for over in (said, {}, {"strategy": ["generative", "si"]}, {"strategy": {"generative": None, "si": None}})
+    ]
+    assert shapings[1:] == shapings[:1] * 3
+    assert shapings[0]["strategy.generative.likelihood"] == "gaussian"
+    assert written(tmp_path, MINIMAL).strategy["generative"]["likelihood"] == "bernoulli"
 
 
 REFUSED = [

@@ -12,7 +12,7 @@ import torch
 from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import figures
 from streamlearn.config import Config
-from streamlearn.data import Position, Positions
+from streamlearn.data import Position, Positions, StreamlearnError
 from streamlearn.job import Diverged, Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def made(tmp_path: Path) -> tuple[Job, Stream]:
+def made(tmp_path: Path, **over: Any) -> tuple[Job, Stream]:
     """Return a job that stands at offset 3 of its topic, and its stream, which was not started."""
     tree: dict[str, Any] = {
         "input": {"shape": [1]},
@@ -36,7 +36,7 @@ def made(tmp_path: Path) -> tuple[Job, Stream]:
         "strategy": "naive",
         "device": "cpu",
     }
-    tree["state_dir"] = str(tmp_path)
+    tree |= {"state_dir": str(tmp_path), **over}
     config = Config.model_validate(tree, context={"recipes": RECIPES})
     job = Job.make(config, Store(tmp_path, keep=9), Metrics())
     job.progress.positions = Positions({("a", 0): Position(3)})
@@ -161,3 +161,37 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
     again.restore()
     assert evaluated(again) == ["1000.0"]
     assert again.status(None)["evaluated"] == "1970-01-01T00:16:40+00:00"
+
+
+OUTPUTS = (
+    "classes are not added to a job that has begun, and grow_head is not switched on: begin a new job, with another "
+    "state_dir, that reads the topics again; with grow_head: true and classes as a number it takes new labels by itself"
+)
+CHANGES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    ({"strategy": "er"}, {"strategy": "derpp"}, ["strategy: er, now derpp"]),
+    ({"strategy": ["er", "si"]}, {"strategy": {"er": {"budget": 7}}}, [
+        "strategy: er + si, now er",
+        "strategy.er.budget: the checkpoint has 2000, the configuration 7",
+    ]),
+    ({"strategy": "naive"}, {"strategy": ["generative", "si"]}, ["strategy: naive, now generative + si"]),
+    ({}, {"grow_head": True}, ["grow_head: the checkpoint has False, the configuration True", OUTPUTS]),
+    ({"classes": [0, 1]}, {"classes": [0, 1, 2]}, [
+        "classes: the checkpoint has [0, 1], the configuration [0, 1, 2]", OUTPUTS,
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "now", "lines"), CHANGES)
+def test_what_does_not_fit_is_said_with_what_to_do(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], lines: list[str]
+) -> None:
+    """Another strategy is one line whatever its parameters; labels that cannot be added come with the way to add them."""
+    job, stream = made(tmp_path, **before)
+    job.save(stream, "manual")
+    job.collect(stream, wait=True)
+    other, _ = made(tmp_path, **(before | now))
+    with pytest.raises(StreamlearnError) as caught:
+        other.restore()
+    why = "; ".join([*lines, "put back what the checkpoint has, or give a new job a state_dir of its own"])
+    assert str(caught.value) == f"{job.store.all()[0].path}: does not fit the configuration: {why}"
+    assert caught.value.code == 78
