@@ -72,6 +72,7 @@ class Desk:
         self._requests: deque[Request] = deque()
         self._ended = False  # the loop will apply no further request
         self._awaited: list[tuple[Request, Saving]] = []
+        self._ending: list[tuple[Request, int]] = []  # and the task's index
         self._bell = threading.Event()
         self._wake_stream: Callable[[], None] = lambda: None
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
@@ -88,6 +89,7 @@ class Desk:
         self._wake_stream = stream.wake
         job.state = self._state()
         self._answer_saves()
+        self._answer_ends(job, stream)
         while self._requests:
             self._apply(self._requests.popleft(), job, stream)
         if dead := [server for server in self.servers if not server.alive]:
@@ -99,6 +101,9 @@ class Desk:
         """Refuse the requests that came too late, now and from now on."""
         self._ended = True
         self._answer_saves()
+        for request, _ in self._ending:
+            request.answer.set_exception(StreamlearnError("the daemon is ending, and the task has not ended", code=75))
+        self._ending.clear()
         while self._requests:
             with suppress(IndexError):  # another thread was faster
                 self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is ending", code=75))
@@ -130,6 +135,9 @@ class Desk:
                 case "checkpoint":
                     self._save(request, job, stream)
                     return
+                case "end_task":
+                    self._ending.append((request, self._end_task(job, stream)))
+                    return
                 case "pause":
                     self.paused = True
                 case "resume":
@@ -150,6 +158,26 @@ class Desk:
             if any(other.arguments.get("tag") == tag for other, _ in self._awaited):
                 raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
         self._awaited.append((request, job.save(stream, "manual", tag)))
+
+    def _end_task(self, job: Job, stream: Stream) -> int:
+        """Have the open task end where it was read up to; return its index."""
+        task = job.progress.current
+        if task is None or task.state != "active":
+            raise StreamlearnError("no task is open" if task is None else f"task {task.name} is ending already")
+        if self.paused:
+            raise StreamlearnError(f"learning is paused, and so task {task.name} cannot end: resume first")
+        stream.end_task(task.name)
+        return task.index
+
+    def _answer_ends(self, job: Job, stream: Stream) -> None:
+        """Answer those who asked for a task's end, once it has ended."""
+        for request, index in list(self._ending):
+            tasks = job.progress.tasks
+            if index < len(tasks) and tasks[index].state == "ended":
+                self._ending.remove((request, index))
+                request.answer.set_result({"task": tasks[index].name, "state": "ended"})
+            elif index < len(tasks):
+                stream.end_task(tasks[index].name)  # another stream may have begun, after a rollback
 
     def _answer_saves(self) -> None:
         """Answer those who asked for a checkpoint, once it is durable or could not be written."""

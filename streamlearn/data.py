@@ -246,6 +246,7 @@ class Task:
     labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance in training
     counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
     ends: dict[int, int] | None = None  # end offset of each partition, once fixed
+    fixed_by: str = "next_topic"  # what fixed them: next_topic | command
     marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
     excused: dict[int, int] = field(default_factory=dict)  # rejects below these offsets count for no further burst
 
@@ -282,8 +283,9 @@ class Delivery:
     batch: Batch | None = None
     refines: bool = False  # the batch is a further pass over the reservoir, not new experience
     closes: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
+    fixed_by: str = "next_topic"  # what fixed them: next_topic | command
     excuses: Mapping[int, int] | None = None  # up to where rejects count for no further burst, by partition
-    ends: str | None = None  # how the current task's end was found: marker | count | next_topic | idle
+    ends: str | None = None  # how the current task's end was found: marker | count | next_topic | idle | command
     consolidates: bool = False  # refinement is over; what was learned is made to last
     newest: float | None = None  # timestamp of the newest record in it, Unix seconds
 
@@ -349,7 +351,7 @@ class Progress:
         task.counts["consumed"] += found.consumed[task.name] - uncounted
         task.marked.extend(partition for topic, partition in found.markers if topic == task.name)
         if delivery.closes is not None:
-            task.ends = dict(delivery.closes)
+            task.ends, task.fixed_by = dict(delivery.closes), delivery.fixed_by
         if delivery.excuses is not None:
             task.excused = dict(delivery.excuses)
         if delivery.ends is not None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from streamlearn import __version__
-from streamlearn.cli import checkpoints, data, letters, lifecycle, reports, settings
+from streamlearn.cli import checkpoints, data, letters, lifecycle, reports, settings, tasks
 from streamlearn.cli.common import JsonOption, explain, print_error, print_json
 
 app = typer.Typer(
@@ -62,6 +62,7 @@ data.add_to(app)
 reports.add_to(app)
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(letters.app, name="dlq")
+app.add_typer(tasks.app, name="task")
 app.add_typer(settings.app, name="config")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COMMANDS = ("pause", "resume", "stop", "checkpoint")
+COMMANDS = ("pause", "resume", "stop", "checkpoint", "end_task")
 MAX_BODY_BYTES = 1 << 20
 TOO_LARGE = {"error": f"the request is too large: at most {MAX_BODY_BYTES} bytes are accepted"}
 

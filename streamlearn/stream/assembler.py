@@ -16,7 +16,7 @@ from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
 from streamlearn.stream.text import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from streamlearn.data import Label, Partition, Progress, Task
     from streamlearn.scenario import Scenario
@@ -140,11 +140,21 @@ class Assembler:
         """Return the waiting samples as a short batch (`linger`), or None if none waits."""
         return self._deliver() if self._pending.size else None
 
-    def close(self, ends: dict[int, int]) -> Delivery:
+    def close(self, ends: dict[int, int], fixed_by: str = "next_topic") -> Delivery:
         """Return the delivery that fixes the current task's end offsets."""
         assert self.task is not None
-        self.task.ends = ends
-        return Delivery(closes=ends)
+        self.task.ends, self.task.fixed_by = ends, fixed_by
+        return Delivery(closes=ends, fixed_by=fixed_by)
+
+    def close_here(self, partitions: Iterable[int]) -> Delivery:
+        """Return the delivery that fixes the current task's end where each of its partitions was read up to."""
+        assert self.task is not None
+        ends = {}
+        for partition in partitions:
+            place = (self.task.name, partition)
+            at = self._scanned.get(place) or self.progress.positions.at.get(place)
+            ends[partition] = at.offset if at is not None else 0
+        return self.close(ends, "command")
 
     def excuse(self) -> Delivery | None:
         """Return the delivery after which no restart counts what was rejected so far as a burst again."""

@@ -33,6 +33,7 @@ POLL_SECONDS = 0.2
 PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
+OPEN_SECONDS = 60.0  # of silence after which a task is open that only a marker can end
 STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
@@ -92,6 +93,8 @@ class Stream:
         self._last_record = time.monotonic()
         self._waiting_since: float | None = None  # when records were there and none came
         self._linger_since: float | None = None
+        self._to_end: str | None = None  # the topic whose task somebody asked to end
+        self._told_open: str | None = None  # the task of which it was said that it stays open
         self._burst: str | None = None  # why reading stands still until it is acknowledged
         self._acknowledged = threading.Event()
 
@@ -146,6 +149,10 @@ class Stream:
         """Have reading go on where a burst of rejects stopped it, with the count anew."""
         if self._burst is not None:
             self._acknowledged.set()
+
+    def end_task(self, topic: str) -> None:
+        """Have this topic's task end where it was read up to; to ask again does nothing."""
+        self._to_end = topic
 
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
@@ -225,6 +232,9 @@ class Stream:
         if now - self._checked >= CHECK_SECONDS:
             self._check(now)
         self._commit()
+        if (topic := self._to_end) is not None:
+            self._to_end = None
+            self._end_here(topic)
         if self.status.problem is not None:
             self._stopping.wait(POLL_SECONDS)
             return
@@ -530,8 +540,9 @@ class Stream:
             reached = {(task.name, p): self.source.position((task.name, p)) for p in task.ends}
             if all(reached[task.name, p] >= end for p, end in task.ends.items()):
                 self.assembler.reach({(task.name, p): end for p, end in task.ends.items()})
-                self._put(self.assembler.end("next_topic"))
+                self._put(self.assembler.end(task.fixed_by))
             return
+        self._warn_if_open(task, polled=polled)
         idle = self.spec.task_end.idle
         if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
             return
@@ -540,6 +551,34 @@ class Stream:
         if caught_up and time.monotonic() - self._last_record >= idle:
             self._drain()
             self._put(self.assembler.end("idle"))
+
+    def _end_here(self, topic: str) -> None:
+        """End a topic's task where it was read up to, if it is the current one and does not end already."""
+        task = self.assembler.task
+        if task is None or task.name != topic or task.ends is not None:
+            return
+        known = self._topics[topic].partitions if topic in self._topics else ()
+        read = [p for name, p in (*self.status.read, *self.assembler.progress.positions.at) if name == topic]
+        self._put(self.assembler.close_here(sorted({*known, *read})))  # saved, so that a restart ends it there too
+        self._put(self.assembler.end("command"))
+        self._drain()  # what waits for other partitions is late
+
+    def _warn_if_open(self, task: Task, *, polled: bool) -> None:
+        """Say once that a silent task stays open, where no later topic can end it and perhaps no marker will come."""
+        topics = self.spec.topics
+        if polled or topics is None or task.name != topics[-1] or not self.spec.task_end.next_topic:
+            return
+        silent = time.monotonic() - self._last_record
+        if silent < OPEN_SECONDS or task.name == self._told_open or self.status.paused:
+            return
+        self._told_open = task.name
+        log.warning(
+            "task %s has had no record for %.0f s and stays open: no topic is listed after it, so a marker ends it, or "
+            "`streamlearn task end`, or stream.task_end with records or idle",
+            task.name,
+            silent,
+            extra={"task": task.name},
+        )
 
     def _look_for_stall(self, now: float) -> None:
         """Make the client anew when records wait and none comes: clients have been seen to be silent for ever."""

@@ -232,6 +232,23 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
     assert [task["state"] for task in json.loads(last.stdout)["tasks"]] == ["ended"] * 5
 
 
+def test_a_task_is_ended_by_hand(tmp_path: Path) -> None:
+    """No marker and no later topic: the command ends the task, and ends with 1 and one line where none is open."""
+    config = jobs.write_config(tmp_path, stream={"topics": ["t1"], "on_finished": "wait"})
+    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    producer.publish(sink, "t1", jobs.tasks(70)[0][0], producer.Publishing(markers=False))
+    sink.close()
+    with jobs.Daemon(config) as daemon:
+        daemon.until(lambda status: status.get("samples", {}).get("queued") == 20)
+        ended = cli("task", "end", "--state", daemon.state)
+        assert (ended.returncode, ended.stdout) == (0, "task t1 has ended\n")
+        status = daemon.until(lambda status: status["tasks"][0]["state"] == "ended")
+        assert (status["samples"]["trained"], status["average_accuracy"]) == (70, None)
+        again = cli("task", "end", "--state", daemon.state)
+        assert (again.returncode, one_line(again)) == (1, "streamlearn: no task is open")
+        assert daemon.stop() == 0
+
+
 def test_garbage_changes_nothing(tmp_path: Path) -> None:
     """1 % garbage records all end in the dead-letter topic; the tensors are those of a run without them."""
     clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from streamlearn.daemon import Desk
-from streamlearn.data import StreamlearnError
+from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
 from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, read_only
@@ -169,3 +169,47 @@ def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> 
     with pytest.raises(StreamlearnError, match="the daemon is ending") as caught:
         desk.command("pause", {})
     assert caught.value.code == 75
+
+
+def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes when the task has ended; without an open task, or paused, the refusal is one line."""
+    job, stream = made(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(stream, "end_task", asked.append)
+    desk = Desk(job.config, Metrics())
+
+    def told(answer: Future[dict[str, Any]]) -> str:
+        desk.serve(job, stream, idle=True)
+        return str(answer.exception(timeout=30))
+
+    assert told(ask(desk, "end_task")[0]) == "no task is open"
+    task = Task(0, "a")
+    job.progress.tasks.append(task)
+    desk.paused = True
+    assert told(ask(desk, "end_task")[0]) == "learning is paused, and so task a cannot end: resume first"
+    desk.paused = False
+    [answer] = ask(desk, "end_task")
+    desk.serve(job, stream, idle=True)
+    task.state = "refining"
+    assert told(ask(desk, "end_task")[0]) == "task a is ending already"
+    assert not answer.done()
+    task.state = "ended"
+    desk.serve(job, stream, idle=True)
+    assert answer.result(timeout=30) == {"task": "a", "state": "ended"}
+    assert set(asked) == {"a"}
+
+
+def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked for its end is not left waiting."""
+    job, stream = made(tmp_path)
+    monkeypatch.setattr(stream, "end_task", lambda _: None)
+    job.progress.tasks.append(Task(0, "a"))
+    desk = Desk(job.config, Metrics())
+    [answer] = ask(desk, "end_task")
+    desk.serve(job, stream, idle=True)
+    desk.refuse()
+    refusal = answer.exception(timeout=30)
+    assert isinstance(refusal, StreamlearnError)
+    assert refusal.code == 75

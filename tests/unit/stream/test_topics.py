@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 from streamlearn.config import Stream as StreamSpec
 from streamlearn.data import Delivery, Progress
 from streamlearn.scenario import Scenario
+from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetters
@@ -93,3 +95,60 @@ def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.Lo
         reading.until(lambda: stream.status.contacted != checked)
     told = [record.message for record in caplog.records if "is gone" in record.message]
     assert told == ["topic a is gone: reading stands still until it is there again"]
+
+
+def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
+    """Somebody asks: what was read is learned as a short batch, what comes later is late, and the next task begins."""
+    reading.publish("a", 6)
+    stream = reading.start(topics=["a", "b"])
+    reading.until(lambda: stream.queued.total() == 2)
+    stream.end_task("b")  # not the current one
+    stream.end_task("a")
+    stream.end_task("a")
+    reading.until(lambda: bool(reading.progress.tasks) and reading.progress.tasks[0].state == "ended")
+    assert [len(delivery.batch) for delivery in reading.found if delivery.batch is not None] == [4, 2]
+    assert [delivery.ends for delivery in reading.found if delivery.ends is not None] == ["command"]
+    assert reading.progress.tasks[0].ends == {0: 6}
+    reading.publish("a", 3)
+    reading.publish("b", 4)
+    reading.until(lambda: reading.consumed() == 13)
+    assert (reading.progress.of("a")["late"], reading.progress.of("b")["trained"]) == (3, 4)
+    assert reading.progress.unaccounted() == {}
+
+
+def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None:
+    """The place is durable before the task's last batch is learned, so what came since does not belong to it."""
+    reading.publish("a", 6)
+    stream = reading.start(topics=["a"])
+    reading.until(lambda: stream.queued.total() == 2)
+    stream.end_task("a")
+    reading.until(lambda: reading.progress.tasks[0].ends is not None)  # as far as a crash may let it come
+    stream.stop()
+    reading.progress = Progress.from_json(
+        json.loads(json.dumps(reading.progress.to_json())), reading.progress.positions
+    )
+    reading.publish("a", 5)
+    reading.start(topics=["a"])
+    reading.until(lambda: reading.progress.tasks[0].state == "ended")
+    assert reading.found[-1].ends == "command"
+    assert reading.found[-1].batch is not None
+    assert len(reading.found[-1].batch) == 2
+    reading.until(lambda: reading.progress.of("a")["late"] == 5)
+
+
+def test_a_silent_task_that_only_a_marker_ends_is_told(
+    reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of the listed topics has no later one; where its producer writes no marker, one line says what ends it."""
+    monkeypatch.setattr(reader, "OPEN_SECONDS", 0.3)
+    reading.publish("a", 4)
+    with caplog.at_level(logging.WARNING):
+        stream = reading.start(topics=["a"])
+        for _ in range(2):
+            reading.until(lambda: stream.status.contacted is not None)
+            checked = stream.status.contacted
+            reading.until(lambda before=checked: stream.status.contacted != before)  # type: ignore[misc]
+    told = [record.message for record in caplog.records if "stays open" in record.message]
+    assert len(told) == 1
+    assert "task a has had no record for" in told[0]
+    assert "streamlearn task end" in told[0]

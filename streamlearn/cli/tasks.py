@@ -1,0 +1,30 @@
+"""`streamlearn task`: what a person decides about tasks."""
+
+from __future__ import annotations
+
+import typer
+
+from streamlearn.cli.common import JsonOption, StateOption, find_state, print_json
+from streamlearn.service.client import Client
+
+ANSWER_SECONDS = 610.0  # what was read of the task is learned first, and refined
+
+app = typer.Typer(help="End the open task.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """End the open task."""
+
+
+@app.command()
+def end(state: StateOption = None, json_: JsonOption = False) -> None:
+    """End the open task where its topic was read up to; returns once what was read is learned and made to last.
+
+    What comes later in its topic is late. Where no task is open, that is said and the exit code is 1.
+    """
+    found = Client(find_state(state), timeout=ANSWER_SECONDS).command("end_task")
+    if json_:
+        print_json(found)
+    else:
+        typer.echo(f"task {found['task']} has ended")
