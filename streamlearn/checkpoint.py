@@ -50,6 +50,10 @@ class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
     """A checkpoint that verification refuses."""
 
 
+class LockLost(StreamlearnError):  # noqa: N818 - it says what happened
+    """The state directory is not this process's any more: nothing may be written there, and the daemon ends."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A durable checkpoint and what its manifest says."""
@@ -124,8 +128,16 @@ class Store:
     """The checkpoints of one state directory."""
 
     def __init__(
-        self, state_dir: Path, *, keep: int = 3, hourly: int = 24, task_ends: int | Literal["all"] = 5
+        self,
+        state_dir: Path,
+        *,
+        keep: int = 3,
+        hourly: int = 24,
+        task_ends: int | Literal["all"] = 5,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
+        """Say where checkpoints lie and which are kept; `before_write` raises where nothing may be written any more."""
+        self.before_write = before_write
         self.root = state_dir / "checkpoints"
         self.keep = keep
         self.hourly = hourly
@@ -136,6 +148,20 @@ class Store:
     def all(self) -> list[Checkpoint]:
         """Return the checkpoints whose manifest can be read, newest first."""
         return [checkpoint for path in self.paths() if (checkpoint := _parse(path)) is not None]
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest checkpoint whose manifest can be read, or None, also where they cannot be listed now."""
+        try:
+            return next(iter(self.all()), None)
+        except OSError:  # the save that follows says why
+            return None
+
+    def count(self) -> int | None:
+        """Return the number of checkpoints, or None where they cannot be listed now."""
+        try:
+            return len(self.all())
+        except OSError:
+            return None
 
     def paths(self) -> list[Path]:
         """Return every checkpoint's directory, newest first, broken ones too."""
@@ -203,6 +229,7 @@ class Store:
         given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will be
         written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
         """
+        self.before_write()
         checkpoint = self._save(files, info, num_bytes, tags)
         try:
             self.prune()
@@ -238,11 +265,15 @@ class Store:
                 _write(temporary / f"{TAG_FILE}{tag}", b"")
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
             _sync_directory(temporary)
+            self.before_write()  # once more: writing takes a while
             temporary.rename(final)
             _sync_directory(self.root)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
+        except StreamlearnError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return Checkpoint(final, manifest)
 
     def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
@@ -353,7 +384,10 @@ class Store:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _check_space(self, num_bytes: int) -> None:
-        free = shutil.disk_usage(self.root).free
+        try:
+            free = shutil.disk_usage(self.root).free
+        except OSError as error:
+            raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
         if free < (needed := num_bytes + SPARE_BYTES):
             raise StreamlearnError(
                 f"{self.root}: {free / 1e6:.1f} MB are free, and a checkpoint needs {needed / 1e6:.1f} MB here", code=74

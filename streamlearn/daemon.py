@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ from streamlearn.data import Progress, StreamlearnError, audit, out_of_memory
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import control as control_routes
 from streamlearn.service.api import read_only
-from streamlearn.service.client import held, process_start_time
 from streamlearn.service.server import Server, bind_control, bind_tcp
 from streamlearn.service.signals import call_on_stop, ignore_stop_signals
+from streamlearn.service.statedir import Lock, locked, note_end, take_over
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -43,7 +42,6 @@ PUBLISH_SECONDS = 0.1
 CONTACT_SECONDS = 30.0
 COMMAND_SECONDS = 600.0
 LAST_LINE_SECONDS = 1.0  # for the line that says why a process ends without a checkpoint
-LOCK_SECONDS = 0.5  # a `status` holds the lock for a moment, to see whether it is held
 
 
 @dataclass
@@ -283,17 +281,18 @@ def run(
     metrics = Metrics()
     desk = Desk(config, metrics)
     with ExitStack() as stack:
-        stack.enter_context(locked(config.state_dir))
+        lock = stack.enter_context(locked(config.state_dir))
         call_on_stop(desk.stop)
         listener = bind_tcp(config.service.host, config.service.port)
         socket_, path = bind_control(config.state_dir)
-        stack.callback(path.unlink, missing_ok=True)
+        stack.callback(remove_socket, path, lock)
         host, port = listener.getsockname()[:2]
         desk.servers = [Server(read_only(desk), listener, "http"), Server(control_routes(desk), socket_, "control")]
         for server in desk.servers:
             server.start()
             stack.callback(server.stop)
-        cause = take_over(config.state_dir, path, f"http://{host}:{port}")
+        http = f"http://{host}:{port}"
+        cause = take_over(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
 
         # torch is imported only now: lock, ports and sockets are quick to refuse
         from streamlearn.tensors import prepare
@@ -303,19 +302,15 @@ def run(
 
         metrics.record_state("restoring", ready=False)
         spec = config.checkpoint
-        store = Store(config.state_dir, keep=spec.keep, hourly=spec.hourly, task_ends=spec.task_ends)
+        store = Store(
+            config.state_dir, keep=spec.keep, hourly=spec.hourly, task_ends=spec.task_ends, before_write=lock.check
+        )
         job = Job.make(config, store, metrics)
         job.restore()
         announce(job, cause)
-        desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": f"http://{host}:{port}"}))
-        tell({"event": "running", "pid": os.getpid(), "http": f"http://{host}:{port}"})
-        log.info(
-            "learning from %s on %s; metrics on http://%s:%d/metrics",
-            config.source,
-            job.learner.world.device,
-            host,
-            port,
-        )
+        desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": http}))
+        tell({"event": "running", "pid": os.getpid(), "http": http})
+        log.info("learning from %s on %s; metrics on %s/metrics", config.source, job.learner.world.device, http)
         if watch is not None:
             stack.enter_context(watch(desk))
         stack.callback(desk.refuse)
@@ -427,63 +422,16 @@ def announce(job: Job, cause: str) -> None:
     job.metrics.announce(versions, model, job.started, cause)
 
 
-@contextmanager
-def locked(state_dir: Path) -> Iterator[None]:
-    """Hold a state directory for as long as the context lasts; raises `StreamlearnError` 73 if another process does."""
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(state_dir / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StreamlearnError.of_system(error) from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise held(state_dir) from error
-            time.sleep(0.05)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def take_over(state_dir: Path, socket_path: Path, http: str) -> str:
-    """Write down who holds the state directory; return how its last holder ended: first, clean or crash."""
-    path = state_dir / "daemon.json"
-    try:
-        cause = "clean" if json.loads(path.read_text()).get("ended") else "crash"
-    except (OSError, ValueError):
-        cause = "first"
-    hints = {
-        "pid": os.getpid(),
-        "start_time": process_start_time(os.getpid()),
-        "socket": str(socket_path),
-        "http": http,
-        "version": __version__,
-    }
-    write_hints(path, hints)
-    return cause
+def remove_socket(path: Path, lock: Lock) -> None:
+    """Remove the control socket, unless another daemon may have bound it: then it is not ours any more."""
+    with suppress(StreamlearnError, OSError):
+        lock.check()
+        path.unlink()
 
 
 def end_well(state_dir: Path) -> None:
     """Note that this process ended as it should; a full disk costs only the note."""
-    path = state_dir / "daemon.json"
     try:
-        write_hints(path, {**json.loads(path.read_text()), "ended": time.time()})
-    except (StreamlearnError, OSError, ValueError) as error:
+        note_end(state_dir)
+    except StreamlearnError as error:
         log.warning("this stop will be taken for a crash: %s", error)
-
-
-def write_hints(path: Path, tree: dict[str, Any]) -> None:
-    """Write a small JSON file so that a reader sees the old or the new one; raises `StreamlearnError` (74 or 77)."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(tree))
-        temporary.chmod(0o600)
-        temporary.replace(path)
-    except OSError as error:
-        raise StreamlearnError.of_system(error, path) from error

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn import __version__, state
+from streamlearn.checkpoint import LockLost
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
@@ -221,13 +222,16 @@ class Job:
     def collect(self, stream: Stream, *, wait: bool = False) -> None:
         """Take over what became of the checkpoint that is being written, if it is done; then report its positions.
 
-        That it could not be written is logged and counted, and training goes on; any other failure is raised.
+        That it could not be written is logged and counted, and training goes on; any other failure is raised, and so is the
+        loss of the state directory.
         """
         saving = self.saving
         if saving is None or not (wait or saving.written.done()):
             return
         try:
             checkpoint, seconds = saving.written.result()
+        except LockLost:
+            raise
         except StreamlearnError as error:
             log.error("checkpoint failed: %s", error, extra={"trigger": saving.trigger})  # noqa: TRY400 - the line says all
             self.metrics.count("checkpoints", 1, "failure", saving.trigger)
@@ -309,7 +313,7 @@ class Job:
         tensors, rest, immutable = state.pack(groups)
         linkable = set(self.checkpoint.manifest["files"]) if self.checkpoint is not None else set()
         # what the store links is its newest, which is this one unless another process has written there
-        newest = next(iter(self.store.all()), None)
+        newest = self.store.newest()
         if newest is None or self.checkpoint is None or newest.id != self.checkpoint.id:
             linkable = set()
         files: dict[str, Content] = {
@@ -381,7 +385,7 @@ class Job:
         gauges = self.metrics.gauges
         gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
         gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)
-        gauges.set("checkpoints_kept", len(self.store.all()))
+        gauges.set("checkpoints_kept", self.store.count())
 
     # -- description
 

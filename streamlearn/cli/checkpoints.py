@@ -9,7 +9,8 @@ import typer
 from streamlearn.checkpoint import Broken, Store
 from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json
 from streamlearn.data import StreamlearnError
-from streamlearn.service.client import Client, is_locked
+from streamlearn.service.client import Client
+from streamlearn.service.statedir import is_locked, locked
 
 app = typer.Typer(help="Create, list, show, verify, tag, restore and remove checkpoints.", no_args_is_help=True)
 
@@ -104,8 +105,6 @@ def verify(
 @app.command()
 def restore(id_: IdArgument, state: StateOption = None) -> None:
     """Make an older checkpoint the newest, as a new one; the daemon must be stopped, and goes on from there."""
-    from streamlearn.daemon import locked
-
     directory = find_state(state)
     if is_locked(directory):
         raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)

@@ -26,7 +26,8 @@ from streamlearn.cli.common import (
     print_json,
 )
 from streamlearn.data import StreamlearnError, audit
-from streamlearn.service.client import Client, ended_well, held, is_locked, read_hints
+from streamlearn.service.client import Client
+from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,11 +83,7 @@ def start(
     loaded = load_config(config, warn=True)
     if is_locked(loaded.state_dir):
         raise held(loaded.state_dir)
-    try:
-        loaded.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log_file = os.open(loaded.state_dir / "daemon.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    except OSError as error:
-        raise StreamlearnError.of_system(error) from error
+    log_file = open_log(loaded.state_dir)
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -126,13 +123,13 @@ def stop(
     except StreamlearnError:
         if hints is None or not hints.is_alive:
             raise
-        os.kill(hints.pid, signal.SIGTERM)
+        send_signal(directory, hints, signal.SIGTERM)
     deadline, forced = time.monotonic() + timeout, False
     while is_locked(directory):
         if time.monotonic() > deadline:
             if not force or hints is None or not hints.is_alive:
                 raise StreamlearnError(f"still running after {timeout:.0f} s; --force kills it", code=75)
-            os.kill(hints.pid, signal.SIGKILL)
+            send_signal(directory, hints, signal.SIGKILL)
             deadline = time.monotonic() + 10
             force, forced = False, True
         time.sleep(0.05)

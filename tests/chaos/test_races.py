@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.service.client import read_hints
+from streamlearn.service.statedir import read_hints
 from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
 

@@ -17,7 +17,8 @@ import yaml
 from streamlearn import producer, state
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.data import StreamlearnError
-from streamlearn.service.client import Client, read_hints
+from streamlearn.service.client import Client
+from streamlearn.service.statedir import read_hints
 from streamlearn.stream.embedded import EmbeddedSink
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamlearn import producer
 from streamlearn.checkpoint import Store
-from streamlearn.service.client import Client, read_hints
+from streamlearn.service.client import Client
+from streamlearn.service.statedir import read_hints
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from tests.support import jobs

@@ -1,0 +1,161 @@
+"""A state directory that somebody else has prepared, removed or replaced: nothing of anybody's is harmed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from streamlearn.checkpoint import LockLost, Store
+from streamlearn.data import StreamlearnError
+from streamlearn.service.statedir import (
+    Hints,
+    Lock,
+    is_locked,
+    locked,
+    open_log,
+    process_start_time,
+    read_hints,
+    send_signal,
+    write_hints,
+)
+from tests.unit.test_job import made
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOBODY = 65534
+
+
+def refusal(state_dir: Path) -> StreamlearnError:
+    """Return what is said to who would learn there, or write a log there."""
+    with pytest.raises(StreamlearnError) as caught, locked(state_dir):
+        pass
+    with pytest.raises(StreamlearnError) as logged:
+        os.close(open_log(state_dir))
+    assert str(logged.value) == str(caught.value)
+    return caught.value
+
+
+def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner could change what is saved: 77 and one line that names both users, as in a container with another uid."""
+    if os.geteuid() == 0:
+        os.chown(tmp_path, NOBODY, NOBODY)
+        known, own = NOBODY, 0
+    else:
+        known, own = os.geteuid(), os.geteuid() + 1
+        monkeypatch.setattr(os, "geteuid", lambda: own)
+    error = refusal(tmp_path)
+    assert error.code == 77
+    line = str(error)
+    assert line.startswith(f"{tmp_path}: belongs to user ")
+    assert (str(known) in line, str(own) in line, "\n" in line) == (True, True, False)
+    assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_directory_that_others_may_write_into_is_refused(tmp_path: Path) -> None:
+    """Whoever may write there could put links and checkpoints there: 77, with what to do."""
+    tmp_path.chmod(0o777)
+    error = refusal(tmp_path)
+    assert (error.code, str(error)) == (
+        77,
+        f"{tmp_path}: other users may write there (mode 0777): use chmod go-w, or another directory",
+    )
+    tmp_path.chmod(0o700)
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["daemon.tmp", "daemon.json", "daemon.log", "LOCK"])
+def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
+    """Where a link lies in place of a file of the daemon's, what it points to is neither read nor written."""
+    victim = tmp_path / "victim"
+    hints = {"pid": os.getpid(), "start_time": 1, "socket": "s", "http": "h"}
+    victim.write_text(json.dumps(hints))
+    victim.chmod(0o644)
+    state_dir = tmp_path / "state"
+    state_dir.mkdir(mode=0o700)
+    (state_dir / name).symlink_to(victim)
+    assert read_hints(state_dir) is None
+    with suppress(StreamlearnError):  # refused, or the link itself is replaced: both are right
+        write_hints(state_dir / "daemon.json", {"pid": 1})
+    with suppress(StreamlearnError):
+        os.close(open_log(state_dir))
+    with suppress(StreamlearnError), locked(state_dir):
+        pass
+    assert (json.loads(victim.read_text()), victim.stat().st_mode & 0o777) == (hints, 0o644)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '"x"', "{", '{"pid": -1, "start_time": 1, "socket": "s", "http": "h"}',
+     '{"pid": "1", "start_time": 1, "socket": "", "http": ""}', '{"pid": 999999, "start_time": null, "socket": "", "http": ""}',
+     '{"pid": 5, "start_time": 1, "socket": 3, "http": "h"}', "[" * 100_000],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_hints_that_make_no_sense_are_none(tmp_path: Path, text: str) -> None:
+    """No number of a process that was not written by a daemon is ever used."""
+    (tmp_path / "daemon.json").write_text(text)
+    assert read_hints(tmp_path) is None
+
+
+def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
+    """`daemon.json` names an innocent process, rightly described: `stop` refuses with 77, and it lives on."""
+    (tmp_path / "LOCK").touch()
+    with subprocess.Popen(["sleep", "60"]) as innocent:
+        start_time = process_start_time(innocent.pid)
+        assert start_time is not None
+        hints = Hints(innocent.pid, start_time, tmp_path / "none", "")
+        with pytest.raises(StreamlearnError, match="is no daemon of this directory: it gets no signal") as caught:
+            send_signal(tmp_path, hints, signal.SIGTERM)
+        assert (caught.value.code, innocent.poll()) == (77, None)
+        innocent.kill()
+
+
+@pytest.mark.parametrize(("how", "code"), [("removed", 74), ("replaced", 73)])
+def test_who_has_lost_the_directory_saves_nothing_there(tmp_path: Path, how: str, code: int) -> None:
+    """After `rm -rf` of the state directory a second daemon may hold a new one: the first one ends at its next save."""
+    job, stream = made(tmp_path / "other")
+    state_dir = tmp_path / "state"
+    with locked(state_dir) as lock:
+        job.store = Store(state_dir, before_write=lock.check)
+        job.save(stream, "manual")
+        job.collect(stream, wait=True)
+        assert len(job.store.all()) == 1
+        shutil.rmtree(state_dir)
+        second = Lock(state_dir) if how == "replaced" else None
+        job.save(stream, "manual")
+        with pytest.raises(LockLost, match=how) as caught:
+            job.collect(stream, wait=True)
+        assert caught.value.code == code
+        assert not (state_dir / "checkpoints").exists()
+        if second is not None:
+            second.close()
+
+
+def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO where the loop looks for the newest one: training goes on, the save fails, and the next one succeeds."""
+    job, stream = made(tmp_path)
+    job.save(stream, "manual")
+    job.collect(stream, wait=True)
+
+    def fail(_: object) -> Any:
+        raise OSError(5, "Input/output error", str(job.store.root))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "paths", fail)
+        job.save(stream, "manual")
+        job.collect(stream, wait=True)
+        assert job.saving is None
+    failed, job.save_failed = job.save_failed, None
+    assert failed is not None
+    saving = job.save(stream, "manual")
+    job.collect(stream, wait=True)
+    assert saving.checkpoint is not None
