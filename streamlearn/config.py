@@ -931,9 +931,9 @@ def _check_strategy(
                 errors.append({"type": message, "loc": (name,), "input": name})
             owner[slot] = name
         try:
-            if spec is not None and isinstance(parameters, dict):
-                parameters = {**recipes[name].defaults(spec), **parameters}
-            complete[name] = recipes[name].parameters.model_validate(parameters).model_dump()
+            implied = recipes[name].defaults(spec) if spec is not None and isinstance(parameters, dict) else {}
+            given = {**implied, **parameters} if implied else parameters
+            complete[name] = recipes[name].parameters.model_validate(given).model_dump()
         except ValidationError as error:
             told = [_told(details, recipes[name].parameters) for details in error.errors()]
             errors += [{**details, "loc": (name, *details["loc"])} for details in told]
