@@ -20,8 +20,8 @@ from streamlearn import __version__
 from streamlearn.checkpoint import Store
 from streamlearn.data import Progress, StreamlearnError, audit, out_of_memory
 from streamlearn.metrics import Metrics
+from streamlearn.service.api import COMMANDS, read_only
 from streamlearn.service.api import control as control_routes
-from streamlearn.service.api import read_only
 from streamlearn.service.server import Server, bind_control, bind_tcp
 from streamlearn.service.signals import call_on_stop, ignore_stop_signals
 from streamlearn.service.statedir import Lock, locked, note_end, take_over
@@ -79,6 +79,9 @@ class Desk:
         self._turned = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
+        for command in COMMANDS:
+            for result in ("success", "failure"):
+                metrics.count("control_requests", 0, command, result)
 
     # -- for the loop
 
@@ -391,6 +394,8 @@ def make_stream(job: Job) -> Stream:
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
     refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0
     job.metrics.know(spec.topics or [])
+    for key in ("dead letters", "dead letter failures"):  # these dead letters have sent none yet
+        job.metrics.start_from(key, 0)
     return Stream(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
 
 
@@ -415,6 +420,7 @@ def announce(job: Job, cause: str) -> None:
         "kafka_client_version": version("kafka-python"),
     }
     model = {
+        "name": job.config.name,
         "model": job.config.model.name,
         "strategy": " + ".join(job.config.strategy),
         "config_sha256": job.config.digest(),

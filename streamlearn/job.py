@@ -264,6 +264,7 @@ class Job:
         checkpoint = self.store.newest_sound()
         self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
         if checkpoint is None:
+            self._count_from_here()
             return False
         try:
             self._load(checkpoint)
@@ -274,11 +275,7 @@ class Job:
                 raise
             # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
-        sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
-        for key in ("drawn", "evicted"):
-            self.metrics.start_from(key, int(sizes.get(key, 0)))
-        for key, total in counts.items():
-            self.metrics.start_from(key, total)
+        self._count_from_here()
         self.show_parts()
         self._follow(checkpoint)
         self.restored, self._restored_batches = checkpoint, self.learner.batches
@@ -291,6 +288,14 @@ class Job:
             log.warning("going on in another environment, so not bit-equal: %s", changed)
         log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
+
+    def _count_from_here(self) -> None:
+        """Let the counters of this process begin where the learner's own totals stand."""
+        sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
+        for key in ("drawn", "evicted"):
+            self.metrics.start_from(key, int(sizes.get(key, 0)))
+        for key, total in counts.items():
+            self.metrics.start_from(key, total)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take over the state that a checkpoint holds."""

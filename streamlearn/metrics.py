@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 PREFIX = "streamlearn_"
 STATES = ("starting", "restoring", "running", "paused", "draining")
 TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
+SOURCES = ("marker", "next_topic", "count", "idle")  # of a task's end
+CAUSES = ("first", "clean", "crash")  # of a start
+GAPS = ("retention",)  # why offsets are skipped
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
 LOSS_SMOOTHING = 0.9
@@ -160,7 +164,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "checkpoints": ("Attempts to save.", ("result", "trigger")),
     "checkpoint_corrupt": ("Checkpoints refused by verification.", ()),
     "rollbacks": ("Returns to the newest checkpoint because update after update was not finite.", ()),
-    "out_of_memory": ("Ends of the loop because host or device had no memory left.", ()),
+    "out_of_memory": (
+        "Ends of the loop because host or device had no memory left. The process ends with it (75): few scrapes see it.",
+        (),
+    ),
     "errors": ("Errors handled.", ("component", "kind")),
     "dlq_records": (
         "Samples sent to the dead-letter topic; of `failure`, attempts that were not acknowledged.",
@@ -239,17 +246,24 @@ class Metrics:
             for name, (text, labels, buckets) in HISTOGRAMS.items()
         }
         self._known: dict[str, set[str]] = {"task": set(), "topic": set()}
+        self._declared: set[Partition | str] = set()  # topics and partitions whose counters exist
         self._smoothed: dict[tuple[str, str], float] = {}
         totals = ("drawn", "evicted", "projected", "failed", "dead letters", "dead letter failures")
         self._seen = dict.fromkeys(totals, 0)
-        for trigger in TRIGGERS:
-            for result in ("success", "failure"):
-                self.counters["checkpoints"].labels(result, trigger)
-        for reason in ("nonfinite",):
-            self.counters["train_steps_skipped"].labels(reason)
-            self.counters["samples_skipped"].labels(reason)
-        for result in ("success", "failure"):
-            self.counters["dlq_records"].labels(result)
+        results = ("success", "failure")
+        folded = [name for name, (_, labels) in COUNTERS.items() if {"topic", "task"} & set(labels)]
+        closed: dict[str, Iterable[tuple[str, ...]]] = {
+            "checkpoints": product(results, TRIGGERS),
+            "dlq_records": product(results),
+            "metrics_labels_dropped": product(folded),
+            "restarts": product(CAUSES),
+            "samples_skipped": product(("nonfinite",)),
+            "task_boundaries": product(SOURCES),
+            "train_steps_skipped": product(("nonfinite",)),
+        }
+        for name, children in closed.items():
+            for labels in children:
+                self.count(name, 0, *labels)
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """Return the exposition and its content type, Prometheus text or OpenMetrics."""
@@ -259,6 +273,8 @@ class Metrics:
     def count(self, name: str, amount: float, *labels: str) -> None:
         """Add to a counter; the cardinality guard folds label values beyond its limit into `other`."""
         kinds = COUNTERS[name][1]
+        if not amount and not all(map(self._may_show, kinds, labels)):
+            return
         allowed = [self._guard(name, kind, value) for kind, value in zip(kinds, labels, strict=True)]
         counter = self.counters[name].labels(*allowed) if kinds else self.counters[name]
         if amount:
@@ -272,14 +288,24 @@ class Metrics:
         self.count("restarts", 1, cause)
 
     def know(self, topics: Iterable[str]) -> None:
-        """Let the counters of topics exist at 0, so that a first increase is seen."""
-        for topic in topics:
+        """Let the counters of topics exist at 0, so that a scrape can see their first increase."""
+        for topic in set(topics) - self._declared:
+            self._declared.add(topic)
             for name in ("samples_consumed", "consumed_bytes", "samples_late", "samples_duplicate"):
                 self.count(name, 0, topic)
             for reason in REASONS:
                 self.count("samples_rejected", 0, topic, reason)
-            for name in ("samples_trained", "samples_held_out", "train_steps"):
+            for reason in GAPS:
+                self.count("records_skipped_offsets", 0, topic, reason)
+            for name in ("samples_trained", "samples_held_out", "train_steps", "probe_failures"):
                 self.count(name, 0, topic)
+
+    def know_partitions(self, partitions: Iterable[Partition]) -> None:
+        """Do the same for partitions that the reader has found, whose topics no configuration may have named."""
+        for topic, partition in set(partitions) - self._declared:
+            self._declared.add((topic, partition))
+            self.know([topic])
+            self.count("records_consumed", 0, topic, str(partition))
 
     def record_delivery(self, delivery: Delivery, stats: LearnStats | None, task: str, now: float) -> None:
         """Count what a turn of the loop applied."""
@@ -341,6 +367,7 @@ class Metrics:
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int
     ) -> None:
         """Show where the reader and the applied positions stand."""
+        self.know_partitions(status.ends)
         applied = {p: position.offset for p, position in progress.positions.at.items()}
         shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
         lag = {p: max(0, end - applied.get(p, 0)) for p, end in status.ends.items()}
@@ -398,16 +425,18 @@ class Metrics:
             return
         old = self._smoothed.get((name, task), value)
         self._smoothed[name, task] = LOSS_SMOOTHING * old + (1 - LOSS_SMOOTHING) * value
-        self.gauges.set(name, self._smoothed[name, task], task)
+        self.gauges.replace(name, {(task,): self._smoothed[name, task]})  # what earlier tasks had is not of now
 
     def _may_show(self, kind: str, value: str) -> bool:
-        known = self._known[kind]
+        known = self._known.get(kind)
+        if known is None:
+            return True
         if value not in known and len(known) < MAX_CHILDREN:
             known.add(value)
         return value in known
 
     def _guard(self, metric: str, kind: str, value: str) -> str:
-        if kind not in self._known or self._may_show(kind, value):
+        if self._may_show(kind, value):
             return value
         if metric != "metrics_labels_dropped":
             self.counters["metrics_labels_dropped"].labels(metric).inc()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import Any
 
 import promql_parser
 import pytest
+import torch
 import yaml
 
+from streamlearn.data import Batch, Delivery, Progress
+from streamlearn.learner import LearnStats
 from streamlearn.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, Metrics
+from streamlearn.stream.reader import StreamStatus
 from tests.support import jobs
 from tests.support.kafka_broker import free_port
 from tests.system.test_daemon import scrape, waiting
@@ -51,6 +56,7 @@ FIRING: dict[str, dict[str, str]] = {
         f"streamlearn_consumer_paused{{{LABELS}}}": "0x60",
     },
     "DataLoss": {f'streamlearn_records_skipped_offsets_total{{{LABELS}, topic="t", reason="retention"}}': "0x30 5x30"},
+    "LateSamples": {f'streamlearn_samples_late_total{{{LABELS}, topic="t"}}': "0x30 5x30"},
     "RejectRatioHigh": {
         f'streamlearn_samples_rejected_total{{{LABELS}, topic="t", reason="decode"}}': "0+5x60",
         f'streamlearn_samples_consumed_total{{{LABELS}, topic="t"}}': "0+100x60",
@@ -67,7 +73,10 @@ FIRING: dict[str, dict[str, str]] = {
         f"streamlearn_state_dir_free_bytes{{{LABELS}}}": "100x60",
         f"streamlearn_checkpoint_last_size_bytes{{{LABELS}}}": "50x60",
     },
-    "Forgetting": {f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.5x60"},
+    "Forgetting": {
+        f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.5x60",
+        f'streamlearn_probe_samples{{{LABELS}, task="t"}}': "100x60",
+    },
     "ProbesStale": {
         f"streamlearn_probe_last_success_timestamp_seconds{{{LABELS}}}": "0x60",
         f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "0+9x60",
@@ -140,6 +149,10 @@ def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> 
         f"streamlearn_checkpoint_last_success_timestamp_seconds{{{LABELS}}}": "0+60x60",
         f"streamlearn_checkpoint_records_since{{{LABELS}}}": "5x60",
         f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.05x60",
+        f'streamlearn_probe_samples{{{LABELS}, task="t"}}': "1000x60",
+        # 7 of 12 samples: with so few, chance does as much
+        f'streamlearn_forgetting_ratio{{{LABELS}, task="small"}}': "0.58x60",
+        f'streamlearn_probe_samples{{{LABELS}, task="small"}}': "12x60",
     }
     tests.append(
         {
@@ -148,9 +161,151 @@ def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> 
             "promql_expr_test": [{"expr": "count(ALERTS)", "eval_time": "50m", "exp_samples": []}],
         }
     )
+    check_rules(tmp_path, tests)
+
+
+def check_rules(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
+    """Have promtool test the rules that ship."""
     path = tmp_path / "tests.yml"
     path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
     promtool("test", "rules", path)
+
+
+START = f"streamlearn_start_timestamp_seconds{{{LABELS}}}"
+OLD, LATER = "-100000x150", "_x70 -100000x80"  # a daemon that started a day ago; the same, scraped from minute 70 on
+RESTARTED = "-100000x70 4200x80"  # the process of a day ago, and the one that followed at minute 70
+GREW = {  # alert -> a counter that must not grow, and the minutes for which its alert looks back
+    "DataLoss": (f'streamlearn_records_skipped_offsets_total{{{LABELS}, topic="t", reason="retention"}}', 15),
+    "LateSamples": (f'streamlearn_samples_late_total{{{LABELS}, topic="t"}}', 15),
+    "DlqFailing": (f'streamlearn_dlq_records_total{{{LABELS}, result="failure"}}', 10),
+    "CheckpointFailing": (f'streamlearn_checkpoints_total{{{LABELS}, result="failure", trigger="interval"}}', 15),
+    "CheckpointCorrupt": (f"streamlearn_checkpoint_corrupt_total{{{LABELS}}}", 60),
+    "CardinalityGuard": (f'streamlearn_metrics_labels_dropped_total{{{LABELS}, metric="m"}}', 60),
+    "NonFinite": (f'streamlearn_train_steps_skipped_total{{{LABELS}, reason="nonfinite"}}', 10),
+}
+
+
+def fires(name: str, inputs: dict[str, str], at: dict[int, bool]) -> dict[str, Any]:
+    """Return a test of whether an alert fires at these minutes."""
+    expr = f'count(ALERTS{{alertname="Streamlearn{name}", alertstate="firing"}})'
+    fired = [{"labels": "{}", "value": 1}]
+    return {
+        "interval": "1m",
+        "input_series": [{"series": series, "values": values} for series, values in inputs.items()],
+        "promql_expr_test": [
+            {"expr": expr, "eval_time": f"{minute}m", "exp_samples": fired if yes else []} for minute, yes in at.items()
+        ],
+    }
+
+
+def test_a_first_increase_is_seen(tmp_path: Path) -> None:
+    """An alert fires on a counter that was first scraped above 0, and on one that a restart left at its old value.
+
+    It ends when its window is over, and a Prometheus that is new finds no news in what an old process has counted.
+    """
+    tests = []
+    for name, (series, window) in GREW.items():
+        ended = 70 + window + 3
+        if name != "NonFinite":  # whose only child is there at 0 from the start
+            tests.append(fires(name, {series: "_x70 9x80", START: OLD}, {69: False, 72: True, ended: False}))
+        tests.append(fires(name, {series: "9x150", START: RESTARTED}, {69: False, 72: True, ended: False}))
+        tests.append(fires(name, {series: "_x70 9x80", START: LATER}, {72: False, ended: False}))
+    check_rules(tmp_path, tests)
+
+
+def test_what_never_was_is_missed(tmp_path: Path) -> None:
+    """Alerts on what should have happened need no series of its having happened before."""
+    steps = {f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "0+9x150"}
+    unread = {f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x150"}
+    paused = f"streamlearn_consumer_paused{{{LABELS}}}"
+    since = {f"streamlearn_checkpoint_records_since{{{LABELS}}}": "9x150"}
+    saved = {f"streamlearn_checkpoint_last_success_timestamp_seconds{{{LABELS}}}": "0+60x150"}
+    probe = {f'streamlearn_probe_samples{{{LABELS}, task="t"}}': "9x150"}
+    evaluated = {f"streamlearn_probe_last_success_timestamp_seconds{{{LABELS}}}": "0+60x150"}
+    check_rules(
+        tmp_path,
+        [
+            fires("NoProgress", {**unread, paused: "0x150"}, {25: True}),
+            fires("NoProgress", {**unread, **steps, paused: "0x150"}, {25: False}),
+            fires("NoProgress", {**unread, paused: "1x150"}, {25: False}),
+            fires("CheckpointStale", {**since, START: "0x150"}, {10: False, 20: True}),
+            fires("CheckpointStale", {**since, **saved, START: "0x150"}, {20: False}),
+            fires("ProbesStale", {**probe, **steps, START: "0x150"}, {25: False, 50: True}),
+            fires("ProbesStale", {**probe, **steps, **evaluated, START: "0x150"}, {50: False}),
+            fires("ProbesStale", {**probe, START: "0x150"}, {50: False}),
+        ],
+    )
+
+
+def test_counters_of_topics_exist_at_zero() -> None:
+    """Named by the configuration or found by a pattern, a topic's counters are there before they grow."""
+    metrics = Metrics()
+    metrics.know(["named"])
+    status = StreamStatus(ends={("found", 1): 10})
+    metrics.record_stream(status, Progress(), {}, 0)
+    text = metrics.expose("")[0].decode()
+    for topic in ("named", "found"):
+        for name, labels in (
+            ("records_skipped_offsets", f'reason="retention",topic="{topic}"'),
+            ("samples_late", f'topic="{topic}"'),
+            ("samples_rejected", f'reason="decode",topic="{topic}"'),
+            ("train_steps", f'task="{topic}"'),
+            ("probe_failures", f'task="{topic}"'),
+        ):
+            assert f"streamlearn_{name}_total{{{labels}}} 0.0" in "\n".join(map(ordered, text.splitlines()))
+    assert 'streamlearn_records_consumed_total{partition="1",topic="found"} 0.0' in map(ordered, text.splitlines())
+    metrics.know(f"t{number}" for number in range(500))
+    assert 'streamlearn_metrics_labels_dropped_total{metric="samples_late"} 0.0' in metrics.expose("")[0].decode()
+
+
+def ordered(line: str) -> str:
+    """Return a line of the exposition with its labels in order."""
+    return re.sub(r"\{(.*)\}", lambda match: "{" + ",".join(sorted(match[1].split(","))) + "}", line)
+
+
+def test_figures_of_the_current_task_are_of_it_alone() -> None:
+    """Loss and accuracy before learning have one child: what they were for an earlier task is no figure of now."""
+    metrics = Metrics()
+    for task in ("a", "b"):
+        batch = Batch(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))
+        metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 0.5, 0.5, 1.0), task, 0.0)
+    lines = metrics.expose("")[0].decode().splitlines()
+    for name in ("train_loss", "train_prequential_accuracy_ratio"):
+        assert [line for line in lines if line.startswith(PREFIX + name)] == [f'{PREFIX}{name}{{task="b"}} 0.5']
+
+
+def test_runbooks_are_at_an_absolute_address(tmp_path: Path) -> None:
+    """A real Prometheus serves the runbooks where its alerts say that they are."""
+    jobs.need(shutil.which("prometheus"), "prometheus")
+    urls = {
+        rule["annotations"]["runbook_url"]
+        for group in yaml.safe_load(RULES.read_text())["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    }
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["prometheus"]
+    assets = next(part.split("=")[1] for part in compose["command"] if part.startswith("--web.user-assets"))
+    assert f"../docs:{assets}:ro" in compose["volumes"]
+    port = free_port()
+    (tmp_path / "prometheus.yml").write_text("{}")
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+               f"--web.listen-address=127.0.0.1:{port}", f"--web.user-assets={ROOT}/docs", "--log.level=error"]  # fmt: skip
+    prometheus = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 60
+        url = f"http://127.0.0.1:{port}"
+        (page,) = {address.replace("{{ externalURL }}", url).split("#")[0] for address in urls}
+        while True:
+            try:
+                with urllib.request.urlopen(page, timeout=10) as answer:
+                    assert answer.read() == (ROOT / "docs" / "runbooks.md").read_bytes()
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < deadline, "Prometheus does not answer"
+                time.sleep(0.1)
+    finally:
+        prometheus.terminate()
+        prometheus.wait(20)
 
 
 def test_every_alert_has_its_runbook() -> None:
@@ -163,7 +318,7 @@ def test_every_alert_has_its_runbook() -> None:
 def plain(query: str) -> str:
     """Return a query as Prometheus takes it, Grafana's variables filled in."""
     return re.sub(
-        r"\$(job|instance|topic|task)", ".*", query.replace("$__rate_interval", "1m").replace("$__interval", "1m")
+        r"\$(job|name|instance|topic|task)", ".*", query.replace("$__rate_interval", "1m").replace("$__interval", "1m")
     )
 
 
