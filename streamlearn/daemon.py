@@ -405,7 +405,7 @@ def open_log(config: Config) -> tuple[Log, Sink]:
         from streamlearn.stream.kafka import KafkaLog, KafkaSink
 
         assert config.kafka is not None
-        return KafkaLog(config.kafka, config.group_id), KafkaSink(config.kafka)
+        return KafkaLog(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaSink(config.kafka)
     from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 
     return EmbeddedLog(config.embedded.path), EmbeddedSink(config.embedded.path)

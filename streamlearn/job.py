@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
+    from streamlearn.data import Partition
     from streamlearn.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
@@ -430,12 +431,8 @@ class Job:
         queued = stream.queued if stream is not None else Counter[str]()
         totals = self.progress.totals()
         samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
-        ends = stream.status.ends if stream is not None else {}
-        lag: dict[str, dict[str, int]] = {}
-        for (topic, partition), end in sorted(ends.items()):
-            position = self.progress.positions.at.get((topic, partition))
-            lag.setdefault(topic, {})[str(partition)] = max(0, end - (position.offset if position else 0))
         reader = stream.status if stream is not None else None
+        lag = _by_topic(reader.lag(self.progress.positions.at)) if reader is not None else {}
         return {
             "name": self.config.name,
             "version": __version__,
@@ -471,6 +468,7 @@ class Job:
             **self.matrix.figures(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
+            "held_back": _by_topic(reader.held_back) if reader is not None else {},
             "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
         }
 
@@ -502,10 +500,9 @@ class Job:
         metrics.record_constraint(self.learner.strategy.constraint.counts())
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
         metrics.catch_up("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
-        applied = self.progress.positions.at
         behind = Counter[str]()
-        for place, end in stream.status.ends.items():
-            behind[place[0]] += max(0, end - (applied[place].offset if place in applied else 0))
+        for (topic, _), count in stream.status.lag(self.progress.positions.at).items():
+            behind[topic] += count
         # a producer's clock may be ahead of ours
         ages = {(t,): (max(0.0, now - self.newest[t]) if n else 0.0) for t, n in behind.items() if t in self.newest}
         metrics.gauges.replace("consumer_lag_seconds", ages)
@@ -556,6 +553,14 @@ def environment(config: Config) -> dict[str, Any]:
         "flush_denormal": True,
         "device": config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"),
     }
+
+
+def _by_topic(counts: Mapping[Partition, int]) -> dict[str, dict[str, int]]:
+    """Return `{topic: {partition: count}}`, as shown to people."""
+    tree: dict[str, dict[str, int]] = {}
+    for (topic, partition), count in sorted(counts.items()):
+        tree.setdefault(topic, {})[str(partition)] = count
+    return tree
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:

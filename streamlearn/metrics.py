@@ -47,12 +47,15 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "heartbeat_timestamp_seconds": ("Unix time of the last turn of an internal loop.", ("loop",)),
     "start_timestamp_seconds": ("Unix time when this process started.", ()),
     "consumer_unread_records": (
-        "Log end less the reader's next offset: what waits in the log.",
+        "Log end less the reader's next offset: what waits in the log, behind an open transaction too.",
         ("topic", "partition"),
     ),
     "consumer_position_offset": ("Next offset to be applied to the model.", ("topic", "partition")),
     "consumer_log_end_offset": ("The log's end when it was last asked for.", ("topic", "partition")),
-    "consumer_lag_records": ("Log end less the next offset to be applied.", ("topic", "partition")),
+    "consumer_lag_records": (
+        "Log end less the next offset to be applied; where nothing was applied, the offsets that the log still holds.",
+        ("topic", "partition"),
+    ),
     "consumer_lag_seconds": ("Age of the newest applied record while the topic has lag, else 0.", ("topic",)),
     "consumer_committed_offset": ("Next offset of the last durable checkpoint.", ("topic", "partition")),
     "consumer_assigned_partitions": ("Partitions that are read now.", ()),
@@ -370,12 +373,12 @@ class Metrics:
         self.know_partitions(status.ends)
         applied = {p: position.offset for p, position in progress.positions.at.items()}
         shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
-        lag = {p: max(0, end - applied.get(p, 0)) for p, end in status.ends.items()}
+        lag = status.lag(progress.positions.at)
         self.gauges.replace("consumer_position_offset", {shown[p]: o for p, o in applied.items() if p in shown})
         self.gauges.replace("consumer_committed_offset", {shown[p]: o for p, o in committed.items() if p in shown})
         self.gauges.replace("consumer_log_end_offset", {shown[p]: o for p, o in status.ends.items() if p in shown})
         self.gauges.replace("consumer_lag_records", {shown[p]: o for p, o in lag.items() if p in shown})
-        unread = {shown[p]: max(0, end - status.read.get(p, 0)) for p, end in status.ends.items() if p in shown}
+        unread = {shown[p]: count for p, count in status.unread().items() if p in shown}
         self.gauges.replace("consumer_unread_records", unread)
         self.gauges.set("checkpoint_records_since", sum(o - committed.get(p, 0) for p, o in applied.items()))
         self.gauges.set("consumer_assigned_partitions", status.assigned)

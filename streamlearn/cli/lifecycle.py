@@ -217,13 +217,15 @@ def figures(tree: dict[str, Any]) -> str:
     if tree["lag"] is not None:
         lag = f"{sum(count for partitions in tree['lag'].values() for count in partitions.values())} records"
     waiting = f"; waiting for topic {tree['waiting_for']}" if tree.get("waiting_for") is not None else ""
+    held = sum(count for partitions in tree.get("held_back", {}).values() for count in partitions.values())
+    behind = f"; {held} offsets behind open transactions" if held else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
     audited = "".join(f"{line}\n" for line in audit(tree["topics"]))
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
         f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {percent(tree['forward_transfer'])}\n"
-        f"samples: {counts}; lag {lag}{waiting}\n{audited}checkpoint: {last}"
+        f"samples: {counts}; lag {lag}{behind}{waiting}\n{audited}checkpoint: {last}"
     )
 
 

@@ -70,6 +70,7 @@ class Assembler:
         self._pending = _Pending()
         self._found = Found()
         self._scanned: dict[Partition, Position] = {}
+        self._reached = False  # positions have moved on that no delivery carries yet
         self._newest: float | None = None
         self._ids: dict[str, str] = dict(progress.positions.topic_ids)
         self._partitions: tuple[int, ...] = ()
@@ -106,6 +107,13 @@ class Assembler:
         self.progress.tasks.append(self.task)
         return Delivery(begins=task)
 
+    def ends_with(self, record: Record) -> bool:
+        """Tell whether a record is the last marker that the current task still needs."""
+        task = self.task
+        if task is None or record.topic != task.name or record.header(CONTROL) != TASK_END:
+            return False
+        return set(self._partitions) <= {*task.marked, record.partition}
+
     def feed(self, record: Record) -> Iterator[Delivery]:
         """Take one record; yield what it completes."""
         partition = (record.topic, record.partition)
@@ -124,6 +132,8 @@ class Assembler:
             self._count(record.topic, "duplicates", len(chunk))
             return
         self._scanned[partition] = Position(record.offset + 1)
+        if record.begin is not None and (missed := record.offset - max(record.begin, expected.offset)) > 0:
+            self._found.gaps[record.topic, "oversize"] += missed  # the record stands for more than itself
         if chunk is None:
             yield from self._mark(partition)
         elif codes is None or outputs is None:
@@ -134,7 +144,7 @@ class Assembler:
 
     def flush(self) -> Delivery | None:
         """Return what was found so far where no sample waits for its batch, or None if there is nothing to say."""
-        return None if self._pending.size or not self._found else self._deliver()
+        return None if self._pending.size or not (self._found or self._reached) else self._deliver()
 
     def short(self) -> Delivery | None:
         """Return the waiting samples as a short batch (`linger`), or None if none waits."""
@@ -168,6 +178,7 @@ class Assembler:
             at = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
             if at < Position(offset):
                 self._scanned[partition] = Position(offset)
+                self._reached = True
 
     def lost(self, partition: Partition, offset: int, count: int, reason: str) -> None:
         """Go on at `offset`, with so many offsets never seen."""
@@ -366,7 +377,7 @@ class Assembler:
             ends=ends,
             newest=self._newest,
         )
-        self.queued = 0
+        self.queued, self._reached = 0, False
         self._pending, self._found, self._newest = _Pending(), Found(), None
         return delivery
 

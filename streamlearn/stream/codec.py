@@ -129,6 +129,8 @@ class Codec:
         return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words, self.version)})
 
     def _parse(self, record: Record) -> dict[str, Any]:
+        if record.oversize is not None:
+            raise Rejected("oversize", record.oversize)
         if record.value is None:
             raise Rejected("decode", "a tombstone: expected a value")
         if len(record.value) > self.max_record_bytes:

@@ -108,9 +108,9 @@ class EmbeddedLog:
         rows = self._ask("SELECT name, topic_id, partitions FROM topics")
         return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
 
-    def topic_id(self, topic: str) -> str | None:
-        rows = self._ask("SELECT topic_id FROM topics WHERE name = ?", (topic,))
-        return str(rows[0][0]) if rows else None
+    def describe(self, topic: str) -> TopicInfo | None:
+        rows = self._ask("SELECT topic_id, partitions FROM topics WHERE name = ?", (topic,))
+        return TopicInfo(topic, rows[0][0], tuple(range(rows[0][1]))) if rows else None
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         query = "SELECT min(offset), max(offset) FROM records WHERE topic = ? AND partition = ?"

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.admin import NewTopic
-from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecordBatch
-from kafka.record.util import decode_varint
+from kafka.protocol.consumer import IsolationLevel, ListOffsetsRequest, OffsetSpec
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
+from streamlearn.stream.batches import Unread, bound_unpacking
 from streamlearn.stream.connection import PERMISSION, REQUEST_MS, client_settings, connected, reason
-from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
+from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -55,50 +54,33 @@ def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
     return StreamlearnError(f"refused: {reason(error)}", code=77)
 
 
-class _Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
-    """A batch in which the names of headers need not be UTF-8: kafka-python would read nothing from such a record on.
-
-    Clients in C write any bytes; what is not UTF-8 in a name becomes a question mark.
-    """
-
-    __slots__ = ()
-
-    def _read_msg(self) -> Any:
-        start = self._pos
-        try:
-            return super()._read_msg()
-        except UnicodeDecodeError:
-            _mend_names(self._buffer, start)
-            return super()._read_msg()
+# what passes by itself, or when the client connects again; every other error is named and is no outage
+PASSING = (
+    kafka_errors.RetriableError,
+    kafka_errors.BrokerNotAvailableError,
+    kafka_errors.KafkaProtocolError,
+    kafka_errors.UnknownBrokerIdError,
+    kafka_errors.IllegalStateError,
+    kafka_errors.NoOffsetForPartitionError,
+)
+CHANGED = (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError)
 
 
-memory_records.DefaultRecordBatch = _Batch
-
-
-def _mend_names(buffer: bytearray, at: int) -> None:
-    """Replace the bytes of a record's header names that are not UTF-8; a record of the format of 2017 begins at `at`."""
-    _, at = decode_varint(buffer, at)  # its length
-    _, at = decode_varint(buffer, at)  # attributes
-    _, at = decode_varint(buffer, at)  # time
-    _, at = decode_varint(buffer, at)  # offset
-    for _ in ("key", "value"):
-        size, at = decode_varint(buffer, at)
-        at += max(0, size)
-    count, at = decode_varint(buffer, at)
-    for _ in range(count):
-        size, at = decode_varint(buffer, at)
-        name = bytes(buffer[at : at + size])
-        kept = name.decode(errors="surrogateescape").encode(errors="replace")  # one for each byte
-        buffer[at : at + size] = kept
-        at += size
-        size, at = decode_varint(buffer, at)
-        at += max(0, size)
+def told(error: kafka_errors.KafkaError) -> StreamlearnError:
+    """Return what an error means for the reader: a missing permission, an outage, or an answer that makes no sense."""
+    if isinstance(error, PERMISSION):
+        return denied(error)
+    if isinstance(error, CHANGED):
+        # not one record more before the reader has compared ids and bounds, which it does when it connects
+        return BrokerUnavailable(f"the log is not what it was: {type(error).__name__}")
+    text = f"{type(error).__name__}: {reason(error):.160}"
+    return BrokerUnavailable(text) if isinstance(error, PASSING) else Unreadable(f"the broker answers with {text}")
 
 
 class KafkaLog:
     """One reader. kafka-python's consumer is not thread safe: the reader thread alone calls this."""
 
-    def __init__(self, kafka: Kafka, group: str) -> None:
+    def __init__(self, kafka: Kafka, group: str, max_record_bytes: int = 0) -> None:
         self.kafka = kafka
         self.group = group
         self.cluster_id: str | None = None
@@ -107,6 +89,7 @@ class KafkaLog:
         self._reads: set[str] = set()
         self._unreadable: set[str] = set()
         self._held: set[Partition] = set()
+        bound_unpacking(max_record_bytes)
 
     def connect(self) -> None:
         settings = client_settings(self.kafka)
@@ -130,54 +113,101 @@ class KafkaLog:
         self.cluster_id = self._ask(self._admin.describe_cluster).get("cluster_id")
 
     def topics(self) -> dict[str, TopicInfo]:
-        """Return all topics; raises `StreamlearnError` (77) where one that is read may be read no longer."""
+        """Return all topics, those too that are read and no longer ours to see."""
         listed = self._ask(self._admin.list_topics)  # without those that are not ours to see
-        found = self._describe(sorted({*listed, *self._reads}))
-        self._refuse_unreadable()
-        return found
+        return self._describe(sorted({*listed, *self._reads}))
 
-    def topic_id(self, topic: str) -> str | None:
-        info = self._describe([topic]).get(topic)
-        return info.topic_id if info is not None else None
+    def describe(self, topic: str) -> TopicInfo | None:
+        return self._describe([topic]).get(topic)
 
     def _describe(self, names: Sequence[str]) -> dict[str, TopicInfo]:
         found = {}
-        for entry in self._ask(self._admin.describe_topics, list(names)) if names else []:
-            name = entry.get("name") or entry.get("topic")
+        for entry in self._metadata(names):
+            name = entry["name"]
             if entry.get("error_code") == kafka_errors.TopicAuthorizationFailedError.errno:
-                raise StreamlearnError(f"topic {name}: no permission to see it (DESCRIBE)", code=77)
-            if not entry.get("error_code"):
-                (self._unreadable.discard if may(entry, "READ") else self._unreadable.add)(name)
-                partitions = sorted(p.get("partition_index", p.get("partition")) for p in entry["partitions"])
-                found[name] = TopicInfo(name, str(entry["topic_id"]), tuple(partitions))
+                found[name] = TopicInfo(name, None, (), "no permission to see it (DESCRIBE)")
+            elif not entry.get("error_code"):
+                if entry.get("authorized_operations") is not None:
+                    (self._unreadable.discard if may(entry, "READ") else self._unreadable.add)(name)
+                partitions = sorted(p["partition_index"] for p in entry["partitions"])
+                refused = "no permission to read it (READ)" if name in self._unreadable else None
+                found[name] = TopicInfo(name, str(entry["topic_id"]), tuple(partitions), refused)
         return found
 
+    def _metadata(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        asked = list(names)
+        entries: list[dict[str, Any]] = self._ask(self._admin.describe_topics, asked) if asked else []
+        return entries
+
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        if not partitions:
-            return {}
-        try:
-            return self._bounds(partitions)
-        except KeyError:  # the client has yet to learn of a topic that was made a moment ago
-            found: dict[Partition, Bounds] = {}
-            for partition in partitions:
-                with contextlib.suppress(KeyError):
-                    found |= self._bounds([partition])
-            return found
+        """Return begin and end of each partition; raises `StreamlearnError` (77) where one is not ours to see.
 
-    def _bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        asked = {TopicPartition(*partition): partition for partition in partitions}
-        begins = self._ask(self._consumer.beginning_offsets, list(asked))
-        ends = self._ask(self._consumer.end_offsets, list(asked))
-        return {partition: Bounds(begins[tp], ends[tp]) for tp, partition in asked.items()}
+        The end is the high watermark: behind a transaction that is still open lie records that are acknowledged too.
+        """
+        leaders = self._leaders(partitions)
+        begins = self._offsets(leaders, OffsetSpec.EARLIEST)
+        ends = self._offsets({place: leaders[place] for place in begins}, OffsetSpec.LATEST)
+        open_from: dict[Partition, int] = {}
+        if self.kafka.isolation_level == "read_committed":  # asked last: what is before the end now stays before it
+            asked = {place: leaders[place] for place in ends}
+            stable = self._offsets(asked, OffsetSpec.LATEST, IsolationLevel.READ_COMMITTED)
+            open_from = {place: offset for place, offset in stable.items() if offset < ends[place]}
+        return {place: Bounds(begins[place], end, open_from.get(place)) for place, end in ends.items()}
 
-    def _refuse_unreadable(self) -> None:
-        """Raise where a permission is missing: `poll` would return nothing for ever."""
-        if denied := sorted(self._reads & self._unreadable):
-            raise StreamlearnError(f"topic {', '.join(denied)}: no permission to read it (READ)", code=77)
+    def _leaders(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Return the leader of each partition that has one now."""
+        wanted = set(partitions)
+        return {
+            place: partition["leader_id"]
+            for entry in self._metadata({topic for topic, _ in partitions})
+            for partition in entry["partitions"]
+            if (place := (entry["name"], partition["partition_index"])) in wanted and partition["leader_id"] >= 0
+        }
+
+    def _offsets(
+        self,
+        leaders: Mapping[Partition, int],
+        spec: OffsetSpec,
+        isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
+    ) -> dict[Partition, int]:
+        """Return the offsets that the partitions' leaders name now; one whose leader does not answer is missing."""
+        asked: dict[int, dict[str, list[int]]] = {}
+        for (topic, partition), leader in leaders.items():
+            asked.setdefault(leader, {}).setdefault(topic, []).append(partition)
+        found: dict[Partition, int] = {}
+        for leader, topics in asked.items():
+            with contextlib.suppress(BrokerUnavailable):
+                found |= self._ask(self._admin._manager.run, self._list_offsets, leader, topics, spec, isolation)  # noqa: SLF001
+        return found
+
+    async def _list_offsets(
+        self, leader: int, topics: Mapping[str, Sequence[int]], spec: OffsetSpec, isolation: IsolationLevel
+    ) -> dict[Partition, int]:
+        """Ask one leader; kafka-python's own methods ask with the reader's isolation, or fail for all where one fails."""
+        kind = ListOffsetsRequest.ListOffsetsTopic
+        request = ListOffsetsRequest(
+            isolation_level=isolation,
+            topics=[
+                kind(
+                    name=name,
+                    partitions=[kind.ListOffsetsPartition(partition_index=p, timestamp=spec) for p in indices],
+                )
+                for name, indices in topics.items()
+            ],
+            min_version=ListOffsetsRequest.min_version_for_isolation_level(isolation),
+        )
+        response = await self._admin._manager.send(request, node_id=leader)  # noqa: SLF001 - no public method asks this
+        found: dict[Partition, int] = {}
+        for topic in response.topics:
+            for partition in topic.partitions:
+                if partition.error_code == kafka_errors.TopicAuthorizationFailedError.errno:
+                    raise kafka_errors.TopicAuthorizationFailedError({topic.name})
+                if not partition.error_code:
+                    found[topic.name, partition.partition_index] = partition.offset
+        return found
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
         self._reads = {topic for topic, _ in offsets}
-        self._refuse_unreadable()
         self._consumer.assign([TopicPartition(*partition) for partition in offsets])
         for partition, offset in offsets.items():
             self._consumer.seek(TopicPartition(*partition), offset)
@@ -186,21 +216,15 @@ class KafkaLog:
     def poll(self, timeout: float) -> list[Record]:
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout * 1000))
-        except (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError) as error:
-            # not one record more before the reader has compared ids and bounds, which it does when it connects
-            raise BrokerUnavailable(f"the log is not what it was: {type(error).__name__}") from error
-        except PERMISSION as error:
+        except kafka_errors.TopicAuthorizationFailedError as error:
+            self._unreadable |= set(error.args[0])  # the next description of the topics says so
             raise denied(error) from error
         except kafka_errors.KafkaError as error:
-            raise BrokerUnavailable(str(error)) from error
-        return [
-            Record(r.topic, r.partition, r.offset, r.timestamp / 1000, r.key, r.value, tuple(r.headers))
-            for records in polled.values()
-            for r in records
-        ]
+            raise told(error) from error
+        return [_record(r) for records in polled.values() for r in records]
 
     def position(self, partition: Partition) -> int:
-        return int(self._ask(self._consumer.position, TopicPartition(*partition)))
+        return int(self._ask(self._consumer.position, TopicPartition(*partition), 0))
 
     def hold(self, partitions: Collection[Partition]) -> None:
         self._held = set(partitions)
@@ -228,10 +252,24 @@ class KafkaLog:
     def _ask(self, question: Any, *arguments: Any) -> Any:
         try:
             return question(*arguments)
-        except PERMISSION as error:
-            raise denied(error) from error
         except kafka_errors.KafkaError as error:
-            raise BrokerUnavailable(f"{type(error).__name__}: {error!s:.160}") from error
+            raise told(error) from error
+
+
+def _record(found: Any) -> Record:
+    """Return a record of the client's as one of ours."""
+    unread = found.value if isinstance(found.value, Unread) else None
+    return Record(
+        found.topic,
+        found.partition,
+        found.offset,
+        found.timestamp / 1000,
+        found.key,
+        found.value if unread is None else None,
+        tuple(found.headers),
+        oversize=unread.why if unread is not None else None,
+        begin=unread.begin if unread is not None else None,
+    )
 
 
 class KafkaSink:

@@ -32,9 +32,26 @@ class BrokerUnavailable(StreamlearnError):  # noqa: N818 - it names a state of t
         super().__init__(message, code=69)
 
 
+class Unreadable(StreamlearnError):  # noqa: N818 - it names a state of the log, as `BrokerUnavailable` does
+    """The log answers, but what it answers cannot be read: connecting again at once does not help.
+
+    `partition` is where, and `begin` and `end` are the offsets of the damaged batch, where they are known.
+    """
+
+    def __init__(self, message: str, partition: Partition | None = None, begin: int = 0, end: int = 0) -> None:
+        super().__init__(message, code=74)
+        self.partition = partition
+        self.begin = begin
+        self.end = end
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One entry of a partition; `timestamp` in Unix seconds."""
+    """One entry of a partition; `timestamp` in Unix seconds.
+
+    `oversize` is set where this record stands for a whole compressed batch that was not unpacked: it says why, `value` is
+    None, `offset` is the batch's last offset and `begin` its first.
+    """
 
     topic: str
     partition: int
@@ -43,6 +60,8 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+    oversize: str | None = None
+    begin: int | None = None
 
     def header(self, name: str) -> bytes | None:
         """Return a header's first value, or None."""
@@ -51,23 +70,36 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class TopicInfo:
-    """A topic as the log describes it; the id differs when a topic of the same name is created anew."""
+    """A topic as the log describes it; the id differs when a topic of the same name is created anew.
+
+    `refused` says which permission is missing where the topic may not be read.
+    """
 
     name: str
     topic_id: str | None
     partitions: tuple[int, ...]
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The first offset that is kept and the one that the next record will get."""
+    """The first offset that is kept and the one that the next record will get.
+
+    `open_from` is the first offset of a transaction that is still open: from there on nothing can be read before it ends.
+    """
 
     begin: int
     end: int
+    open_from: int | None = None
+
+    @property
+    def readable(self) -> int:
+        """The offset up to which records can be read now."""
+        return self.end if self.open_from is None else self.open_from
 
 
 class Log(Protocol):
-    """Reading: one thread owns it. Every method may raise `BrokerUnavailable`, and `StreamlearnError` (77) at once."""
+    """Reading: one thread owns it. Every method may raise `BrokerUnavailable`, `Unreadable`, and `StreamlearnError` (77)."""
 
     def connect(self) -> None:
         """Reach the log, or raise."""
@@ -79,11 +111,11 @@ class Log(Protocol):
     def topics(self) -> dict[str, TopicInfo]:
         """Return all topics, freshly asked for."""
 
-    def topic_id(self, topic: str) -> str | None:
-        """Return a topic's id as it is now, or None if it is gone."""
+    def describe(self, topic: str) -> TopicInfo | None:
+        """Return a topic as it is now, or None if it is gone."""
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        """Return begin and end of each partition; one that is too new to be known may be missing."""
+        """Return begin and end of each partition; one that is too new to be known, or has no leader, is missing."""
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
         """Read exactly these partitions from now on, each from its offset."""
@@ -92,7 +124,7 @@ class Log(Protocol):
         """Return the next records, in order in each partition; waits at most `timeout` seconds for the first."""
 
     def position(self, partition: Partition) -> int:
-        """Return the next offset to be read, past any hole that holds no record."""
+        """Return the next offset to be read, past any hole that holds no record; never waits."""
 
     def hold(self, partitions: Collection[Partition]) -> None:
         """Return nothing of exactly these from `poll`, but stay connected."""

@@ -70,13 +70,13 @@ class MemoryLog:
         with self.store.changed:
             return dict(self.store.infos)
 
-    def topic_id(self, topic: str) -> str | None:
-        info = self.store.infos.get(topic)
-        return info.topic_id if info is not None else None
+    def describe(self, topic: str) -> TopicInfo | None:
+        return self.store.infos.get(topic)
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
         with self.store.changed:
-            return {partition: Bounds(0, len(self.store.records[partition])) for partition in partitions}
+            records = self.store.records
+            return {partition: Bounds(0, len(records[partition])) for partition in partitions if partition in records}
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
         self._at = dict(offsets)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
 from streamlearn.stream.deadletter import DENIED
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.log import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import Merge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from streamlearn.config import Stream as StreamSpec
-    from streamlearn.data import Partition
+    from streamlearn.data import Partition, Position
     from streamlearn.stream.assembler import Assembler
     from streamlearn.stream.deadletter import DeadLetters
     from streamlearn.stream.log import Bounds, Log, Record, TopicInfo
@@ -34,6 +34,9 @@ PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
 CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
 MAX_BACKOFF = 30.0
 OPEN_SECONDS = 60.0  # of silence after which a task is open that only a marker can end
+SOUND_SECONDS = 5.0  # a connection that held so long, or gave a record, was a good one
+LEADER_SECONDS = 10.0  # how long the current or the next topic may be without a leader before that is an outage
+HELD_BACK_SECONDS = 5.0  # how long an open transaction may hold records back before a line says so
 STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
 SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
 
@@ -45,12 +48,27 @@ class StreamStatus:
     connected: bool = False
     last_contact: float | None = None  # Unix seconds
     contacted: float | None = None  # the same, monotonic: a clock that jumps makes no outage
+    begins: dict[Partition, int] = field(default_factory=dict)  # first offsets that are kept
     ends: dict[Partition, int] = field(default_factory=dict)  # log end offsets; none while no broker tells them
     read: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
+    held_back: dict[Partition, int] = field(default_factory=dict)  # offsets behind a transaction that is still open
     assigned: int = 0
     paused: bool = False
     problem: str | None = None  # why reading stands still
     waiting_for: str | None = None  # topic, or pattern of topics, from which the next task's first record must come
+
+    def lag(self, applied: Mapping[Partition, Position]) -> dict[Partition, int]:
+        """Return log end less the next offset to be applied; where nothing was applied, what the log still holds."""
+        return {
+            place: max(0, end - (applied[place].offset if place in applied else self.begins.get(place, 0)))
+            for place, end in self.ends.items()
+        }
+
+    def unread(self) -> dict[Partition, int]:
+        """Return log end less the next offset to be read."""
+        return {
+            place: max(0, end - self.read.get(place, self.begins.get(place, 0))) for place, end in self.ends.items()
+        }
 
 
 class Stream:
@@ -91,7 +109,12 @@ class Stream:
         self._bounds: dict[Partition, Bounds] = {}
         self._checked = self._refreshed = -1e9
         self._last_record = time.monotonic()
+        self._last_polled = -1e9  # when the source last gave a record
         self._waiting_since: float | None = None  # when records were there and none came
+        self._unknown_since: float | None = None  # when the current or the next topic lost its leader
+        self._held_back_since: dict[Partition, float] = {}  # when reading came to an open transaction
+        self._left_out: dict[str, str] = {}  # topics of no present use that do not answer, and why; asked again later
+        self._warned: dict[str, str] = {}  # those of them that a line was logged for
         self._linger_since: float | None = None
         self._to_end: str | None = None  # the topic whose task somebody asked to end
         self._told_open: str | None = None  # the task of which it was said that it stays open
@@ -197,14 +220,15 @@ class Stream:
                 log.warning("closing the log failed: %s", error)
 
     def _read_on(self) -> None:
-        backoff, since = 1.0, time.monotonic()
+        backoff, since, last = 1.0, time.monotonic(), ""
         while not self._stopping.is_set():
+            connected = float("inf")
             try:
                 self.source.connect()
                 self.assembler.cluster_id = self.source.cluster_id
                 self.dead_letters.prepare()
                 self._restore()
-                backoff = 1.0
+                connected = time.monotonic()
                 while not self._stopping.is_set():
                     self._turn()
                     since = time.monotonic()
@@ -213,14 +237,42 @@ class Stream:
                     log.warning("%s; waiting for it", error)
                 self.status.connected = False
                 self.status.ends = {}
-                self.status.problem = str(error)
+                self.status.problem = last = str(error)
                 limit = self.spec.startup_timeout
                 if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
                     raise
-                self._stopping.wait(
-                    backoff * random.SystemRandom().uniform(0.5, 1.0)
-                )  # not the global generator: it is the learner's
-                backoff = min(2 * backoff, MAX_BACKOFF)
+                if self._was_sound(connected):
+                    backoff = 1.0
+            except Unreadable as error:
+                if self._steps_over(error):
+                    continue
+                if str(error) != last:
+                    log.error("%s; reading stands still, and is tried again now and then", error)  # noqa: TRY400 - the line says all
+                    backoff = 1.0
+                self.status.problem = last = str(error)
+            jitter = random.SystemRandom().uniform(0.5, 1.0)  # not the global generator: it is the learner's
+            self._stopping.wait(backoff * jitter)
+            backoff = min(2 * backoff, MAX_BACKOFF)
+
+    def _was_sound(self, connected: float) -> bool:
+        """Tell whether a connection since this time was of use, so that its end is the beginning of a new outage."""
+        return self._last_polled > connected or time.monotonic() - connected > SOUND_SECONDS
+
+    def _steps_over(self, error: Unreadable) -> bool:
+        """Go on behind a damaged batch where that is configured, or its task has ended; the offsets count as lost."""
+        task, place, policy = self.assembler.task, error.partition, self.spec.on_offset_out_of_range
+        is_current = place is None or task is None or place[0] == task.name
+        if is_current and policy == "exit":
+            raise StreamlearnError(str(error)) from error
+        if (is_current and policy == "stop") or place is None or place not in self._bounds or self._merge:
+            return False  # what waits in a merge lies before the damage, and is not lost
+        target = min(error.end, self._bounds[place].end)
+        lost = target - max(error.begin, position.offset if (position := self._position(place)) is not None else 0)
+        if lost <= 0:
+            return False
+        log.error("%s: going on at %d, %d offsets are lost", error, target, lost)
+        self.assembler.lost(place, target, lost, "corrupt")
+        return True
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -239,14 +291,27 @@ class Stream:
             self._stopping.wait(POLL_SECONDS)
             return
         self._balance()
-        records = self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
+        records = self._poll()
         self._identify({record.topic for record in records})
         for record in self._in_order(records):
+            self._before_end(record)
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
             if self._stops_at_burst():
                 return  # before anything is concluded from how far the log was read
         self._after_poll(records)
+
+    def _poll(self) -> list[Record]:
+        try:
+            return self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
+        except StreamlearnError as error:
+            if error.code != DENIED:
+                raise
+            self._refreshed = -1e9
+            self._check(time.monotonic())  # raises where it is the current topic that is refused; another is left out
+            if not self._left_out:
+                raise
+            return []
 
     def _in_order(self, records: list[Record]) -> Iterable[Record]:
         """Return the records whose turn it is: as they arrive, or merged in an order that the log alone decides."""
@@ -298,12 +363,30 @@ class Stream:
         """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
         for topic in topics:
             known = self.assembler.topic_id(topic)
-            if known is not None and self.source.topic_id(topic) != known:
+            info = self.source.describe(topic) if known is not None else None
+            if known is not None and (info is None or info.topic_id != known):
                 raise BrokerUnavailable(f"topic {topic} is not the one that was read so far")
+
+    def _before_end(self, record: Record) -> None:
+        """Ask for the topic anew before its last marker counts: a partition that was added has yet to give its own."""
+        if self.assembler.ends_with(record) and self._has_grown(record.topic):
+            info = self._topics[record.topic]
+            self.assembler.follow(info.name, info.topic_id, info.partitions)
+
+    def _has_grown(self, topic: str) -> bool:
+        """Ask whether a topic has other partitions than those known; if so, the next check assigns them, at once."""
+        info = self.source.describe(topic)
+        if info is None or info.partitions == self._topics[topic].partitions:
+            return False
+        if self._is_other(info):
+            raise BrokerUnavailable(f"topic {topic} is not the one that was read so far")
+        self._topics[topic] = info
+        self._checked = -1e9
+        return True
 
     def _after_poll(self, records: list[Record]) -> None:
         if records:
-            self._last_record = time.monotonic()
+            self._last_record = self._last_polled = time.monotonic()
             for record in records:
                 self.status.read[record.topic, record.partition] = record.offset + 1
         self._end_if_reached(polled=bool(records))
@@ -364,9 +447,9 @@ class Stream:
         if now - self._refreshed >= self.refresh_seconds or self.assembler.task is None:
             self._topics = self.source.topics()
             self._refreshed = now
+            self._left_out = {}
         names = self._matching()
-        partitions = [(name, p) for name in names for p in self._topics[name].partitions]
-        self._bounds = self.source.bounds(partitions)
+        self._ask_bounds(names, now)
         self._checked = now
         self.status.connected = True
         self.status.last_contact, self.status.contacted = time.time(), now
@@ -375,9 +458,80 @@ class Stream:
             return
         self._choose(names)
         self._assign()
+        self._follow_positions(now)
         self._look_for_stall(now)
+        self.status.begins = {p: bounds.begin for p, bounds in self._bounds.items() if p in self.status.read}
         self.status.ends = {p: bounds.end for p, bounds in self._bounds.items() if p in self.status.read}
         self._close_if_passed(names)
+
+    def _ask_bounds(self, names: list[str], now: float) -> None:
+        """Ask for the bounds of all topics. The current one and the next must answer; the others may be left out."""
+        task, begun = self.assembler.task, {task.name for task in self.assembler.progress.tasks}
+        first = ([task.name] if task is not None and task.name in self._topics else []) + self._later(names)[:1]
+        if task is not None and task.name in first and (refused := self._topics[task.name].refused) is not None:
+            raise StreamlearnError(f"topic {task.name}: {refused}", code=DENIED)
+        for name in begun & set(names) - set(first):
+            if (refused := self._topics[name].refused) is not None:
+                self._leave_out(name, refused)
+        places = self._places(first)
+        self._bounds = self.source.bounds(places)
+        missing = [f"{topic}[{p}]" for topic, p in places if (topic, p) not in self._bounds]
+        if not missing:
+            self._unknown_since = None
+        elif self._unknown_since is None:
+            self._unknown_since = now  # it may be of a moment ago, or about to have another leader
+        elif now - self._unknown_since > LEADER_SECONDS:
+            raise BrokerUnavailable(f"{', '.join(missing)}: no leader answers for it")
+        rest = [name for name in names if name not in first and name not in self._left_out]
+        try:
+            self._bounds |= self.source.bounds(self._places(rest))
+        except StreamlearnError as error:
+            if not isinstance(error, BrokerUnavailable) and error.code != DENIED:
+                raise
+            for name in rest:
+                self._leave_out(name, str(error))
+            return
+        for name in rest:
+            if name in begun and (silent := [p for n, p in self._places([name]) if (n, p) not in self._bounds]):
+                self._leave_out(name, f"no leader answers for partition {', '.join(map(str, silent))}")
+            else:
+                self._warned.pop(name, None)
+
+    def _places(self, names: Iterable[str]) -> list[Partition]:
+        return [(name, p) for name in names for p in self._topics[name].partitions]
+
+    def _leave_out(self, name: str, why: str) -> None:
+        """Do without a topic that is neither current nor next, until the topics are asked for again; say it once."""
+        self._left_out[name] = why
+        if self._warned.get(name) != why:
+            log.warning("topic %s: %s; it is not read for now, and learning goes on", name, why, extra={"topic": name})
+        self._warned[name] = why
+
+    def _follow_positions(self, now: float) -> None:
+        """Take the log's word on how far it was read: the ends of transactions, and what they aborted, are no records."""
+        self.status.read = {place: self.source.position(place) for place in self.status.read}
+        if not self._merge:
+            self.assembler.reach(self.status.read)
+        held_back = {
+            place: bounds.end - bounds.readable
+            for place, bounds in self._bounds.items()
+            if bounds.open_from is not None and self.status.read.get(place, -1) >= bounds.open_from
+        }
+        since = self._held_back_since
+        self._held_back_since = {place: since.get(place, now) for place in held_back}
+        for (topic, p), begun in self._held_back_since.items():
+            if now - begun >= HELD_BACK_SECONDS and (topic, p) not in self.status.held_back:
+                count = held_back[topic, p]
+                log.info(
+                    "%s[%d]: an open transaction holds %d offsets back: they are read when it ends", topic, p, count
+                )
+        self.status.held_back = {
+            p: n for p, n in held_back.items() if now - self._held_back_since[p] >= HELD_BACK_SECONDS
+        }
+
+    def _position(self, place: Partition) -> Position | None:
+        """Return up to where a partition was fed, in this process or before it."""
+        return self.assembler.scanned(place) or self.assembler.progress.positions.at.get(place)
 
     def _matching(self) -> list[str]:
         """Return the tasks' topics that exist, in order: those begun first, in the order they were begun."""
@@ -398,7 +552,7 @@ class Stream:
 
     def _has_records(self, name: str) -> bool:
         bounds = [self._bounds[name, p] for p in self._topics[name].partitions if (name, p) in self._bounds]
-        return any(b.end > b.begin for b in bounds)
+        return any(b.readable > b.begin for b in bounds)
 
     def _later(self, names: list[str]) -> list[str]:
         begun = {task.name for task in self.assembler.progress.tasks}
@@ -415,7 +569,7 @@ class Stream:
             later = [name for name in later if name == upcoming]
             over = upcoming is None
             if upcoming is not None and upcoming not in self._topics:
-                self.source.topic_id(upcoming)  # or one that is there, and not ours to see, would be waited for
+                self._refuse_hidden(upcoming)
         else:
             later = [name for name in later if self._has_records(name)]
             upcoming = self.spec.pattern
@@ -426,6 +580,8 @@ class Stream:
             self._wait_for(None if self._exhausted else upcoming)
             return
         name = later[0]
+        if (refused := self._topics[name].refused) is not None:
+            raise StreamlearnError(f"topic {name}: {refused}", code=DENIED)
         self._wait_for(None)
         if (
             self.spec.order == "name"
@@ -443,6 +599,12 @@ class Stream:
         self._put(self.assembler.begin(task))
         self._last_record = time.monotonic()
 
+    def _refuse_hidden(self, topic: str) -> None:
+        """Raise (77) where the topic is there, and not ours to see: it would be waited for in vain."""
+        info = self.source.describe(topic)
+        if info is not None and info.refused is not None:
+            raise StreamlearnError(f"topic {topic}: {info.refused}", code=DENIED)
+
     def _wait_for(self, topic: str | None) -> None:
         if topic is not None and topic != self.status.waiting_for:
             missing = "has no record yet" if topic in self._topics else "does not exist yet"
@@ -452,15 +614,14 @@ class Stream:
     def _assign(self) -> None:
         offsets: dict[Partition, int] = {}
         for task in self.assembler.progress.tasks:
-            if (info := self._topics.get(task.name)) is None or self._is_other(info):
+            if (info := self._topics.get(task.name)) is None or self._is_other(info) or task.name in self._left_out:
                 continue
             self.assembler.follow(task.name, info.topic_id, info.partitions)
             for p in info.partitions:
                 place = (task.name, p)
-                known = self.assembler.progress.positions.at.get(place)
-                scanned = self.assembler.scanned(place)
+                known = self._position(place)
                 begin = self._bounds[place].begin if place in self._bounds else 0
-                offsets[place] = scanned.offset if scanned else known.offset if known else begin
+                offsets[place] = known.offset if known is not None else begin
                 if task is not self.assembler.task and place in self._bounds:
                     self._step_aside(place, offsets)
         if set(offsets) != set(self.status.read):
@@ -487,6 +648,10 @@ class Stream:
     def _trouble(self) -> str | None:
         """Return why the current task cannot be read on, or None; jumps over what retention took, where configured."""
         task = self.assembler.task
+        for ended in self.assembler.progress.tasks:
+            if ended is not task and (info := self._topics.get(ended.name)) is not None and self._is_other(info):
+                why = "its task has ended, so nothing of it would be learned: give new data a topic of another name"
+                return self._refuse(f"topic {ended.name} was deleted and created again ({info.topic_id}); {why}")
         if task is None:
             return None
         if (info := self._topics.get(task.name)) is None:
@@ -498,7 +663,7 @@ class Stream:
             return self._refuse(f"topic {task.name} was deleted and created again: its id is {info.topic_id}")
         for p in info.partitions:
             place = (task.name, p)
-            position = self.assembler.scanned(place) or self.assembler.progress.positions.at.get(place)
+            position = self._position(place)
             if position is None or place not in self._bounds:
                 continue
             bounds = self._bounds[place]
@@ -527,7 +692,9 @@ class Stream:
         if task is None or task.ends is not None or not self.spec.task_end.next_topic:
             return
         if any(self._has_records(name) for name in self._later(names)):
-            places = [(task.name, p) for p in self._topics[task.name].partitions]
+            if self._has_grown(task.name):
+                return  # to a partition that nobody reads yet; the next check, at once, closes
+            places = self._places([task.name])
             now = self.source.bounds(places)  # asked after the later record was seen, or the last ones could be missed
             if len(now) == len(places):  # one that is too new to be known is waited for
                 self._put(self.assembler.close({p: now[task.name, p].end for _, p in places}))
@@ -548,7 +715,7 @@ class Stream:
             return
         ends = {p: bounds.end for p, bounds in self._bounds.items() if p[0] == task.name}
         caught_up = all(self.source.position(p) >= end for p, end in ends.items())
-        if caught_up and time.monotonic() - self._last_record >= idle:
+        if caught_up and time.monotonic() - self._last_record >= idle and not self._has_grown(task.name):
             self._drain()
             self._put(self.assembler.end("idle"))
 
@@ -583,7 +750,7 @@ class Stream:
     def _look_for_stall(self, now: float) -> None:
         """Make the client anew when records wait and none comes: clients have been seen to be silent for ever."""
         waiting = sum(
-            max(0, bounds.end - self.source.position(place))
+            max(0, bounds.readable - self.status.read[place])
             for place, bounds in self._bounds.items()
             if place in self.status.read and place not in self._held
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from kafka import KafkaAdminClient
 
 from streamlearn.config import Kafka, TextInput
 from streamlearn.config import Stream as StreamSpec
@@ -77,6 +78,24 @@ class World:
         for partition in range(partitions):
             self.sink.append(name, partition, TASK_END, headers=((CONTROL, TASK_END),))
         self.sink.flush()
+
+    def remake(self, name: str) -> None:
+        """Delete a topic and create it again, empty."""
+        if isinstance(self.sink, MemoryStore):
+            with self.sink.changed:
+                del self.sink.infos[name]
+        elif isinstance(self.sink, EmbeddedSink):
+            for table, column in (("records", "topic"), ("topics", "name")):
+                self.sink._database.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+        else:
+            admin = KafkaAdminClient(bootstrap_servers=self.sink.kafka.bootstrap_servers)  # type: ignore[attr-defined]  # of Kafka here
+            admin.delete_topics([name])
+            deadline = time.monotonic() + SECONDS
+            while name in admin.list_topics():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            admin.close()
+        assert self.sink.create_topic(name, 1)
 
     def stream(
         self,
@@ -478,6 +497,28 @@ def test_ends_below_what_was_applied_never_take_a_position_back(world: World) ->
     )
     assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic"]
     assert progress.positions.at[a, 0] >= Position(7)
+
+
+def test_a_topic_of_an_ended_task_that_is_made_anew_stops_the_reading(world: World) -> None:
+    """Nothing of it would be learned, so it is not passed over in silence; a topic that is only deleted is no problem."""
+    a, b = world.topic("a", [0, 1]), world.topic("b", [2, 3], marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[a, b], on_finished="wait", linger=0.1)
+    until(stream, lambda _: progress.totals()["trained"] == 4, progress)
+    world.remake(a)
+    why = f"topic {a} was deleted and created again"
+    until(stream, lambda _: (stream.status.problem or "").startswith(why), progress)
+    assert "its task has ended" in str(stream.status.problem)
+
+
+def test_everything_read_is_lag_0(world: World) -> None:
+    """When all of a topic was learned, nothing is unread and the applied positions are the log's ends."""
+    a = world.topic("a", [0, 1, 0, 1], marker=False, partitions=2)
+    progress = Progress()
+    stream = world.stream(topics=[a], on_finished="wait", linger=0.1)
+    until(stream, lambda _: set(stream.status.lag(progress.positions.at).values()) == {0}, progress)
+    assert progress.totals()["trained"] == 4
+    assert set(stream.status.unread().values()) == {0}
 
 
 def test_a_smaller_count_ends_the_task_at_once(world: World) -> None:

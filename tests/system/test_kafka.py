@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +15,8 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
 from streamlearn.config import Kafka
-from streamlearn.data import Progress, StreamlearnError
+from streamlearn.data import Position, Progress, StreamlearnError
+from streamlearn.stream import batches, reader
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, CUT
 from tests.contract.test_streams import TYPED, World, everything, places, until
@@ -123,6 +125,42 @@ def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka:
     assert progress.unaccounted() == {}
 
 
+def add_partition(world: World, admin: KafkaAdminClient, kafka: Kafka, name: str) -> None:
+    """Give a topic of one partition a second one, which the world's writer knows at once."""
+    admin.create_partitions({name: 2})
+    deadline = time.monotonic() + SECONDS
+    while len(admin.describe_topics([name])[0]["partitions"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    world.sink.close()
+    world.sink = KafkaSink(kafka)
+
+
+@pytest.mark.parametrize("how", ["next_topic", "marker", "idle"])
+def test_a_partition_that_was_just_added_belongs_to_the_task(
+    world: World, admin: KafkaAdminClient, kafka: Kafka, how: str
+) -> None:
+    """Topics are asked for anew before a task ends, so what a new partition holds by then is learned, and not late."""
+    rule: dict[str, Any] = {"task_end": {"idle": 2.0}} if how == "idle" else {}
+    name, later = world.topic("a", [0, 1] * 4, marker=False), world.topic("b", [], marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[name, later], on_finished="wait", **rule)
+    until(stream, lambda found: len(places(found)) == 2, progress)
+    stream.refresh_seconds = 1e9  # by itself it would not look again
+    add_partition(world, admin, kafka, name)
+    for place in range(5):
+        world.send(name, 50.0 + place, 1, partition=1)
+    if how == "marker":
+        world.mark(name, 2)
+    world.sink.flush()
+    if how == "next_topic":
+        world.send(later, 0.0, 2)
+        world.sink.flush()
+    ended = until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    assert [delivery.ends for delivery in ended if delivery.ends] == [how]
+    assert (progress.ledger[name]["trained"], progress.totals()["late"]) == (13, 0)
+
+
 def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
     """Restarted on an empty directory and filled anew, its topics are others: nothing is learned twice, or passed over."""
     with KafkaBroker(tmp_path / "kafka") as broker:
@@ -208,6 +246,130 @@ def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, k
     found = everything(world.stream(topics=[name, after]), progress)
     assert places(found) == [[0, 1, 2], [0]]
     assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic", "marker"]
+
+
+def transactional(kafka: Kafka, name: str) -> KafkaProducer:
+    """Return a producer of transactions."""
+    made = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
+    made.init_transactions()
+    return made
+
+
+def test_what_lies_behind_an_open_transaction_is_not_late(
+    world: World, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task's end takes in every acknowledged record; it is reached when the transaction before them has ended."""
+    monkeypatch.setattr(reader, "HELD_BACK_SECONDS", 0.0)
+    name = world.topic("a", [0, 1], marker=False)
+    producer = transactional(kafka, name)
+    producer.begin_transaction()
+    producer.send(name, value=b'{"x": [50], "y": 0}', partition=0, headers=[*TYPED]).get(SECONDS)
+    for place in (2.0, 3.0, 4.0):
+        world.send(name, place, 1)
+    after = world.topic("b", [2], marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[name, after], on_finished="wait")
+    closing = until(stream, lambda found: any(delivery.closes for delivery in found), progress)
+    assert [dict(delivery.closes) for delivery in closing if delivery.closes] == [{0: 6}]
+    until(stream, lambda _: stream.status.held_back == {(name, 0): 4}, progress)
+    assert (stream.status.problem, stream.status.unread()[name, 0]) == (None, 4)
+    producer.abort_transaction()
+    producer.close()
+    ended = until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    assert [place for batch in places([*closing, *ended]) for place in batch] == [0, 1, 2, 3, 4]
+    until(stream, lambda _: stream.status.held_back == {}, progress)
+    assert progress.totals()["late"] == 0
+
+
+def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: Kafka) -> None:
+    """A record that may yet be aborted ends no task."""
+    stream, progress, name = begun(world, task_end="next_topic")
+    stream.spec.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]  # there is a list
+    producer = transactional(kafka, name)
+    producer.begin_transaction()
+    producer.send(after, value=b'{"x": [50], "y": 0}', partition=0, headers=[*TYPED]).get(SECONDS)
+    deadline = time.monotonic() + 3
+    until(stream, lambda _: time.monotonic() > deadline, progress)
+    assert progress.tasks[0].ends is None
+    producer.commit_transaction()
+    producer.close()
+    ended = until(stream, lambda found: any(delivery.begins for delivery in found), progress)
+    assert [delivery.ends for delivery in ended if delivery.ends] == ["next_topic"]
+
+
+def test_transactions_leave_no_lag(world: World, kafka: Kafka) -> None:
+    """Commit markers and aborted records take offsets, and are not records that wait: both alerts look at these figures."""
+    name = world.topic("a", [], marker=False)
+    producer = transactional(kafka, name)
+    for keep in (True, False, True, False):
+        producer.begin_transaction()
+        for place in range(4):
+            producer.send(name, value=b'{"x": [%d], "y": 0}' % place, partition=0, headers=[*TYPED])
+        producer.flush()
+        if keep:
+            producer.commit_transaction()
+        else:
+            producer.abort_transaction()
+    producer.close()
+    progress = Progress()
+    stream = world.stream(topics=[name], on_finished="wait")
+    until(stream, lambda _: stream.status.lag(progress.positions.at) == {(name, 0): 0}, progress)
+    assert (progress.totals()["trained"], progress.positions.by_topic()) == (8, {name: {"0": 20}})
+    assert stream.status.unread() == {(name, 0): 0}
+
+
+def test_lag_counts_from_what_the_log_still_holds(world: World, admin: KafkaAdminClient) -> None:
+    """Where retention has emptied a partition that was never read, nothing waits."""
+    name = world.topic("a", [0, 1] * 6, marker=False, partitions=2)
+    admin.delete_records({TopicPartition(name, 1): 6})
+    stream = world.stream(topics=[name], on_finished="wait")
+    until(stream, lambda found: len(places(found)) == 1)
+    assert stream.status.lag({(name, 0): Position(6)}) == {(name, 0): 0, (name, 1): 0}
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
+    world: World, kafka: Kafka, codec: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch that would fill the memory is one rejected sample with its letter; what is before and after it is learned."""
+    name = world.topic("a", [0, 1], marker=False)
+    producer = KafkaProducer(
+        bootstrap_servers=kafka.bootstrap_servers, compression_type=codec, max_request_size=1 << 30, linger_ms=1000
+    )
+    for text in (b'{"x": [2], "y": 0}', b'{"x": [3], "y": 1}'):
+        producer.send(name, value=text, partition=0, headers=[*TYPED])
+    producer.flush()
+    producer.send(name, value=bytes(batches.UNPACKED_BYTES + 1), partition=0, headers=[*TYPED]).get(SECONDS)
+    producer.close()
+    world.send(name, 4.0, 0)
+    world.mark(name)
+    progress = Progress()
+    stream = world.stream(topics=[name])
+    assert places(everything(stream, progress)) == [[0, 1, 2, 3], [4]]
+    stream.settle()
+    assert (progress.totals()["rejected"], progress.unaccounted()) == (1, {})
+    [letter] = world.read_all("dlq")
+    assert (letter.value or None, letter.header("streamlearn.errors.reason")) == (None, b"oversize")
+    assert f"a {codec} batch of 1 record unpacks to more than {batches.UNPACKED_BYTES} bytes" in caplog.text
+
+
+def test_a_large_batch_of_many_records_is_counted_whole(
+    world: World, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offsets that the one rejected sample stands for are counted as never seen."""
+    monkeypatch.setattr(batches.Batch, "limit", 1000)
+    monkeypatch.setattr(batches, "UNPACKED_BYTES", 1000)
+    name = world.topic("a", [], marker=False)
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip", linger_ms=1000)
+    for _ in range(50):
+        producer.send(name, value=b'{"x": [2], "y": 0}', partition=0, headers=[*TYPED])
+    producer.close()
+    world.mark(name)
+    progress = Progress()
+    found = everything(world.stream(topics=[name], max_record_bytes=100), progress)
+    assert (progress.totals()["consumed"], progress.totals()["rejected"]) == (1, 1)
+    assert sum((delivery.found.gaps for delivery in found), Counter()) == {(name, "oversize"): 49}
+    assert progress.positions.at[name, 0] == Position(51)
 
 
 def rejecting(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
