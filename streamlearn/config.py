@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError
+from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError, look_alike
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -739,22 +739,27 @@ class Config(Section):
     def _tasks_are_declared(self) -> Rule:
         spec = self.scenario
         if spec.kind == "domain" and not spec.tasks:
-            yield "scenario", "scenario domain needs scenario.tasks: the classes of each task in order"
+            if isinstance(self.classes, int):
+                why = "the classes of each task in order, or classes as a list that all topics share"
+                yield "scenario", f"scenario domain needs scenario.tasks: {why}"
             return
         topics = self.stream.topics
         if spec.kind == "domain" and (bare := [name for name in topics or () if name not in spec.tasks]):
             names = ", ".join(bare)
-            yield "scenario.tasks", f"scenario domain needs the classes of each task, and has none for topic {names}"
+            why = f"scenario domain needs the classes of each task, and has none for topic {names}"
+            yield "scenario.tasks", f"{why}; without scenario.tasks all topics share classes, a list"
         strange = [name for name in spec.tasks if topics is not None and name not in topics]
         if spec.kind in {"task", "domain"} and strange:
             yield "scenario.tasks", f"{', '.join(strange)}: not in stream.topics; accepted: {', '.join(topics or ())}"
 
     def _classes_are_declared(self) -> Rule:
         if isinstance(self.classes, list):
-            known = {str(c) for c in self.classes}
-            unknown = sorted({str(c) for declared in self.scenario.tasks.values() for c in declared} - known)
-            if unknown:
-                yield "scenario.tasks", f"scenario.tasks names classes that are not in classes: {', '.join(unknown)}"
+            declared = {label for labels in self.scenario.tasks.values() for label in labels}
+            if unknown := sorted(map(repr, declared - set(self.classes))):
+                mixed = any(look_alike(label) in self.classes for label in declared - set(self.classes))
+                hint = "; a number and text that is written the same are two classes" if mixed else ""
+                why = f"scenario.tasks names classes that are not in classes: {', '.join(unknown)}"
+                yield "scenario.tasks", why + hint
 
     def _head_may_grow(self) -> Rule:
         if self.grow_head and (isinstance(self.classes, list) or self.scenario.kind == "domain"):
@@ -819,6 +824,10 @@ class Config(Section):
         if slots == {"penalty"} and self.scenario.kind == "class":
             names = " + ".join(self.strategy)
             found.append(f"strategy {names}: importance alone does not protect class-incremental learning; add replay")
+        named = {label for labels in self.scenario.tasks.values() for label in labels}
+        named |= set() if isinstance(self.classes, int) else set(self.classes)
+        if both := sorted(repr(label) for label in named if look_alike(label) in named):
+            found.append(f"classes {', '.join(both)}: a number and text that is written the same are two classes")
         topics = self.stream.topics or ()
         if len(topics) == 1 and self.stream.task_end.next_topic and "naive" not in self.strategy:
             found.append(

@@ -236,6 +236,13 @@ class Labels(list[Label]):
         return super().index(value, *bounds) if bounds or value not in self._places else self._places[value]
 
 
+def look_alike(label: Label) -> Label | None:
+    """Return the label of the other type that is written the same, 1 for "1" and "1" for 1, or None: they are two labels."""
+    if isinstance(label, int):
+        return str(label)
+    return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else None
+
+
 @dataclass
 class Task:
     """One topic's worth of experience, from its first sample to its end."""

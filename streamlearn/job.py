@@ -415,7 +415,7 @@ class Job:
             **({"outputs": self.learner.competing(0)} if self.scenario.shares_mask and progress.tasks else {}),
             "tasks": {
                 task.name: {
-                    "labels": list(self.scenario.declared.get(task.name, task.labels)),
+                    "labels": list(self.scenario.classes_of(task.name) or task.labels),
                     **({} if self.scenario.shares_mask else {"outputs": self.learner.competing(task.index)}),
                     "probe_accuracy": self.matrix.now.get(task.index),
                 }

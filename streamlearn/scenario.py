@@ -19,7 +19,8 @@ class Scenario:
     """Labels to outputs and masks over outputs (van de Ven et al. 2022: three types of incremental learning).
 
     `classes`: every label in output order, or the number of outputs, taken in order of first appearance.
-    `declared`: the classes of each task by name; in a domain scenario their order gives the output.
+    `declared`: the classes of each task by name; in a domain scenario their order gives the output. A domain scenario that
+    declares none has all classes in every task, and new tasks may come.
     """
 
     kind: str
@@ -46,9 +47,15 @@ class Scenario:
         """Whether labels take outputs in the order in which training meets them."""
         return self.kind != "domain" and isinstance(self.classes, int)
 
+    def classes_of(self, task: str) -> Sequence[Label] | None:
+        """Return the classes that are declared for a task, or None where any may come, or none is known."""
+        if self.kind == "domain" and not self.declared and not isinstance(self.classes, int):
+            return self.classes
+        return self.declared.get(task)
+
     def num_outputs(self, labels: Sequence[Label]) -> int:
         """Return the outputs a model needs, given the labels met so far."""
-        if self.kind == "domain":
+        if self.kind == "domain" and self.declared:
             return max(len(known) for known in self.declared.values())
         size = self.classes if isinstance(self.classes, int) else len(self.classes)
         return max(size, len(labels)) if self.grow else size
@@ -58,7 +65,7 @@ class Scenario:
 
         A label that is not among `labels` gets the next free output; the caller appends it.
         """
-        known = self.declared.get(task)
+        known = self.classes_of(task)
         if known is not None and label not in known:
             return None
         if self.kind == "domain":
@@ -75,7 +82,7 @@ class Scenario:
         New labels add outputs at the end. So a caller that counts what it got pays only for what is new.
         """
         if self.kind == "domain":
-            return list(range(start, len(self.declared[task.name])))
+            return list(range(start, len(self.classes_of(task.name) or ())))
         if self.kind == "class" and self.active == "all":
             return list(range(start, self.num_outputs(labels)))
         if self.kind == "task":

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from streamlearn.data import Batch, Delivery, Found, HeldOut, Position, Positions, Rejected, StreamlearnError
+from streamlearn.data import (
+    Batch,
+    Delivery,
+    Found,
+    HeldOut,
+    Position,
+    Positions,
+    Rejected,
+    StreamlearnError,
+    look_alike,
+)
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
 from streamlearn.stream.text import Vocabulary
@@ -235,7 +245,8 @@ class Assembler:
                 if (label, held_out) not in known:
                     known[label, held_out] = self._probe_output(label) if held_out else self._output(label)
                 if (output := known[label, held_out]) is None:
-                    chunk.bad[index] = Rejected("label_range", f"label {label!r:.80} has no output; {self._accepted()}")
+                    text = f"label {label!r:.80} has no output; {self._accepted()}{self._look_alike(label)}"
+                    chunk.bad[index] = Rejected("label_range", text)
                 else:
                     outputs[index] = output
                     if held_out:
@@ -271,6 +282,8 @@ class Assembler:
                 self._found.labels.append((self.task.index, label))
             if label not in labels:
                 labels.append(label)
+                if (other := look_alike(label)) in labels:
+                    log.warning("topic %s: label %r comes beside %r: they are two labels", self.task.name, label, other)
         return output
 
     def _probe_output(self, label: Label) -> int | None:
@@ -305,10 +318,18 @@ class Assembler:
         if vocabulary.full and not was_full:
             log.warning("input.vocabulary: all %d words are taken; others are unknown from here on", vocabulary.size)
 
+    def _look_alike(self, label: Label) -> str:
+        """Return the hint that a label of the other type is accepted, or nothing."""
+        assert self.task is not None
+        scenario, other = self.rules.scenario, look_alike(label)
+        if other is None or scenario.output(other, self.task.name, self.progress.labels) is None:
+            return ""
+        return f"; {other!r} is another label: {'text' if isinstance(other, str) else 'a number'}"
+
     def _accepted(self) -> str:
         assert self.task is not None
         scenario = self.rules.scenario
-        declared = scenario.declared.get(self.task.name)
+        declared = scenario.classes_of(self.task.name)
         if declared is not None or not isinstance(scenario.classes, int):
             accepted = declared or scenario.classes
             assert not isinstance(accepted, int)

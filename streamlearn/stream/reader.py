@@ -591,10 +591,11 @@ class Stream:
         ):
             log.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
         scenario = self.assembler.rules.scenario
-        if scenario.kind == "domain" and name not in scenario.declared:
+        declared = scenario.classes_of(name) if scenario.kind == "domain" else []
+        if declared is None:
             known = ", ".join(scenario.declared)
             raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)
-        task = Task(len(tasks), name, labels=list(scenario.declared[name]) if scenario.kind == "domain" else [])
+        task = Task(len(tasks), name, labels=list(declared))
         self._drain()
         self._put(self.assembler.begin(task))
         self._last_record = time.monotonic()

@@ -191,6 +191,34 @@ def test_topics_and_tasks_agree(tmp_path: Path, over: dict[str, Any], line: str)
     assert any(line in one for one in refused(tmp_path, {**MINIMAL, **over}))
 
 
+def test_a_domain_needs_its_classes_once(tmp_path: Path) -> None:
+    """A list that all topics share will do, of listed topics and of those that a pattern will find."""
+    for stream in ({"topics": ["a", "b"]}, {"pattern": ".*"}):
+        tree = {**MINIMAL, "classes": ["no", "yes"], "scenario": "domain", "stream": stream}
+        assert written(tmp_path, tree).scenario.tasks == {}
+    told = refused(tmp_path, {**MINIMAL, "classes": 2, "scenario": "domain"})
+    assert any("or classes as a list that all topics share" in line for line in told)
+
+
+def test_labels_that_look_alike_are_told(tmp_path: Path) -> None:
+    """1 and "1" are two labels: a task that declares the other one is refused, and both together are warned of."""
+    tasks = {"scenario": {"kind": "task", "tasks": {"a": ["0", "1"]}}}
+    told = refused(tmp_path, {**MINIMAL, "classes": [0, 1], **tasks})
+    assert any("'0', '1'; a number and text that is written the same are two classes" in line for line in told)
+    warned = written(tmp_path, {**MINIMAL, "classes": [1, 2, "1", "٣"]}).warnings(RECIPES)
+    assert any(line.startswith("classes '1', 1: ") for line in warned)
+    assert not any(
+        "two classes" in line for line in written(tmp_path, {**MINIMAL, "classes": [3, "٣", "03"]}).warnings(RECIPES)
+    )
+
+
+def test_a_class_is_of_256_bytes_at_most(tmp_path: Path) -> None:
+    """What no record may have for a label is no class."""
+    told = refused(tmp_path, {**MINIMAL, "classes": ["é" * 129]})
+    assert any("a label has at most 256 bytes" in line for line in told)
+    assert written(tmp_path, {**MINIMAL, "classes": ["é" * 128]}).classes == ["é" * 128]
+
+
 def test_what_need_not_agree_is_accepted(tmp_path: Path) -> None:
     """Some topics of scenario task may have no declaration, and a pattern's topics are found later."""
     some = {"scenario": {"kind": "task", "tasks": {"a": [1]}}, "stream": {"topics": ["a", "b"]}}

@@ -44,6 +44,15 @@ def test_masks() -> None:
     assert (domain.output(5, "a", []), domain.output(5, "b", [])) == (1, None)
 
 
+def test_a_domain_may_have_its_classes_once() -> None:
+    """Without a declaration every topic has all classes, in the order of the list: the ones that are to come as well."""
+    domain = Scenario("domain", "seen", ["no", "yes"])
+    assert domain.num_outputs([]) == 2
+    assert (domain.mask(A, []), domain.mask(B, ["yes"])) == ([True, True], [True, True])
+    assert [domain.output(label, "new", []) for label in ("no", "yes", "maybe")] == [0, 1, None]
+    assert domain.classes_of("new") == ["no", "yes"]
+
+
 class Counting(str):
     """A label that counts how often it is compared with another."""
 

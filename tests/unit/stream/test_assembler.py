@@ -65,3 +65,15 @@ def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
     [delivery] = going_on.feed(batch_record(2, 1))
     assert delivery.batch is not None
     assert delivery.batch.x[:, 0].tolist() == [6, 7, 8, 9, 0, 1]
+
+
+def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """1 and "1" are two labels: the second is warned of where it takes an output, and hinted at where it has none."""
+    x = np.zeros((3, 1), np.float32)
+    with caplog.at_level("WARNING"):
+        list(made().feed(Record("a", 0, 0, 0.0, None, encode("batch", x, [1, "1", "\u0663"]), BATCH)))
+    assert [record.message for record in caplog.records] == ["topic a: label '1' comes beside 1: they are two labels"]
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        list(made(classes=[0, 1]).feed(Record("a", 0, 0, 0.0, None, encode("batch", x, ["1", "01", "2"]), BATCH)))
+    assert "label '1' has no output; accepted: 0, 1; 1 is another label: a number" in caplog.text

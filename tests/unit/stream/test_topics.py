@@ -152,3 +152,15 @@ def test_a_silent_task_that_only_a_marker_ends_is_told(
     assert len(told) == 1
     assert "task a has had no record for" in told[0]
     assert "streamlearn task end" in told[0]
+
+
+def test_a_domain_learns_topics_that_nobody_declared(reading: Reading) -> None:
+    """Its classes are given once, so a topic that a pattern finds later is learned with the same outputs."""
+    reading.publish("d1", 4)
+    reading.start(Scenario("domain", "seen", [1, 0]), pattern="d.*")
+    reading.until(lambda: reading.consumed() == 4)
+    reading.publish("d2", 4)
+    reading.until(lambda: reading.progress.of("d2")["trained"] == 4)
+    assert [task.labels for task in reading.progress.tasks] == [[1, 0], [1, 0]]
+    learned = [delivery.batch.y.tolist() for delivery in reading.found if delivery.batch is not None]
+    assert learned == [[1] * 4] * 2
