@@ -151,11 +151,14 @@ class Learner:
             loss = loss + s.replay.loss(mixed, features)  # replay through feedback
         loss.backward()
         grads = [dense(param.grad, param) for param in self.params]
+        still = self._still(mixed, grads)
         s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
+        for place, entries in still.items():
+            grads[place].masked_fill_(entries, 0.0)  # they are where past tasks left them: a pull is rounding alone
         s.constraint.project(self.params, grads, self.gradient_of)  # so that no past task is harmed
         norm, finite = finite_norm(grads)
         self._clip(grads, norm)
-        self.optimizer.step(grads, finite)  # does nothing where the gradient is not finite
+        self.optimizer.step(grads, finite, still)  # does nothing where the gradient is not finite
         s.penalty.settle(self.params, self.optimizer.lr, finite)  # the implicit step, where chosen
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params, finite)  # path integrals
@@ -450,6 +453,23 @@ class Learner:
         if len(self.forbidden) == 1:
             return self.forbidden
         return self.forbidden[task.to(self.world.device, non_blocking=True)]
+
+    def _still(self, mixed: Batch, grads: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return the entries of the head whose output competes for no sample of a batch, by the place of the parameter.
+
+        Momentum from before and weight decay must not move them. In scenario class an output that does not compete has
+        never been learned, so that decay alone would move it.
+        """
+        head = self.strategy.network.head
+        if head is None or (self.scenario.kind == "class" and not self.optimizer.weight_decay):
+            return {}
+        idle = self._forbidden(mixed.task).all(0)
+        return {
+            # a weight that other layers share may have a gradient all the same
+            place: idle.view(-1, *[1] * (param.dim() - 1)) & (grads[place] == 0)
+            for place, param in enumerate(self.params)
+            if param is head.weight or param is head.bias
+        }
 
     def _clip(self, grads: Sequence[Tensor], norm: Tensor) -> None:
         if self.spec.max_norm is None:

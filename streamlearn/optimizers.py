@@ -6,6 +6,7 @@ step, which takes four seconds at every start of a daemon that never compiles an
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.sgd import sgd
 from streamlearn.tensors import clones, padded, zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class Optimizer:
@@ -35,8 +36,21 @@ class Optimizer:
         self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], finite: Tensor) -> None:
-        """Take a step; where `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were."""
+    def step(self, grads: Sequence[Tensor], finite: Tensor, still: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+        """Take a step; where `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were.
+
+        `still` names entries, by the place of the parameter, that stay as they were where they have no gradient.
+        """
+        before = [
+            (tensor, tensor.clone(), entries & (grads[place] == 0))
+            for place, entries in still.items()
+            for tensor in (self.params[place], *(values[place] for values in self.moments.values()))
+        ]
+        self._step(grads, finite)
+        for tensor, old, entries in before:
+            tensor.copy_(torch.where(entries, old, tensor))
+
+    def _step(self, grads: Sequence[Tensor], finite: Tensor) -> None:
         found_inf = (~finite).float()
         if self.name == "sgd":
             sgd(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
+from streamlearn.models import registry
 from streamlearn.strategies.parts import Closing, Constraint, GradientOf, Network, State, World
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class PackedNetwork(Network):
         if any(getattr(layer, "track_running_stats", False) for layer in self.module.modules()):
             message = "strategy.packnet: the model keeps statistics of batches, which every later task would change"
             raise StreamlearnError(message, code=78)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        return registry.head_of(self.module.net)
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del params

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from streamlearn.models import registry
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -90,6 +92,11 @@ class Network(Part):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The last layer, a row an output, where it is linear and named `head`."""
+        return registry.head_of(self.module)
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that learn now, by name."""

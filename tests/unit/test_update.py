@@ -79,3 +79,69 @@ def test_accuracy_before_learning_is_that_of_what_probes_see(tmp_path: Path, ave
         new = batch(number)
         expected, _ = learner.evaluate(new.x, new.y, 0)
         assert learner.learn(new).accuracy == pytest.approx(expected)
+
+
+HEADS: list[dict[str, Any]] = [
+    {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}},
+    {"optimizer": {"name": "adam", "weight_decay": 0.01}, "average": None},
+    {"optimizer": {"name": "adamw", "weight_decay": 0.1}},
+]
+
+
+@pytest.mark.parametrize("strategy", ["naive", "ewc", "si", "packnet"])
+@pytest.mark.parametrize("spec", HEADS, ids=["sgd", "adam", "adamw"])
+def test_rows_of_the_head_that_do_not_compete_stay(tmp_path: Path, spec: dict[str, Any], strategy: str) -> None:
+    """Neither momentum from the task before nor weight decay moves them, and their own moments wait."""
+    tasks = ((0, 1), (2, 3))
+    learner = begun(tmp_path, tasks, scenario={"kind": "task"}, strategy=strategy, learner=spec)
+    for number in range(20):
+        learner.learn(batch(number, classes=tasks[0]))
+    head = learner.strategy.network.head
+    assert head is not None
+    untrained = [head.weight[2:].clone(), head.bias[2:].clone()]
+    for delivery in learner.refine():
+        if delivery.batch is not None:
+            learner.learn(delivery.batch)
+    if strategy != "packnet":  # which sets to zero what it prunes
+        assert torch.equal(head.weight[2:], untrained[0])
+        assert torch.equal(head.bias[2:], untrained[1])
+    learner.end_task()
+    begin(learner, tasks)
+    before = head.weight.detach().clone(), head.bias.detach().clone()
+    for number in range(30):
+        learner.learn(batch(number, classes=tasks[1], task=1))
+    assert torch.equal(head.weight[:2], before[0][:2])
+    assert torch.equal(head.bias[:2], before[1][:2])
+    assert not torch.equal(head.weight[2:], before[0][2:])
+
+
+def test_a_projection_may_move_rows_that_do_not_compete(tmp_path: Path) -> None:
+    """GEM's references are of past tasks, whose rows the projected gradient moves."""
+    sgd = {"optimizer": {"name": "sgd", "lr": 0.1}}
+    learner = begun(
+        tmp_path, ((0, 1), (2, 3)), scenario={"kind": "task"}, strategy={"gem": {"margin": 1.0}}, learner=sgd
+    )
+    for number in range(10):
+        learner.learn(batch(number, classes=(0, 1)))
+    learner.end_task()
+    begin(learner, ((0, 1), (2, 3)))
+    head = learner.strategy.network.head
+    assert head is not None
+    before = head.weight.detach().clone()
+    for number in range(10):
+        learner.learn(batch(number, classes=(2, 3), task=1))
+    assert learner.strategy.constraint.counts()["projected"] > 0
+    assert not torch.equal(head.weight[:2], before[:2])
+
+
+def test_outputs_never_met_do_not_decay(tmp_path: Path) -> None:
+    """In scenario class a class that has not come yet keeps the weights that it was made with."""
+    spec = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.1}}
+    learner = begun(tmp_path, ((0, 1),), learner=spec)
+    head = learner.strategy.network.head
+    assert head is not None
+    before = head.weight.detach().clone()
+    for number in range(10):
+        learner.learn(batch(number, classes=(0, 1)))
+    assert torch.equal(head.weight[2:], before[2:])
+    assert not torch.equal(head.weight[:2], before[:2])
