@@ -181,6 +181,10 @@ class Batch:
             replayed.logits,
         )
 
+    def weighed(self, factor: float) -> Batch:
+        """Return these samples with `factor` times their shares of the loss."""
+        return self if factor == 1 or self.weight is None else replace(self, weight=self.weight * factor)
+
 
 @dataclass(frozen=True)
 class HeldOut:

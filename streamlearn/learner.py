@@ -122,7 +122,11 @@ class Learner:
     # -- learning
 
     def learn(self, given: Batch) -> LearnStats:
-        """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay."""
+        """Learn a batch once: `updates_per_batch` optimizer steps, each with its own replay.
+
+        A short batch has as many steps for each of its samples as a full one: fewer steps, and what is left of a whole
+        step is the weight of its loss. With all the steps and the whole weight, one odd record could undo a task.
+        """
         self._noted, self._clipped = [], []
         with self.layer_draws.taken():
             batch, there = self._usable(given)
@@ -131,8 +135,9 @@ class Learner:
             return LearnStats(self.task, 0, 0, 0, 0, None, 0.0, 0.0, unusable)
         hits = self._count_hits(there)
         with self.layer_draws.taken():
-            for _ in range(self.spec.updates_per_batch):
-                self.update(there)
+            steps, weight = self._amount(len(batch))
+            for _ in range(steps):
+                self.update(there, weight)
         stats = self._read_stats(batch, hits, unusable)
         if self.cursor is not None:
             self.cursor += 1
@@ -141,10 +146,10 @@ class Learner:
         self.batches += 1
         return stats
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, weight: float = 1.0) -> None:
         """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
         s = self.strategy
-        mixed = batch.join(s.replay.sample(batch), s.replay.share)
+        mixed = batch.join(s.replay.sample(batch), s.replay.share).weighed(weight)
         logits, features = self.forward(mixed)
         loss = self.loss(logits, mixed)
         if features is not None:
@@ -165,7 +170,7 @@ class Learner:
         s.replay.observe(mixed, finite)  # a generator learns too
         self._statistics.settle(finite)
         self._update_average(finite)
-        self._noted.append((loss.detach(), norm, finite))  # on the device, until the batch is learned
+        self._noted.append((loss.detach() / weight, norm, finite))  # on the device, until the batch is learned
         for param in self.params:
             param.grad = None
         self.step += 1
@@ -495,15 +500,20 @@ class Learner:
         masked = logits.masked_fill(self._forbidden(batch.task), -torch.inf)
         return (masked.argmax(1) == batch.y).sum()
 
+    def _amount(self, samples: int) -> tuple[int, float]:
+        """Return how many steps a batch of so many samples has, and the weight of its loss in each."""
+        due = self.spec.updates_per_batch * min(samples, self.batch_size)  # steps times full batches
+        steps = -(-due // self.batch_size)
+        return steps, due / (steps * self.batch_size)
+
     def _read_stats(self, batch: Batch, hits: Tensor, unusable: int) -> LearnStats:
         """Wait for the device, once a batch."""
         losses, norms, finite = (torch.stack(noted) for noted in zip(*self._noted, strict=True))
         applied = int(finite.sum())
         loss = float(losses[finite].mean()) if applied else None
         clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
-        steps = self.spec.updates_per_batch
         accuracy, norm = int(hits) / len(batch), float(norms[-1])
-        return LearnStats(self.task, len(batch), steps, applied, clipped, loss, accuracy, norm, unusable)
+        return LearnStats(self.task, len(batch), len(losses), applied, clipped, loss, accuracy, norm, unusable)
 
     def _closing(self, part: Part) -> Closing:
         x, y = self.reservoir.x, self.reservoir.y

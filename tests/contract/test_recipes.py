@@ -314,7 +314,7 @@ def test_a_batch_of_one_sample_is_learned(tmp_path: Path, name: str, kind: str) 
         run.begin()
         for number, size in enumerate(sizes):
             stats = run.learner.learn(run.batch(number, size))
-            assert (stats.applied, stats.outcome) == (3, "trained")
+            assert (stats.applied, stats.outcome) == (3 if size == BATCH else 1, "trained")
         run.end()
         one = run.batch(9, 1)
         assert np.isfinite(run.learner.evaluate(one.x, one.y, len(run.tasks) - 1)[1])

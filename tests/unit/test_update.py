@@ -145,3 +145,44 @@ def test_outputs_never_met_do_not_decay(tmp_path: Path) -> None:
         learner.learn(batch(number, classes=(0, 1)))
     assert torch.equal(head.weight[2:], before[2:])
     assert not torch.equal(head.weight[:2], before[:2])
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "weight"), [(1, 1, 0.2), (7, 2, 0.7), (10, 2, 1.0), (17, 4, 0.85), (BATCH, 4, 1.0), (50, 4, 1.0)]
+)
+def test_a_short_batch_counts_by_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, steps: int, weight: float
+) -> None:
+    """Each of its samples is learned as long as one of a full batch: fewer steps, and the rest is the weight of the loss.
+
+    The generator's loss has the same weight, and the loss that is shown is the samples' mean.
+    """
+    learner = begun(tmp_path, learner={"updates_per_batch": 4}, strategy={"generative": {"likelihood": "gaussian"}})
+    replay, seen = learner.strategy.replay, []
+    observe = replay.observe
+
+    def watched(mixed: Batch, finite: torch.Tensor) -> None:
+        assert mixed.weight is not None
+        seen.append(float(mixed.weight.sum()))
+        observe(mixed, finite)
+
+    monkeypatch.setattr(replay, "observe", watched)
+    stats = learner.learn(batch(0, size))
+    assert (stats.steps, stats.applied, learner.step) == (steps, steps, steps)
+    assert seen == pytest.approx(steps * [weight])
+    other = begun(tmp_path, learner={"updates_per_batch": 1, "optimizer": {"lr": 1e-12}})
+    new = batch(0, size)
+    _, loss = other.evaluate(new.x, new.y, 0)
+    assert other.learn(new).loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_lone_sample_moves_as_much_as_its_part_of_a_full_batch(tmp_path: Path) -> None:
+    """With plain SGD and one update a batch the step is the mean gradient times the samples' part of a full batch."""
+    spec = {"updates_per_batch": 1, "average": None, "optimizer": {"name": "sgd", "lr": 0.1}}
+    learner = begun(tmp_path, learner=spec)
+    lone = batch(0, 1)
+    gradient = learner.gradient_of(lone)
+    before = [param.detach().clone() for param in learner.params]
+    learner.learn(lone)
+    for param, old, grad in zip(learner.params, before, gradient, strict=True):
+        assert torch.allclose(param, old - 0.1 / BATCH * grad, atol=1e-6)
