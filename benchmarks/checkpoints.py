@@ -84,8 +84,9 @@ def pause(label: str, width: int) -> dict[str, Any]:
             begun = time.perf_counter()
             saving = job.save(stream, "interval")
             pauses.append(time.perf_counter() - begun)
-            writes.append(saving.written.result()[1])
-            job.collect(stream, wait=True)
+            assert saving.written is not None
+            writes.append(saving.written.result()[2])
+            job.finish_saves(stream)
         assert job.checkpoint is not None
         entry = {
             "value": round(1000 * statistics.median(pauses), 1),

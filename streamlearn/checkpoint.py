@@ -152,7 +152,7 @@ class Store:
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose manifest can be read, or None, also where they cannot be listed now."""
         try:
-            return next(iter(self.all()), None)
+            return next((found for path in self.paths() if (found := _parse(path)) is not None), None)
         except OSError:  # the save that follows says why
             return None
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 0.1
+PUBLISH_SHARE = 0.05  # of the loop's time at most: with thousands of tasks the status is made less often
 CONTACT_SECONDS = 30.0
 COMMAND_SECONDS = 600.0
 LAST_LINE_SECONDS = 1.0  # for the line that says why a process ends without a checkpoint
@@ -75,7 +76,9 @@ class Desk:
         self._wake_stream: Callable[[], None] = lambda: None
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
+        self._matrix: Callable[[], list[list[float | None]]] = list
         self._published = 0.0
+        self._pause = PUBLISH_SECONDS  # until the next time
         self._turned = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
@@ -95,8 +98,12 @@ class Desk:
             self._apply(self._requests.popleft(), job, stream)
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
-        if idle or time.monotonic() - self._published >= PUBLISH_SECONDS:
+        if idle or time.monotonic() - self._published >= self._pause:
             self.publish(job, stream)
+
+    def beat(self) -> None:
+        """Show that the loop goes on, though it waits."""
+        self._turned = time.monotonic()
 
     def refuse(self) -> None:
         """Refuse the requests that came too late, now and from now on."""
@@ -115,12 +122,15 @@ class Desk:
 
     def publish(self, job: Job, stream: Stream) -> None:
         """Show where the job stands."""
-        self._published = time.monotonic()
+        begun = time.monotonic()
         self._checks = self._check(job, stream)
         ready = all(check["ok"] for check in self._checks.values())
         job.publish(stream)
         self.metrics.record_state(job.state, ready=ready)
         self._status = {**job.status(stream), "ready": ready}
+        self._matrix = job.matrix.matrix
+        self._published = time.monotonic()
+        self._pause = max(PUBLISH_SECONDS, (self._published - begun) / PUBLISH_SHARE)
         if ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
@@ -202,6 +212,9 @@ class Desk:
 
     def status(self) -> dict[str, Any]:
         return {**self._status, "state": "draining"} if self.stopping else self._status
+
+    def matrix(self) -> list[list[float | None]]:
+        return self._matrix()
 
     def liveness(self) -> tuple[bool, dict[str, Any]]:
         age = time.monotonic() - self._turned
@@ -353,10 +366,10 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     finally:
         job.state = "draining"
         desk.publish(job, stream)
-        job.collect(stream, wait=True)
-        if job.progress.positions != job.saved and not job.torn:
-            job.save(stream, "shutdown")
-            job.collect(stream, wait=True)
+        for _ in range(2):  # again, where what was being written already could not be saved
+            if job.progress.positions != job.covered and not job.torn:
+                job.save(stream, "shutdown")
+            job.finish_saves(stream, desk.beat)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
         for line in audit(job.status(None)["topics"]):

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -21,18 +21,21 @@ import torch
 from streamlearn import __version__, state
 from streamlearn.checkpoint import LockLost
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
+from streamlearn.evaluation import matrix
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
+
+    from torch import Tensor
 
     from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
-    from streamlearn.data import Partition
+    from streamlearn.data import Partition, Task
     from streamlearn.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATER = {"strategy.agem.epsilon"}  # parameters that checkpoints of earlier versions lack, and whose state is the same
+MAX_SHOWN_TASKS = 50  # whose matrix is in the status; each evaluation and each checkpoint would copy a larger one
+WAIT_SECONDS = 0.5  # between two signs of life while a checkpoint is waited for
 RECOVERED = 10  # times as many batches as make a divergence: after so many it is not the same one any more
 
 
@@ -53,7 +58,8 @@ class Snapshot:
 
     files: Mapping[str, Content]
     info: Mapping[str, Any]
-    num_bytes: int  # of the tensors that are to be written
+    sizes: Mapping[str, int]  # bytes of the tensors in each file
+    immutable: frozenset[str]  # files that need not be written where the checkpoint before has them
     positions: Positions
     batches: int
     taken: float  # monotonic
@@ -61,11 +67,12 @@ class Snapshot:
 
 @dataclass
 class Saving:
-    """A checkpoint that is being written beside the loop."""
+    """A checkpoint that is being written beside the loop, or waits for that."""
 
     trigger: str
     snapshot: Snapshot
-    written: Future[tuple[Checkpoint, float]]
+    tags: list[str] = field(default_factory=list)
+    written: Future[tuple[Checkpoint, int | None, float]] | None = None  # None while it waits
     collected: bool = False
     checkpoint: Checkpoint | None = None  # once it is collected, if it is durable
 
@@ -92,6 +99,7 @@ class Job:
     rollbacks: int = 0  # in a row, before this job began
     torn: bool = False  # in the middle of a delivery: model and positions do not belong together
     saving: Saving | None = None  # the checkpoint that is being written
+    waiting: Saving | None = None  # the one after it
     save_failed: float | None = None  # when a save last failed, monotonic
     evaluated: float | None = None  # when the probes were last evaluated, Unix seconds
     _recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
@@ -101,6 +109,7 @@ class Job:
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_batches: int = 0
     _restored_batches: int = 0
+    _parent: str | None = None  # id of the newest checkpoint that this job restored or wrote; of the writer's thread
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     @classmethod
@@ -172,16 +181,17 @@ class Job:
             before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
             self.matrix.transfer[after] = (before, untrained)
+        sizes = self.probes.sizes
         self.evaluated, self._evaluated_at = time.time(), time.monotonic()
         self._evaluated_batches = self.learner.batches
         if look:
             self.matrix.look(results)
         else:
-            self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after)
+            self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
             self._recorded = self.evaluated
         self._evaluation_seconds = time.perf_counter() - begun
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
-        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
+        self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.evaluated)
 
     def show_parts(self) -> None:
         """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
@@ -209,28 +219,39 @@ class Job:
     def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
         """Copy everything and have it written beside the loop, which pauses for the copy alone; `collect` sees it end.
 
-        A checkpoint with a tag is kept until somebody removes it.
+        One checkpoint is written at a time. While it is, one more may wait, and a newer copy takes the place of the one that
+        waits: it holds everything that the other would have held. Whoever asked for that one gets the newer one. So learning
+        never waits for a disk. A checkpoint with a tag is kept until somebody removes it.
         """
-        self.collect(stream, wait=True)  # one at a time: what never changes is linked from the one before
         begun = time.perf_counter()
         snapshot = self._snapshot()
         seconds = self.metrics.histograms["checkpoint_duration_seconds"]
         seconds.labels("snapshot").observe(time.perf_counter() - begun)
-        written = self._writer.submit(self._write, stream, snapshot, [] if tag is None else [tag])
-        self.saving = Saving(trigger, snapshot, written)
-        return self.saving
+        if self.saving is None:
+            self.saving = Saving(trigger, snapshot)
+        elif self.waiting is None:
+            self.waiting = Saving(trigger, snapshot)
+        else:
+            self.waiting.trigger, self.waiting.snapshot = trigger, snapshot
+        saving = self.waiting or self.saving
+        if tag is not None:
+            saving.tags.append(tag)
+        self._write_next(stream)
+        return saving
 
-    def collect(self, stream: Stream, *, wait: bool = False) -> None:
-        """Take over what became of the checkpoint that is being written, if it is done; then report its positions.
+    def collect(self, stream: Stream, *, seconds: float = 0.0) -> None:
+        """Take over what became of the checkpoint that is being written, if it is done within `seconds`; begin the next one.
 
         That it could not be written is logged and counted, and training goes on; any other failure is raised, and so is the
         loss of the state directory.
         """
         saving = self.saving
-        if saving is None or not (wait or saving.written.done()):
+        if saving is None or saving.written is None or not wait([saving.written], seconds).done:
             return
+        self.saving, self.waiting = self.waiting, None
+        saving.collected = True
         try:
-            checkpoint, seconds = saving.written.result()
+            checkpoint, kept, took = saving.written.result()
         except LockLost:
             raise
         except StreamlearnError as error:
@@ -238,23 +259,48 @@ class Job:
             self.metrics.count("checkpoints", 1, "failure", saving.trigger)
             self.metrics.count("errors", 1, "checkpoint", type(error).__name__)
             self.save_failed = time.monotonic()
-            return
-        finally:
-            self.saving, saving.collected = None, True
-        self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(seconds)
-        self.metrics.count("checkpoints", 1, "success", saving.trigger)
-        self._follow(checkpoint, saving.snapshot)
-        saving.checkpoint = checkpoint
-        stream.report(saving.snapshot.positions)
-        extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
-        log.info("saved %s", checkpoint.id, extra=extra)
+        else:
+            self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(took)
+            self.metrics.count("checkpoints", 1, "success", saving.trigger)
+            self._follow(checkpoint, saving.snapshot)
+            self.metrics.gauges.set("checkpoints_kept", kept)
+            saving.checkpoint = checkpoint
+            stream.report(saving.snapshot.positions)
+            extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
+            log.info("saved %s", checkpoint.id, extra=extra)
+        self._write_next(stream)
 
-    def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, float]:
-        """Make a snapshot durable, in the writer's thread; return the checkpoint and the seconds that it took."""
+    def finish_saves(self, stream: Stream, beat: Callable[[], None] = lambda: None) -> None:
+        """Return when nothing is being written any more; `beat` is called meanwhile, so that a watcher sees it go on."""
+        while self.saving is not None:
+            beat()
+            self._write_next(stream)  # where the loop ended before it could
+            self.collect(stream, seconds=WAIT_SECONDS)
+
+    @property
+    def covered(self) -> Positions:
+        """The positions of the newest copy, whether it is durable, being written or waiting."""
+        newest = self.waiting or self.saving
+        return self.saved if newest is None else newest.snapshot.positions
+
+    def _write_next(self, stream: Stream) -> None:
+        """Begin to write the checkpoint whose turn it is, unless that has begun."""
+        if (saving := self.saving) is not None and saving.written is None:
+            saving.written = self._writer.submit(self._write, stream, saving.snapshot, saving.tags)
+
+    def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, int | None, float]:
+        """Make a snapshot durable, in the writer's thread; return the checkpoint, how many are kept, and the seconds taken."""
         begun = time.perf_counter()
         stream.settle()  # the dead letters before these positions are acknowledged first
-        checkpoint = self.store.save(snapshot.files, snapshot.info, snapshot.num_bytes, tags)
-        return checkpoint, time.perf_counter() - begun
+        # what the store links is its newest, which is this job's unless another process has written there
+        newest = self.store.newest()
+        ours = newest is not None and newest.id == self._parent
+        linkable = snapshot.immutable & set(newest.manifest["files"] if newest is not None and ours else ())
+        files = {name: None if name in linkable else content for name, content in snapshot.files.items()}
+        num_bytes = sum(size for name, size in snapshot.sizes.items() if name not in linkable)
+        checkpoint = self.store.save(files, snapshot.info, num_bytes, tags)
+        self._parent = checkpoint.id
+        return checkpoint, self.store.count(), time.perf_counter() - begun
 
     def restore(self) -> bool:
         """Take over the newest sound checkpoint; return False where there is none.
@@ -279,6 +325,8 @@ class Job:
         self._count_from_here()
         self.show_parts()
         self._follow(checkpoint)
+        self._parent = checkpoint.id
+        self.metrics.gauges.set("checkpoints_kept", self.store.count())
         self.restored, self._restored_batches = checkpoint, self.learner.batches
         self.evaluated = self._recorded = checkpoint.manifest.get("evaluated")  # unknown of an earlier version
         self._evaluated_batches = self.matrix.history[-1][0] if self.matrix.history else 0
@@ -304,36 +352,31 @@ class Job:
         files = {
             name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
             for name in checkpoint.manifest["files"]
-            if name.endswith(state.SUFFIX)
+            if name.endswith(state.SUFFIX) and name != matrix.FILE
         }
         rest = checkpoint.read_json("state.json")
         self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
         groups = state.unpack(files, rest["groups"])
         self.probes.load_state_dict(groups.pop("probes"))
         self.probes.follow(self.progress)
-        self.matrix.load_state_dict(rest["matrix"])
+        self.matrix = AccuracyMatrix.of(checkpoint)
         self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
 
     def _snapshot(self) -> Snapshot:
         groups = {**self.learner.state_dict(), "probes": self.probes.state_dict()}
         tensors, rest, immutable = state.pack(groups)
-        linkable = set(self.checkpoint.manifest["files"]) if self.checkpoint is not None else set()
-        # what the store links is its newest, which is this one unless another process has written there
-        newest = self.store.newest()
-        if newest is None or self.checkpoint is None or newest.id != self.checkpoint.id:
-            linkable = set()
-        files: dict[str, Content] = {
-            name: None if name in immutable and name in linkable else partial(state.to_bytes, state.copied(content))
-            for name, content in tensors.items()
-        }
-        num_bytes = sum(
-            tensor.nbytes for name, content in tensors.items() if files[name] is not None for tensor in content.values()
-        )
+        files: dict[str, Content] = {}
+        for name, content in tensors.items():
+            # what never changes is copied only if it must be written, and by the writer
+            kept = content if name in immutable else state.copied(content)
+            files[name] = partial(_to_bytes, kept) if name in immutable else partial(state.to_bytes, kept)
+        sizes = {name: sum(tensor.nbytes for tensor in content.values()) for name, content in tensors.items()}
         odd = {"model": rest["model"], "encoder": groups["encoder"].get("rest", {})}  # state that is no tensor
         files["model.json"] = _json({**self.describe_model(), "state": odd})
         files["state.json"] = _json(
             {"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()}
         )
+        files[matrix.FILE] = self.matrix.table()
         files["offsets.json"] = _json(self.progress.positions.to_json())
         files["status.json"] = _json({**self.status(None), "state": "stopped", "pid": None})
         info = {
@@ -347,7 +390,15 @@ class Job:
             "shaping": self.config.shaping(),
             "environment": environment(self.config),
         }
-        return Snapshot(files, info, num_bytes, self.progress.positions, self.learner.batches, time.monotonic())
+        return Snapshot(
+            files,
+            info,
+            sizes,
+            frozenset(immutable),
+            self.progress.positions,
+            self.learner.batches,
+            time.monotonic(),
+        )
 
     def _check_fit(self, checkpoint: Checkpoint) -> None:
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
@@ -391,7 +442,6 @@ class Job:
         gauges = self.metrics.gauges
         gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
         gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)
-        gauges.set("checkpoints_kept", self.store.count())
 
     # -- description
 
@@ -429,6 +479,7 @@ class Job:
     def status(self, stream: Stream | None) -> dict[str, Any]:
         """Return what `status --json` shows; figures that are undefined are None."""
         queued = stream.queued if stream is not None else Counter[str]()
+        sizes = self.probes.sizes
         totals = self.progress.totals()
         samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
         reader = stream.status if stream is not None else None
@@ -460,11 +511,12 @@ class Job:
                 for topic in [*self.progress.ledger, *(topic for topic in queued if topic not in self.progress.ledger)]
             },
             "labels": self.scenario.names(self.progress.labels),
-            "tasks": [self._describe_task(task.index) for task in self.progress.tasks],
+            "tasks": [self._describe_task(task, sizes.get(task.index, 0)) for task in self.progress.tasks],
             "evaluated": None
             if self.evaluated is None
             else datetime.fromtimestamp(self.evaluated, UTC).isoformat(timespec="seconds"),
-            "matrix": self.matrix.matrix(),
+            # it grows with the square of the tasks: above a bound only `/matrix` and `status --json` have it
+            "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_SHOWN_TASKS else None,
             **self.matrix.figures(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
@@ -472,9 +524,8 @@ class Job:
             "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
         }
 
-    def _describe_task(self, index: int) -> dict[str, Any]:
-        task = self.progress.tasks[index]
-        counts = Counter(task.counts)
+    def _describe_task(self, task: Task, probe_size: int) -> dict[str, Any]:
+        counts, index = task.counts, task.index
         return {
             "name": task.name,
             "index": index,
@@ -482,7 +533,7 @@ class Job:
             "labels": list(task.labels),
             "samples": {kind: counts[kind] for kind in ("consumed", *OUTCOMES)},
             "probe": {
-                "size": self.probes.sizes.get(index, 0),
+                "size": probe_size,
                 "accuracy": self.matrix.now.get(index),
                 "best": self.matrix.best(index),
                 "forgetting": self.matrix.forgetting(index),
@@ -561,6 +612,10 @@ def _by_topic(counts: Mapping[Partition, int]) -> dict[str, dict[str, int]]:
     for (topic, partition), count in sorted(counts.items()):
         tree.setdefault(topic, {})[str(partition)] = count
     return tree
+
+
+def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return state.to_bytes(state.copied(tensors))
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:

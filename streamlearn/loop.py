@@ -81,7 +81,9 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
 
     if delivery.closes is not None:
-        job.save(stream, "task_end")  # before the short last batch: a restart must not decide again where the task ends
+        # before the short last batch is learned. A newer copy that takes this one's place holds the decision too. So no
+        # checkpoint holds what was learned after it without it, and no restart from one decides again
+        job.save(stream, "task_end")
 
     if delivery.excuses is not None:
         job.save(stream, "burst")  # a restart reads on, though samples may wait for their batch from before the burst

@@ -358,8 +358,8 @@ class Metrics:
         self.gauges.replace("probe_samples", {(names[t],): size for t, size in sizes.items() if t in names})
         ended = matrix.ended
         rows = ended if len(ended) <= MAX_MATRIX_TASKS else ended[-1:]
-        cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.rows[i].items() if j in names}
-        diagonal = {(names[i], names[i]): matrix.rows[i].get(i) for i in ended if i in names}
+        cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.row(i).items() if j in names}
+        diagonal = {(names[i], names[i]): matrix.learned(i) for i in ended if i in names}
         self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
         for name, value in matrix.figures().items():
             self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
@@ -393,7 +393,8 @@ class Metrics:
         """Show what replay stores."""
         samples = sizes.get("samples")
         if isinstance(samples, Mapping):
-            self.gauges.replace("replay_buffer_samples", {(names[t],): n for t, n in samples.items() if t in names})
+            shown = {t: names[t] for t in samples if t in names and self._may_show("task", names[t])}
+            self.gauges.replace("replay_buffer_samples", {(name,): samples[t] for t, name in shown.items()})
         for name, key in (("replay_buffer_capacity_samples", "capacity"), ("replay_buffer_bytes", "bytes")):
             value = sizes.get(key)
             self.gauges.set(name, value if isinstance(value, int) else None)

@@ -10,6 +10,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from streamlearn.data import StreamlearnError
+from streamlearn.evaluation.matrix import AccuracyMatrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,9 +71,9 @@ class Curves:
     def of(cls, checkpoint: Checkpoint, name: str | None = None) -> Curves:
         """Return what a checkpoint knows of its run."""
         status = checkpoint.read_json("status.json")
-        matrix = checkpoint.read_json("state.json")["matrix"]
-        history = [(b, n, {int(task): value for task, value in row.items()}) for b, n, row in matrix["history"]]
-        return cls(name or status["strategy"], status, history)
+        matrix = AccuracyMatrix.of(checkpoint)
+        status["matrix"] = matrix.matrix()  # which is not there where there are many tasks
+        return cls(name or status["strategy"], status, matrix.history)
 
     def learned(self) -> dict[str, float]:
         """Return R[k, k] by task's name: what was known of it when it ended."""

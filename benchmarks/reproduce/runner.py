@@ -10,7 +10,6 @@ import os
 import platform
 import threading
 import time
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +137,7 @@ class Unsaved(Job):
 
     def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
         del stream, tag
-        return Saving(trigger, Snapshot({}, {}, 0, Positions(), 0, 0.0), Future(), collected=True)
+        return Saving(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), collected=True)
 
 
 class Watch:
@@ -220,13 +219,13 @@ def _follow() -> None:
 
 def _figures(job: Job, *, curve: bool) -> dict[str, Any]:
     matrix = job.matrix
-    last = matrix.rows[max(matrix.rows)]
+    last = matrix.row(max(matrix.rows))
     # where there is one task there is nothing to forget
     figures: dict[str, Any] = {
         "average_accuracy": matrix.average_accuracy,
         "backward_transfer": matrix.backward_transfer or 0.0,
         "average_forgetting": matrix.average_forgetting or 0.0,
-        "learned": [round(row[task], 4) for task, row in sorted(matrix.rows.items())],
+        "learned": [round(matrix.row(task)[task], 4) for task in matrix.ended],
         "last": [round(value, 4) for _, value in sorted(last.items())],
     }
     if curve:

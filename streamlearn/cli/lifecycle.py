@@ -160,7 +160,7 @@ def status(
     if watch:
         _watch(directory, json_)
         return
-    tree = read_status(directory)
+    tree = read_status(directory, matrix=json_)
     if json_:
         print_json(tree)
     elif sys.stdout.isatty():
@@ -173,10 +173,15 @@ def status(
         raise typer.Exit(STOPPED)
 
 
-def read_status(directory: Path) -> dict[str, Any]:
-    """Return the daemon's status, or without one that of the last checkpoint, its `pid` None."""
+def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
+    """Return the daemon's status, or without one that of the last checkpoint, its `pid` None.
+
+    `matrix`: with the accuracy matrix too where there are so many tasks that the status leaves it out.
+    """
     if is_locked(directory):
         tree: dict[str, Any] = Client(directory).get("/status")
+        if matrix and tree.get("tasks") and tree["matrix"] is None:
+            tree["matrix"] = Client(directory, timeout=60).get("/matrix")["matrix"]
         return tree
     from streamlearn.checkpoint import Store
 
@@ -184,7 +189,12 @@ def read_status(directory: Path) -> dict[str, Any]:
         checkpoint = Store(directory).find("latest", "status.json")
     except StreamlearnError as error:
         raise StreamlearnError(f"no daemon runs here; {error}", code=STOPPED) from error
-    return {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
+    tree = {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
+    if matrix and tree["tasks"] and tree["matrix"] is None:
+        from streamlearn.evaluation.matrix import AccuracyMatrix
+
+        tree["matrix"] = AccuracyMatrix.of(checkpoint).matrix()
+    return tree
 
 
 def print_plain(tree: dict[str, Any]) -> None:
@@ -257,7 +267,7 @@ def render(tree: dict[str, Any]) -> Table:
 def _watch(directory: Path, json_: bool) -> None:
     try:
         while json_:
-            print_json(read_status(directory), indent=None)
+            print_json(read_status(directory, matrix=True), indent=None)
             time.sleep(1)
         from rich.live import Live
 

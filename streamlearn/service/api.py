@@ -32,6 +32,9 @@ class Backend(Protocol):
     def status(self) -> dict[str, Any]:
         """Return what `status --json` shows."""
 
+    def matrix(self) -> list[list[float | None]]:
+        """Return the accuracy matrix: it grows with the square of the tasks, and the status leaves a large one out."""
+
     def liveness(self) -> tuple[bool, dict[str, Any]]:
         """Return whether the process works, whatever its broker does, and why."""
 
@@ -99,9 +102,15 @@ def _reading(backend: Backend) -> list[Route]:
         del request
         return JSONResponse(backend.status())
 
+    async def matrix(request: Request) -> Response:
+        del request
+        # beside the event loop: a large one takes a while, and health checks must not wait for it
+        return await run_in_threadpool(lambda: JSONResponse({"matrix": backend.matrix()}))
+
     return [
         Route("/metrics", metrics),
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/status", status),
+        Route("/matrix", matrix),
     ]

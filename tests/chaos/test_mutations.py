@@ -167,6 +167,7 @@ def held(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors, rest, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
     flat = {f"{name}:{key}": t.numpy().tobytes() for name, content in tensors.items() for key, t in content.items()}
     tree = {"groups": rest, "progress": job.progress.to_json(), "matrix": job.matrix.state_dict()}
+    flat["matrix"] = job.matrix.table()
     return flat, {**json.loads(json.dumps(tree)), "offsets": job.progress.positions.to_json()}
 
 

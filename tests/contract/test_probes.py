@@ -87,7 +87,7 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
         for each in store.records[topic, 0]:
             for delivery in assembler.feed(each):
                 apply(job, stream, delivery)
-    job.collect(stream, wait=True)  # type: ignore[arg-type]  # all that it asks of a stream
+    job.finish_saves(stream)  # type: ignore[arg-type]  # all that it asks of a stream
     return job
 
 
@@ -238,8 +238,8 @@ def test_a_label_counts_as_wrong_until_training_meets_it(tmp_path: Path) -> None
     job = learn(
         tmp_path, published(samples, held), strategy={"er": {}}, learner={"updates_per_batch": 20, "average": None}
     )
-    assert job.matrix.rows[0][0] <= 0.5
-    assert job.matrix.rows[1][0] > 0.9
+    assert job.matrix.row(0)[0] <= 0.5
+    assert job.matrix.row(1)[0] > 0.9
     assert {"r", "s"} <= set(job.progress.probe_labels)
     probe = job.probes.of(0)
     assert probe is not None

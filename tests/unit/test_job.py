@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import figures
 from streamlearn.config import Config
-from streamlearn.data import Position, Positions, StreamlearnError
+from streamlearn.daemon import Desk, learn
+from streamlearn.data import HeldOut, Position, Positions, StreamlearnError, Task
 from streamlearn.job import Diverged, Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
@@ -22,6 +26,7 @@ from streamlearn.stream.deadletter import DeadLetters
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
+from tests.support.counting import work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +80,7 @@ def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
         job.learner.params[0].add_(1)
     job.progress.positions = Positions({("a", 0): Position(4)})
     job.progress.labels.append(1)
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     assert saving.checkpoint is not None
     assert job.saved == Positions({("a", 0): Position(3)})
     assert saving.checkpoint.read_json("state.json")["progress"]["labels"] == []
@@ -88,11 +93,11 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog:
     """Training goes on, the next attempt is not at once, and the one before it stays in force."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     job.store.root = tmp_path / "file" / "checkpoints"
     (tmp_path / "file").write_text("")
     saving = job.save(stream, "interval")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     assert (saving.collected, saving.checkpoint) == (True, None)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be made: Not a directory"
@@ -107,7 +112,7 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
     for _ in range(2):
         job.learner.step += 1
         job.save(stream, "manual")
-        job.collect(stream, wait=True)
+        job.finish_saves(stream)
     rate, gone_to = job.learner.optimizer.lr, []
     for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
@@ -156,7 +161,7 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
     assert evaluated(job) == ["2000.0"]
     monkeypatch.undo()
     job.save(stream, "manual")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     again = Job.make(job.config, job.store, Metrics())
     again.restore()
     assert evaluated(again) == ["1000.0"]
@@ -188,10 +193,151 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     """Another strategy is one line whatever its parameters; labels that cannot be added come with the way to add them."""
     job, stream = made(tmp_path, **before)
     job.save(stream, "manual")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     other, _ = made(tmp_path, **(before | now))
     with pytest.raises(StreamlearnError) as caught:
         other.restore()
     why = "; ".join([*lines, "put back what the checkpoint has, or give a new job a state_dir of its own"])
     assert str(caught.value) == f"{job.store.all()[0].path}: does not fit the configuration: {why}"
     assert caught.value.code == 78
+
+
+class Held:
+    """A store whose disk writes only when it is let go."""
+
+    def __init__(self, job: Job) -> None:
+        self.save, self.open, self.begun = job.store.save, threading.Event(), threading.Event()
+        job.store.save = self  # type: ignore[method-assign]
+
+    def __call__(self, *arguments: Any, **more: Any) -> Checkpoint:
+        self.begun.set()
+        assert self.open.wait(60)
+        return self.save(*arguments, **more)
+
+
+def move(job: Job, offset: int) -> None:
+    """Go on to an offset of the topic, by one step."""
+    job.learner.step += 1
+    job.progress.positions = Positions({("a", 0): Position(offset)})
+
+
+def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
+    """While a checkpoint is written, any number of saves return at once: the newest copy waits, and holds the others."""
+    job, stream = made(tmp_path)
+    held = Held(job)
+    first = job.save(stream, "interval")
+    assert held.begun.wait(60)
+    move(job, 4)
+    by_hand = job.save(stream, "manual", "mine")
+    job.progress.tasks.append(Task(0, "a", ends={0: 5}))
+    job.learner.activate(job.progress.tasks, job.progress.labels)
+    move(job, 5)
+    closed = job.save(stream, "task_end")
+    move(job, 6)
+    job.progress.tasks[0].state = "ended"
+    ended = job.save(stream, "task_end")
+    assert (job.checkpoint, first.collected, job.covered) == (None, False, job.progress.positions)
+    held.open.set()
+    job.finish_saves(stream)
+    assert [checkpoint.manifest["parent"] for checkpoint in job.store.all()] == ["ckpt-000000000001", None]
+    assert first.checkpoint is not None
+    assert first.checkpoint.read_json("offsets.json")["topics"]["a"]["partitions"]["0"]["offset"] == 3
+    # whoever asked for a copy that was overtaken gets the one that holds it, with its tag
+    assert by_hand is closed is ended
+    assert ended.checkpoint == job.checkpoint == job.store.find("mine")
+    assert job.checkpoint is not None
+    # what was decided of the task's end stands in every checkpoint that holds anything learned after it
+    saved = job.checkpoint.read_json("state.json")["progress"]["tasks"]
+    assert [(task["ends"], task["state"]) for task in saved] == [({"0": 5}, "ended")]
+    assert job.saved == job.progress.positions
+
+
+def test_a_stop_waits_for_one_checkpoint_more_at_most(tmp_path: Path) -> None:
+    """The copy that waits is overtaken by the last one; meanwhile the loop shows that it lives; all is saved."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    held = Held(job)
+    job.save(stream, "interval")
+    move(job, 4)
+    job.save(stream, "interval")
+    move(job, 5)
+    beats = []
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) == 2:
+            held.open.set()
+
+    desk.beat = beat  # type: ignore[method-assign]
+    desk.stopping = True
+    learn(job, stream, desk)
+    assert len(beats) >= 2
+    assert len(job.store.all()) == 2
+    assert job.saved == Positions({("a", 0): Position(5)})
+
+
+def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that was being written when the stop came fails: what it held is saved by another."""
+    job, stream = made(tmp_path)
+    save, tried = job.store.save, []
+
+    def fail_once(*arguments: Any, **more: Any) -> Checkpoint:
+        tried.append(1)
+        if len(tried) == 1:
+            raise StreamlearnError("no room", code=74)
+        return save(*arguments, **more)
+
+    monkeypatch.setattr(job.store, "save", fail_once)
+    job.save(stream, "interval")
+    desk = Desk(job.config, Metrics())
+    desk.stopping = True
+    learn(job, stream, desk)
+    assert job.saved == Positions({("a", 0): Position(3)})
+
+
+def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
+    """Only from its own newest checkpoint does a job take over files; else it writes them."""
+    job, stream = made(tmp_path)
+    job.probes.collect([HeldOut(0, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
+    job.probes.seal(0)
+    inodes = []
+    for number in range(3):
+        move(job, 4 + number)
+        if number == 2:
+            job.store.restore("1")
+        saving = job.save(stream, "manual")
+        job.finish_saves(stream)
+        assert saving.checkpoint is not None
+        inodes.append((saving.checkpoint.path / "probes.sealed.0.safetensors").stat().st_ino)
+    assert inodes[0] == inodes[1] != inodes[2]
+
+
+def ended_tasks(job: Job, count: int) -> None:
+    """Give a job tasks that have ended, each with a probe and a row."""
+    for index in range(len(job.progress.tasks), count):
+        job.progress.tasks.append(Task(index, f"t{index}", state="ended", labels=[0, 1], counts=Counter(consumed=5)))
+        job.progress.ledger[f"t{index}"] = Counter(consumed=5, trained=5)
+        job.probes.collect([HeldOut(index, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
+        job.probes.seal(index)
+    job.learner.activate(job.progress.tasks, job.progress.labels)
+    for index in range(count):
+        results = dict.fromkeys(range(index + 1), (2 / 3, 0.1))
+        job.matrix.record(results, index, index, index, job.probes.sizes)
+
+
+def test_the_status_costs_what_there_are_tasks(tmp_path: Path) -> None:
+    """Four times as many tasks cost about four times as much, and above a bound the matrix is asked for by itself."""
+    job, stream = made(tmp_path)
+    costs, sizes = [], []
+    for count in (60, 240):
+        ended_tasks(job, count)
+        costs.append(work(lambda: job.status(stream)))
+        status = job.status(stream)
+        sizes.append(len(json.dumps(status)))
+        assert (status["matrix"], len(status["tasks"])) == (None, count)
+    assert costs[1] < 5 * costs[0]
+    assert sizes[1] < 5 * sizes[0]
+    desk = Desk(job.config, Metrics())
+    desk.publish(job, stream)
+    assert desk.matrix() == job.matrix.matrix()
+    assert [len(row) - row.count(None) for row in desk.matrix()] == list(range(1, 241))

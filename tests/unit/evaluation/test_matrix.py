@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
+import torch
 
-from streamlearn.evaluation.matrix import HISTORY, WINDOW, AccuracyMatrix
+from streamlearn import state
+from streamlearn.evaluation.matrix import FILE, HISTORY, WINDOW, AccuracyMatrix
+from tests.support.counting import work
+
+SIZES = {0: 20, 1: 10, 2: 10, 3: 10}
 
 
 def filled() -> AccuracyMatrix:
     """Return three tasks' rows: 0.9 / 0.6 0.8 / 0.5 0.7 1.0."""
     matrix = AccuracyMatrix()
-    matrix.record({0: (0.9, 0.1)}, 10, 100, after=0)
+    matrix.record({0: (0.9, 0.1)}, 10, 100, after=0, sizes=SIZES)
     matrix.record({0: (0.95, 0.1), 1: (0.5, 0.1)}, 15, 150, after=None)
-    matrix.record({0: (0.6, 0.1), 1: (0.8, 0.1)}, 20, 200, after=1)
-    matrix.record({0: (0.5, 0.1), 1: (0.7, 0.1), 2: (1.0, 0.1)}, 30, 300, after=2)
+    matrix.record({0: (0.6, 0.1), 1: (0.8, 0.1)}, 20, 200, after=1, sizes=SIZES)
+    matrix.record({0: (0.5, 0.1), 1: (0.7, 0.1), 2: (1.0, 0.1)}, 30, 300, after=2, sizes=SIZES)
     return matrix
+
+
+def through_bytes(matrix: AccuracyMatrix) -> AccuracyMatrix:
+    """Return the matrix as a checkpoint gives it back."""
+    copied = AccuracyMatrix()
+    copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())), matrix.table())
+    return copied
+
+
+def as_trees(matrix: AccuracyMatrix) -> dict[str, Any]:
+    """Return the state as earlier versions saved it: rows and history are JSON."""
+    tree = {
+        **matrix.state_dict(),
+        "rows": {task: matrix.row(task) for task in matrix.ended},
+        "history": matrix.history,
+    }
+    for key in ("learned", "highest", "last"):
+        del tree[key]
+    copied: dict[str, Any] = json.loads(json.dumps(tree))
+    return copied
 
 
 def test_figures_by_hand() -> None:
@@ -118,23 +144,89 @@ def test_forward_transfer_leaves_the_first_task_out() -> None:
     assert matrix.forward_transfer == pytest.approx((0.2 - 0.1) / 2)
 
 
-def test_survives_json() -> None:
-    """The state is JSON, and everything comes back."""
-    matrix, copied = filled(), AccuracyMatrix()
-    copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())))
-    assert copied.state_dict() == matrix.state_dict()
+def test_survives_a_checkpoint() -> None:
+    """One part is JSON, the other a safetensors file, and everything comes back."""
+    matrix = filled()
+    copied = through_bytes(matrix)
+    assert (copied.state_dict(), copied.table()) == (matrix.state_dict(), matrix.table())
+    assert (copied.matrix(), copied.history) == (matrix.matrix(), matrix.history)
     for one in (matrix, copied):
         one.record({0: (0.3, 0.1), 1: (0.7, 0.1), 2: (0.6, 0.1)}, 40, 400, after=None)
     assert copied.figures() == matrix.figures()
+
+
+def test_the_table_is_a_safetensors_file() -> None:
+    """Any reader of safetensors sees the rows as a triangle of float32; a task that ended without a row has no cell."""
+    found = state.from_bytes(FILE, filled().table())
+    assert found["rows"].dtype == torch.float32
+    assert found["rows"].tolist() == pytest.approx([0.9, 0.6, 0.8, 0.5, 0.7, 1.0])
+    assert found["row_lengths"].tolist() == [1, 2, 3]
+    assert found["history_at"].reshape(-1, 2).tolist() == [[10, 100], [15, 150], [20, 200], [30, 300]]
+    matrix = AccuracyMatrix()
+    matrix.record({}, 1, 1, after=0)
+    matrix.record({1: (0.5, 0.1)}, 2, 2, after=1)
+    assert through_bytes(matrix).matrix() == matrix.matrix() == [[None, None], [None, 0.5]]
+
+
+def test_a_figure_is_exact_whatever_the_float32_is() -> None:
+    """A cell is a number of right answers over the probe's size, so rounding to float32 loses nothing."""
+    matrix, size = AccuracyMatrix(), 997
+    for task in range(50):
+        results = {j: ((31 * task + j) % (size + 1) / size, 0.1) for j in range(task + 1)}
+        matrix.record(results, task, task, task, dict.fromkeys(results, size))
+    copied = through_bytes(matrix)
+    for i, row in enumerate(copied.matrix()):
+        assert row[: i + 1] == [(31 * i + j) % (size + 1) / size for j in range(i + 1)]
+    assert copied.figures() == matrix.figures()
+
+
+def test_forgetting_is_what_the_rows_say() -> None:
+    """In random histories, with tasks that have no probe, the running maxima give what all rows together give."""
+    chance = random.Random(0)
+    for _ in range(100):
+        rows: dict[int, dict[int, float]] = {}
+        matrix, probed = AccuracyMatrix(), [chance.random() < 0.7 for _ in range(6)]
+        for task in range(6):
+            for last in (False, True):
+                now = {j: chance.random() for j in range(task + 1) if probed[j] and (j < task or last)}
+                matrix.record({j: (value, 1.0) for j, value in now.items()}, 0, 0, task if last else None)
+                newest = max([*now, *rows], default=-1) if not last else task
+                for j in range(task + 1):
+                    earlier = [row[j] for row in rows.values() if j in row]
+                    known = j < newest and j in now and j in rows and earlier
+                    expected = max(earlier) - now[j] if known else None
+                    assert matrix.forgetting(j) == expected
+            rows[task] = now
+
+
+def test_an_evaluation_costs_what_there_are_tasks() -> None:
+    """Four times as many tasks cost about four times as much: not sixteen, as with a look at every row of every task."""
+    costs = []
+    for tasks in (50, 200):
+        matrix = AccuracyMatrix()
+        for task in range(tasks):
+            matrix.record(dict.fromkeys(range(task + 1), (0.5, 0.1)), task, task, task)
+        results = dict.fromkeys(range(tasks), (0.5, 0.1))
+
+        def evaluate(matrix: AccuracyMatrix = matrix, results: Any = results) -> None:
+            matrix.record(results, 1, 1, None)
+            matrix.figures()
+            for task in results:
+                matrix.forgetting(task)
+
+        costs.append(work(evaluate))
+    assert costs[1] < 6 * costs[0]
 
 
 def test_figures_between_the_ends_of_tasks_come_from_the_history_of_earlier_versions() -> None:
     """A state that has none of them is read as if it had been followed from the beginning."""
     matrix, copied = filled(), AccuracyMatrix()
     matrix.record({0: (0.2, 0.1), 1: (0.9, 0.1), 2: (0.9, 0.1)}, 35, 350, after=None)
-    state = json.loads(json.dumps(matrix.state_dict()))
-    copied.load_state_dict({key: value for key, value in state.items() if key not in {"lowest", "window", "drops"}})
+    tree = as_trees(matrix)
+    tree["history"] = [[*at, {task: round(value, 2) for task, value in row.items()}] for *at, row in tree["history"]]
+    copied.load_state_dict({key: tree[key] for key in tree if key not in {"lowest", "window", "drops"}}, None)
     assert copied.figures() == matrix.figures()
+    assert (copied.matrix(), copied.history) == (matrix.matrix(), matrix.history)
 
 
 def test_history_is_thinned_but_keeps_its_ends() -> None:

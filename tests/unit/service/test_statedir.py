@@ -127,13 +127,13 @@ def test_who_has_lost_the_directory_saves_nothing_there(tmp_path: Path, how: str
     with locked(state_dir) as lock:
         job.store = Store(state_dir, before_write=lock.check)
         job.save(stream, "manual")
-        job.collect(stream, wait=True)
+        job.finish_saves(stream)
         assert len(job.store.all()) == 1
         shutil.rmtree(state_dir)
         second = Lock(state_dir) if how == "replaced" else None
         job.save(stream, "manual")
         with pytest.raises(LockLost, match=how) as caught:
-            job.collect(stream, wait=True)
+            job.finish_saves(stream)
         assert caught.value.code == code
         assert not (state_dir / "checkpoints").exists()
         if second is not None:
@@ -144,7 +144,7 @@ def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, mon
     """EIO where the loop looks for the newest one: training goes on, the save fails, and the next one succeeds."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
 
     def fail(_: object) -> Any:
         raise OSError(5, "Input/output error", str(job.store.root))
@@ -152,10 +152,10 @@ def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, mon
     with monkeypatch.context() as broken:
         broken.setattr(Store, "paths", fail)
         job.save(stream, "manual")
-        job.collect(stream, wait=True)
+        job.finish_saves(stream)
         assert job.saving is None
     failed, job.save_failed = job.save_failed, None
     assert failed is not None
     saving = job.save(stream, "manual")
-    job.collect(stream, wait=True)
+    job.finish_saves(stream)
     assert saving.checkpoint is not None
