@@ -481,6 +481,21 @@ def _check_format(path: Path) -> None:
         )
 
 
+def at(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
+    """Return the checkpoint in a directory of any name, with these files verified.
+
+    Raises `Broken` where the manifest or a file is not sound, `StreamlearnError` (78) of a later format.
+    """
+    _check_format(path)
+    if (checkpoint := _parse(path, named=False)) is None:
+        raise Broken(
+            f"{path / MANIFEST}: cannot be read: a checkpoint's directory holds it beside the model's files", code=74
+        )
+    for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
+        checkpoint.read(file)
+    return checkpoint
+
+
 def _load(path: Path) -> Checkpoint:
     """Return a checkpoint; raises `Broken` where its manifest cannot be read, `StreamlearnError` (78) of a later format."""
     _check_format(path)
@@ -489,7 +504,7 @@ def _load(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _parse(path: Path) -> Checkpoint | None:
+def _parse(path: Path, *, named: bool = True) -> Checkpoint | None:
     try:
         manifest = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))
         if manifest["sha256"] != _digest(manifest):
@@ -497,7 +512,7 @@ def _parse(path: Path) -> Checkpoint | None:
         names = manifest["files"]
         if (
             manifest["format"] != FORMAT
-            or manifest["id"] != path.name
+            or (named and manifest["id"] != path.name)
             or not all(FILE.fullmatch(name) for name in names)
         ):
             return None

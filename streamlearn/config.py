@@ -440,7 +440,7 @@ class Input(Section):
     dtype: Literal["uint8", "int16", "int32", "int64", "float16", "float32", "float64"] = Field(
         "float32", description="dtype of a sample's numbers, as they arrive"
     )
-    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="the model, or the encoder, sees x / scale")
+    scale: float = Field(1.0, ge=1e-30, le=1e30, description="the model, or the encoder, sees x / scale")
     encoder: Encoder | None = Field(None, description="stands before the model, and is frozen")
 
     @field_validator("encoder", mode="before")

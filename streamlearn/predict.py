@@ -1,32 +1,122 @@
-"""Uses a saved model: reads `model.json`, `model.safetensors` and the encoder's file, where there is one, and nothing else."""
+"""Uses a saved model: reads `model.json`, `model.safetensors` and the encoder's file, where there is one, and nothing else.
+
+A checkpoint may come from somebody else, so nothing that it says is believed: files must match their hashes, `model.json` is
+validated, and of code only what the user names is imported.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 from torch.nn import functional
 
-from streamlearn import state
-from streamlearn.data import Rejected, StreamlearnError
+from streamlearn import config, state
+from streamlearn.data import Rejected, StreamlearnError, out_of_memory
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
+from streamlearn.models.whole import load_module_state
 from streamlearn.strategies.parts import World
-from streamlearn.strategies.recipes import network_of
+from streamlearn.strategies.recipes import RECIPES, network_of
+from streamlearn.stream.codec import Codec
 from streamlearn.stream.text import Vocabulary, parse
-from streamlearn.tensors import prepare, scaling
+from streamlearn.tensors import finite_rows, prepare, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from streamlearn.checkpoint import Checkpoint
     from streamlearn.data import Label
     from streamlearn.strategies.parts import Network
 
 CHUNK = 512
+
+Own = Callable[[str], tuple[str, Mapping[str, Any] | None] | None]
+"""What the user says about `model` or `encoder`: the name of its function, and where a configuration says so, its options."""
+
+Count = Annotated[int, Field(strict=True, ge=0, le=(1 << 31) - 1)]
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Task(_Lenient):
+    labels: list[int | str]
+    outputs: list[Count] = []
+    probe_accuracy: float | None = None
+
+
+class _State(_Lenient):
+    """Of the module and the encoder: what is no tensor."""
+
+    model: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
+
+
+class Description(_Lenient):
+    """What `model.json` says, with types that are checked: shapes are integers, names are those of functions."""
+
+    model: config.Model
+    input: config.Input | config.TextInput
+    vocabulary: list[str]
+    codec: Literal[1, 2] = 1  # older checkpoints have none
+    seed: Count
+    num_outputs: Count
+    scenario: Literal["class", "domain", "task"]
+    labels: list[int | str]
+    outputs: list[Count] | None = None
+    tasks: dict[str, _Task]
+    strategy: dict[str, dict[str, Any]]
+    network: dict[str, Count | bool]
+    state: _State = _State()
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Description:
+        """Return a checkpoint's description; raises `StreamlearnError` (78) where it makes no sense."""
+        where = f"{checkpoint.path / 'model.json'}"
+        try:
+            tree = checkpoint.read_json("model.json")
+            known = config.TextInput if tree["input"]["kind"] == "text" else config.Input
+            tree["input"] = {key: value for key, value in tree["input"].items() if key in known.model_fields}
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StreamlearnError(f"{where}: makes no sense: {place}: {first['msg']!s:.200}", code=78) from error
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise StreamlearnError(f"{where}: makes no sense: {error!r:.200}", code=78) from error
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Check what must hold between fields, and the strategy's parameters."""
+        outputs = [*(self.outputs or []), *(output for task in self.tasks.values() for output in task.outputs)]
+        if any(output >= self.num_outputs for output in outputs):
+            raise ValueError("an output is beyond num_outputs")
+        if any(int(value) > max(1, len(self.tasks)) for value in self.network.values()):
+            raise ValueError("network: more columns than tasks")
+        for name, parameters in self.strategy.items():
+            if name not in RECIPES:
+                raise ValueError(f"no such strategy: {name!r:.80}")
+            self.strategy[name] = RECIPES[name].parameters.model_validate(parameters).model_dump()
+        return self
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most likely label of each sample, its probability, and by index the samples that a stream would reject.
+
+    A rejected sample has the label None and the probability NaN.
+    """
+
+    labels: list[Label | None]
+    probabilities: np.ndarray
+    rejected: dict[int, Rejected]
 
 
 class Model:
@@ -35,103 +125,146 @@ class Model:
     FILES = ("model.json", "model.safetensors")
     OPTIONAL = ("encoder.frozen.safetensors",)
 
-    def __init__(self, directory: Path) -> None:
-        try:
-            self.description: dict[str, Any] = json.loads((directory / "model.json").read_bytes())
-        except OSError as error:
-            raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
-        weights = _tensors(directory / "model.safetensors")
+    def __init__(self, checkpoint: Checkpoint, own: Own = lambda _: None) -> None:
+        self.checkpoint = checkpoint
+        self.description = Description.read(checkpoint)
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
-        self.input: dict[str, Any] = tree["input"]
-        self.text = self.input["kind"] == "text"
+        self.text = isinstance(tree.input, config.TextInput)
         cpu = torch.device("cpu")
-        encoder, self.shape = None, tuple(self.input["shape"])
-        if (spec := self.input.get("encoder")) is not None:
-            encoder = Encoder.build(spec, self.shape, tree["seed"], cpu)
-            encoder.load(_tensors(directory / "encoder.frozen.safetensors"))
+        encoder, self.shape = None, tuple(tree.input.shape)
+        if tree.input.encoder is not None:
+            spec = self._own(tree.input.encoder.model_dump(), "encoder", own)
+            encoder = Encoder.build(spec, self.shape, tree.seed, cpu)
+            frozen = self._tensors("encoder.frozen.safetensors")
+            encoder.load(state.put_together(frozen, tree.state.encoder))
             self.shape = encoder.shape
-        self.scale = scaling(self.input["scale"], cpu, names=self.text, encoder=encoder)
-        self.network = self._build()
-        self.network.load_state_dict(tree["network"])
-        self.network.module.load_state_dict(weights)
+        self.scale = scaling(tree.input.scale, cpu, names=self.text, encoder=encoder)
+        self.features = encoder is not None
+        self.network = self._build(self._own(tree.model.model_dump(), "model", own))
+        self.network.load_state_dict(tree.network)
+        try:
+            weights = state.put_together(self._tensors("model.safetensors"), tree.state.model)
+            load_module_state(self.network.module, weights)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            why = " ".join(str(error).split())
+            raise StreamlearnError(
+                f"{checkpoint.path}: the weights do not fit the model: {why:.300}", code=78
+            ) from error
         self.network.module.eval()
 
-    def _build(self) -> Network:
+    def _own(self, spec: dict[str, Any], kind: str, own: Own) -> dict[str, Any]:
+        """Return how a model or encoder is built; raises `StreamlearnError` (78) for code that the user has not named."""
+        name = spec["name"]
+        if ":" not in name:
+            return spec
+        said = own(kind)
+        if said is None:
+            raise StreamlearnError(
+                f"{self.checkpoint.path}: its {kind} is {name}, and no code is imported because a checkpoint names it; "
+                f"if it is yours, give --{kind} {name}, or --config and the job's configuration",
+                code=78,
+            )
+        if said[0] != name:
+            raise StreamlearnError(f"{self.checkpoint.path}: its {kind} is {name}, and you named {said[0]}", code=78)
+        return spec if said[1] is None else {**spec, "options": dict(said[1])}
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return state.from_bytes(str(self.checkpoint.path / name), self.checkpoint.read(name))
+
+    def _build(self, spec: Mapping[str, Any]) -> Network:
         tree, cpu = self.description, torch.device("cpu")
-        vocabulary = self.input["vocabulary"] if self.text else None
+        vocabulary = tree.input.vocabulary if isinstance(tree.input, config.TextInput) else None
 
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-            return registry.build(tree["model"], self.shape, num_outputs, tree["seed"] + offset, vocabulary)
+            return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
 
-        world = World(tree["seed"], cpu, self.shape, tree["num_outputs"], 0, self.scale, build_network, names=self.text)
-        return network_of(tree["strategy"], world)
+        world = World(tree.seed, cpu, self.shape, tree.num_outputs, 0, self.scale, build_network, names=self.text)
+        return network_of(tree.strategy, world)
 
     def outputs(self, task: str | None) -> list[int]:
         """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
-        tasks = self.description["tasks"]
-        if (shared := self.description.get("outputs")) is not None:
-            return list(shared)
-        if self.description["scenario"] == "class":  # of an earlier version, or without a task
-            return sorted({output for entry in tasks.values() for output in entry["outputs"]})
-        if task not in tasks:
-            raise StreamlearnError(f"this model needs --task, one of: {', '.join(tasks)}", code=2)
-        found: list[int] = tasks[task]["outputs"]
-        return found
+        tree = self.description
+        if tree.outputs is not None:
+            return list(tree.outputs)
+        if tree.scenario == "class":  # of an earlier version, or without a task
+            return sorted({output for entry in tree.tasks.values() for output in entry.outputs})
+        return list(self._task(task).outputs)
 
     def labels(self, task: str | None) -> list[Label]:
         """Return the labels in output order."""
-        if self.description["scenario"] == "domain":
-            found: list[Label] = self.description["tasks"][task]["labels"]
-            return found
-        known: list[Label] = self.description["labels"]
-        return known
+        return list(self._task(task).labels if self.description.scenario == "domain" else self.description.labels)
+
+    def _task(self, name: str | None) -> _Task:
+        tasks = self.description.tasks
+        if name not in tasks:
+            raise StreamlearnError(f"this model needs --task, one of: {', '.join(tasks)}", code=2)
+        return tasks[name]
 
     @torch.no_grad()
-    def predict(self, x: np.ndarray, task: str | None = None) -> tuple[list[Label], np.ndarray]:
-        """Return the most likely labels of `x [n, ...]`, as it would arrive in a record, and their probabilities."""
-        shape = self.input["shape"]
-        if (x.dtype == object) != self.text:
-            raise StreamlearnError(f"x is {'numbers' if self.text else 'text'}; the model expects {self.input['kind']}")
-        if self.text:
-            x = self._ids(x)
-        if list(x.shape[1:]) != shape:
-            raise StreamlearnError(f"x has shape {list(x.shape[1:])}; the model expects {shape}")
-        outputs, labels = self.outputs(task), self.labels(task)
-        forbidden = torch.ones(self.description["num_outputs"], dtype=torch.bool)
-        forbidden[outputs] = False
-        tasks = list(self.description["tasks"])
-        place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
-        chosen, sure = [], []
-        for part in torch.from_numpy(np.ascontiguousarray(x)).split(CHUNK):
-            logits = self.network.forward(self.scale(part), torch.full((len(part),), place))
-            logits = logits.masked_fill(forbidden, -torch.inf)
-            best = functional.softmax(logits, 1).max(1)
-            chosen.append(best.indices)
-            sure.append(best.values)
-        indices = torch.cat(chosen).tolist()
-        return [labels[index] for index in indices], torch.cat(sure).numpy()
+    def predict(self, x: np.ndarray, task: str | None = None) -> Predictions:
+        """Predict the labels of `x [n, ...]`, as it would arrive in a record.
 
-    def _ids(self, x: np.ndarray) -> np.ndarray:
-        known = Vocabulary(self.description["vocabulary"], self.input["vocabulary"])
-        found = []
+        Raises `StreamlearnError` where the samples have another shape, or are of another kind.
+        """
+        tree = self.description
+        if (x.dtype == object) != self.text:
+            raise StreamlearnError(f"x is {'numbers' if self.text else 'text'}; the model expects {tree.input.kind}")
+        try:
+            x, rejected = self._ids(x) if self.text else self._numbers(x)
+        except Rejected as error:
+            raise StreamlearnError(str(error)) from error
+        outputs, labels = self.outputs(task), self.labels(task)
+        forbidden = torch.ones(tree.num_outputs, dtype=torch.bool)
+        forbidden[outputs] = False
+        tasks = list(tree.tasks)
+        place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
+        accepted = [index for index in range(len(x)) if index not in rejected]
+        found: list[Label | None] = [None] * len(x)
+        probabilities = np.full(len(x), np.nan, np.float32)
+        for rows in (accepted[start : start + CHUNK] for start in range(0, len(accepted), CHUNK)):
+            seen = self.scale(torch.from_numpy(x[rows]))
+            usable = finite_rows(seen).tolist() if self.features else [True] * len(rows)
+            rejected |= {
+                row: Rejected("nonfinite", "the encoder's features of x are not finite")
+                for row, fine in zip(rows, usable, strict=True)
+                if not fine
+            }
+            kept = [row for row, fine in zip(rows, usable, strict=True) if fine]
+            if not kept:
+                continue
+            logits = self.network.forward(seen[torch.tensor(usable)], torch.full((len(kept),), place))
+            best = functional.softmax(logits.masked_fill(forbidden, -torch.inf), 1).max(1)
+            for row, index, probability in zip(kept, best.indices.tolist(), best.values.tolist(), strict=True):
+                if np.isfinite(probability):
+                    found[row], probabilities[row] = labels[index], probability
+                else:
+                    rejected[row] = Rejected("nonfinite", "the model's outputs for x are not finite")
+        return Predictions(found, probabilities, dict(sorted(rejected.items())))
+
+    def _numbers(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
+        tree = self.description.input
+        return Codec(tree.shape, tree.dtype, "json", 0, scale=tree.scale).samples(x)
+
+    def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
+        tree = self.description
+        assert isinstance(tree.input, config.TextInput)
+        known = Vocabulary(tree.vocabulary, tree.input.vocabulary)
+        found = np.zeros((len(x), *tree.input.shape), tree.input.dtype)
+        rejected = {}
         for number, text in enumerate(x):
             try:
-                version = self.description.get("codec", 1)  # older checkpoints have none
-                rows = parse(text, self.input["sentences"], self.input["words"], version)
+                rows = parse(text, tree.input.sentences, tree.input.words, tree.codec)
             except Rejected as error:
-                raise StreamlearnError(f"sample {number}: {error}") from error
-            found.append(known.encode(rows, self.input["shape"]))
-        return np.stack(found)
+                rejected[number] = error
+            else:
+                found[number] = known.encode(rows, tree.input.shape)
+        return found, rejected
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return state.from_bytes(str(path), path.read_bytes())
-    except OSError as error:
-        raise StreamlearnError(f"{error.filename}: {error.strerror}", code=74) from error
-
-
-def accuracy(predicted: Sequence[Label], y: Sequence[Label]) -> float:
-    """Return the share of predictions that are right."""
-    return sum(a == b for a, b in zip(predicted, y, strict=True)) / len(y)
+def accuracy(predicted: Sequence[Label | None], y: Sequence[Label]) -> float | None:
+    """Return the share of predictions that are right, of samples that are not rejected; None where there is none."""
+    pairs = [(a, b) for a, b in zip(predicted, y, strict=True) if a is not None]
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else None

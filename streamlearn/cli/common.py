@@ -64,7 +64,7 @@ def explain(error: Exception) -> StreamlearnError:
 
 def print_json(tree: Any, indent: int | None = 2) -> None:
     """Print one JSON object on stdout."""
-    typer.echo(json.dumps(tree, indent=indent))
+    typer.echo(json.dumps(tree, indent=indent, allow_nan=False))
 
 
 def print_error(line: str) -> None:

@@ -15,7 +15,7 @@ from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from streamlearn.config import Config
     from streamlearn.data import Label
@@ -173,9 +173,17 @@ def produce(
 def predict(
     file: Annotated[Path, typer.Argument(help="A .npz or .jsonl, to be scored with labels; or a labelled .csv.")],
     checkpoint: Annotated[
-        str, typer.Option(help="An id, its number, `latest`, or a checkpoint's directory.")
+        str, typer.Option(help="An id, its number, a tag, `latest`, or a checkpoint's directory, with a / in it.")
     ] = "latest",
     state: StateOption = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Names the code of a model or encoder of yours; else ./streamlearn.yaml."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:function, where the checkpoint's model is yours.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="The same for its encoder.")] = None,
     task: Annotated[str | None, typer.Option(help="The task, in scenarios task and domain.")] = None,
     split: Annotated[str, typer.Option(help="Of a file that has several.")] = "test",
     classes: Annotated[str | None, typer.Option(help="Only samples of these classes: 0,1.")] = None,
@@ -184,28 +192,53 @@ def predict(
 ) -> None:
     """Predict with a saved model, from its model.safetensors, model.json and encoder (where there is one) alone."""
     from streamlearn import producer
-    from streamlearn.checkpoint import Store
+    from streamlearn.checkpoint import Store, at
     from streamlearn.predict import Model, accuracy
+
+    def own(kind: str) -> tuple[str, Mapping[str, Any] | None] | None:
+        """Say which code is the user's: nothing is imported because a checkpoint names it."""
+        if (name := {"model": model, "encoder": encoder}[kind]) is not None:
+            return name, None
+        here = Path("streamlearn.yaml")
+        if config is None and not here.is_file():
+            return None
+        loaded = load_config(config or here)
+        spec = loaded.model if kind == "model" else loaded.input.encoder
+        return None if spec is None else (spec.name, spec.options)
 
     if (samples := producer.unlabelled(file, split)) is None:
         samples = producer.read(str(file), split, producer.Reading(header, say=print_error))
     if classes is not None:
         samples = producer.by_classes(samples, producer.resolved(samples, [_labels(classes)]))[0]
-    directory = Path(checkpoint)
-    if not directory.is_dir():
-        directory = Store(find_state(state)).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL).path
-    predicted, sure = Model(directory).predict(samples.x, task)
-    tree: dict[str, Any] = {
-        "samples": len(predicted),
-        "accuracy": accuracy(predicted, samples.y) if samples.y else None,
-    }
-    if json_:
-        print_json({**tree, "predictions": predicted, "probabilities": [round(float(p), 6) for p in sure]})
-    elif samples.y:
-        typer.echo(f"accuracy {percent(tree['accuracy'])} on {len(predicted)} samples")
+    if "/" in checkpoint:  # so that a directory is never taken for an id
+        found = at(Path(checkpoint), *Model.FILES, optional=Model.OPTIONAL)
     else:
-        for label in predicted:
-            typer.echo(label)
+        where = find_state(state) if config is None or state is not None else load_config(config).state_dir
+        try:
+            found = Store(where).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL)
+        except StreamlearnError as error:
+            hint = f"; for the directory, write ./{checkpoint}" if Path(checkpoint).is_dir() else ""
+            raise StreamlearnError(f"{error}{hint}", code=error.code) from error
+    done = Model(found, own).predict(samples.x, task)
+    tree: dict[str, Any] = {
+        "samples": len(done.labels),
+        "accuracy": accuracy(done.labels, samples.y) if samples.y else None,
+    }
+    rejected = [{"sample": n, "reason": error.reason, "why": str(error)} for n, error in done.rejected.items()]
+    if json_:
+        sure = [None if n in done.rejected else round(float(p), 6) for n, p in enumerate(done.probabilities)]
+        print_json({**tree, "rejected": rejected, "predictions": done.labels, "probabilities": sure})
+    elif samples.y:
+        typer.echo(f"accuracy {percent(tree['accuracy'])} on {len(done.labels) - len(rejected)} samples")
+    else:
+        for label in done.labels:
+            typer.echo("" if label is None else label)
+    if rejected:
+        first = rejected[0]
+        why = f"{len(rejected)} of {len(done.labels)} samples are rejected, first sample {first['sample']} ({first['reason']})"
+        if len(rejected) == len(done.labels):
+            raise StreamlearnError(f"{file}: {why}: {first['why']}", code=65)
+        print_error(f"warning: {file}: {why}: {first['why']}")
 
 
 def _config(config: Path | None, servers: str | None, embedded: Path | None) -> Config | None:

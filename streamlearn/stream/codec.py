@@ -73,8 +73,11 @@ class Codec:
         max_record_bytes: int,
         text: TextInput | None = None,
         version: int = CODEC_VERSION,
+        *,
+        scale: float = 1.0,
     ) -> None:
         self.text = text
+        self.largest = FLOAT32_MAX * min(1.0, scale)  # what the model sees, x / scale, must be finite in float32
         self.version = version
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
@@ -87,7 +90,30 @@ class Codec:
         """Return the codec that a configuration describes, in the version that a job began with."""
         text = config.input if isinstance(config.input, TextInput) else None
         spec = config.stream
-        return cls(config.input.shape, config.input.dtype, spec.codec, spec.max_record_bytes, text, version)
+        shape, dtype, scale = config.input.shape, config.input.dtype, config.input.scale
+        return cls(shape, dtype, spec.codec, spec.max_record_bytes, text, version, scale=scale)
+
+    def samples(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
+        """Return samples `[n, ...]` of any numbers in the stream's dtype, and by index those that the stream would reject.
+
+        Whole numbers are integers, whatever type they have in a file. Raises `Rejected` where their shape is another.
+        """
+        if x.shape[1:] != self.shape:
+            raise Rejected("shape", f"x has shape {list(x.shape[1:])}; expected {list(self.shape)}")
+        bad: dict[int, Rejected] = {}
+        if not len(x):
+            return x.astype(self.dtype), bad
+        if self.dtype.kind in "iu" and x.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            high = x < float(limits.max) + 1 if x.dtype.kind == "f" else x <= limits.max
+            fits = (x >= limits.min) & high & (x == np.trunc(x))
+            for index in np.flatnonzero(~fits.reshape(len(x), -1).all(axis=1)).tolist():
+                bad[index] = Rejected("schema", f"x: expected integers from {limits.min} to {limits.max}")
+            x = np.where(fits, x, 0)
+        with np.errstate(over="ignore"):  # what overflows is infinite, and rejected as such
+            chunk = Chunk(np.ascontiguousarray(x.astype(self.dtype)), [0] * len(x))
+        self._check(chunk)
+        return chunk.x, chunk.bad | bad
 
     def decode(self, record: Record) -> Chunk:
         """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
@@ -199,12 +225,12 @@ class Codec:
             finite = np.isfinite(chunk.x).reshape(len(chunk), -1).all(axis=1)
             for index in np.flatnonzero(~finite).tolist():
                 chunk.bad[index] = Rejected("nonfinite", "x holds a value that is not finite")
-        if self.dtype == np.float64:  # models compute in float32, where it would be infinite
-            far = (np.abs(chunk.x) > FLOAT32_MAX).reshape(len(chunk), -1).any(axis=1)
-            for index in np.flatnonzero(far & finite).tolist():
-                chunk.bad[index] = Rejected(
-                    "nonfinite", f"x holds a value beyond float32: expected {FLOAT32_MAX:.3g} at most"
-                )
+        if self.dtype == np.float64 or self.largest < FLOAT32_MAX:
+            # models compute in float32, where it would be infinite, perhaps only after it was divided by input.scale
+            far = (np.abs(chunk.x, dtype=np.float64) > self.largest).reshape(len(chunk), -1).any(axis=1)
+            for index in np.flatnonzero(far).tolist():
+                why = f"x holds a value beyond float32: expected {self.largest:.3g} at most"
+                chunk.bad.setdefault(index, Rejected("nonfinite", why))
         for index, label in enumerate(chunk.y):
             if label is None:
                 chunk.bad[index] = Rejected("missing_label", "no label")

@@ -251,6 +251,35 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
     assert one.learner.evaluate(batch.x, batch.y, 2) == other.learner.evaluate(batch.x, batch.y, 2)
 
 
+@pytest.mark.parametrize("chosen", ENCODED, ids=identify)
+def test_samples_without_finite_features_are_left_out(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """They cost no other sample of the batch, are neither stored nor replayed, and count as answered wrongly in a probe."""
+    made = {"name": "tests.support.models:exponential"}
+    one, other = (Run(tmp_path, chosen, input={"shape": [SIZE], "encoder": made}) for _ in range(2))
+    for number in range(3):
+        for run in (one, other):
+            run.begin()
+        clean, wild = other.batch(number, 6), one.batch(number, 6)
+        rows = torch.tensor([0, 1, 0, 2, 3, 4, 5, 5])
+        odd = Batch(wild.x[rows].clone(), wild.y[rows], torch.full((8,), number))
+        odd.x[2, 0] = odd.x[7, 3] = 1000.0
+        stats = one.learner.learn(odd)
+        assert (stats.samples, stats.unusable, stats.applied, stats.outcome) == (6, 2, 3, "trained")
+        expected = other.learner.learn(clean)
+        assert (expected.samples, expected.unusable) == (6, 0)
+        nothing = Batch(odd.x[2:3], odd.y[2:3], odd.task[2:3])
+        stats = one.learner.learn(nothing)
+        assert (stats.samples, stats.unusable, stats.steps) == (0, 1, 0)
+        for run in (one, other):
+            run.end()
+    assert one.digest() == other.digest()
+    (accuracy, loss), (right, mean) = (
+        run.learner.evaluate(batch.x, batch.y, 2) for run, batch in ((one, odd), (other, clean))
+    )
+    assert accuracy * 8 == pytest.approx(right * 6)
+    assert loss == pytest.approx(mean)
+
+
 REFUSED = {
     "pnn": {"reused"},
     "packnet": {

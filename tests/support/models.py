@@ -90,3 +90,17 @@ def encoder(input_shape: Sequence[int], *, features: int = 10, fresh: bool = Fal
         weights = np.random.default_rng().normal(size=(features, size)).astype(np.float32)
         made[1].load_state_dict({"weight": torch.from_numpy(weights), "bias": torch.zeros(features)})
     return made
+
+
+class Exponential(nn.Module):
+    """Makes features that large values take beyond float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the exponential of each value, less 1."""
+        return torch.expm1(x)
+
+
+def exponential(input_shape: Sequence[int]) -> nn.Module:
+    """Return an encoder whose features may be infinite."""
+    del input_shape
+    return Exponential()

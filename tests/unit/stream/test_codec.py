@@ -176,3 +176,16 @@ def test_a_label_is_of_256_bytes_at_most() -> None:
     for answer, bad in ((fits, False), (long, True)):
         value = encode_text("json", {"story": [], "question": "who"}, answer)
         assert bool(told.decode(record(value)).bad) == bad
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+def test_a_value_that_its_scaling_takes_beyond_float32_rejects_its_sample(dtype: str) -> None:
+    """The model sees `x / scale`, so with a scale below 1 smaller values are too large; the rest of the batch is accepted."""
+    codec = Codec([2], dtype, "json", 1 << 20, scale=1e-25)
+    x = np.array([[1, 2], [1e15, 0], [3, -1e15]]).astype(dtype)
+    chunk = codec.decode(record(encode("batch", x, [0, 1, 2]), "batch"))
+    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == {1: "nonfinite", 2: "nonfinite"}
+    assert "expected 3.4e+13 at most" in str(chunk.bad[1])
+    with np.errstate(over="ignore"):
+        fine = np.isfinite(x.astype(np.float32) / np.float32(1e-25)).all(axis=1)
+    assert fine.tolist() == [True, False, False]
