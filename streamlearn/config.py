@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from streamlearn import patterns
 from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError, look_alike
 
 if TYPE_CHECKING:
@@ -388,21 +389,15 @@ class Stream(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": str(error)}) from error
+        if value is not None and (why := patterns.problem(value)) is not None:
+            raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": why})
         return value
 
     def reads(self, topic: str) -> bool:
         """Tell whether a topic is a task, by its name: internal topics and dead letters (`*.dlq`) match no pattern."""
         if self.topics is not None:
             return topic in self.topics
-        return (
-            not topic.startswith("__")
-            and not topic.endswith(".dlq")
-            and re.fullmatch(self.pattern or "", topic) is not None
-        )
+        return not topic.startswith("__") and not topic.endswith(".dlq") and patterns.matches(self.pattern or "", topic)
 
     def rules(self, recipes: Mapping[str, RecipeSchema]) -> Iterator[Rule]:
         del recipes

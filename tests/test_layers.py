@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamlearn"
 
 ROWS = [
-    {"data", "tensors", "logs", "__init__"},
+    {"data", "patterns", "tensors", "logs", "__init__"},
     {"config", "table"},
     {"configfile", "scenario"},
     {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
@@ -33,6 +33,7 @@ ONLY_IN = {
     "starlette": {"service/api.py", "service/server.py"},
     "uvicorn": {"service/server.py"},
     "yaml": {"configfile.py"},
+    "regex": {"patterns.py"},
     "matplotlib": {"report.py"},
     "sklearn": {"producer.py"},
     "safetensors": {"state.py"},
