@@ -85,7 +85,7 @@ Label = Int | Annotated[str, AfterValidator(_label)]
 Topic = Annotated[str, AfterValidator(_topic)]
 Width = Annotated[Int, Field(ge=1, le=1 << 20)]  # of a layer
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-SERVER = re.compile(r"([A-Za-z_]+://)?(\[[^\s\[\]]+\]|[^\s:/\[\]]+)(:\d{1,5})?|[0-9a-fA-F:.]+(%\w+)?")
+SERVER = re.compile(r"([A-Za-z_]+://)?(\[[^\s\[\]]+\]|[^\s:/\[\]]+)(:[0-9]{1,5})?|[0-9a-fA-F:.]+(%\w+)?")
 Options = Annotated[dict[str, Any], AfterValidator(_options)]
 
 
@@ -650,7 +650,9 @@ class Config(Section):
         description="seed of every random draw: with it, stream and machine the same, weights are equal, bit by bit",
     )
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda|cuda:\d+)$", description="cpu, cuda, cuda:N, or auto: a GPU if there is one"
+        "auto",
+        pattern=r"^(auto|cpu|cuda|cuda:[0-9]+)$",
+        description="cpu, cuda, cuda:N, or auto: a GPU if there is one",
     )
     threads: Int = Field(
         1, ge=1, le=1024, description="CPU threads of torch; another number changes the last bits of results"

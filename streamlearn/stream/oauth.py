@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Sasl
 
 TIMEOUT_SECONDS = 5.0
+FOREVER_SECONDS = 1e9  # an integer of JSON may be larger than any float
 LIFETIME_SECONDS = 300.0  # where the server does not say
 USED = 0.8  # of a token's lifetime, after which the next is asked for
 BUSY = {408, 425, 429}  # the server's answers, besides its own failures, after which another try may help
@@ -77,7 +78,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the pac
             raise StreamlearnError(f"{url}: the answer has no access_token as RFC 6750 describes it", code=77)
         if not isinstance(lifetime, int | float) or not 0 < lifetime < math.inf:
             raise StreamlearnError(f"{url}: expires_in is {lifetime!r:.40}; expected seconds, more than 0", code=77)
-        return token, float(lifetime)
+        return token, float(min(lifetime, FOREVER_SECONDS))
 
 
 def _object(answer: httpx.Response) -> dict[str, Any]:

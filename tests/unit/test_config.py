@@ -363,6 +363,11 @@ NOWHERE: list[tuple[dict[str, Any], str]] = [
         "job.yaml:6: kafka.bootstrap_servers: is 'localhost:abc'; expected host:port, got localhost:abc",
     ),
     ({"strategy": {"joint": {"budget": 0}}}, "job.yaml:7: strategy.joint.budget: is 0; Input should be greater"),
+    (
+        {"kafka": {"bootstrap_servers": "localhost:٩٠٩٢"}},  # digits of another script, which Python's int takes
+        "job.yaml:6: kafka.bootstrap_servers: is 'localhost:٩٠٩٢'; expected host:port",
+    ),
+    ({"device": "cuda:٣"}, "job.yaml:2: device: is 'cuda:٣'; String should match pattern"),
 ]
 
 

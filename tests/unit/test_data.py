@@ -63,13 +63,12 @@ def test_names_are_ordered_as_people_do() -> None:
     assert sorted(["t-10", "t-2", "t", "a9", "t-1"], key=natural_key) == ["a9", "t", "t-1", "t-2", "t-10"]
 
 
-@given(st.lists(st.text(alphabet="0123²٣५a-", max_size=6)))
+@given(st.lists(st.text(alphabet="123²٣५a-", max_size=6)))
 def test_every_name_has_its_place(names: list[str]) -> None:
     """Digits of other scripts and raised ones are text; a number of any length is compared, leading zeros apart."""
-    assert sorted(sorted(names), key=natural_key) == sorted(sorted(names, reverse=True), key=natural_key) or any(
-        "0" in name for name in names
-    )
-    assert sorted(["10²", "9²", "9" * 5000, "007", "08"], key=natural_key) == ["007", "08", "9²", "10²", "9" * 5000]
+    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key)
+    ordered = ["007", "08", "9²", "10²", "9" * 5000]
+    assert sorted(reversed(ordered), key=natural_key) == ordered
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_a_token_is_renewed_at_four_fifths_of_its_lifetime(clock: Clock) -> None
         assert source.token() == server.given[1]
 
 
+def test_a_lifetime_beyond_all_floats_is_long(clock: Clock) -> None:
+    """JSON has integers of any size."""
+    with TokenServer("trainer", SECRET, expires_in=10**400) as server:
+        source = provider(server.url)
+        first = source.token()
+        clock.now += 1e8
+        assert source.token() == first
+
+
 def test_a_valid_token_outlives_a_server_that_is_down(clock: Clock) -> None:
     """While the token is valid it is used; after that the outage is told, as one to wait for."""
     with TokenServer("trainer", SECRET, lifetime=100) as server:
