@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, with uv.
-.PHONY: demo test test-slow chaos lint fmt bench reproduce kafka clean
+.PHONY: demo test test-gpu test-slow chaos lint fmt bench reproduce kafka clean
 SHELL := /bin/bash
 
 PYTHON ?= >=3.11,<3.14  # any that is here
@@ -13,6 +13,10 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(IN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+
+test-gpu: .venv/.dev  # the contract tests on a GPU, recurrent models first: a few minutes
+	STREAMLEARN_TEST_DEVICE=cuda $(IN)/python -m pytest tests/contract/test_recipes.py -q -x -k recurrent $(ARGS)
+	STREAMLEARN_TEST_DEVICE=cuda $(IN)/python -m pytest tests/contract/test_recipes.py -q -k "not recurrent" $(ARGS)
 
 test-slow: .venv/.dev
 	$(IN)/python -m pytest -m slow $(ARGS)

@@ -127,7 +127,7 @@ def _finite_gradients(model: nn.Module) -> set[str]:
 def check_copies(name: str, model: nn.Module, zeros: Tensor) -> None:
     """Raise `StreamlearnError` (78) where a model cannot be copied once it has seen something: it keeps a graph."""
     with refusing(name, "cannot be copied once it has learned, as learner.average and forward transfer need it: "):
-        with torch.random.fork_rng(devices=[]), evaluating(model), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), differentiating(model), torch.enable_grad():
             model(zeros)
         copy.deepcopy(model)
 

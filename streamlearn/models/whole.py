@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+LARGE = 1 << 14  # numbers: a larger buffer is looked at only if torch has counted a write
+
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """Return a module's `state_dict` and, by their full names, the buffers that it leaves out."""
@@ -71,9 +73,12 @@ class RunningStatistics:
         """After an update: take back what is not finite, or belongs to a dropped update; nothing waits for the device."""
         for one in self._followed:
             value = one.part._buffers.get(one.key)  # noqa: SLF001 - as above
-            if value is None or (value is one.seen and _version(value) == one.version):
+            if value is None:
                 continue
-            if value.shape == one.before.shape:
+            # batch norm writes its statistics without counting, and they are small; a large mask never changes
+            if value.numel() > LARGE and value is one.seen and _version(value) == one.version:
+                continue
+            if value.shape == one.before.shape and not value.is_inference():
                 sound = finite & (value.isfinite() | ~one.before.isfinite()).all()
                 value.copy_(torch.where(sound, value, one.before))
             one.seen, one.version, one.before = value, _version(value), value.detach().clone()

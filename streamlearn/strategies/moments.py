@@ -39,10 +39,12 @@ def moments(
     `x [B, ...]`, `y [B]` what the loss is told, `weight [B]`; `losses` maps logits `[B, C]` and `y` to `[B]`.
     """
     found = _by_layer(network, x, y, weight, losses, power) if _is_layered(network, x[:2], y[:2], losses) else None
+    if found is None and any(isinstance(part, nn.RNNBase) for part in network.modules()):
+        return _one_by_one(network, x, y, weight, losses, power)  # torch cannot map over samples of recurrent layers
     if found is None:
         try:
             found = _by_sample(network, x, y, weight, losses, power)
-        except (RuntimeError, ValueError) as error:  # what torch cannot map over samples: recurrent layers, most of all
+        except (RuntimeError, ValueError) as error:  # what torch cannot map over samples
             if out_of_memory(error):
                 raise
             found = _one_by_one(network, x, y, weight, losses, power)

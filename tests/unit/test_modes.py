@@ -1,0 +1,128 @@
+"""How modules run: modes that are put back, draws that follow the seed, and recurrent layers as a GPU needs them."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamlearn import state
+from streamlearn.models.modes import LayerDraws, differentiating, drawing_from
+from tests.contract.test_recipes import Run
+from tests.support import awkward
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECURRENT = {"model": {"name": "tests.support.awkward:make", "options": {"kind": "recurrent"}}}
+
+
+def draw() -> tuple[list[float], float, list[float], float]:
+    """Draw from every global generator; the second normal number of Python's and numpy's waits inside them."""
+    return torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal(size=3).tolist(), random.random()  # noqa: NPY002
+
+
+def test_recurrent_layers_keep_training_mode_without_dropout_where_gradients_are_taken() -> None:
+    """There is no cuDNN backward pass for them in evaluation mode; the outputs are the same, and all is put back."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"cell": nn.LSTM(4, 8, num_layers=2, dropout=0.9), "drop": nn.Dropout(0.5), "still": nn.Dropout().eval()}
+    )
+    cell = model["cell"]
+    assert isinstance(cell, nn.LSTM)
+    x = torch.rand(3, 2, 4)
+    modes = [part.training for part in model.modules()]
+    with differentiating(model):
+        assert (cell.training, cell.dropout, model["drop"].training) == (True, 0.0, False)
+        inside = cell(x)[0]
+    assert ([part.training for part in model.modules()], cell.dropout) == (modes, 0.9)
+    assert torch.allclose(inside, cell.eval()(x)[0], atol=1e-6)
+    with pytest.raises(ValueError, match="inside"), differentiating(model):
+        raise ValueError("inside")
+    assert cell.dropout == 0.9
+
+
+@pytest.mark.usefixtures("daemon_mode")
+@pytest.mark.parametrize("chosen", [{"ewc": {}}, {"mas": {}}, {"ewc": {"fisher": "sampled"}}, {"er": {}}], ids=str)
+def test_importances_of_recurrent_models_can_be_taken_on_a_gpu(
+    tmp_path: Path, chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every forward pass of which a gradient is taken has its recurrent layers in training mode, and copies are flattened."""
+    wrong: list[nn.Module] = []
+    flat: set[int] = set()
+    forward, flatten = nn.GRU.forward, nn.GRU.flatten_parameters
+
+    def seen(self: nn.GRU, *inputs: Tensor) -> Any:
+        if torch.is_grad_enabled() and any(param.requires_grad for param in self.parameters()):
+            wrong.extend([self] if not self.training or self.dropout else [])
+        if id(self) not in flat:
+            wrong.append(self)
+        return forward(self, *inputs)
+
+    def flattened(self: nn.GRU) -> None:
+        flat.add(id(self))
+        flatten(self)
+
+    monkeypatch.setattr(nn.GRU, "forward", seen)
+    monkeypatch.setattr(nn.GRU, "flatten_parameters", flattened)
+    run = Run(tmp_path, chosen, **RECURRENT)
+    run.through(2)
+    batch = run.batch(1)
+    run.learner.evaluate(batch.x, batch.y, 1)
+    run.learner.evaluate(batch.x, batch.y, 1, run.learner.initial)
+    assert wrong == []
+
+
+def test_draws_are_lent_and_given_back() -> None:
+    """Two learners of one seed draw the same from torch, numpy and random, whatever the process draws between."""
+    found = []
+    for process in (1, 2):
+        draws = LayerDraws(7, torch.device("cpu"))
+        with drawing_from(process):
+            before = draw()
+            with draws.taken():
+                first = draw()
+            with draws.taken(keep=False):
+                lost = draw()
+            with draws.taken():
+                assert draw() == lost
+            after = draw()
+        with drawing_from(process):
+            assert (draw(), draw()) == (before, after)
+        found.append((first, lost))
+    assert found[0] == found[1]
+
+
+def test_draws_go_on_where_they_were_saved() -> None:
+    """Through bytes, with the numbers that wait inside the generators; an earlier version's state has torch's alone."""
+    one, other, old = (LayerDraws(7, torch.device("cpu")) for _ in range(3))
+    with one.taken():
+        draw()
+    other.load_state_dict(state.through_bytes(one.state_dict()))
+    with one.taken():
+        expected = draw()
+    with other.taken():
+        assert draw() == expected
+    old.load_state_dict({"cpu": other.state_dict()["cpu"]})
+    with other.taken():
+        expected = draw()
+    with old.taken():
+        assert draw()[0] == expected[0]
+
+
+def test_a_model_that_draws_when_it_is_made_follows_the_seed() -> None:
+    """Weights drawn from numpy are a function of the seed, and the process goes on as if nothing had been drawn."""
+    made = []
+    for process in (1, 2):
+        with drawing_from(process):
+            with drawing_from(5):
+                made.append(awkward.make([12], 3, kind="odd"))
+            after = draw()
+        with drawing_from(process):
+            assert draw() == after
+    one, other = (model.state_dict() for model in made)
+    assert all(state.equal(value, other[name]) for name, value in one.items() if isinstance(value, Tensor))
