@@ -597,7 +597,7 @@ class Checkpoints(Section):
 
 
 class Divergence(Section):
-    """What is done when update after update is not finite: single ones are dropped, and nothing else happens."""
+    """What is done when update after update is not finite, or past tasks are lost at once; single updates are dropped."""
 
     after: Whole = Field(10, ge=1, description="batches in a row without one finite update")
     then: Literal["rollback", "stop", "skip"] = Field(
@@ -607,6 +607,12 @@ class Divergence(Section):
         0.5, gt=0, lt=1, description="rollback: what the learning rate is multiplied by, each time"
     )
     attempts: Whole = Field(3, ge=1, description="rollbacks in a row, after which the daemon stops")
+    drop: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="how far the mean accuracy on past tasks' probes may fall from one evaluation to the next; null: any",
+    )
 
 
 class Service(Section):

@@ -49,7 +49,7 @@ RECOVERED = 10  # times as many batches as make a divergence: after so many it i
 
 
 class Diverged(StreamlearnError):  # noqa: N818 - it says what training has done
-    """Update after update is not finite."""
+    """Update after update is not finite, or what past tasks taught is lost at once."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,23 @@ class Job:
         if self.dropped >= spec.after and spec.then != "skip":
             raise Diverged(f"no update of the last {self.dropped} batches was finite")
 
+    def note_drop(self, accuracies: Mapping[int, float]) -> None:
+        """Compare past tasks with the last evaluation; raises `Diverged` where their mean fell by more than it may."""
+        spec, known = self.config.divergence, self.matrix.now
+        past = [task for task in self.matrix.ended if task in known and task in accuracies]
+        if spec.drop is None or not past:
+            return
+        before, after = (sum(row[task] for task in past) / len(past) for row in (known, accuracies))
+        if before - after <= spec.drop:
+            return
+        batches = self.learner.batches - self._evaluated_batches
+        message = f"accuracy on past tasks fell from {before:.1%} to {after:.1%} within {batches} batches"
+        if spec.then == "skip":
+            log.warning("%s", message)
+            return
+        self.torn = True  # what was learned since must not be saved
+        raise Diverged(message)
+
     def roll_back(self, error: Diverged) -> Job:
         """Return a job that stands at the newest checkpoint and learns more slowly; raises `Diverged` where it may not.
 
@@ -160,12 +177,20 @@ class Job:
 
     # -- evaluation
 
-    def evaluation_due(self) -> bool:
-        """Tell whether what was learned has waited long enough to be evaluated, with less than a tenth of the time for it."""
+    def evaluation_due(self, *, idle: bool = False) -> bool:
+        """Tell whether what was learned has waited long enough to be evaluated, with less than a tenth of the time for it.
+
+        Where the loop is `idle` it need not wait: a short batch (`linger`) may be the last for long. Where a drop of
+        accuracy counts as divergence, nothing is saved by the clock before it was evaluated.
+        """
         spec = self.config.probes.every_seconds
-        if spec is None or self.learner.batches == self._evaluated_batches:
+        if self.learner.batches == self._evaluated_batches:
             return False
-        return time.monotonic() - self._evaluated_at >= max(spec, 10 * self._evaluation_seconds)
+        if self.config.divergence.drop is not None and self.checkpoint_due():
+            return True
+        if spec is None:
+            return False
+        return time.monotonic() - self._evaluated_at >= max(0.0 if idle else spec, 10 * self._evaluation_seconds)
 
     def evaluate(self, after: int | None = None, *, look: bool = False) -> None:
         """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix.
@@ -177,6 +202,7 @@ class Job:
         for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
             del results[task]  # the accuracy of a model that is not finite means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
+        self.note_drop({task: accuracy for task, (accuracy, _) in results.items()})
         if after is not None and self.learner.transfers and (probe := self.probes.of(after)) is not None:
             before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
@@ -192,6 +218,11 @@ class Job:
         self._evaluation_seconds = time.perf_counter() - begun
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
         self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.evaluated)
+
+    @property
+    def batches_since_evaluation(self) -> int | None:
+        """How many batches the weights are ahead of the figures of probes; None where there are none."""
+        return self.learner.batches - self._evaluated_batches if self.matrix.now else None
 
     def show_parts(self) -> None:
         """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
@@ -515,6 +546,7 @@ class Job:
             "evaluated": None
             if self.evaluated is None
             else datetime.fromtimestamp(self.evaluated, UTC).isoformat(timespec="seconds"),
+            "batches_since_evaluation": self.batches_since_evaluation,
             # it grows with the square of the tasks: above a bound only `/matrix` and `status --json` have it
             "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_SHOWN_TASKS else None,
             **self.matrix.figures(),
@@ -563,6 +595,7 @@ class Job:
             free = None
         metrics.gauges.set("state_dir_free_bytes", free)
         metrics.gauges.set("probe_interval_batches", self.config.probes.every)
+        metrics.gauges.set("probe_age_batches", self.batches_since_evaluation)
         metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
         device = self.learner.world.device

@@ -40,7 +40,7 @@ def run(job: Job, stream: Stream, control: Control) -> None:
         elif (delivery := stream.next(POLL_SECONDS)) is not None:
             turn(job, stream, delivery)
         job.collect(stream)
-        if job.evaluation_due():
+        if job.evaluation_due(idle=delivery is None):
             job.evaluate(look=True)
         if job.checkpoint_due():
             job.save(stream, "interval")

@@ -97,6 +97,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("task",),
     ),
     "probe_samples": ("Samples in the task's probe at the last evaluation; it grows until the task ends.", ("task",)),
+    "probe_age_batches": (
+        "Batches learned since the last evaluation: above 0, the figures of probes are older than the weights.",
+        (),
+    ),
     "probe_interval_batches": (
         "Batches from one evaluation to the next; each task's end has one of its own, and a slow stream further ones.",
         (),

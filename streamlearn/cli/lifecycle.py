@@ -231,10 +231,12 @@ def figures(tree: dict[str, Any]) -> str:
     behind = f"; {held} offsets behind open transactions" if held else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
+    age = tree.get("batches_since_evaluation")
+    forward = percent(tree["forward_transfer"]) + (f" (measured {age} batches ago)" if age else "")
     audited = "".join(f"{line}\n" for line in audit(tree["topics"]))
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
-        f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {percent(tree['forward_transfer'])}\n"
+        f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {forward}\n"
         f"samples: {counts}; lag {lag}{behind}{waiting}\n{audited}checkpoint: {last}"
     )
 

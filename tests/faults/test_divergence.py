@@ -64,3 +64,24 @@ def test_it_may_go_on(tmp_path: Path) -> None:
     status = jobs.run_to_end(diverging(tmp_path, then="skip")).read_json("status.json")
     assert status["samples"]["skipped"] > 0
     assert jobs.accounted(status)
+
+
+def test_it_goes_back_when_past_tasks_are_lost_at_once(tmp_path: Path) -> None:
+    """What forgets by its nature goes back until its attempts are used up, and no checkpoint holds what was refused."""
+    config = jobs.write_config(
+        tmp_path,
+        strategy={"naive": {}},
+        learner={"updates_per_batch": 10, "average": None, "optimizer": {"lr": 0.01}},
+        divergence={"drop": 0.2, "slow_down": 0.9, "attempts": 2},
+        probes={"every": 1},
+        checkpoint={"every_batches": 1},
+    )
+    jobs.publish_embedded(tmp_path / "topics.sqlite", 300)
+    with jobs.Daemon(config) as daemon:
+        assert daemon.finish(120) == 1, daemon.tail()
+        log = daemon.log.read_text()
+    assert log.count(": back to ckpt-") == 2
+    assert "accuracy on past tasks fell from" in log
+    assert "after 2 rollbacks: lower learner.optimizer.lr, or see what the stream holds" in log
+    status = Store(daemon.state).all()[0].read_json("status.json")
+    assert status["tasks"][0]["probe"]["accuracy"] > 0.5

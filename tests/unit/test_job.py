@@ -14,7 +14,7 @@ import torch
 
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import figures
-from streamlearn.config import Config
+from streamlearn.config import Config, Divergence
 from streamlearn.daemon import Desk, learn
 from streamlearn.data import HeldOut, Position, Positions, StreamlearnError, Task
 from streamlearn.job import Diverged, Job
@@ -148,6 +148,59 @@ def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pyt
     assert not job.evaluation_due()
     monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 10)
     assert job.evaluation_due()
+
+
+def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
+    """A short batch may be the last for long, so its evaluation does not wait for `every_seconds`; its age is shown."""
+    job, stream = made(tmp_path)
+    assert not job.evaluation_due(idle=True)
+    job.learner.batches += 3
+    assert (job.evaluation_due(), job.evaluation_due(idle=True)) == (False, True)
+    job.matrix.now = {0: 0.5}
+    job.publish(stream)
+    status = job.status(None)
+    assert status["batches_since_evaluation"] == 3
+    assert "streamlearn_probe_age_batches 3.0" in job.metrics.expose("")[0].decode()
+    assert "(measured 3 batches ago)" in figures(status)
+    job.evaluate(look=True)
+    job.matrix.now = {0: 0.5}
+    job.publish(stream)
+    assert not job.evaluation_due(idle=True)
+    assert job.status(None)["batches_since_evaluation"] == 0
+    assert "batches ago" not in figures(job.status(None))
+    assert "streamlearn_probe_age_batches 0.0" in job.metrics.expose("")[0].decode()
+
+
+def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `drop` says so; the open task does not count, and nothing that was learned since may be saved."""
+    job, _ = made(tmp_path, divergence={"drop": 0.2})
+    job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "t2", "ended"), Task(2, "t3")]
+    found = {0: (0.9, 0.1), 1: (0.7, 0.1), 2: (0.9, 0.1)}
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: dict(found))
+    job.evaluate(after=0)
+    job.evaluate(after=1)
+    found.update({0: (0.75, 0.1), 1: (0.55, 0.1), 2: (0.1, 0.1)})  # each by 15 points, and the open one by 80
+    job.learner.batches += 1
+    job.evaluate(look=True)
+    found.update({0: (0.3, 0.1)})
+    job.learner.batches += 2
+    with pytest.raises(Diverged, match=r"past tasks fell from 65\.0% to 42\.5% within 2 batches"):
+        job.evaluate()
+    assert job.torn
+    for over in ({"drop": None}, {"drop": 0.2, "then": "skip"}):
+        monkeypatch.setattr(job, "config", job.config.model_copy(update={"divergence": Divergence(**over)}))
+        job.evaluate(look=True)
+
+
+def test_what_is_saved_by_the_clock_was_evaluated_where_a_drop_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint to go back to must not hold what the next evaluation would have refused."""
+    for drop, due in ((0.2, True), (None, False)):
+        job, _ = made(tmp_path, divergence={"drop": drop})
+        job.learner.batches += 1
+        monkeypatch.setattr(job, "checkpoint_due", lambda: True)
+        assert job.evaluation_due() is due
 
 
 def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
