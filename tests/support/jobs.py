@@ -137,13 +137,19 @@ def publish_embedded(path: Path, per_task: int, **how: Any) -> None:
 class Daemon:
     """A `streamlearn run` process."""
 
-    def __init__(self, config: Path, state_dir: Path | None = None, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        config: Path,
+        state_dir: Path | None = None,
+        environment: Mapping[str, str] = {},
+        python: str = sys.executable,
+    ) -> None:
         self.config = config
         self.state = state_dir or Path(yaml.safe_load(config.read_text())["state_dir"])
         self.log = config.with_suffix(".log")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "streamlearn", "run", str(config)],
+                [python, "-m", "streamlearn", "run", str(config)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **environment},
