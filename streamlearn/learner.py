@@ -18,7 +18,7 @@ from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
-from streamlearn.models.modes import LayerDraws, differentiating, evaluating, flatten_recurrent
+from streamlearn.models.modes import LayerDraws, differentiating, evaluating, flatten_recurrent, is_sample_by_sample
 from streamlearn.models.trial import Trial
 from streamlearn.models.whole import RunningStatistics, load_module_state, module_state
 from streamlearn.optimizers import Optimizer
@@ -307,38 +307,55 @@ class Learner:
 
     # -- evaluation
 
-    @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, task: int, params: Sequence[Tensor] | None = None) -> tuple[float, float]:
         """Return accuracy and mean loss on samples of a task, with the averaged weights or the given parameters.
 
         A sample whose label does not compete in the task, or has no output (`y` is negative), is a wrong answer. It has no
         loss: the mean is of the others, and infinite where there are none.
         """
+        return self.evaluate_all([(x, y, task)], params)[0]
+
+    @torch.no_grad()
+    def evaluate_all(
+        self, probes: Sequence[tuple[Tensor, Tensor, int]], params: Sequence[Tensor] | None = None
+    ) -> list[tuple[float, float]]:
+        """Return accuracy and mean loss on each probe, `x [n, ...]`, `y [n]` and its task, as `evaluate` does.
+
+        Small probes go through the network together: so a thousand of them cost little more than their samples.
+        """
         network = self.averaged
         if params is not None:
             network = self._copy_network()
             copy_into(self._of(network), params)
-        hits = torch.zeros((), device=self.world.device)
-        total, counted = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
+        hits, total, counted = torch.zeros(3, len(probes), device=self.world.device)
+        room = EVALUATION_CHUNK if is_sample_by_sample(network.module) else 0
         with evaluating(network.module), self.layer_draws.taken(keep=False):
-            for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
-                tasks = torch.full((len(some_y),), task)
-                target = some_y.to(self.world.device)
-                seen = self.world.scale(some_x)
+            for places, x, y, task in _together(probes, room):
+                tasks, seen = task, self.world.scale(x)
+                place, target = places.to(self.world.device), y.to(self.world.device)
                 if self.encoder is not None and not bool((usable := finite_rows(seen)).all()):
                     # a sample without finite features counts as answered wrongly, and has no loss
-                    seen, target, tasks = seen[usable], target[usable], tasks[usable.cpu()]
+                    seen, target, tasks, place = seen[usable], target[usable], tasks[usable.cpu()], place[usable]
                     if not len(target):
                         continue
                 logits = network.forward(seen, tasks)
                 forbidden = self._forbidden(tasks).expand_as(logits)
                 masked = logits.masked_fill(forbidden, -torch.inf)
                 competes = (target >= 0) & ~forbidden.gather(1, target.clamp(min=0)[:, None])[:, 0]
-                hits += ((masked.argmax(1) == target) & competes).sum()
                 kept = torch.where(competes, target, IGNORED)
-                total += functional.cross_entropy(masked, kept, ignore_index=IGNORED, reduction="sum")
-                counted += competes.sum()
-        return float(hits) / len(y), float(total) / float(counted) if counted else math.inf
+                hits.index_add_(0, place, ((masked.argmax(1) == target) & competes).float())
+                counted.index_add_(0, place, competes.float())
+                if bool((places == places[0]).all()):
+                    total[places[0]] += functional.cross_entropy(masked, kept, ignore_index=IGNORED, reduction="sum")
+                else:
+                    losses = functional.cross_entropy(masked, kept, ignore_index=IGNORED, reduction="none")
+                    total.index_add_(0, place, losses)
+        return [
+            (right / len(y), loss / number if number else math.inf)
+            for (_, y, _), right, loss, number in zip(
+                probes, hits.tolist(), total.tolist(), counted.tolist(), strict=True
+            )
+        ]
 
     @property
     def transfers(self) -> bool:
@@ -585,6 +602,34 @@ class Learner:
             part.grow(self.params, size)
         self._masks = padded(self._masks, self._masks.new_zeros(len(self._masks), size))
         self.allowed = self._masks.expand(len(self.allowed), size)
+
+
+def _together(
+    probes: Sequence[tuple[Tensor, Tensor, int]], room: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Give the samples of probes in batches: the probe of each sample by its number, `x`, `y` and its task.
+
+    Probes that fit into `room` samples share a batch, whole; a larger one is cut, and has its batches for itself.
+    """
+    waiting: list[tuple[int, Tensor, Tensor, int]] = []
+
+    def joined() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sizes = torch.tensor([len(y) for _, _, y, _ in waiting])
+        numbers, tasks = torch.tensor([(number, task) for number, _, _, task in waiting]).T
+        x, y = (torch.cat([probe[place] for probe in waiting]) for place in (1, 2))  # type: ignore[misc]
+        return numbers.repeat_interleave(sizes), x, y, tasks.repeat_interleave(sizes)
+
+    for number, (x, y, task) in enumerate(probes):
+        for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+            if waiting and sum(len(probe[2]) for probe in waiting) + len(y) > room:
+                yield joined()
+                waiting.clear()
+            waiting.append((number, some_x, some_y, task))
+        if len(y) > room:
+            yield joined()
+            waiting.clear()
+    if waiting:
+        yield joined()
 
 
 def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ State = dict[str, Any]
 class Evaluates(Protocol):
     """What can be probed."""
 
-    def evaluate(self, x: Tensor, y: Tensor, task: int, params: Sequence[Tensor] | None = None) -> tuple[float, float]:
-        """Return accuracy and mean loss on samples of a task."""
+    def evaluate_all(self, probes: Sequence[tuple[Tensor, Tensor, int]]) -> list[tuple[float, float]]:
+        """Return accuracy and mean loss on each probe: its samples `x`, `y`, and its task."""
 
 
 class Probes:
@@ -92,12 +92,13 @@ class Probes:
 
     def evaluate(self, learner: Evaluates, minimum: int) -> dict[int, tuple[float, float]]:
         """Return accuracy and mean loss by task; an open probe counts from `minimum` samples on."""
-        results = {}
+        chosen = []
         for task, size in self.sizes.items():
             probe = self.of(task)
             if probe is not None and (task in self._sealed or size >= minimum):
-                results[task] = learner.evaluate(*probe, task)
-        return results
+                chosen.append((*probe, task))
+        results = learner.evaluate_all(chosen)
+        return {task: result for (*_, task), result in zip(chosen, results, strict=True)}
 
     def state_dict(self) -> State:
         """Return everything needed to go on bit-equal."""

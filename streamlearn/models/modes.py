@@ -30,6 +30,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def is_sample_by_sample(module: nn.Module) -> bool:
+    """Tell whether in evaluation mode no sample's output depends on the others of its batch.
+
+    A batch normalisation that keeps no running statistics takes those of the batch, in every mode.
+    """
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001 - torch has no other name for all of them
+    return all(part.running_mean is not None for part in norms)
+
+
 @contextmanager
 def differentiating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, but so that gradients can be taken of every part.

@@ -458,6 +458,27 @@ def test_a_gradient_that_is_not_finite_is_dropped(tmp_path: Path, chosen: dict[s
     assert all(np.isfinite(np.frombuffer(run.digest()[name], np.float32)).all() for name in moved if "penalty" in name)
 
 
+@every_recipe
+def test_probes_that_are_evaluated_together_give_what_each_gives_alone(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """Small probes of several tasks go through the network in one batch: the same answers, and the same loss but for rounding.
+
+    A large probe keeps its batches, and its bits.
+    """
+    run = Run(tmp_path, chosen)
+    run.through(2)
+    probes = []
+    for number, size in enumerate((3, 20, 1100, 1, 30)):
+        batch = run.batch(number, size)
+        task = number % 2
+        probes.append((batch.x, batch.y if task == 1 else (batch.y - 2).clamp(min=0), task))
+    together = run.learner.evaluate_all(probes)
+    alone = [run.learner.evaluate(*probe) for probe in probes]
+    assert [accuracy for accuracy, _ in together] == [accuracy for accuracy, _ in alone]
+    assert [loss for _, loss in together] == pytest.approx([loss for _, loss in alone], rel=1e-5)
+    assert together[2] == alone[2]
+    assert run.learner.evaluate_all([]) == []
+
+
 @pytest.mark.parametrize("chosen", [one for one in CHOICES if not FIXED_HEAD & set(one)], ids=identify)
 def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
     """With `grow_head` a new label past the outputs enlarges model, optimizer, average and parts, and resumes bit-equal."""

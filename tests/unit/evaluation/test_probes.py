@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
-from streamlearn import state
-from streamlearn.data import HeldOut
+from streamlearn import configfile, state
+from streamlearn.data import HeldOut, Labels, Task
 from streamlearn.evaluation.probes import Probes
+from streamlearn.learner import make_learner
+from streamlearn.scenario import Scenario
+from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 
 class Constant:
     """Evaluates everything to the number of samples that it sees."""
 
-    def evaluate(
-        self, x: torch.Tensor, y: torch.Tensor, task: int, params: Sequence[torch.Tensor] | None = None
-    ) -> tuple[float, float]:
-        del x, params, task
-        return float(len(y)), 0.0
+    def evaluate_all(self, probes: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> list[tuple[float, float]]:
+        return [(float(len(y)), 0.0) for _, y, _ in probes]
 
 
 def held(task: int, start: int, count: int) -> HeldOut:
@@ -66,3 +69,35 @@ def test_a_full_probe_is_a_uniform_sample_and_the_same_after_a_restart() -> None
     assert torch.equal(a[0], b[0])
     assert len(a[1]) == 50
     assert 120 < float(a[0].mean()) < 280
+
+
+def test_small_probes_share_the_passes_through_the_network(tmp_path: Path) -> None:
+    """A hundred probes of ten samples are two passes; where samples of a batch depend on each other, each is its own."""
+    path = tmp_path / "job.yaml"
+    tree = {
+        "device": "cpu",
+        "input": {"shape": [1, 2, 2]},
+        "classes": 2,
+        "stream": {"pattern": ".*"},
+        "strategy": "naive",
+    }
+    passes: list[int] = []
+    for model, expected in (("mixing", [10] * 100), ("plain", [510, 490])):
+        path.write_text(configfile.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
+        config = configfile.load(path, RECIPES, {})
+        learner = make_learner(config, Scenario.from_config(config))
+        learner.activate([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
+        learner.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+        passes.clear()
+        learner.evaluate_all([(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64), 0)] * 100)
+        assert passes == expected
+
+
+def plain(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Build a model whose samples do not know of each other."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_outputs))
+
+
+def mixing(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Build a model that normalises by its batch, in evaluation mode too."""
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), plain(input_shape, num_outputs))
