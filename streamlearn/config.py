@@ -369,6 +369,10 @@ class Stream(Section):
         "arrival",
         description="several partitions: as they arrive, or in an order that waits for the slowest and is repeatable",
     )
+    late: Literal["count", "dead_letter"] = Field(
+        "count",
+        description="a sample that comes after its task's end: count it, or send it to the dead-letter topic as well",
+    )
     linger: Seconds | None = Field(None, description="seconds after which a short batch is learned all the same")
     max_record_bytes: NumBytes = Field(
         16 << 20, description="bytes of a record's value at most; a larger record is rejected as oversize"

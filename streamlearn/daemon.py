@@ -402,7 +402,7 @@ def make_stream(job: Job) -> Stream:
     codec = Codec.from_config(config, job.progress.codec)
     rules = Rules(
         codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
-        spec.batch_size, spec.task_end.records,
+        spec.batch_size, spec.task_end.records, spec.late == "dead_letter",
     )  # fmt: skip
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
     refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0

@@ -36,9 +36,12 @@ CODEC_VERSION = 2
 REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
 """Why a sample can be rejected: a closed set, so that it can be a metric's label."""
 
+LETTER_REASONS = (*REASONS, "late")
+"""Why a sample can be in the dead-letter topic."""
+
 
 class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """A sample cannot be used; `reason` is one of `REASONS`."""
+    """A sample cannot be used; `reason` is one of `LETTER_REASONS`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

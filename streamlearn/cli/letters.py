@@ -225,10 +225,10 @@ def _warn_of_ended(state_dir: Path, topics: Collection[str]) -> None:
 
 
 def _matching(found: list[Letter], topic: str | None, reason: str | None) -> list[Letter]:
-    from streamlearn.data import REASONS
+    from streamlearn.data import LETTER_REASONS
 
-    if reason not in {None, *REASONS}:
-        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(REASONS)}", code=2)
+    if reason not in {None, *LETTER_REASONS}:
+        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(LETTER_REASONS)}", code=2)
     return [e for e in found if topic in {None, e.topic} and reason in {None, e.reason}]
 
 

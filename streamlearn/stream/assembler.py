@@ -51,6 +51,7 @@ class Rules:
     dead_letters: DeadLetters
     batch_size: int
     records: int | None = None  # end a task after so many samples
+    keep_late: bool = False  # send what comes after its task's end to the dead letters
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Assembler:
         self._ids: dict[str, str] = dict(progress.positions.topic_ids)
         self._partitions: tuple[int, ...] = ()
         self._told: set[str] = set()  # topics of which a rejected sample was logged
+        self._told_late: set[str] = set()  # topics of which a late sample was logged
         text = rules.codec.text
         self._vocabulary = Vocabulary(
             progress.vocabulary, text.vocabulary if text is not None else 0, progress.probe_words
@@ -134,6 +136,8 @@ class Assembler:
             raise _cut_otherwise(record, skip, chunk)
         learns = chunk is not None and record.offset >= expected.offset and not self._is_late(record)
         codes, outputs = self._sort(record, chunk, skip) if chunk is not None and learns else (None, None)
+        if chunk is not None and not learns and record.offset >= expected.offset:
+            self._tell_late(record, chunk, skip)
         # nothing above changes what was counted: a dead letter that cannot be sent leaves the record unread
         self._found.records[partition] += 1
         self._found.num_bytes[record.topic] += len(record.key or b"") + len(record.value or b"")
@@ -258,11 +262,25 @@ class Assembler:
         rejected = np.flatnonzero(codes == REJECTED).tolist()
         for index in rejected:
             self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index], self.topic_id(record.topic))
+        if skip + room < len(chunk):
+            self._tell_late(record, chunk, skip + room)
         if rejected and record.topic not in self._told:  # once: what comes after is counted
             self._told.add(record.topic)
             where = f"{record.topic}[{record.partition}] offset {record.offset}"
             log.warning("%s: a sample is rejected: %s; further ones are counted", where, chunk.bad[rejected[0]])
         return codes, outputs
+
+    def _tell_late(self, record: Record, chunk: Chunk, start: int) -> None:
+        """Log a task's first late sample, and send the late samples of a record to the dead letters where configured."""
+        if record.topic not in self._told_late:
+            self._told_late.add(record.topic)
+            where = f"{record.topic}[{record.partition}] offset {record.offset}"
+            text = "%s: a sample comes after the end of its task: late, and not learned; further ones are counted"
+            log.warning(text, where, extra={"task": record.topic})
+        if self.rules.keep_late:
+            late = Rejected("late", f"came after the end of task {record.topic}")
+            for index in range(start, len(chunk)):
+                self.rules.dead_letters.send(record, index, len(chunk), late, self.topic_id(record.topic))
 
     def _follow_burst(self, record: Record, chunk: Chunk, codes: np.ndarray, skip: int) -> None:
         assert self.task is not None

@@ -8,27 +8,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamlearn.data import Delivery, Progress, StreamlearnError, Task
+from streamlearn.data import Delivery, Position, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import TYPE_OF, Codec, encode
 from streamlearn.stream.deadletter import DeadLetters
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.log import CONTENT_TYPE, BrokerUnavailable, Record
 from streamlearn.stream.memory import MemoryStore
 
 BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
 
 
-def made(progress: Progress | None = None, *, max_record_bytes: int = 1 << 20, classes: Any = 10) -> Assembler:
+def made(
+    progress: Progress | None = None,
+    *,
+    max_record_bytes: int = 1 << 20,
+    classes: Any = 10,
+    store: MemoryStore | None = None,
+    **rules: Any,
+) -> Assembler:
     """Return an assembler that stands in task a, or where progress stands."""
-    store = MemoryStore()
-    letters = DeadLetters(store, "dlq")
+    letters = DeadLetters(store or MemoryStore(), "dlq")
     letters.prepare()
     codec = Codec([1], "float32", "json", max_record_bytes)
-    assembler = Assembler(
-        Rules(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6), progress or Progress()
-    )
+    chosen = Rules(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
+    assembler = Assembler(chosen, progress or Progress())
     if progress is None:
         assembler.begin(Task(0, "a"))
     return assembler
@@ -77,3 +82,47 @@ def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level("WARNING"):
         list(made(classes=[0, 1]).feed(Record("a", 0, 0, 0.0, None, encode("batch", x, ["1", "01", "2"]), BATCH)))
     assert "label '1' has no output; accepted: 0, 1; 1 is another label: a number" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["count", "dead_letter"])
+def test_a_late_sample_is_logged_once_and_kept_where_configured(
+    caplog: pytest.LogCaptureFixture, *, keep: bool
+) -> None:
+    """What comes after the task's end is counted late, also in the record that ends it; where configured it is a letter too."""
+    store = MemoryStore()
+    assembler = made(store=store, records=7, keep_late=keep)
+    with caplog.at_level("WARNING"):
+        found = [
+            delivery
+            for offset, count in enumerate((5, 4, 2))
+            for delivery in assembler.feed(batch_record(count, offset))
+        ]
+        last = assembler.flush()
+    assert last is not None
+    progress = applied([*found, last])
+    assert (progress.of("a")["trained"], progress.of("a")["late"], progress.unaccounted()) == (7, 4, {})
+    assert progress.of("a")["rejected"] == 0
+    told = [record.message for record in caplog.records if "late" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("a[0] offset 1: a sample comes after the end of its task")
+    letters = store.records["dlq", 0]
+    assert [letter.key for letter in letters] == ([b"a-0-1-2", b"a-0-1-3", b"a-0-2-0", b"a-0-2-1"] if keep else [])
+    assert {letter.header("streamlearn.errors.reason") for letter in letters} == ({b"late"} if keep else set())
+
+
+def test_a_late_letter_that_cannot_be_sent_leaves_its_record_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is counted, so the record is read again."""
+    store = MemoryStore()
+    assembler = made(store=store, records=2, keep_late=True)
+    list(assembler.feed(batch_record(2)))
+
+    def full(*_: object, **__: object) -> None:
+        raise StreamlearnError("the disk is full", code=74)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "append", full)
+        with pytest.raises(BrokerUnavailable, match="the disk is full"):
+            list(assembler.feed(batch_record(3, 1)))
+    assert (assembler.flush(), assembler.scanned(("a", 0))) == (None, Position(1))
+    list(assembler.feed(batch_record(3, 1)))
+    assert len(store.records["dlq", 0]) == 3
