@@ -17,7 +17,9 @@ from torch.optim.sgd import sgd
 from streamlearn.tensors import clones, padded, zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+BETAS = (0.9, 0.999)
 
 
 class Optimizer:
@@ -34,6 +36,7 @@ class Optimizer:
         kept = {"sgd": ["momentum"] if momentum else []}.get(name, ["mean", "square"])
         self.moments = {moment: zeros(self.params) for moment in kept}
         self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
+        self.missed: dict[int, Tensor] = {}  # of a grown parameter, by its place: the steps before each entry was there
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor], finite: Tensor, still: Mapping[int, Tensor] = MappingProxyType({})) -> None:
@@ -68,6 +71,7 @@ class Optimizer:
                 maximize=False,
             )
             return
+        before = {place: self.params[place].clone() for place in self.missed}
         adam(
             self.params,
             list(grads),
@@ -80,13 +84,27 @@ class Optimizer:
             found_inf=found_inf,
             decoupled_weight_decay=self.name == "adamw",
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
             lr=self.lr,
             weight_decay=self.weight_decay,
             eps=1e-8,
             maximize=False,
         )
+        for place, old in before.items():
+            self._correct(place, old)
+
+    def _correct(self, place: int, old: Tensor) -> None:
+        """Correct the step of a grown parameter as if each entry had a step count of its own (Kingma & Ba 2015, section 3).
+
+        The kernel corrects the bias of the moments with one count for the whole parameter. A new entry, whose moments
+        begin at zero, would take up to three times the step of a new parameter.
+        """
+        param, count = self.params[place], self.steps[place].clamp(min=1)
+        own = (count - self.missed[place]).clamp(min=1)
+        mean, square = ((1 - beta**count) / (1 - beta**own) for beta in BETAS)
+        # entries that were always there have the factor 1 and keep their bits
+        param.copy_(torch.lerp(old, param, mean / square.sqrt()))
 
     def follow(self, params: Sequence[Tensor], places: Sequence[int | None] | None = None) -> None:
         """Go on with other parameters; `places` says which old one each was, None for a new one; default: the same.
@@ -95,6 +113,8 @@ class Optimizer:
         """
         self.params = list(params)
         places = range(len(self.params)) if places is None else places
+        if self.steps:
+            self.missed = dict(self._missed_steps(places))
         self.moments = {
             moment: [
                 torch.zeros_like(param) if place is None else padded(values[place], param)
@@ -106,15 +126,28 @@ class Optimizer:
             none = self.params[0].new_zeros(())
             self.steps = [none.clone() if place is None else self.steps[place] for place in places]
 
+    def _missed_steps(self, places: Sequence[int | None]) -> Iterator[tuple[int, Tensor]]:
+        """Return, for each parameter that has ever grown, the steps taken before each of its entries was there."""
+        for now, (place, param) in enumerate(zip(places, self.params, strict=True)):
+            if place is None:
+                continue
+            shape = self.moments["mean"][place].shape
+            if place in self.missed or shape != param.shape:
+                known = self.missed.get(place, param.new_zeros(shape))
+                yield now, padded(known, self.steps[place].expand(param.shape), copy_rest=True)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit-equal."""
         named = {"steps": self.steps, **self.moments}
-        return {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
+        state = {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
+        return {**state, "missed": {str(n): value for n, value in self.missed.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, for the same parameters."""
         device = self.params[0].device
         self.steps = clones([state["steps"][str(n)].to(device) for n in range(len(state["steps"]))])
+        missed = state.get("missed", {})  # older checkpoints have none
+        self.missed = {int(n): value.to(device, copy=True) for n, value in missed.items()}
         for name in self.moments.keys() & state.keys():
             # in the parameter's own layout: fused kernels go through memory, and files are contiguous
             self.moments[name] = [

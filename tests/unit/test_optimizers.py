@@ -53,3 +53,38 @@ def test_a_broken_step_changes_nothing(name: str, kind: Any, options: dict[str, 
     assert all(torch.equal(a, b) for a, b in zip(before[0], params, strict=True))
     after = optimizer.state_dict()
     assert all(torch.equal(value, after[key][n]) for key, group in before[1].items() for n, value in group.items())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_new_entries_step_as_a_new_parameter_does(name: str) -> None:
+    """Rows that are added after many steps take the steps of a parameter that begins then; old rows keep their bits."""
+    generator = torch.Generator().manual_seed(0)
+    grown, unchanged, fresh = torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 3)
+    optimizer, reference, beginner = (Optimizer([param], name, 0.01) for param in (grown, unchanged, fresh))
+    for _ in range(500):
+        grad = torch.randn(2, 3, generator=generator)
+        optimizer.step([grad], FINE)
+        reference.step([grad], FINE)
+    larger = torch.cat([grown, torch.ones(1, 3)])
+    optimizer.follow([larger])
+    again = Optimizer([larger.clone()], name, 0.01)
+    again.load_state_dict(optimizer.state_dict())
+    optimizer.step([torch.full((3, 3), torch.nan)], BROKEN)
+    for _ in range(20):
+        grad = torch.randn(3, 3, generator=generator)
+        for one, part in ((optimizer, grad), (again, grad), (reference, grad[:2]), (beginner, grad[2:])):
+            one.step([part.clone()], FINE)
+        assert torch.equal(larger[:2], unchanged)
+        torch.testing.assert_close(larger[2:], fresh)
+    assert torch.equal(again.params[0], larger), "a restart forgets when the entries were added"
+
+
+def test_what_has_grown_is_followed_to_its_new_place() -> None:
+    """Parameters that come or go do not mix up the step counts of the entries."""
+    small, other = torch.ones(2), torch.ones(4)
+    optimizer = Optimizer([small, other], "adam", 0.01)
+    for _ in range(5):
+        optimizer.step([torch.ones(2), torch.ones(4)], FINE)
+    optimizer.follow([torch.ones(3), other], [0, 1])
+    optimizer.follow([other, torch.ones(2, 2), torch.ones(4)], [1, None, 0])
+    assert {place: value.tolist() for place, value in optimizer.missed.items()} == {2: [0.0, 0.0, 5.0, 5.0]}
