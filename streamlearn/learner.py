@@ -669,7 +669,8 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     if ":" in spec["name"]:
 
         def sample(count: int) -> Tensor:
-            some = torch.randint(2, (count, *shape)) if world.names else torch.randn(count, *shape)
+            # from 0 to 1: a model may take a number for a name, of which it knows few and none below 0
+            some = torch.randint(2, (count, *shape)) if world.names else torch.rand(count, *shape)
             return some.to(device, world.zeros(0).dtype)
 
         copies = config.learner.average is not None or (scenario.kind != "class" and strategy.network.transfers)
