@@ -341,8 +341,9 @@ class Job:
         before = self.store.corrupt
         checkpoint = self.store.newest_sound()
         self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
+        self.metrics.forget_training()
         if checkpoint is None:
-            self._count_from_here()
+            self._show_restored()
             return False
         try:
             self._load(checkpoint)
@@ -353,15 +354,13 @@ class Job:
                 raise
             # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
-        self._count_from_here()
-        self.show_parts()
         self._follow(checkpoint)
         self._parent = checkpoint.id
         self.metrics.gauges.set("checkpoints_kept", self.store.count())
         self.restored, self._restored_batches = checkpoint, self.learner.batches
         self.evaluated = self._recorded = checkpoint.manifest.get("evaluated")  # unknown of an earlier version
-        self._evaluated_batches = self.matrix.history[-1][0] if self.matrix.history else 0
-        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
+        self._evaluated_batches = self.matrix.batches
+        self._show_restored()
         here = environment(self.config)
         if (there := checkpoint.manifest["environment"]) != here:
             changed = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
@@ -369,13 +368,15 @@ class Job:
         log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
 
-    def _count_from_here(self) -> None:
-        """Let the counters of this process begin where the learner's own totals stand."""
+    def _show_restored(self) -> None:
+        """Show what the state says, and let the counters of this process begin where the learner's own totals stand."""
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
             self.metrics.start_from(key, int(sizes.get(key, 0)))
         for key, total in counts.items():
             self.metrics.start_from(key, total)
+        self.show_parts()
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """Take over the state that a checkpoint holds."""

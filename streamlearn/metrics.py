@@ -130,7 +130,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "worst_case_accuracy_ratio": ("WC-ACC: accuracy on the newest of k tasks / k + (1 - 1/k) * min-ACC.", ()),
     "checkpoint_last_success_timestamp_seconds": ("Unix time of the last durable checkpoint.", ()),
     "checkpoint_last_size_bytes": ("Bytes of the last durable checkpoint, linked files included.", ()),
-    "checkpoints_kept": ("Durable checkpoints on disk.", ()),
+    "checkpoints_kept": ("Durable checkpoints on disk, after the last save.", ()),
     "checkpoint_records_since": ("Offsets applied since the last durable checkpoint.", ()),
     "state_dir_free_bytes": ("Free bytes on the file system of the state directory.", ()),
     "device_memory_allocated_bytes": ("Bytes of tensors on the device.", ("device",)),
@@ -294,6 +294,13 @@ class Metrics:
         self.gauges.set("start_timestamp_seconds", started)
         self.count("restarts", 1, cause)
 
+    def forget_training(self) -> None:
+        """Show nothing of what was learned from here on: it is not in the state that is restored now."""
+        self._smoothed.clear()
+        for name in ("train_loss", "train_prequential_accuracy_ratio", "train_gradient_norm"):
+            self.gauges.replace(name, {})
+        self.gauges.set("importance_last_update_timestamp_seconds", None)
+
     def know(self, topics: Iterable[str]) -> None:
         """Let the counters of topics exist at 0, so that a scrape can see their first increase."""
         for topic in set(topics) - self._declared:
@@ -367,8 +374,7 @@ class Metrics:
         self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
         for name, value in matrix.figures().items():
             self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
-        if matrix.now:
-            self.gauges.set("probe_last_success_timestamp_seconds", evaluated)
+        self.gauges.set("probe_last_success_timestamp_seconds", evaluated if matrix.now else None)
 
     def record_stream(
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int

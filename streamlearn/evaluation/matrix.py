@@ -93,6 +93,11 @@ class AccuracyMatrix:
         """Evaluations in order: batches, samples trained, accuracy by task (float32)."""
         return [(batches, trained, _unpacked(row)) for batches, trained, row in self._history]
 
+    @property
+    def batches(self) -> int:
+        """How many batches had been learned at the newest evaluation that is part of the state."""
+        return self._history[-1][0] if self._history else 0
+
     def row(self, task: int) -> dict[int, float]:
         """Return the row after a task's end: accuracy by task."""
         return {j: self._exact(j, value) for j, value in _unpacked(self.rows[task]).items()}

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import figures
 from streamlearn.config import Config, Divergence
 from streamlearn.daemon import Desk, learn
-from streamlearn.data import HeldOut, Position, Positions, StreamlearnError, Task
+from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
+from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.job import Diverged, Job
+from streamlearn.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
@@ -201,6 +204,37 @@ def test_what_is_saved_by_the_clock_was_evaluated_where_a_drop_counts(
         job.learner.batches += 1
         monkeypatch.setattr(job, "checkpoint_due", lambda: True)
         assert job.evaluation_due() is due
+
+
+def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
+    """The loop evaluates what a batch taught, though no further one comes, and the state is as if it had not."""
+    job, _ = made(tmp_path, probes={"every": 1000, "every_seconds": 0.1, "minimum": 1})
+    job.progress.positions = Positions()
+    store = MemoryStore()
+    store.create_topic("a", 1)
+    for number in range(20):
+        store.append("a", 0, json.dumps({"x": [number], "y": number % 2}).encode())
+    letters = DeadLetters(store, "dlq")
+    rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5)
+    stream = Stream(MemoryLog(store), Assembler(rules, Progress()), job.config.stream, letters, "group")
+
+    class Idle:
+        stopping = paused = False
+
+        def __init__(self) -> None:
+            self.deadline = time.monotonic() + 60
+
+        def serve(self, *_: object, idle: bool) -> None:
+            self.stopping = bool(job.matrix.now) and idle
+            assert time.monotonic() < self.deadline
+
+        def wait(self, seconds: float) -> None: ...
+
+    stream.start()
+    loop.run(job, stream, Idle())
+    stream.stop()
+    assert job.learner.batches > 0
+    assert job.matrix.state_dict() == AccuracyMatrix().state_dict()
 
 
 def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,3 +428,30 @@ def test_the_status_costs_what_there_are_tasks(tmp_path: Path) -> None:
     desk.publish(job, stream)
     assert desk.matrix() == job.matrix.matrix()
     assert [len(row) - row.count(None) for row in desk.matrix()] == list(range(1, 241))
+
+
+def test_what_is_rolled_back_is_shown_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of what is not in the state any more are gone: of a loss, of an evaluation, of importances."""
+    job, _ = made(tmp_path)
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.5, 0.1)})
+    job.progress.tasks.append(Task(0, "a"))
+    job.evaluate()
+    batch = Batch(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))
+    job.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 1e9, 0.5, 1e9), "a", 0.0)
+    job.metrics.gauges.set("importance_last_update_timestamp_seconds", 1.0)
+    gone = (
+        "train_loss",
+        "train_gradient_norm",
+        "train_prequential",
+        "probe_accuracy",
+        "probe_last",
+        "average_acc",
+        "importance_last",
+    )
+    shown = job.metrics.expose("")[0].decode()
+    assert [name for name in gone if f"\nstreamlearn_{name}" not in shown] == []
+    again = job.roll_back(Diverged("no"))
+    shown = again.metrics.expose("")[0].decode()
+    assert [name for name in gone if f"\nstreamlearn_{name}" in shown] == []
+    again.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 0.5, 0.5, 1.0), "a", 0.0)
+    assert 'streamlearn_train_loss{task="a"} 0.5' in again.metrics.expose("")[0].decode()
