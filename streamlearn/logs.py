@@ -10,6 +10,30 @@ from datetime import UTC, datetime
 FIELDS = ("command", "topic", "partition", "offset", "task", "step", "checkpoint", "trigger")
 
 
+def printable(text: str) -> str:
+    """Return text as one line that a terminal may show: line breaks and other control characters are escaped.
+
+    Labels, topics and messages come from outside. An escape sequence in one would change the reader's terminal, and a
+    line break would forge a line.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return text whose line breaks are meant, as a terminal may show it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people, and below it a traceback where there is one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
+        return printable(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 class JsonFormatter(logging.Formatter):
     """`{"ts": ..., "level": ..., "logger": ..., "msg": ..., ...}`."""
 
@@ -32,7 +56,7 @@ def set_up(level: str, style: str) -> None:
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -10,7 +10,7 @@ import typer
 
 from streamlearn import __version__
 from streamlearn.cli import checkpoints, data, letters, lifecycle, reports, settings, tasks
-from streamlearn.cli.common import JsonOption, explain, print_error, print_json
+from streamlearn.cli.common import JsonOption, explain, print_error, print_json, say
 
 app = typer.Typer(
     name="streamlearn",
@@ -25,7 +25,7 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and end, where asked."""
     if value:
-        typer.echo(f"streamlearn {__version__}")
+        say(f"streamlearn {__version__}")
         raise typer.Exit
 
 
@@ -54,7 +54,7 @@ def version_command(json_: JsonOption = False) -> None:
         print_json(versions)
     else:
         for name, number in versions.items():
-            typer.echo(f"{name} {number}")
+            say(f"{name} {number}")
 
 
 lifecycle.add_to(app)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from streamlearn.checkpoint import Broken, Store
-from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json
+from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json, say
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import is_locked, locked
@@ -31,7 +31,7 @@ def create(
     if json_:
         print_json(found)
     else:
-        typer.echo(found["id"])
+        say(found["id"])
 
 
 @app.command("list")
@@ -51,11 +51,11 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
     if json_:
         print_json(rows)
         return
-    typer.echo(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9} {'TAGS'}")
+    say(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9} {'TAGS'}")
     for row in rows:
         accuracy = percent(row["average_accuracy"])
         line = f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}"
-        typer.echo(f"{line} {', '.join(row['tags'])}".rstrip())
+        say(f"{line} {', '.join(row['tags'])}".rstrip())
 
 
 @app.command()
@@ -67,15 +67,15 @@ def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOptio
         print_json(tree)
         return
     for key in ("id", "parent", "created", "step", "batches", "version"):
-        typer.echo(f"{key:<10} {tree[key]}")
-    typer.echo(f"{'accuracy':<10} {percent(tree['average_accuracy'])}")
+        say(f"{key:<10} {tree[key]}")
+    say(f"{'accuracy':<10} {percent(tree['average_accuracy'])}")
     for tag in tree["tags"]:
-        typer.echo(f"{'tag':<10} {tag}")
+        say(f"{'tag':<10} {tag}")
     for topic, entry in tree["positions"]["topics"].items():
         for partition, position in entry["partitions"].items():
-            typer.echo(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
+            say(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
     for name, entry in tree["files"].items():
-        typer.echo(f"{'file':<10} {name} {entry['size']} bytes")
+        say(f"{'file':<10} {name} {entry['size']} bytes")
 
 
 @app.command()
@@ -94,7 +94,7 @@ def verify(
         try:
             checkpoint = store.find(name)
             checkpoint.verify()
-            typer.echo(f"{checkpoint.id}: sound")
+            say(f"{checkpoint.id}: sound")
         except Broken as error:
             broken += 1
             print_error(f"{name}: broken: {error}")
@@ -113,32 +113,32 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
         store = Store(directory)
         before = next(iter(store.all()), None)
         restored = store.restore(id_)
-    typer.echo(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
+    say(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
     if before is not None:
         old, new = (c.read_json("status.json")["positions"] for c in (before, restored))
         for topic, partitions in old.items():
             for partition, offset in partitions.items():
                 again = offset - new.get(topic, {}).get(partition, 0)
                 if again:
-                    typer.echo(f"{topic}[{partition}]: {again} records will be learned again")
+                    say(f"{topic}[{partition}]: {again} records will be learned again")
 
 
 @app.command()
 def tag(id_: IdArgument, tag: TagArgument, state: StateOption = None) -> None:
     """Give a checkpoint a name: it is kept until it is removed or untagged, and every ID may be this name."""
-    typer.echo(f"{Store(find_state(state)).tag(id_, tag).id} has the tag {tag}")
+    say(f"{Store(find_state(state)).tag(id_, tag).id} has the tag {tag}")
 
 
 @app.command()
 def untag(tag: TagArgument, state: StateOption = None) -> None:
     """Take a name off its checkpoint; retention removes that one in its turn."""
-    typer.echo(f"{Store(find_state(state)).untag(tag)} no longer has the tag {tag}")
+    say(f"{Store(find_state(state)).untag(tag)} no longer has the tag {tag}")
 
 
 @app.command()
 def remove(id_: IdArgument, state: StateOption = None) -> None:
     """Remove a checkpoint, whatever tags it has; never the newest."""
-    typer.echo(f"{Store(find_state(state)).remove(id_).id} removed")
+    say(f"{Store(find_state(state)).remove(id_).id} removed")
 
 
 @app.command()
@@ -156,4 +156,4 @@ def prune(
         raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number, or all", code=2)
     ends: int | Literal["all"] = "all" if task_ends == "all" else int(task_ends)
     for checkpoint in Store(find_state(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
-        typer.echo(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")
+        say(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.logs import printable, printable_lines
 
 if TYPE_CHECKING:
     from streamlearn.config import Config
@@ -62,14 +63,19 @@ def explain(error: Exception) -> StreamlearnError:
     return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
 
 
+def say(line: object) -> None:
+    """Print a line on stdout, as a terminal may show it."""
+    typer.echo(printable(str(line)))
+
+
 def print_json(tree: Any, indent: int | None = 2) -> None:
     """Print one JSON object on stdout."""
     typer.echo(json.dumps(tree, indent=indent, allow_nan=False))
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr."""
-    sys.stderr.write(line + "\n")
+    """Print a line, or several, on stderr, as a terminal may show them."""
+    sys.stderr.write(printable_lines(line) + "\n")
 
 
 def percent(value: float | None) -> str:

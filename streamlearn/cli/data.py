@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from streamlearn.cli.common import JsonOption, StateOption, find_state, load_config, percent, print_error, print_json
+from streamlearn.cli.common import (
+    JsonOption,
+    StateOption,
+    find_state,
+    load_config,
+    percent,
+    print_error,
+    print_json,
+    say,
+)
 from streamlearn.data import TOPIC_NAME, StreamlearnError
-from streamlearn.logs import quiet_kafka
+from streamlearn.logs import printable, quiet_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,9 +75,9 @@ def topics(
     if json_:
         print_json(rows)
         return
-    typer.echo(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
+    say(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
     for name, partitions in rows.items():
-        typer.echo(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
+        say(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
     if loaded is not None and (missing := [name for name in loaded.stream.topics or () if name not in rows]):
         print_error(f"of stream.topics there {'is' if len(missing) == 1 else 'are'} not yet: {', '.join(missing)}")
 
@@ -163,9 +172,7 @@ def produce(
                     probe=probes[index] if probes else None,
                     progress=advance(name, len(chosen)),
                 )
-                typer.echo(
-                    f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else "")
-                )
+                say(f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else ""))
     finally:
         sink.close()
 
@@ -229,10 +236,10 @@ def predict(
         sure = [None if n in done.rejected else round(float(p), 6) for n, p in enumerate(done.probabilities)]
         print_json({**tree, "rejected": rejected, "predictions": done.labels, "probabilities": sure})
     elif samples.y:
-        typer.echo(f"accuracy {percent(tree['accuracy'])} on {len(done.labels) - len(rejected)} samples")
+        say(f"accuracy {percent(tree['accuracy'])} on {len(done.labels) - len(rejected)} samples")
     else:
         for label in done.labels:
-            typer.echo("" if label is None else label)
+            say("" if label is None else label)
     if rejected:
         first = rejected[0]
         why = f"{len(rejected)} of {len(done.labels)} samples are rejected, first sample {first['sample']} ({first['reason']})"
@@ -335,12 +342,13 @@ def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
         yield lambda _name, _total: lambda _done: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
 
         def bar(name: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(name, total=total)
+            task = bars.add_task(escape(printable(name)), total=total)
             return lambda done: bars.advance(task, done)
 
         yield bar

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, say
 from streamlearn.cli.lifecycle import STOPPED, read_status
 from streamlearn.data import StreamlearnError
-from streamlearn.logs import quiet_kafka
+from streamlearn.logs import printable, quiet_kafka
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -61,13 +61,13 @@ def list_(
         mark = "replayed  " if letter.replayed else ""
         message = printable(letter.message)
         when, why = _clock(letter.rejected, "seconds").removesuffix("+00:00"), printable(letter.reason)
-        typer.echo(f"{letter.key}  {when}  {why}  {mark}{message}")
+        say(f"{letter.key}  {when}  {why}  {mark}{message}")
     if not found.letters:
         print_error(f"no dead letters in topic {dead}")
     for (name, why), count in counts:
-        typer.echo(f"{name}: {count} {printable(why)}")
+        say(f"{name}: {count} {printable(why)}")
     if hidden:
-        typer.echo(f"{hidden} more were replayed (--all shows them)")
+        say(f"{hidden} more were replayed (--all shows them)")
     _report_skipped(found.skipped, dead)
 
 
@@ -101,17 +101,17 @@ def show(
         sys.stdout.buffer.write(content)
         return
     for name, shown in _tree(letter).items():
-        typer.echo(f"{name:<10} {printable(str(shown))}")
+        say(f"{name:<10} {printable(str(shown))}")
     for name, data in letters.original_headers(record):
-        typer.echo(f"{'header':<10} {printable(name)}: {_text(data)}")
+        say(f"{'header':<10} {printable(name)}: {_text(data)}")
     if (own := letters.original_key(record)) is not None:
-        typer.echo(f"{'record key':<10} {_text(own)}")
+        say(f"{'record key':<10} {_text(own)}")
     if carrier is None:
-        typer.echo(f"{'value':<10} gone: it was in letter {letter.carrier}")
+        say(f"{'value':<10} gone: it was in letter {letter.carrier}")
     elif carrier.value is None:
-        typer.echo(f"{'value':<10} none: a tombstone")
+        say(f"{'value':<10} none: a tombstone")
     else:
-        typer.echo(f"{'value':<10} {len(content)} bytes: {_text(content[:200])}")
+        say(f"{'value':<10} {len(content)} bytes: {_text(content[:200])}")
 
 
 @app.command()
@@ -149,7 +149,7 @@ def replay(
         if refused := len(matching) - len(chosen):
             print_error(f"{refused} letters were sent {max_attempts} times already (--max-attempts)")
         if not chosen:
-            typer.echo("nothing to send")
+            say("nothing to send")
             return
         partitions, unwritable = letters.targets(sink, dead, chosen, to)
         if not partitions:
@@ -172,11 +172,6 @@ def replay(
             if missing > sum(letter.topic in unwritable for letter in chosen):
                 whys.append("their bytes are gone, were cut, never were, or are not what the letter says")
             raise StreamlearnError(f"{missing} letters {how}: {'; '.join(whys[:3])}")
-
-
-def printable(text: str) -> str:
-    """Return text from outside as a terminal may show it."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _text(data: bytes) -> str:
@@ -235,9 +230,9 @@ def _matching(found: list[Letter], topic: str | None, reason: str | None) -> lis
 def _tell(how: str, chosen: list[Letter], to: str | None) -> None:
     counts = Counter(to or letter.topic for letter in chosen)
     for name, count in sorted(counts.items()):
-        typer.echo(f"{count} samples {how} to {name}")
+        say(f"{count} samples {how} to {name}")
     if not chosen:
-        typer.echo(f"0 samples {how}")
+        say(f"0 samples {how}")
 
 
 def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:

@@ -24,8 +24,10 @@ from streamlearn.cli.common import (
     megabytes,
     percent,
     print_json,
+    say,
 )
 from streamlearn.data import StreamlearnError, audit
+from streamlearn.logs import printable, printable_lines
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
 
@@ -102,7 +104,7 @@ def start(
         child.wait(ENDING_SECONDS)
         raise StreamlearnError(event["error"], code=event["code"])
     child.returncode = 0  # it is no longer ours to wait for
-    typer.echo(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
+    say(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
 
 
 def stop(
@@ -115,7 +117,7 @@ def stop(
     """Save a last checkpoint and end the daemon; returns when the state directory is free."""
     directory = find_state(state)
     if not is_locked(directory):
-        typer.echo("not running")
+        say("not running")
         return
     hints = read_hints(directory)
     try:
@@ -135,17 +137,17 @@ def stop(
         time.sleep(0.05)
     if not forced and not ended_well(directory):
         raise StreamlearnError("it ended, and not as it should: its log says why, and what was not saved", code=74)
-    typer.echo("stopped")
+    say("stopped")
 
 
 def pause(state: StateOption = None) -> None:
     """Stop learning, but stay: metrics, status and checkpoints go on. A restart does not keep it."""
-    typer.echo(Client(find_state(state), timeout=COMMAND_SECONDS).command("pause")["state"])
+    say(Client(find_state(state), timeout=COMMAND_SECONDS).command("pause")["state"])
 
 
 def resume(state: StateOption = None) -> None:
     """Go on learning."""
-    typer.echo(Client(find_state(state), timeout=COMMAND_SECONDS).command("resume")["state"])
+    say(Client(find_state(state), timeout=COMMAND_SECONDS).command("resume")["state"])
 
 
 def status(
@@ -199,18 +201,19 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
 
 def print_plain(tree: dict[str, Any]) -> None:
     """Print a status without decoration."""
-    typer.echo(headline(tree))
+    say(headline(tree))
     if tree.get("problem"):
-        typer.echo(f"problem: {tree['problem']}")
+        say(f"problem: {tree['problem']}")
     for task in tree.get("tasks", []):
         probe = task["probe"]
-        typer.echo(
+        say(
             f"{task['name']:<20} {task['state']:<9} samples {task['samples']['consumed']:>7}  "
             f"accuracy {percent(probe['accuracy']):>7}  best {percent(probe['best']):>7}  "
             f"forgetting {percent(probe['forgetting']):>7}"
         )
     if "samples" in tree:
-        typer.echo(figures(tree))
+        for line in figures(tree).split("\n"):
+            say(line)
 
 
 def headline(tree: dict[str, Any]) -> str:
@@ -226,14 +229,14 @@ def figures(tree: dict[str, Any]) -> str:
     lag = "-"
     if tree["lag"] is not None:
         lag = f"{sum(count for partitions in tree['lag'].values() for count in partitions.values())} records"
-    waiting = f"; waiting for topic {tree['waiting_for']}" if tree.get("waiting_for") is not None else ""
+    waiting = f"; waiting for topic {printable(tree['waiting_for'])}" if tree.get("waiting_for") is not None else ""
     held = sum(count for partitions in tree.get("held_back", {}).values() for count in partitions.values())
     behind = f"; {held} offsets behind open transactions" if held else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
     age = tree.get("batches_since_evaluation")
     forward = percent(tree["forward_transfer"]) + (f" (measured {age} batches ago)" if age else "")
-    audited = "".join(f"{line}\n" for line in audit(tree["topics"]))
+    audited = "".join(f"{printable(line)}\n" for line in audit(tree["topics"]))
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
         f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {forward}\n"
@@ -242,12 +245,16 @@ def figures(tree: dict[str, Any]) -> str:
 
 
 def render(tree: dict[str, Any]) -> Table:
-    """Return a status as a table for a terminal."""
+    """Return a status as a table for a terminal. What comes from outside is no markup."""
     from rich.table import Table
+    from rich.text import Text
+
+    def text(value: object, style: str = "") -> Text:
+        return Text(printable(str(value)), style)
 
     table = Table(
-        title=headline(tree),
-        caption=figures(tree) if "samples" in tree else None,
+        title=text(headline(tree)),
+        caption=Text(printable_lines(figures(tree))) if "samples" in tree else None,
         title_justify="left",
         caption_justify="left",
     )
@@ -257,12 +264,12 @@ def render(tree: dict[str, Any]) -> Table:
     for task in tree.get("tasks", []):
         probe = task["probe"]
         table.add_row(
-            task["name"], task["state"], str(task["samples"]["consumed"]), str(probe["size"]),
+            text(task["name"]), task["state"], str(task["samples"]["consumed"]), str(probe["size"]),
             percent(probe["accuracy"]), percent(probe["best"]), percent(probe["forgetting"]),
         )  # fmt: skip
     if tree.get("problem"):
         table.add_section()
-        table.add_row(f"[red]{tree['problem']}")
+        table.add_row(text(tree["problem"], "red"))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from streamlearn.cli.common import StateOption, find_state
+from streamlearn.cli.common import StateOption, find_state, say
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +32,7 @@ def report(
         return Curves.of(Store(directory).find(name, "status.json", "state.json"))
 
     page = write(output, [curves(find_state(state), checkpoint)], None if joint is None else curves(joint, "latest"))
-    typer.echo(str(page))
+    say(str(page))
 
 
 def demo(

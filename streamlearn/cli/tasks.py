@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from streamlearn.cli.common import JsonOption, StateOption, find_state, print_json
+from streamlearn.cli.common import JsonOption, StateOption, find_state, print_json, say
 from streamlearn.service.client import Client
 
 ANSWER_SECONDS = 610.0  # what was read of the task is learned first, and refined
@@ -27,4 +27,4 @@ def end(state: StateOption = None, json_: JsonOption = False) -> None:
     if json_:
         print_json(found)
     else:
-        typer.echo(f"task {found['task']} has ended")
+        say(f"task {found['task']} has ended")

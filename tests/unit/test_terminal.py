@@ -1,0 +1,79 @@
+"""Labels, topics and messages from outside on a terminal: neither markup nor escape sequences, and no forged lines."""
+
+from __future__ import annotations
+
+import ast
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rich.console import Console
+
+import streamlearn
+from streamlearn.cli.common import print_error, say
+from streamlearn.cli.lifecycle import print_plain, render
+from streamlearn.data import OUTCOMES
+from streamlearn.logs import TextFormatter
+from tests.unit.test_job import made
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HOSTILE = "[/x][red]\x1b]0;pwned\x07\x1b[2J\u202e\nforged: line"
+SHOWN = r"[/x][red]\x1b]0;pwned\x07\x1b[2J\u202e\nforged: line"
+CLI = Path(streamlearn.__file__).parent / "cli"
+
+
+def hostile(tmp_path: Path) -> dict[str, Any]:
+    """Return a status in which everything that comes from outside is hostile."""
+    job, _ = made(tmp_path)
+    counts = dict.fromkeys(("consumed", *OUTCOMES), 1)
+    probe = {"size": 1, "accuracy": 0.5, "best": 0.5, "forgetting": 0.0}
+    task = {"name": HOSTILE, "index": 0, "state": "active", "labels": [HOSTILE], "samples": counts, "probe": probe}
+    return {
+        **job.status(None),
+        "problem": HOSTILE,
+        "waiting_for": HOSTILE,
+        "tasks": [task],
+        "topics": {HOSTILE: {**counts, "queued": 0}},
+    }
+
+
+def drawn(tree: dict[str, Any]) -> None:
+    """Draw a status as on a terminal."""
+    file = io.StringIO()
+    Console(file=file, width=4000, force_terminal=True, color_system=None).print(render(tree))
+    print(file.getvalue())
+
+
+@pytest.mark.parametrize("show", [drawn, print_plain])
+def test_a_status_shows_what_came_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Callable[[dict[str, Any]], None]
+) -> None:
+    """A table and plain lines alike: `[/x]` is four letters, and an escape sequence is written out."""
+    show(hostile(tmp_path))
+    shown = capsys.readouterr().out
+    assert shown.count(SHOWN) >= 4
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    assert "\nforged" not in shown
+
+
+def test_lines_errors_and_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """What commands print goes one way, errors another, the log of a terminal a third; a message has the lines it means."""
+    say(HOSTILE)
+    print_error(f"streamlearn: a: {HOSTILE}")
+    captured = capsys.readouterr()
+    assert captured.out == f"{SHOWN}\n"
+    assert captured.err == f"streamlearn: a: {SHOWN}\n".replace(r"\n", "\n")
+    record = logging.LogRecord("a", logging.WARNING, "a", 1, "label %s", (HOSTILE,), None)
+    assert TextFormatter("%(message)s").format(record) == f"label {SHOWN}"
+
+
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
+def test_no_command_writes_text_by_itself(path: Path) -> None:
+    """All text of commands goes through `say`, `print_json` and `print_error`, which escape it."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    own = {"print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write"}
+    assert path.stem == "common" or not own & set(calls)
