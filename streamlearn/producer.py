@@ -139,8 +139,8 @@ def fitted(samples: Samples, config: Config, say: Callable[[str], None]) -> Samp
 
 def check(parts: Sequence[Samples], how: Publishing, config: Config) -> None:
     """Raise `StreamlearnError` (65) if a configuration's stream would reject some of these parts for their size or number."""
-    largest = config.stream.max_record_bytes
-    if how.codec == "batch" and (size := parts[0].x[0].nbytes) * how.per_record > largest:
+    first, largest = parts[0], config.stream.max_record_bytes
+    if how.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * how.per_record > largest:
         text = f"a batch record of {how.per_record} samples of {size} bytes is larger than stream.max_record_bytes"
         raise _misfit(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or raise that key")
     labels = {label for part in parts for label in part.y}

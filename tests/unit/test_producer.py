@@ -124,6 +124,8 @@ def test_too_many_labels_and_too_large_records_are_refused() -> None:
     with pytest.raises(StreamlearnError, match=r"100 samples of 16 bytes is larger than .* 1000; give --batch 12, or"):
         producer.check([three], how, configured(classes=3, stream=small))
     producer.check([three], producer.Publishing("json"), configured(classes=3, stream=small))
+    stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
+    producer.check([stories], how, configured())  # codec batch is refused when they are published
 
 
 def test_permutations_keep_the_values_and_rotations_the_image() -> None:
