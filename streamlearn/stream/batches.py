@@ -42,6 +42,7 @@ class Damaged(kafka_errors.CorruptRecordError):  # type: ignore[misc]  # the pac
 
     def __init__(self, why: str, batch: DefaultRecordBatch) -> None:
         super().__init__(why)
+        self.why = why
         self.begin = batch.base_offset
         self.end = batch.base_offset + max(0, batch.last_offset_delta) + 1
 
@@ -169,7 +170,8 @@ class Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
             except MemoryError:
                 raise
             except Exception as error:
-                raise Damaged(f"{codec} cannot unpack it: {error!s:.120}", self) from error
+                why = str(error) or type(error).__name__
+                raise Damaged(f"{codec} cannot unpack it: {why:.120}", self) from error
             else:
                 self._buffer, self._pos = bytearray(unpacked), 0
         self._decompressed = True
@@ -226,7 +228,7 @@ class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # no ty
         except Oversize:
             self._refuse("an old batch unpacks to more than the bound")
         except Exception as error:  # noqa: BLE001 - codecs and parsers of bytes from outside have errors of every kind
-            self._refuse(reason(error), error)
+            self._refuse(error.why if isinstance(error, Damaged) else reason(error), error)
 
     def _refuse(self, why: str, error: Exception | None = None) -> None:
         topic, partition = self.topic_partition

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import ssl
+import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,9 @@ REPEATED = re.compile(
 JITTER = random.Random()  # noqa: S311 - the client's: which broker to ask first, and how long to wait
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
 TLS_ALERT = 0x1503  # type of the record, and the first byte of its version
+PROBE_SECONDS = 3.0
+CORRELATION = 0x5354  # any number: a broker's answer repeats it
+ASK_VERSIONS = struct.pack(">ihhih", 10, 18, 0, CORRELATION, -1)  # ApiVersions, the first request of every client
 
 
 def _draw_apart() -> None:
@@ -170,6 +175,38 @@ def connected(kind: type, settings: Mapping[str, Any]) -> Any:
         raise _told(cause, settings) from error
 
 
+def _other_protocol(settings: Mapping[str, Any]) -> str | None:
+    """Return that a broker which hangs up on us speaks the other protocol, or None where none shows that it does."""
+    for server in settings["bootstrap_servers"]:
+        host, _, port = server.rpartition(":")
+        address = host.strip("[]"), int(port)
+        try:
+            if settings["security_protocol"].endswith("SSL"):
+                if _answers_plainly(address):
+                    return f"{server} speaks no TLS"
+            elif _answers_tls(address):
+                return f"{server} speaks TLS"
+        except OSError:  # it hangs up on this, too
+            continue
+    return None
+
+
+def _answers_plainly(address: tuple[str, int]) -> bool:
+    """Tell whether a broker answers Kafka's first request without TLS."""
+    with socket.create_connection(address, PROBE_SECONDS) as plain, plain.makefile("rb") as answers:
+        plain.sendall(ASK_VERSIONS)
+        answer = answers.read(8)  # its length, and the number of the request
+    return answer[4:] == struct.pack(">i", CORRELATION)
+
+
+def _answers_tls(address: tuple[str, int]) -> bool:
+    """Tell whether a broker answers a TLS greeting; whether we would trust it is not asked."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(address, PROBE_SECONDS) as plain, context.wrap_socket(plain):
+        return True
+
+
 def _told(cause: BaseException, settings: Mapping[str, Any]) -> StreamlearnError:
     """Return why there is no connection, for people."""
     if isinstance(cause, StreamlearnError):
@@ -183,5 +220,7 @@ def _told(cause: BaseException, settings: Mapping[str, Any]) -> StreamlearnError
     if is_refusal(cause):
         return StreamlearnError(f"{servers}: refused: {why}", code=77)
     if HUNG_UP.search(why):
+        if (other := _other_protocol(settings)) is not None:
+            return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but {other}", code=78)
         why += f"; does it speak {protocol} there (kafka.security_protocol)?"
     return BrokerUnavailable(f"{servers}: no broker answers ({why})")

@@ -233,7 +233,8 @@ class Stream:
                     self._turn()
                     since = time.monotonic()
             except BrokerUnavailable as error:
-                if self.status.connected or self.status.last_contact is None:
+                sound = self._was_sound(connected)
+                if self.status.last_contact is None or (self.status.connected and (sound or str(error) != last)):
                     log.warning("%s; waiting for it", error)
                 self.status.connected = False
                 self.status.ends = {}
@@ -241,7 +242,7 @@ class Stream:
                 limit = self.spec.startup_timeout
                 if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
                     raise
-                if self._was_sound(connected):
+                if sound:
                     backoff = 1.0
             except Unreadable as error:
                 if self._steps_over(error):
@@ -264,9 +265,12 @@ class Stream:
         is_current = place is None or task is None or place[0] == task.name
         if is_current and policy == "exit":
             raise StreamlearnError(str(error)) from error
-        if (is_current and policy == "stop") or place is None or place not in self._bounds or self._merge:
+        if (is_current and policy == "stop") or place is None or self._merge:
             return False  # what waits in a merge lies before the damage, and is not lost
-        target = min(error.end, self._bounds[place].end)
+        bounds = None
+        with contextlib.suppress(StreamlearnError):
+            bounds = self.source.bounds([place]).get(place)
+        target = min(error.end, bounds.end if bounds is not None else 0)  # a damaged batch may lie about its size
         lost = target - max(error.begin, position.offset if (position := self._position(place)) is not None else 0)
         if lost <= 0:
             return False
@@ -714,8 +718,8 @@ class Stream:
         idle = self.spec.task_end.idle
         if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
             return
-        ends = {p: bounds.end for p, bounds in self._bounds.items() if p[0] == task.name}
-        caught_up = all(self.source.position(p) >= end for p, end in ends.items())
+        places = self._places([task.name]) if task.name in self._topics else []
+        caught_up = all(p in self._bounds and self.source.position(p) >= self._bounds[p].end for p in places)
         if caught_up and time.monotonic() - self._last_record >= idle and not self._has_grown(task.name):
             self._drain()
             self._put(self.assembler.end("idle"))

@@ -64,6 +64,20 @@ def test_who_hangs_up_is_asked_about() -> None:
         thread.join()
 
 
+@pytest.mark.kafka
+@pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
+def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: Kafka, protocol: str) -> None:
+    """It hangs up on a TLS greeting without a word; that it answers without TLS shows what is wrong, and ends with 78."""
+    over: dict[str, Any] = {"bootstrap_servers": kafka.bootstrap_servers, "security_protocol": protocol}
+    if protocol == "SASL_SSL":
+        over["sasl"] = {"username": "a", "password": "b"}
+    [server] = kafka.bootstrap_servers
+    why = f"^{server}: kafka.security_protocol is {protocol}, but {server} speaks no TLS$"
+    with pytest.raises(StreamlearnError, match=why) as caught:
+        connection.connected(KafkaAdminClient, settings(**over))
+    assert caught.value.code == 78
+
+
 def test_files_of_keys_and_certificates_are_read_before_any_broker_is_asked(tmp_path: Path) -> None:
     """What is missing or makes no sense is told with its key and path."""
     certificate, other = make_authority(tmp_path / "a"), make_authority(tmp_path / "b")
