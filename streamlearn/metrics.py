@@ -36,7 +36,7 @@ STATES = ("starting", "restoring", "running", "paused", "draining")
 TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
 SOURCES = ("marker", "next_topic", "count", "idle")  # of a task's end
 CAUSES = ("first", "clean", "crash")  # of a start
-GAPS = ("retention",)  # why offsets are skipped
+GAPS = ("retention", "corrupt", "oversize")  # why offsets are skipped
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
 LOSS_SMOOTHING = 0.9
@@ -152,7 +152,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Samples of batches without a finite update, or without finite features.",
         ("reason",),
     ),
-    "records_skipped_offsets": ("Offsets never seen, because the log had lost them.", ("topic", "reason")),
+    "records_skipped_offsets": (
+        "Offsets never seen: the log had lost them (`retention`), or their batch was `corrupt` or `oversize`.",
+        ("topic", "reason"),
+    ),
     "train_steps": ("Optimizer steps applied.", ("task",)),
     "train_steps_skipped": ("Optimizer steps dropped.", ("reason",)),
     "train_gradient_clipped": ("Optimizer steps whose gradient was clipped.", ()),

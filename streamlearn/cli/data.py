@@ -69,7 +69,11 @@ def topics(
     finally:
         log.close()
     rows = {
-        name: {str(p): {"begin": bounds[name, p].begin, "end": bounds[name, p].end} for p in info.partitions}
+        name: {
+            str(p): {"begin": bounds[name, p].begin, "end": bounds[name, p].end}
+            for p in info.partitions
+            if (name, p) in bounds
+        }
         for name, info in sorted(infos.items())
     }
     if json_:

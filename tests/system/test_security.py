@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import yaml
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import Kafka
@@ -263,6 +264,35 @@ def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
         code, why = ended(daemon)
     assert (code, why.startswith(f"topic {job.topic}: no permission")) == (77, True), why
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
+
+
+def test_an_ended_topic_that_is_withdrawn_ends_nothing(job: Job) -> None:
+    """A retired topic may lose its permission: one warning, and the next one is learned on, after a restart too."""
+    later = f"{job.topic}2"
+    job.sink.create_topic(later, 1)
+    job.allow()
+    for operation in ("READ", "DESCRIBE"):
+        job.broker.allow(USER, "TOPIC", later, operation)
+    job.mark()
+    config = job.config()
+    tree = yaml.safe_load(config.read_text())
+    tree["stream"] |= {"topics": [job.topic, later], "on_finished": "wait", "linger": 0.1}
+    config.write_text(yaml.safe_dump(tree))
+
+    def learn(daemon: jobs.Daemon, trained: int) -> None:
+        job.sink.append(later, 0, b'{"x": [0.5, 0.5], "y": 1}')
+        job.sink.flush()
+        daemon.until(lambda status: status.get("samples", {}).get("trained") == trained, 60)
+
+    with jobs.Daemon(config, environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        learn(daemon, SAMPLES + 1)
+        job.broker.withdraw(USER, "TOPIC", job.topic, "READ")
+        daemon.until(lambda _: "no permission to read it (READ); it is not read for now" in daemon.tail(), 60)
+        learn(daemon, SAMPLES + 2)
+        assert daemon.stop() == 0
+    with jobs.Daemon(config, environment={PASSWORD_KEY: PASSWORD}) as daemon:
+        learn(daemon, SAMPLES + 3)
+        assert daemon.stop() == 0
 
 
 def refusal(log: KafkaLog, topic: str) -> str:
