@@ -101,7 +101,7 @@ class Job:
     saving: Saving | None = None  # the checkpoint that is being written
     waiting: Saving | None = None  # the one after it
     save_failed: float | None = None  # when a save last failed, monotonic
-    evaluated: float | None = None  # when the probes were last evaluated, Unix seconds
+    evaluated: float | None = None  # when an evaluation last gave a figure, Unix seconds
     _recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
     _evaluated_at: float = field(default_factory=time.monotonic)
     _evaluated_batches: int = 0
@@ -208,13 +208,15 @@ class Job:
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
             self.matrix.transfer[after] = (before, untrained)
         sizes = self.probes.sizes
-        self.evaluated, self._evaluated_at = time.time(), time.monotonic()
+        if results:  # else it gave no figure: the last one that did stays the last
+            self.evaluated = time.time()
+        self._evaluated_at = time.monotonic()
         self._evaluated_batches = self.learner.batches
         if look:
             self.matrix.look(results)
         else:
             self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
-            self._recorded = self.evaluated
+            self._recorded = self.evaluated if results else self._recorded
         self._evaluation_seconds = time.perf_counter() - begun
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
         self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.evaluated)

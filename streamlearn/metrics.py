@@ -377,7 +377,7 @@ class Metrics:
         self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
         for name, value in matrix.figures().items():
             self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
-        self.gauges.set("probe_last_success_timestamp_seconds", evaluated if matrix.now else None)
+        self.gauges.set("probe_last_success_timestamp_seconds", evaluated)
 
     def record_stream(
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int

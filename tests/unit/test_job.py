@@ -246,6 +246,10 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
     monkeypatch.setattr(time, "time", lambda: 2000.0)
     job.evaluate(look=True)
     assert evaluated(job) == ["2000.0"]
+    monkeypatch.setattr(time, "time", lambda: 3000.0)
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: {})
+    job.evaluate()
+    assert evaluated(job) == ["2000.0"]  # this one gave no figure
     monkeypatch.undo()
     job.save(stream, "manual")
     job.finish_saves(stream)
