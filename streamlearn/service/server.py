@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import socket
 import threading
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
+log = logging.getLogger(__name__)
+
+NO_SOCKETS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # of a file system that has none: SMB, exFAT, many FUSE mounts
 MAX_SOCKET_PATH = 107  # bytes, Linux
 TIMEOUT_SECONDS = 5  # for a whole request, and for an idle connection
 ANSWER_SECONDS = 10  # for a client to take its answer
@@ -30,8 +35,10 @@ BACKLOG = 16  # connections that wait to be accepted; asyncio accepts as many at
 def control_socket_path(state_dir: Path) -> Path:
     """Return where the control socket of a state directory lies: below it, or where its path would be too long, elsewhere."""
     path = state_dir.resolve() / "run" / "control.sock"
-    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
-        return path
+    return path if len(os.fsencode(path)) <= MAX_SOCKET_PATH else _socket_path_elsewhere(state_dir)
+
+
+def _socket_path_elsewhere(state_dir: Path) -> Path:
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - the directory below it is ours alone
     digest = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:16]
     return base / f"streamlearn-{os.getuid()}" / f"{digest}.sock"
@@ -44,20 +51,35 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
     """
     path = control_socket_path(state_dir)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.stat().st_uid != os.getuid() or path.parent.stat().st_mode & 0o022:
-            raise StreamlearnError(f"{path.parent}: must belong to you, and be writable by nobody else", code=77)
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(BACKLOG)  # from here on who connects waits, and is not refused
+        return _bind(path), path
     except OSError as error:
-        raise StreamlearnError.of_system(error, path) from error
-    return listener, path
+        elsewhere = _socket_path_elsewhere(state_dir)
+        if error.errno not in NO_SOCKETS or path == elsewhere:
+            raise StreamlearnError.of_system(error, path) from error
+        log.info("%s: no socket can lie there (%s); it lies at %s", path, error.strerror, elsewhere)
+    try:
+        return _bind(elsewhere), elsewhere
+    except OSError as error:
+        raise StreamlearnError.of_system(error, elsewhere) from error
+
+
+def _bind(path: Path) -> socket.socket:
+    """Return a socket bound to a path; raises `OSError`, and `StreamlearnError` (77) where the directory is another's."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.stat().st_uid != os.getuid() or path.parent.stat().st_mode & 0o022:
+        raise StreamlearnError(f"{path.parent}: must belong to you, and be writable by nobody else", code=77)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen(BACKLOG)  # from here on who connects waits, and is not refused
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:

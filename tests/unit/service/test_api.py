@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from streamlearn.data import StreamlearnError
 from streamlearn.service.api import MAX_BODY_BYTES, Backend, control
 from streamlearn.service.client import _UnixConnection
 from streamlearn.service.server import Server, bind_control
@@ -75,3 +78,25 @@ def test_a_body_that_is_too_long_is_refused_while_it_comes(path: Path) -> None:
         client.sendall(b"POST /v1/pause HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
         client.sendall(b"%x\r\n" % MAX_BODY_BYTES + b"x" * MAX_BODY_BYTES + b"\r\n1\r\nx\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_control_socket_lies_elsewhere_where_the_file_system_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without sockets it lies in the runtime directory; any other refusal is an error."""
+    bind, code = socket.socket.bind, errno.EPERM
+
+    def refuse(listener: socket.socket, address: str) -> None:
+        if address.startswith(str(tmp_path / "state")):
+            raise OSError(code, os.strerror(code))
+        bind(listener, address)
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    listener, path = bind_control(tmp_path / "state")
+    listener.close()
+    assert path.parent == tmp_path / f"streamlearn-{os.getuid()}"
+    assert path.stat().st_mode & 0o777 == 0o600
+    code = errno.ENOSPC
+    with pytest.raises(StreamlearnError, match="No space left"):
+        bind_control(tmp_path / "state")
