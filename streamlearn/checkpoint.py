@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 2: files of several members, and the accuracy matrix apart
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
@@ -511,7 +511,7 @@ def _parse(path: Path, *, named: bool = True) -> Checkpoint | None:
             return None
         names = manifest["files"]
         if (
-            manifest["format"] != FORMAT
+            manifest["format"] not in range(1, FORMAT + 1)
             or (named and manifest["id"] != path.name)
             or not all(FILE.fullmatch(name) for name in names)
         ):

@@ -245,7 +245,8 @@ class EpisodicMemory:
         return {"slots": slots, "drawn": self.drawn, "evicted": self.evicted, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: State) -> None:
-        self.slots = {int(name.split("-")[0]): dict(slot) for name, slot in state["slots"].items()}
+        slots = {int(name.split("-")[0]): dict(slot) for name, slot in state["slots"].items()}
+        self.slots = dict(sorted(slots.items()))  # as they were stored, or a draw would mean another sample
         self.drawn, self.evicted = state["drawn"], state["evicted"]
         self._generator.set_state(state["generator"])
         self._gather()

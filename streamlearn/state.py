@@ -2,14 +2,16 @@
 
 A state is a tree of dicts, by group: `{"model": {...}, "replay": {...}}`. The tensors of a group go to
 `<group>.safetensors`, their place in the tree joined by `/`; an `Immutable` part has a file of its own, named by its
-place, so that the next checkpoint can link it. The rest of the tree is JSON, and has every dict of the tree: so a name
-that holds a `/` is not taken for a place. What JSON cannot hold (a tuple, bytes, a number that is not finite) and tensors
-of other types than safetensors has become a dict with one key that begins with `$`.
+place, so that the next checkpoint can link it. Where a dict holds many of them, neighbours share files, see `_blocks`.
+The rest of the tree is JSON, and has every dict of the tree: so a name that holds a `/` is not taken for a place. What JSON
+cannot hold (a tuple, bytes, a number that is not finite) and tensors of other types than safetensors has become a dict with
+one key that begins with `$`.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import StreamlearnError, natural_key
 from streamlearn.memory import Immutable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 SUFFIX = ".safetensors"
 TAG = "$"
+BLOCK = "block-"
+BLOCK_BASE = 4
+BLOCK_BYTES = 64 << 20  # the largest file that is written anew for the sake of fewer files
 STORED = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -43,6 +48,17 @@ def pack(groups: Mapping[str, Tree]) -> tuple[dict[str, dict[str, Tensor]], Tree
     rest: Tree = {}
     for group, tree in groups.items():
         rest[group] = _strip(_plain(tree), group, "", files, immutable)
+    families: dict[str, list[str]] = {}
+    for name in immutable:
+        families.setdefault(name.removesuffix(SUFFIX).rpartition(".")[0], []).append(name)
+    for family, names in families.items():
+        names.sort(key=natural_key)
+        for members in _blocks(names, [sum(value.nbytes for value in files[name].values()) for name in names]):
+            if len(members) > 1:
+                block, tensors = _joined(family, members, files)
+                files[block] = tensors
+                immutable -= set(members)
+                immutable.add(block)
     return files, rest, immutable
 
 
@@ -55,7 +71,12 @@ def unpack(files: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tree]) 
             tree = groups[group]
             for key in place[:-1]:
                 tree = tree.setdefault(key, {})
-            tree[place[-1]] = Immutable(tensors)
+            if place[-1].startswith(BLOCK):
+                for key, tensor in tensors.items():
+                    member, _, inner = key.partition("/")
+                    tree.setdefault(member, Immutable())[inner] = tensor
+            else:
+                tree[place[-1]] = Immutable(tensors)
             continue
         for key, tensor in tensors.items():
             _insert(groups[group], key, tensor)
@@ -116,6 +137,36 @@ def from_bytes(name: str, content: bytes) -> dict[str, Tensor]:
         return load(content)
     except SafetensorError as error:
         raise StreamlearnError(f"{name}: not a safetensors file: {error}", code=74) from error
+
+
+def _blocks(names: Sequence[str], sizes: Sequence[int]) -> Iterator[Sequence[str]]:
+    """Give the members of each file, in order: n of them need about 3 log n files, and each is written log n times.
+
+    A file holds 1, 4, 16 ... members, and begins at a multiple of that: four full ones become one, as in a log-structured
+    store. What stands where depends on the members alone, so two runs of the same stream have the same files. Members only
+    come at the end, so most files stay as they are from one checkpoint to the next, and are linked.
+    """
+    start = 0
+    while start < len(names):
+        count = 1
+        while (
+            start % (more := count * BLOCK_BASE) == 0
+            and start + more <= len(names)
+            and sum(sizes[start : start + more]) <= BLOCK_BYTES
+        ):
+            count = more
+        yield names[start : start + count]
+        start += count
+
+
+def _joined(family: str, members: Sequence[str], files: dict[str, dict[str, Tensor]]) -> tuple[str, dict[str, Tensor]]:
+    """Take the files of members away; return the one in their place, named by what it holds."""
+    digest = hashlib.sha256("\n".join(members).encode()).hexdigest()[:16]
+    tensors = {}
+    for name in members:
+        member = name.removesuffix(SUFFIX).rpartition(".")[2]
+        tensors.update({f"{member}/{key}": value for key, value in files.pop(name).items()})
+    return f"{family}.{BLOCK}{digest}{SUFFIX}", tensors
 
 
 def _strip(tree: Mapping[str, Any], group: str, prefix: str, files: dict[str, Any], immutable: set[str]) -> Tree:

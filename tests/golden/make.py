@@ -57,6 +57,7 @@ def main() -> None:
             config = directory / "job.yaml"
             tree = settings(directory, name)
             tree["stream"]["on_finished"] = "wait"
+            tree["probes"] = {"every_seconds": None}  # what the clock has evaluated is shown, and is not state
             config.write_text(configfile.dump(tree))
             with jobs.Daemon(config) as daemon:
                 daemon.until(lambda status: status.get("samples", {}).get("trained", 0) >= 80)

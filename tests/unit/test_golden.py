@@ -14,6 +14,7 @@ from streamlearn import configfile, state
 from streamlearn.checkpoint import FORMAT, MANIFEST, Store
 from streamlearn.daemon import make_stream
 from streamlearn.data import Batch, StreamlearnError
+from streamlearn.evaluation.matrix import FILE
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
@@ -48,6 +49,7 @@ def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     job = restored(tmp_path, golden)
     assert job.checkpoint is not None
     files, _, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
+    files[FILE] = state.from_bytes(FILE, job.matrix.table())
     now_held = {f"{file}:{key}": tensor for file, content in files.items() for key, tensor in content.items()}
     saved = jobs.tensors(job.checkpoint)
     assert {name for name, tensor in saved.items() if not torch.equal(tensor, now_held[name])} == set()
