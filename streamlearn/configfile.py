@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from streamlearn.config import RecipeSchema
 
+MAX_ALIASED = 100_000  # values that aliases stand for
+MAX_SHOWN = 500  # letters of a value that an error shows
 ENV_PREFIX = "STREAMLEARN__"
 NEARLY = "STREAMLEARN_"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
@@ -109,8 +111,7 @@ def dump(tree: Mapping[str, Any]) -> str:
 def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tuple[str, ...], int], list[str]]:
     """Return the file's tree, None where there is none, the line of each key, and what is wrong with the text itself."""
     try:
-        node = yaml.compose(content, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(content)
+        node, tree = _values(content)
     except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is the second
         mark = getattr(error, "problem_mark", None)
         where = path if mark is None else f"{path}:{mark.line + 1}"
@@ -119,6 +120,39 @@ def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tupl
         return None, {}, [f"{path}: expected keys and values, got {type(tree).__name__}"]
     twice = [f"{path}:{line}: {'.'.join(key)}: is here twice; a key is accepted once" for key, line in _repeated(node)]
     return tree, _line_numbers(node), twice
+
+
+def _values(content: bytes | str) -> tuple[yaml.Node | None, Any]:
+    """Return a text's nodes and values; raises `yaml.YAMLError` or `ValueError`.
+
+    An alias stands for all that its anchor holds, so a few lines can stand for more values than memory has, and an alias
+    inside its own anchor for infinitely many. Both are refused before anything walks over them.
+    """
+    try:
+        node = yaml.compose(content, Loader=yaml.SafeLoader)
+        counted: dict[int, int | None] = {}
+        if node is not None and _count(node, counted) - len(counted) > MAX_ALIASED:
+            problem = f"its aliases stand for more than {MAX_ALIASED} values; write out what is meant"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node, yaml.safe_load(content)
+    except RecursionError:
+        raise yaml.YAMLError("lists and sections are nested too deeply") from None
+
+
+def _count(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Return the number of values that a node stands for, its aliases written out."""
+    if id(node) in counted:
+        if (known := counted[id(node)]) is None:
+            raise yaml.MarkedYAMLError(problem="an alias stands inside its own anchor", problem_mark=node.start_mark)
+        return known
+    counted[id(node)] = None  # as long as it is being counted
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    counted[id(node)] = total = 1 + sum(_count(child, counted) for child in children)
+    return total
 
 
 def _describe(
@@ -141,7 +175,10 @@ def _describe(
 
 
 def _show(key: Sequence[str], value: Any) -> str:
-    return REDACTED if _is_secret(key) else repr(value)
+    if _is_secret(key):
+        return REDACTED
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
 
 
 def _is_secret(key: Sequence[str]) -> bool:
@@ -172,7 +209,7 @@ def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tup
             node = node[part]
         places[*parents, last] = name
         try:  # a secret is text whatever it looks like
-            node[last] = text if "password" in last or "secret" in last else yaml.safe_load(text)
+            node[last] = text if "password" in last or "secret" in last else _values(text)[1]
         except (yaml.YAMLError, ValueError) as error:
             problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
     return places, problems

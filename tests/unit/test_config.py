@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"topics": ["a"]}}
+BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 12)
+)
 TWO = {**MINIMAL, "stream": {"topics": ["a", "b"]}}  # so that the first task ends
 
 
@@ -131,9 +134,14 @@ def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     [
         (b"name: \xff\xfe\n", "job.yaml: not YAML: unacceptable character #x00ff: invalid start byte"),
         (b"a: [1\nb: 2\n", "job.yaml:2: not YAML: expected ',' or ']', but got ':'"),
+        (BOMB, "job.yaml:1: not YAML: its aliases stand for more than 100000 values; write out what is meant"),
+        (b"a: &a [*a]\n", "job.yaml:1: not YAML: an alias stands inside its own anchor"),
+        (b"b: 1\na: &a {c: {<<: *a}}\n", "job.yaml:2: not YAML: an alias stands inside its own anchor"),
+        (b"a: " + b"[" * 5000, "job.yaml: not YAML: lists and sections are nested too deeply"),
         (b"a: 2020-13-45\n", "job.yaml: not YAML: month must be in 1..12"),
         (b"- a\n", "job.yaml: expected keys and values, got list"),
     ],
+    ids=lambda value: repr(value)[:30],
 )
 def test_a_file_that_is_not_yaml_is_one_line(tmp_path: Path, content: bytes, line: str) -> None:
     """The environment's errors are told with it."""
