@@ -22,6 +22,7 @@ from streamlearn import __version__, state
 from streamlearn.checkpoint import LockLost
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
 from streamlearn.evaluation import matrix
+from streamlearn.evaluation.coverage import concerns, probe_concerns
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learner import Learner, make_learner
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
-    from streamlearn.data import Partition, Task
+    from streamlearn.data import HeldOut, Partition, Task
     from streamlearn.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
@@ -102,6 +103,7 @@ class Job:
     waiting: Saving | None = None  # the one after it
     save_failed: float | None = None  # when a save last failed, monotonic
     evaluated: float | None = None  # when an evaluation last gave a figure, Unix seconds
+    _concerns: set[tuple[int, str]] = field(default_factory=set)  # that were logged, by task
     _recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
     _evaluated_at: float = field(default_factory=time.monotonic)
     _evaluated_batches: int = 0
@@ -225,6 +227,31 @@ class Job:
     def batches_since_evaluation(self) -> int | None:
         """How many batches the weights are ahead of the figures of probes; None where there are none."""
         return self.learner.batches - self._evaluated_batches if self.matrix.now else None
+
+    def take_held_out(self, task: Task | None, held_out: Sequence[HeldOut]) -> None:
+        """Offer a delivery's held-out samples to the probes."""
+        self.probes.follow(self.progress)
+        self.probes.collect(held_out)
+        if task is not None:
+            self.check_coverage(task)
+
+    def seal_probe(self, task: Task) -> None:
+        """Fix the probe of a task that has ended."""
+        self.probes.seal(task.index)
+        self.check_coverage(task)
+
+    def check_coverage(self, task: Task) -> None:
+        """Warn once of what a task and its probe cannot show: nothing trained, nothing measured, classes without a probe."""
+        found = list(concerns(task, self.config.holdout))
+        if task.state == "ended" and task.counts["trained"] and (probe := self.probes.of(task.index)) is not None:
+            outputs = [(self.scenario.output(label, task.name, self.progress.labels), label) for label in task.labels]
+            trained = {output: label for output, label in outputs if output is not None}
+            declared = self.scenario.kind == "domain"  # labels that may never come
+            found += probe_concerns(*probe, None if declared else trained, self.config.holdout)
+        for kind, text in found:
+            if (task.index, kind) not in self._concerns:
+                self._concerns.add((task.index, kind))
+                log.warning("task %s: %s", task.name, text, extra={"task": task.name})
 
     def show_parts(self) -> None:
         """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""

@@ -74,8 +74,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
 
     outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
     progress.apply(delivery, outcome, unusable)
-    job.probes.follow(progress)
-    job.probes.collect(delivery.found.held_out)
+    job.take_held_out(task, delivery.found.held_out)
     if task is not None and delivery.newest is not None:
         job.newest[task.name] = delivery.newest
     job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
@@ -96,7 +95,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     if delivery.consolidates and task is not None:
         learner.end_task()
         task.state = "ended"
-        job.probes.seal(task.index)
+        job.seal_probe(task)
         job.evaluate(after=task.index)
         job.show_parts()
         if learner.strategy.penalty.figures():

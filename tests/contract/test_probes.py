@@ -287,3 +287,20 @@ def test_probes_go_on_after_a_restart(tmp_path: Path) -> None:
     before = copy.deepcopy(again.matrix.now)
     again.evaluate()
     assert again.matrix.now == before
+
+
+def test_a_task_that_taught_or_measured_nothing_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning for each: no sample trained, no probe, a class without a probe, classes that only the probe has."""
+    samples = {"a": numbers(["p", "q"], 24, 0), "b": [], "c": numbers(["t"], 24, 2)}
+    held: Probes = {"a": numbers(["p"], 9, 3) + numbers(["never"], 2, 3), "b": numbers(["r"], 9, 4)}
+    with caplog.at_level("WARNING"):
+        learn(tmp_path, published(samples, held), strategy="naive")
+    told = [record.message for record in caplog.records if record.message.startswith("task ")]
+    begin = [
+        "task a: the probe has no sample of 1 trained classes ('q')",
+        "task a: 2 of 11 samples of the probe have a class that the task did not train",
+        "task b: nothing is trained: of 4 samples 4 held out, 0 rejected, 0 skipped",
+        "task c: nothing is measured: 24 samples are trained and none is held out",
+    ]
+    assert len(told) == len(begin)
+    assert all(line.startswith(start) for line, start in zip(told, begin, strict=True)), told
