@@ -110,7 +110,8 @@ def read(source: str, split: str = "train", how: Reading = Reading()) -> Samples
             message = (
                 f"{path}: the label of sample {index} is {label!r:.60}; expected an integer of 64 bits or a string"
             )
-            raise StreamlearnError(message, code=74)
+            hint = ": convert labels, as with y.astype(int)" if isinstance(label, (float, bool)) else ""
+            raise StreamlearnError(message + hint, code=74)
     return samples
 
 
@@ -377,7 +378,10 @@ def _arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (ValueError, EOFError, BadZipFile, TypeError) as error:
-        raise ValueError("not a .npz file of plain arrays") from error
+        hint = (
+            ": arrays of objects are not read; save strings as y.astype(str)" if "Object arrays" in str(error) else ""
+        )
+        raise ValueError(f"not a .npz file of plain arrays{hint}") from error
 
 
 def _numbers(values: Any) -> np.ndarray:
@@ -388,18 +392,37 @@ def _numbers(values: Any) -> np.ndarray:
     return array
 
 
-def _floats(rows: list[Any], *, exact: bool = False) -> np.ndarray:
+def _floats(path: Path, rows: list[Any], lines: list[int], *, exact: bool) -> np.ndarray:
     """Return rows as float32, or as they are (`exact`).
 
-    Raises ValueError where they are not numbers of one shape, or too large.
+    Raises `StreamlearnError` (74), naming the line, where they are not numbers of one shape, or too large.
     """
     try:
         with np.errstate(over="raise"):
             return _numbers(rows) if exact else _numbers(rows).astype(np.float32)
-    except FloatingPointError as error:
-        raise ValueError("x holds a number that is too large for float32") from error
-    except ValueError as error:
-        raise ValueError("x is not numbers of the same shape on every line") from error
+    except (FloatingPointError, ValueError) as error:
+        first = _shape(rows[0])
+        for row, line in zip(rows, lines, strict=True):
+            if (shape := _shape(row)) is None:
+                why = (
+                    f"x is {row!r:.60}; expected numbers, nested as [height][width] where there are several dimensions"
+                )
+            elif shape != first:
+                why = f"x has shape {list(shape)}, and line {lines[0]} has {list(first or ())}; expected one shape on all lines"
+            elif np.abs(np.asarray(row, float)).max(initial=0) > np.finfo(np.float32).max and not exact:
+                why = "x holds a number that is too large for float32"
+            else:
+                continue
+            raise StreamlearnError(f"{path}:{line}: {why}", code=74) from error
+        raise
+
+
+def _shape(row: Any) -> tuple[int, ...] | None:
+    """Return the shape of nested numbers, or None for anything else."""
+    try:
+        return _numbers(row).shape
+    except ValueError:
+        return None
 
 
 def _kind(path: Path) -> str:
@@ -410,6 +433,7 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False
     x: list[Any] = []
     y: list[Label] = []
     tasks: list[str] = []
+    lines: list[int] = []
     is_text = is_split = False
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -420,6 +444,7 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False
                 if tree.get("split", split) != split:
                     continue
                 x.append({"story": tree["story"], "question": tree["question"]} if is_text else tree["x"])
+                lines.append(number)
                 label = "answer" if is_text else "y"
                 if labelled or label in tree:
                     y.append(tree[label])
@@ -433,7 +458,7 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False
             raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
     if is_text:
         return Samples(_objects(x), y, tasks, is_split)
-    return Samples(_floats(x, exact=exact), y, tasks, is_split)
+    return Samples(_floats(path, x, lines, exact=exact), y, tasks, is_split)
 
 
 def _objects(texts: Sequence[Any]) -> np.ndarray:

@@ -221,13 +221,20 @@ CASES = [
     ),
     ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: column 2 is 'b'; expected a number"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
-    ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n', "not numbers of the same shape on every line"),
+    (
+        "a.jsonl",
+        b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n',
+        r"a\.jsonl:2: x has shape \[2\], and line 1 has \[1\]; expected one shape on all lines",
+    ),
+    ("a.jsonl", b'{"x": [1], "y": 1.0}\n', r"sample 0 is 1\.0; .*: convert labels, as with y\.astype\(int\)"),
     ("a.csv", b"a,b\nc,d\n1,2\n", r"a\.csv:2: column 1 is 'c'; expected a number"),
     ("a.csv", b"1,\xe9\n", r"a\.csv: not UTF-8"),
     ("a.csv", b"1e300,0\n", "too large for float32"),
-    ("a.jsonl", b'{"x": [1e300], "y": 0}\n', "too large for float32"),
-    ("a.jsonl", b'{"x": {"a": 1}, "y": 0}\n', "not numbers of the same shape on every line"),
-    ("a.jsonl", b'{"x": ["1"], "y": 0}\n', "not numbers of the same shape on every line"),
+    ("a.jsonl", b'{"x": [0], "y": 0}\n{"x": [-1e300], "y": 0}\n', r"a\.jsonl:2: x holds a number that is too large"),
+    ("a.jsonl", b'{"x": {"a": 1}, "y": 0}\n', r"a\.jsonl:1: x is \{'a': 1\}; expected numbers"),
+    ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": ["1"], "y": 0}\n', r"a\.jsonl:2: x is \['1'\]; expected numbers"),
+    ("a.jsonl", b'{"x": [1, null], "y": 0}\n', r"a\.jsonl:1: x is \[1, None\]; expected numbers"),
+    ("a.jsonl", b'{"x": [[1], [1, 2]], "y": 0}\n', r"a\.jsonl:1: x is \[\[1\], \[1, 2\]\]; expected numbers"),
     ("a.jsonl", b'{"x": [1], "y": 18446744073709551615}\n', "expected an integer of 64 bits"),
     ("a.jsonl", b"[]\n", r'a\.jsonl:1: .*; expected \{"x": \.\.\., "y": \.\.\.\}'),
     (
@@ -263,6 +270,13 @@ def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, 
     if "holds" in message:
         with pytest.raises(StreamlearnError, match=message):
             producer.unlabelled(tmp_path / "b.npz", "test")
+
+
+def test_objects_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Labels as pandas gives them are an array of objects, which a file may not hold."""
+    np.savez(tmp_path / "a.npz", x=np.ones((1, 2)), y=np.array(["a"], object))
+    with pytest.raises(StreamlearnError, match=r"plain arrays: .* save strings as y\.astype\(str\)$"):
+        producer.read(str(tmp_path / "a.npz"))
 
 
 def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
