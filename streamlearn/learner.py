@@ -82,6 +82,7 @@ class Learner:
         *,
         batch_size: int,
         encoder: Encoder | None = None,
+        own: bool = False,
         learns_alone: bool = True,
     ) -> None:
         self.strategy = strategy
@@ -115,7 +116,7 @@ class Learner:
         self._forget_masks()
         self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
-        self.layer_draws = LayerDraws(world.seed, world.device)
+        self.layer_draws = LayerDraws(world.seed, world.device, own=own)
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
 
@@ -665,8 +666,8 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     strategy = compose(config.strategy, world)
     if config.grow_head and registry.head_of(strategy.network.module) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
-    alone = True
-    if ":" in spec["name"]:
+    own, alone = ":" in spec["name"], True
+    if own:
 
         def sample(count: int) -> Tensor:
             # from 0 to 1: a model may take a number for a name, of which it knows few and none below 0
@@ -678,7 +679,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
         alone = Trial(spec["name"], build, sample, config.seed, through_bytes, equal).run(copies=copies)
     return Learner(
         strategy, config.learner, world, scenario,
-        batch_size=config.stream.batch_size, encoder=encoder, learns_alone=alone,
+        batch_size=config.stream.batch_size, encoder=encoder, own=own or encoder is not None, learns_alone=alone,
     )  # fmt: skip
 
 

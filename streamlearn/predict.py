@@ -6,6 +6,7 @@ validated, and of code only what the user names is imported.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -20,6 +21,7 @@ from streamlearn import config, state
 from streamlearn.data import Rejected, StreamlearnError, out_of_memory
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
+from streamlearn.models.modes import drawing_from
 from streamlearn.models.whole import load_module_state
 from streamlearn.strategies.parts import World
 from streamlearn.strategies.recipes import RECIPES, network_of
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from streamlearn.strategies.parts import Network
 
 CHUNK = 512
+NO_FEATURES = Rejected("nonfinite", "the encoder's features of x are not finite")
+NO_OUTPUTS = Rejected("nonfinite", "the model's outputs for x are not finite")
 
 Own = Callable[[str], tuple[str, Mapping[str, Any] | None] | None]
 """What the user says about `model` or `encoder`: the name of its function, and where a configuration says so, its options."""
@@ -87,7 +91,9 @@ class Description(_Lenient):
             return cls.model_validate(tree)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(
+                str(key) for key in first["loc"] if "[" not in str(key)
+            )  # names of validators have brackets
             raise StreamlearnError(f"{where}: makes no sense: {place}: {first['msg']!s:.200}", code=78) from error
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise StreamlearnError(f"{where}: makes no sense: {error!r:.200}", code=78) from error
@@ -224,25 +230,28 @@ class Model:
         accepted = [index for index in range(len(x)) if index not in rejected]
         found: list[Label | None] = [None] * len(x)
         probabilities = np.full(len(x), np.nan, np.float32)
-        for rows in (accepted[start : start + CHUNK] for start in range(0, len(accepted), CHUNK)):
-            seen = self.scale(torch.from_numpy(x[rows]))
-            usable = finite_rows(seen).tolist() if self.features else [True] * len(rows)
-            rejected |= {
-                row: Rejected("nonfinite", "the encoder's features of x are not finite")
-                for row, fine in zip(rows, usable, strict=True)
-                if not fine
-            }
-            kept = [row for row, fine in zip(rows, usable, strict=True) if fine]
-            if not kept:
-                continue
-            logits = self.network.forward(seen[torch.tensor(usable)], torch.full((len(kept),), place))
-            best = functional.softmax(logits.masked_fill(forbidden, -torch.inf), 1).max(1)
-            for row, index, probability in zip(kept, best.indices.tolist(), best.values.tolist(), strict=True):
-                if np.isfinite(probability):
-                    found[row], probabilities[row] = labels[index], probability
-                else:
-                    rejected[row] = Rejected("nonfinite", "the model's outputs for x are not finite")
+        with drawing_from(tree.seed):  # a model may draw when it answers, too
+            for rows in (accepted[start : start + CHUNK] for start in range(0, len(accepted), CHUNK)):
+                for row, answer in zip(rows, self._answers(x[rows], place, forbidden), strict=True):
+                    if isinstance(answer, Rejected):
+                        rejected[row] = answer
+                    else:
+                        found[row], probabilities[row] = labels[answer[0]], answer[1]
         return Predictions(found, probabilities, dict(sorted(rejected.items())))
+
+    def _answers(self, x: np.ndarray, task: int, forbidden: torch.Tensor) -> list[tuple[int, float] | Rejected]:
+        """Return each sample's most likely output and its probability, or why there is none."""
+        seen = self.scale(torch.from_numpy(x))
+        usable = finite_rows(seen) if self.features else torch.ones(len(x), dtype=torch.bool)
+        answers: list[tuple[int, float] | Rejected] = [NO_FEATURES] * len(x)
+        if not bool(usable.any()):
+            return answers
+        logits = self.network.forward(seen[usable], torch.full((int(usable.sum()),), task))
+        best = functional.softmax(logits.masked_fill(forbidden, -torch.inf), 1).max(1)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for row, pair in zip(usable.nonzero()[:, 0].tolist(), pairs, strict=True):
+            answers[row] = pair if math.isfinite(pair[1]) else NO_OUTPUTS
+        return answers
 
     def _numbers(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description.input

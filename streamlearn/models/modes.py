@@ -15,7 +15,7 @@ from streamlearn.tensors import seeded
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-NUMPY_SEEDS = 1 << 32  # numpy's global generator takes seeds below this number
+NUMPY_SEEDS = 1 << 32
 
 
 @contextmanager
@@ -69,35 +69,42 @@ def flatten_recurrent(module: nn.Module) -> None:
 def drawing_from(seed: int) -> Iterator[None]:
     """Seed the global generators of torch, `numpy.random` and `random` for a while; afterwards they go on as before."""
     with torch.random.fork_rng(devices=[]):
-        before = _others()
+        python, numpy = random.getstate(), _lend_numpy(np.random.MT19937())
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % NUMPY_SEEDS)  # noqa: NPY002 - the generator that a user's model may draw from
         try:
             yield
         finally:
-            _set_others(before)
+            random.setstate(python)
+            _lend_numpy(numpy)
 
 
 class LayerDraws:
     """What a model draws by itself, as dropout does: global generators, seeded and saved as one learner's own.
 
-    These are the generators of torch, and those of `numpy.random` and `random`, which a user's model may call.
+    These are the generators of torch and, where the model or an encoder is a user's `own`, of `numpy.random` and `random`.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, *, own: bool = True) -> None:
         self.device = device
         cpu = seeded(seed, "layers")
         self._states: dict[str, Any] = {"cpu": cpu.get_state()}
         if device.type == "cuda":
             self._states["cuda"] = seeded(seed, "layers", device).get_state()
-        with drawing_from(cpu.initial_seed()):
-            self._states |= _others()
+        self._seed = cpu.initial_seed() % NUMPY_SEEDS
+        if own:
+            self._states["random"] = random.Random(self._seed).getstate()  # noqa: S311 - no secret
+            self._states["numpy"] = np.random.MT19937(self._seed)
+            self._spare = np.random.MT19937()
 
     @contextmanager
     def taken(self, *, keep: bool = True) -> Iterator[None]:
         """Let layers draw from here, and give the process back its own state; what was drawn counts only where it is kept."""
-        before = self._exchange(self._states)
+        spare = not keep and "numpy" in self._states
+        before = self._exchange({**self._states, "numpy": self._spare} if spare else self._states)
+        if spare:  # always seeded the same: to copy the other's state, and put it back, would take far longer
+            np.random.seed(self._seed)  # noqa: NPY002 - as above
         try:
             yield
         finally:
@@ -106,49 +113,41 @@ class LayerDraws:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit-equal."""
-        _, key, gauss = self._states["random"]
-        numpy = self._states["numpy"]
-        return {
-            **{name: state for name, state in self._states.items() if name in {"cpu", "cuda"}},
-            "random": {"key": torch.tensor(key), "gauss": gauss},
-            "numpy": {
-                "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-                "position": int(numpy["state"]["pos"]),
-                "has_gauss": int(numpy["has_gauss"]),
-                "gauss": float(numpy["gauss"]),
-            },
-        }
+        tree: dict[str, Any] = {name: state for name, state in self._states.items() if name in {"cpu", "cuda"}}
+        if "random" in self._states:
+            _, key, gauss = self._states["random"]
+            numpy = self._states["numpy"].state["state"]
+            tree["random"] = {"key": torch.tensor(key), "gauss": gauss}
+            tree["numpy"] = {"key": torch.from_numpy(numpy["key"].astype(np.int64)), "position": int(numpy["pos"])}
+        return tree
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; what it has nothing of, as after a change of device, begins anew."""
         self._states |= {name: state[name] for name in self._states.keys() & {"cpu", "cuda"} & state.keys()}
-        if "random" in state:  # checkpoints of earlier versions have neither
+        if "random" in self._states and "random" in state:  # checkpoints of earlier versions have neither
             version, *_ = self._states["random"]
             self._states["random"] = (version, tuple(state["random"]["key"].tolist()), state["random"]["gauss"])
-            numpy = state["numpy"]
-            key = numpy["key"].numpy().astype(np.uint32)
-            self._states["numpy"] = {
-                "bit_generator": "MT19937",
-                "state": {"key": key, "pos": numpy["position"]},
-                "has_gauss": numpy["has_gauss"],
-                "gauss": numpy["gauss"],
-            }
+            key = state["numpy"]["key"].numpy().astype(np.uint32)
+            numpy = {"key": key, "pos": state["numpy"]["position"]}
+            self._states["numpy"] = np.random.MT19937(self._seed)
+            self._states["numpy"].state = {"bit_generator": "MT19937", "state": numpy}
 
     def _exchange(self, states: Mapping[str, Any]) -> dict[str, Any]:
-        before = {"cpu": torch.get_rng_state(), **_others()}
+        before: dict[str, Any] = {"cpu": torch.get_rng_state()}
         torch.set_rng_state(states["cpu"])
-        _set_others(states)
         if "cuda" in states:
             before["cuda"] = torch.cuda.get_rng_state(self.device)
             torch.cuda.set_rng_state(states["cuda"], self.device)
+        if "random" in states:
+            before["random"] = random.getstate()
+            random.setstate(states["random"])
+            # numpy forgets the second number of a pair of normal ones here, always, so that a restart changes nothing
+            before["numpy"] = _lend_numpy(states["numpy"])
         return before
 
 
-def _others() -> dict[str, Any]:
-    """Return the states of Python's and numpy's global generators."""
-    return {"random": random.getstate(), "numpy": np.random.get_state(legacy=False)}  # noqa: NPY002 - as above
-
-
-def _set_others(states: Mapping[str, Any]) -> None:
-    random.setstate(states["random"])
-    np.random.set_state(states["numpy"])  # noqa: NPY002 - as above
+def _lend_numpy(generator: np.random.BitGenerator) -> np.random.BitGenerator:
+    """Let the functions of `numpy.random` draw from a generator; return the one that they drew from."""
+    before: np.random.BitGenerator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in numpy's types
+    np.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # as above
+    return before

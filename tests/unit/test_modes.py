@@ -22,8 +22,8 @@ RECURRENT = {"model": {"name": "tests.support.awkward:make", "options": {"kind":
 
 
 def draw() -> tuple[list[float], float, list[float], float]:
-    """Draw from every global generator; the second normal number of Python's and numpy's waits inside them."""
-    return torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal(size=3).tolist(), random.random()  # noqa: NPY002
+    """Draw from every global generator; the second of a pair of normal numbers waits inside Python's."""
+    return torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal(size=4).tolist(), random.random()  # noqa: NPY002
 
 
 def test_recurrent_layers_keep_training_mode_without_dropout_where_gradients_are_taken() -> None:
@@ -88,13 +88,16 @@ def test_draws_are_lent_and_given_back() -> None:
                 first = draw()
             with draws.taken(keep=False):
                 lost = draw()
-            with draws.taken():
+            with draws.taken(keep=False):
                 assert draw() == lost
+            with draws.taken():
+                second = draw()
             after = draw()
         with drawing_from(process):
             assert (draw(), draw()) == (before, after)
-        found.append((first, lost))
+        found.append((first, lost, second))
     assert found[0] == found[1]
+    assert len({str(one) for one in found[0]}) >= 2
 
 
 def test_draws_go_on_where_they_were_saved() -> None:
