@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -72,7 +73,20 @@ class _Transaction:
         self.database.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self.database.execute("COMMIT" if kind is None else "ROLLBACK")
+        if kind is not None:
+            self._undo()
+            return
+        try:
+            self.database.execute("COMMIT")
+        except sqlite3.Error:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Roll back unless SQLite has done so itself, as it does where the disk is full: the first error is the cause."""
+        with suppress(sqlite3.Error):
+            if self.database.in_transaction:
+                self.database.execute("ROLLBACK")
 
 
 class EmbeddedLog:
@@ -113,7 +127,9 @@ class EmbeddedLog:
         return TopicInfo(topic, rows[0][0], tuple(range(rows[0][1]))) if rows else None
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        query = "SELECT min(offset), max(offset) FROM records WHERE topic = ? AND partition = ?"
+        # two look-ups in the index: min and max in one query would read every record
+        one = "(SELECT {}(offset) FROM records WHERE topic = ?1 AND partition = ?2)"
+        query = f"SELECT {one.format('min')}, {one.format('max')}"
         found = {partition: self._ask(query, partition)[0] for partition in partitions}
         return {p: Bounds(0, 0) if low is None else Bounds(low, high + 1) for p, (low, high) in found.items()}
 
@@ -137,9 +153,9 @@ class EmbeddedLog:
         self._version = -1
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
-        query = "SELECT min(timestamp) FROM records WHERE topic = ? AND offset = 0"
-        found: float | None = self._ask(query, (topic.name,))[0][0]
-        return found
+        query = "SELECT timestamp FROM records WHERE topic = ? AND partition = ? AND offset = 0"
+        found = [row[0] for p in topic.partitions for row in self._ask(query, (topic.name, p))]
+        return min(found, default=None)
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
         rows = [(group, topic, partition, offset) for (topic, partition), offset in offsets.items()]

@@ -1,0 +1,75 @@
+"""Embedded topics: what a look at them costs, and what a failure says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from streamlearn.data import StreamlearnError
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.log import Bounds
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def steps(path: Path, records: int) -> list[int]:
+    """Return the steps of SQLite's machine that bounds and first record cost, in a topic of so many records."""
+    sink = EmbeddedSink(path)
+    sink.create_topic("a", 2)
+    for number in range(records):
+        sink.append("a", number % 2, b"x" * 10)
+    sink.close()
+    log = EmbeddedLog(path)
+    log.connect()
+    info, taken = log.topics()["a"], [0]
+
+    def count() -> int:
+        taken[-1] += 1
+        return 0
+
+    log.database.set_progress_handler(count, 1)
+    assert log.bounds([("a", 0), ("a", 1), ("a", 7)]) == {
+        ("a", 0): Bounds(0, records // 2),
+        ("a", 1): Bounds(0, records // 2),
+        ("a", 7): Bounds(0, 0),
+    }
+    taken.append(0)
+    assert log.first_timestamp(info) is not None
+    log.close()
+    return taken
+
+
+def test_a_look_at_a_topic_costs_the_same_whatever_its_size(tmp_path: Path) -> None:
+    """Bounds are asked for every second: they are looked up, and no record is read for them."""
+    assert steps(tmp_path / "few", 4) == steps(tmp_path / "many", 4000)
+
+
+def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
+    """The failure is what SQLite said first, for topics, records and positions; with room again each record is there once."""
+    sink, log = EmbeddedSink(tmp_path / "a"), EmbeddedLog(tmp_path / "a")
+    sink.create_topic("a", 1)
+    log.connect()
+    for database in (sink._database, log.database):
+        database.execute("PRAGMA max_page_count = 20")
+    for _ in range(30):
+        sink.append("a", 0, b"x" * 5000)
+    for _ in range(2):
+        with pytest.raises(StreamlearnError, match="database or disk is full") as told:
+            sink.flush()
+        assert told.value.code == 74
+    with pytest.raises(StreamlearnError, match="positions cannot be written: database or disk is full"):
+        log.commit("g", {(f"{'t' * 200}{number}", 0): number for number in range(1000)})
+
+    def fill() -> None:
+        for number in range(1000):
+            sink.create_topic(f"{'t' * 200}{number}", 1)
+
+    with pytest.raises(StreamlearnError, match="cannot be created: database or disk is full"):
+        fill()
+    for database in (sink._database, log.database):
+        database.execute("PRAGMA max_page_count = 100000")
+    sink.close()
+    assert log.bounds([("a", 0)]) == {("a", 0): Bounds(0, 30)}
+    log.close()
