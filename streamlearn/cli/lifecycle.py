@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -32,8 +33,6 @@ from streamlearn.service.client import Client
 from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.table import Table
 
 STOPPED = 3
@@ -87,7 +86,9 @@ def start(
         raise held(loaded.state_dir)
     log_file = open_log(loaded.state_dir)
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
+    # `-m` puts the working directory first on the import path; with `-P` the child's path is this process's own
+    safe = [] if sys.path[:1] in ([""], [str(Path.cwd())]) else ["-P"]
+    command = [sys.executable, *safe, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
         command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True, pass_fds=(writing,)
     )
@@ -95,7 +96,8 @@ def start(
     os.close(log_file)
     event = _await_event(reading, {wait, "failed"}, timeout)
     if event is None:
-        raise StreamlearnError(f"not {wait} after {timeout:.0f} s; it goes on as process {child.pid}", code=75)
+        why = why_not_ready(loaded.state_dir)
+        raise StreamlearnError(f"not {wait} after {timeout:.0f} s: {why}; it goes on as process {child.pid}", code=75)
     if event["event"] == "ended":
         code = child.wait(ENDING_SECONDS)
         how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
@@ -105,6 +107,18 @@ def start(
         raise StreamlearnError(event["error"], code=event["code"])
     child.returncode = 0  # it is no longer ours to wait for
     say(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
+
+
+def why_not_ready(directory: Path) -> str:
+    """Return what a daemon says of why it is not ready, as `status` and `/readyz` do."""
+    client = Client(directory, timeout=2)
+    try:
+        tree, checks = client.get("/status"), client.get("/readyz")["checks"]
+    except StreamlearnError as error:
+        return f"{error}; see {directory / 'daemon.log'}"
+    failed = ", ".join(name for name, check in checks.items() if not check["ok"])
+    state = f"{tree['state']}, not ok: {failed}" if failed else str(tree["state"])
+    return f"{tree['problem']} ({state})" if tree.get("problem") else state
 
 
 def stop(

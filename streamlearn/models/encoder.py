@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.models import imports
 from streamlearn.models.modes import drawing_from
 from streamlearn.models.whole import load_module_state, module_state
 
@@ -34,12 +34,11 @@ class Encoder:
         give a tensor of numbers for each sample, or could not be saved.
         """
         name = spec["name"]
-        module, _, function = name.partition(":")
         zeros = torch.zeros(2, *input_shape, device=device)
         doing = ""
         with drawing_from(seed):
             try:
-                made = getattr(importlib.import_module(module), function)(list(input_shape), **spec["options"])
+                made = imports.find(name)(list(input_shape), **spec["options"])
                 _freeze(made, device)
                 doing = f"cannot see a batch of shape {list(zeros.shape)}: "
                 features: Any = _features(made, zeros)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from streamlearn.data import StreamlearnError
+from streamlearn.models import imports
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
 from streamlearn.models.modes import drawing_from, evaluating
@@ -46,11 +46,8 @@ def _build_own(
     spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, told: Mapping[str, Any]
 ) -> nn.Module:
     """Return the user's model, after it has seen two samples of zeros."""
-    module, _, function = spec["name"].partition(":")
     try:
-        model = getattr(importlib.import_module(module), function)(
-            list(input_shape), num_outputs, **told, **spec["options"]
-        )
+        model = imports.find(spec["name"])(list(input_shape), num_outputs, **told, **spec["options"])
     except Exception as error:  # whatever a user's function raises is not our fault
         raise unfit(spec, error) from error
     if not isinstance(model, nn.Module):

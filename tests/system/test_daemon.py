@@ -250,6 +250,26 @@ def test_a_task_is_ended_by_hand(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
+OWN = """
+from streamlearn.models.mlp import MLP
+def net(input_shape, num_outputs):
+    return MLP(input_shape, num_outputs, [4])
+"""
+
+
+def test_start_finds_a_module_as_run_does(tmp_path: Path) -> None:
+    """One in the working directory is found, last: a file there that is named like a standard module is not imported."""
+    (tmp_path / "own_net.py").write_text(OWN)
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    config = jobs.write_config(tmp_path, model={"name": "own_net:net"}, strategy={"naive": {}})
+    script = Path(sys.executable).with_name("streamlearn")
+    started = subprocess.run(
+        [script, "start", config], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert started.returncode == 0, started.stderr
+    assert cli("stop", "--state", tmp_path / "state").returncode == 0
+
+
 def test_garbage_changes_nothing(tmp_path: Path) -> None:
     """1 % garbage records all end in the dead-letter topic; the tensors are those of a run without them."""
     clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from streamlearn.cli.lifecycle import why_not_ready
 from streamlearn.daemon import Desk
 from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
 from streamlearn.service import server
-from streamlearn.service.api import COMMANDS, read_only
-from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_tcp
+from streamlearn.service.api import COMMANDS, control, read_only
+from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
+from streamlearn.service.statedir import locked, take_over
 from tests.unit.test_job import made
 
 if TYPE_CHECKING:
@@ -26,14 +28,19 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """Give the address of a read-only listener."""
+def http(tmp_path: Path) -> Iterator[Server]:
+    """Give a read-only listener."""
     job, _ = made(tmp_path)
-    listener = bind_tcp("127.0.0.1", 0)
-    http = Server(read_only(Desk(job.config, Metrics())), listener, "http")
+    http = Server(read_only(Desk(job.config, Metrics())), bind_tcp("127.0.0.1", 0), "http")
     http.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    yield http
     http.stop()
+
+
+@pytest.fixture
+def address(http: Server) -> str:
+    """Give its address."""
+    return f"http://127.0.0.1:{http.listener.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/status"])
@@ -99,12 +106,14 @@ def test_a_request_that_never_gets_whole_is_given_up(address: str, monkeypatch: 
     assert sent < 600
 
 
-def test_an_answer_that_nobody_takes_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_nobody_takes_is_given_up(http: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that asks and does not read ties up its connection for a while, not for ever."""
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(Desk, "status", lambda _: {"long": "x" * (64 << 20)})
     with connected(address, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n") as client:
-        time.sleep(2)
+        state = http._server.server_state
+        while state.total_requests == 0 or state.connections:
+            time.sleep(0.01)
         taken = 0
         with suppress(ConnectionResetError):
             while content := client.recv(1 << 20):
@@ -213,3 +222,22 @@ def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
     refusal = answer.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
     assert refusal.code == 75
+
+
+def test_a_start_that_was_not_ready_in_time_says_why(tmp_path: Path) -> None:
+    """The stream's problem, the state and the conditions that fail; before the daemon answers, that, and where its log is."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    stream.status.problem = "no broker answers"
+    with locked(tmp_path):
+        assert why_not_ready(tmp_path) == (
+            f"{tmp_path}: the daemon is only starting; see {tmp_path / 'daemon.log'}"
+        )  # fmt: skip
+        listener, path = bind_control(tmp_path)
+        control_server = Server(control(desk), listener, "control")
+        control_server.start()
+        take_over(tmp_path, {"socket": str(path), "http": ""})
+        assert why_not_ready(tmp_path) == "starting, not ok: restored"
+        desk.serve(job, stream, idle=True)
+        assert why_not_ready(tmp_path) == "no broker answers (running, not ok: broker, stream)"
+        control_server.stop()
