@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PREFIX = "streamlearn_"
 STATES = ("starting", "restoring", "running", "paused", "draining")
 TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
-SOURCES = ("marker", "next_topic", "count", "idle")  # of a task's end
+SOURCES = ("marker", "next_topic", "count", "idle", "command")  # of a task's end
 CAUSES = ("first", "clean", "crash")  # of a start
 GAPS = ("retention", "corrupt", "oversize")  # why offsets are skipped
 MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own

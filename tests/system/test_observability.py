@@ -20,9 +20,21 @@ import pytest
 import torch
 import yaml
 
-from streamlearn.data import Batch, Delivery, Progress
+from streamlearn.data import REASONS, Batch, Delivery, Progress
 from streamlearn.learner import LearnStats
-from streamlearn.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX, Metrics
+from streamlearn.metrics import (
+    CAUSES,
+    COUNTERS,
+    GAPS,
+    GAUGES,
+    HISTOGRAMS,
+    PREFIX,
+    SOURCES,
+    STATES,
+    TRIGGERS,
+    Metrics,
+)
+from streamlearn.service.api import COMMANDS
 from streamlearn.stream.reader import StreamStatus
 from tests.support import jobs
 from tests.support.kafka_broker import free_port
@@ -369,6 +381,29 @@ def test_every_series_is_documented() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text()
     missing = [name for name in (*GAUGES, *COUNTERS, *HISTOGRAMS) if f"`{PREFIX}{name}" not in text]
     assert missing == []
+
+
+def test_closed_sets_are_complete() -> None:
+    """What docs/metrics.md and the code give as a label's values is there at 0 from the start."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    known = {
+        "`reason` of a rejection": REASONS,
+        "`trigger`": TRIGGERS,
+        "`state`": STATES,
+        "`source` of a task's end": SOURCES,
+        "`cause` of a start": CAUSES,
+        "`command` of a control request": COMMANDS,
+        "`reason` of skipped offsets": GAPS,
+    }
+    for what, values in known.items():
+        assert f"{what} ({', '.join(values)})" in text
+    code = "".join(path.read_text() for path in (ROOT / "streamlearn" / "stream").glob("*.py"))
+    sources = set(re.findall(r"\.end\(\"(\w+)\"\)", code)) | set(re.findall(r"\.close\(\w+, \"(\w+)\"\)", code))
+    assert {"count", "marker"} < sources <= set(SOURCES)
+    assert set(re.findall(r"\.lost\([^\n]*, \"(\w+)\"\)", code)) <= set(GAPS)
+    shown = Metrics().expose("")[0].decode()
+    for source in SOURCES:
+        assert f'streamlearn_task_boundaries_total{{source="{source}"}} 0.0' in shown
 
 
 def test_unknown_is_absent() -> None:
