@@ -11,8 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from typer.testing import CliRunner
 
 from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store, _digest
+from streamlearn.cli.checkpoints import app
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -318,6 +320,32 @@ def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
         with pytest.raises(StreamlearnError, match="expected up to 64 letters") as caught:
             store.tag("latest", tag)
         assert caught.value.code == 2
+
+
+def test_tags_on_the_command_line(tmp_path: Path) -> None:
+    """`tag`, `list`, `show`, `prune`, `untag` and `remove` on files alone; no daemon is asked."""
+    store = Store(tmp_path, keep=9)
+    for step in range(1, 5):
+        info = {"step": step, "batches": step, "average_accuracy": None}
+        store.save({"state.json": b"{}", "offsets.json": b'{"topics": {}}'}, info)
+
+    def run(*command: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, [*command, "--state", str(tmp_path)])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    assert run("tag", "1", "before-deploy") == "ckpt-000000000001 has the tag before-deploy\n"
+    assert run("list").splitlines()[-1].endswith("before-deploy")
+    assert json.loads(run("list", "--json"))[-1]["tags"] == ["before-deploy"]
+    assert "tag        before-deploy\n" in run("show", "before-deploy")
+    assert run("verify", "before-deploy") == "ckpt-000000000001: sound\n"
+    gone = run("prune", "--keep-last", "1", "--hourly", "0", "--task-ends", "all", "--dry-run").splitlines()
+    assert gone == ["ckpt-000000000003 would go", "ckpt-000000000002 would go"]
+    assert run("untag", "before-deploy") == "ckpt-000000000001 no longer has the tag before-deploy\n"
+    assert run("remove", "1") == "ckpt-000000000001 removed\n"
+    run("remove", "latest", code=1)
+    run("prune", "--task-ends", "some", code=1)
+    assert [checkpoint.sequence for checkpoint in store.all()] == [4, 3, 2]
 
 
 def test_restore_makes_a_new_generation(tmp_path: Path) -> None:
