@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those that are named: `python -m benchmarks [update] [methods] [checkpoints] [ingest] [idle]`."""
+"""Run all benchmarks, or those that are named: `python -m benchmarks [NAME] ...`, see `SUITES`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import checkpoints, idle, ingest, methods, update
+from benchmarks import checkpoints, idle, ingest, methods, tasks, update
 
 SUITES = {
     "update": update.run,
@@ -19,6 +19,7 @@ SUITES = {
     "checkpoints": checkpoints.run,
     "ingest": ingest.run,
     "idle": idle.run,
+    "tasks": tasks.run,
 }
 
 

@@ -540,7 +540,7 @@ class Job:
     def status(self, stream: Stream | None) -> dict[str, Any]:
         """Return what `status --json` shows; figures that are undefined are None."""
         queued = stream.queued if stream is not None else Counter[str]()
-        sizes = self.probes.sizes
+        sizes, ledger = self.probes.sizes, self.progress.ledger
         totals = self.progress.totals()
         samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
         reader = stream.status if stream is not None else None
@@ -565,11 +565,11 @@ class Job:
             "unaccounted": self.progress.unaccounted(),
             "topics": {
                 topic: {
-                    "consumed": self.progress.of(topic)["consumed"] + queued[topic],
-                    **{kind: self.progress.of(topic)[kind] for kind in OUTCOMES},
+                    "consumed": count["consumed"] + queued[topic],
+                    **{kind: count[kind] for kind in OUTCOMES},
                     "queued": queued[topic],
                 }
-                for topic in [*self.progress.ledger, *(topic for topic in queued if topic not in self.progress.ledger)]
+                for topic, count in {**ledger, **{t: Counter[str]() for t in queued if t not in ledger}}.items()
             },
             "labels": self.scenario.names(self.progress.labels),
             "tasks": [self._describe_task(task, sizes.get(task.index, 0)) for task in self.progress.tasks],

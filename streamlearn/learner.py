@@ -613,22 +613,27 @@ def _together(
     Probes that fit into `room` samples share a batch, whole; a larger one is cut, and has its batches for itself.
     """
     waiting: list[tuple[int, Tensor, Tensor, int]] = []
+    count = 0  # of their samples
 
     def joined() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sizes = torch.tensor([len(y) for _, _, y, _ in waiting])
+        sizes = torch.tensor([y.shape[0] for _, _, y, _ in waiting])
         numbers, tasks = torch.tensor([(number, task) for number, _, _, task in waiting]).T
         x, y = (torch.cat([probe[place] for probe in waiting]) for place in (1, 2))  # type: ignore[misc]
         return numbers.repeat_interleave(sizes), x, y, tasks.repeat_interleave(sizes)
 
     for number, (x, y, task) in enumerate(probes):
-        for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
-            if waiting and sum(len(probe[2]) for probe in waiting) + len(y) > room:
-                yield joined()
-                waiting.clear()
-            waiting.append((number, some_x, some_y, task))
-        if len(y) > room:
+        size = y.shape[0]
+        if waiting and count + size > room:
             yield joined()
-            waiting.clear()
+            waiting, count = [], 0
+        if size > room:
+            for some_x, some_y in zip(x.split(EVALUATION_CHUNK), y.split(EVALUATION_CHUNK), strict=True):
+                waiting = [(number, some_x, some_y, task)]
+                yield joined()
+            waiting = []
+        else:
+            waiting.append((number, x, y, task))
+            count += size
     if waiting:
         yield joined()
 

@@ -98,7 +98,7 @@ class EmbeddedLog:
         self._database: sqlite3.Connection | None = None
         self._at: dict[Partition, int] = {}
         self._held: set[Partition] = set()
-        self._version = -1
+        self._emptied: dict[Partition, int] = {}  # the version of the file in which each had nothing more to read
 
     def connect(self) -> None:
         self._database = open_database(self.path)
@@ -135,7 +135,7 @@ class EmbeddedLog:
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
         self._at = dict(offsets)
-        self._version = -1
+        self._emptied.clear()
 
     def poll(self, timeout: float) -> list[Record]:
         deadline = time.monotonic() + timeout
@@ -150,7 +150,6 @@ class EmbeddedLog:
 
     def hold(self, partitions: Collection[Partition]) -> None:
         self._held = set(partitions)
-        self._version = -1
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         query = "SELECT timestamp FROM records WHERE topic = ? AND partition = ? AND offset = 0"
@@ -171,9 +170,7 @@ class EmbeddedLog:
             self._database = None
 
     def _take(self) -> list[Record]:
-        version = self._ask("PRAGMA data_version")[0][0]
-        if version == self._version:
-            return []
+        version = self._ask("PRAGMA data_version")[0][0]  # it changes when another connection writes
         found: list[Record] = []
         room = FETCH_BYTES
         query = (
@@ -181,17 +178,19 @@ class EmbeddedLog:
             " WHERE topic = ? AND partition = ? AND offset >= ? ORDER BY offset LIMIT ?"
         )
         for (topic, partition), start in self._at.items():
-            if (topic, partition) in self._held:
+            place = (topic, partition)
+            if place in self._held or self._emptied.get(place) == version:
                 continue
-            for offset, timestamp, key, value, headers in self._ask(query, (topic, partition, start, FETCH_RECORDS)):
+            rows = self._ask(query, (topic, partition, start, FETCH_RECORDS))
+            for offset, timestamp, key, value, headers in rows:
                 pairs = tuple((name, bytes(data or b"")) for name, data in msgpack.unpackb(headers)) if headers else ()
                 found.append(Record(topic, partition, offset, timestamp, key, value, pairs))
                 self._at[topic, partition] = offset + 1
                 room -= len(value or b"")
                 if room <= 0:
                     return found
-        if not found:
-            self._version = version  # nothing more until another connection writes
+            if len(rows) < FETCH_RECORDS:
+                self._emptied[place] = version
         return found
 
 

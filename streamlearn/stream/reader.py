@@ -539,7 +539,7 @@ class Stream:
 
     def _matching(self) -> list[str]:
         """Return the tasks' topics that exist, in order: those begun first, in the order they were begun."""
-        begun = [task.name for task in self.assembler.progress.tasks]
+        begun = dict.fromkeys(task.name for task in self.assembler.progress.tasks)  # in order
         if self.spec.topics is not None:
             return [name for name in self.spec.topics if name in self._topics]
         found = [

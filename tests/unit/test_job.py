@@ -14,7 +14,7 @@ import torch
 
 from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
-from streamlearn.cli.lifecycle import figures
+from streamlearn.cli.lifecycle import figures, read_status
 from streamlearn.config import Config, Divergence
 from streamlearn.daemon import Desk, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
@@ -416,22 +416,33 @@ def ended_tasks(job: Job, count: int) -> None:
         job.matrix.record(results, index, index, index, job.probes.sizes)
 
 
-def test_the_status_costs_what_there_are_tasks(tmp_path: Path) -> None:
-    """Four times as many tasks cost about four times as much, and above a bound the matrix is asked for by itself."""
+def test_status_and_checkpoint_cost_what_there_are_tasks(tmp_path: Path) -> None:
+    """Four times as many tasks cost about four times as much, in work and in JSON, and few files more.
+
+    Above a bound the matrix is not part of the status: it is asked for by itself.
+    """
     job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
     costs, sizes = [], []
     for count in (60, 240):
         ended_tasks(job, count)
-        costs.append(work(lambda: job.status(stream)))
+        costs.append([work(lambda: desk.publish(job, stream)), work(job._snapshot), work(job.evaluate)])
         status = job.status(stream)
-        sizes.append(len(json.dumps(status)))
         assert (status["matrix"], len(status["tasks"])) == (None, count)
-    assert costs[1] < 5 * costs[0]
-    assert sizes[1] < 5 * sizes[0]
-    desk = Desk(job.config, Metrics())
-    desk.publish(job, stream)
+        move(job, 3 + count)
+        saving = job.save(stream, "task_end")
+        job.finish_saves(stream)
+        assert saving.checkpoint is not None
+        files = saving.checkpoint.manifest["files"]
+        assert len(files) < 30
+        sizes.append([len(json.dumps(status)), sum(files[name]["size"] for name in files if name.endswith(".json"))])
+    assert [late for few, late in zip(*costs, strict=True) if late > 5 * few] == []
+    assert [late for few, late in zip(*sizes, strict=True) if late > 5 * few] == []
     assert desk.matrix() == job.matrix.matrix()
     assert [len(row) - row.count(None) for row in desk.matrix()] == list(range(1, 241))
+    # without a daemon `status --json` reads it from the checkpoint
+    offline = read_status(tmp_path, matrix=True)
+    assert (offline["matrix"], read_status(tmp_path)["matrix"]) == (job.matrix.matrix(), None)
 
 
 def test_what_is_rolled_back_is_shown_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
