@@ -496,10 +496,13 @@ class Stream:
                 self._leave_out(name, str(error))
             return
         for name in rest:
-            if name in begun and (silent := [p for n, p in self._places([name]) if (n, p) not in self._bounds]):
-                self._leave_out(name, f"no leader answers for partition {', '.join(map(str, silent))}")
-            else:
+            silent = [p for topic, p in self._places([name]) if (topic, p) not in self._bounds]
+            if not silent:
                 self._warned.pop(name, None)
+            elif (
+                name in begun and self.source.describe(name) is not None
+            ):  # else it is gone, and the next refresh sees it
+                self._leave_out(name, f"no leader answers for partition {', '.join(map(str, silent))}")
 
     def _places(self, names: Iterable[str]) -> list[Partition]:
         return [(name, p) for name in names for p in self._topics[name].partitions]
