@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 
 from streamlearn.data import StreamlearnError, natural_key
+from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 from streamlearn.table import read_table
@@ -123,8 +124,8 @@ def test_split(source: str, how: Reading) -> Samples:
     return samples
 
 
-def fitted(samples: Samples, config: Config, say: Callable[[str], None]) -> Samples:
-    """Return samples in the shape, dtype and labels of a configuration; `say` is called for each thing that is changed.
+def fitted(samples: Samples, topic: str, config: Config, say: Callable[[str], None]) -> Samples:
+    """Return a topic's samples in the shape, dtype and labels of a configuration; `say` is called for each change.
 
     Raises `StreamlearnError` (65) if the configuration's stream would reject one of them.
     """
@@ -135,7 +136,7 @@ def fitted(samples: Samples, config: Config, say: Callable[[str], None]) -> Samp
     if is_text:
         return samples
     x = _as_dtype(_in_shape(samples.x, config.input.shape, say), np.dtype(config.input.dtype), say)
-    return Samples(x, _as_classes(samples.y, config.classes, say), samples.task, samples.is_split)
+    return Samples(x, _as_classes(samples.y, topic, config, say), samples.task, samples.is_split)
 
 
 def check(parts: Sequence[Samples], how: Publishing, config: Config) -> None:
@@ -189,9 +190,15 @@ def _as_dtype(x: np.ndarray, dtype: np.dtype, say: Callable[[str], None]) -> np.
     return converted
 
 
-def _as_classes(labels: list[Label], classes: list[Label] | int, say: Callable[[str], None]) -> list[Label]:
-    """Return labels as a list of classes names them, 1 and "1" alike; raises `StreamlearnError` for one that it lacks."""
-    if isinstance(classes, int):
+def _as_classes(labels: list[Label], topic: str, config: Config, say: Callable[[str], None]) -> list[Label]:
+    """Return labels as the classes of a topic name them, 1 and "1" alike; raises `StreamlearnError` for one that is none."""
+    scenario = Scenario.from_config(config)
+    classes, key = scenario.classes_of(topic), f"scenario.tasks.{topic}"
+    if classes is None and scenario.kind == "domain":
+        raise _misfit(f"scenario.tasks has no classes for topic {topic}")
+    if topic not in scenario.declared:
+        key, classes = "classes", classes or (None if isinstance(config.classes, int) else config.classes)
+    if classes is None:
         return labels
     known: dict[Label, Label] = {}
     known |= {str(label): label for label in classes}
@@ -199,9 +206,11 @@ def _as_classes(labels: list[Label], classes: list[Label] | int, say: Callable[[
     known |= {label: known[str(label)] for label in set(labels) if label not in known and str(label) in known}
     if (odd := next((n for n, label in enumerate(labels) if label not in known), None)) is not None:
         accepted = ", ".join(map(repr, classes))
-        raise _misfit(f"the label of sample {odd} is {labels[odd]!r:.60}; accepted by classes: {accepted:.200}")
+        raise _misfit(
+            f"the label of sample {odd} of {topic} is {labels[odd]!r:.60}; accepted by {key}: {accepted:.200}"
+        )
     if changed := next((label for label in labels if type(known[label]) is not type(label)), None):
-        say(f"the label {changed!r:.60} is published as {known[changed]!r:.60}, as classes has it; so are others")
+        say(f"the label {changed!r:.60} is published as {known[changed]!r:.60}, as {key} has it; so are others")
     return [known[label] for label in labels]
 
 

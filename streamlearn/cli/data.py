@@ -135,10 +135,12 @@ def produce(
     reading = producer.Reading(header, exact, cache(print_error))  # each line once, also where files are alike
 
     def split(samples: Samples) -> list[Samples]:
-        return producer.by_task(samples, names) if by == "task" else _tasks(samples, tasks, by, groups, seed)
+        return producer.by_task(samples, names) if by == "task" else _tasks(samples, whole, tasks, by, groups, seed)
 
     def fitted(parts: list[Samples]) -> list[Samples]:
-        return parts if loaded is None else [producer.fitted(part, loaded, reading.say) for part in parts]
+        if loaded is None:
+            return parts
+        return [producer.fitted(part, name, loaded, reading.say) for name, part in zip(topics_, parts, strict=True)]
 
     if by == "file" and probe not in {None, "test"}:
         raise StreamlearnError("--by file: --probe takes `test`, each file's own test split", code=2)
@@ -150,6 +152,7 @@ def produce(
         whole = _one(source, reading)
         names = producer.task_names(whole, tasks) if by == "task" else []
         parts = split(whole)
+    topics_ = _names(topic, loaded, len(parts))
     parts, probes = fitted(parts), None
     if probe is not None:
         if by == "file":
@@ -160,7 +163,6 @@ def produce(
     how = producer.Publishing(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)
     if loaded is not None:
         producer.check([*parts, *(probes or {}).values()], how, loaded)
-    topics_ = _names(topic, loaded, len(parts))
     _, sink = _open(loaded, servers, embedded)
     try:
         with _progress() as advance:
@@ -322,7 +324,10 @@ def _labels(text: str) -> list[str]:
     return [label.strip() for label in text.split(",")]
 
 
-def _tasks(samples: Samples, tasks: int | None, by: str, groups: str | None, seed: int) -> list[Samples]:
+def _tasks(
+    samples: Samples, whole: Samples, tasks: int | None, by: str, groups: str | None, seed: int
+) -> list[Samples]:
+    """Return samples cut into tasks; those of a probe by the classes of the `whole` that it belongs to."""
     from streamlearn import producer
 
     if by == "permutation":
@@ -330,9 +335,9 @@ def _tasks(samples: Samples, tasks: int | None, by: str, groups: str | None, see
     if by == "rotation":
         return producer.by_rotation(samples, tasks or 1)
     chosen: list[list[Label]] = (
-        producer.resolved(samples, [_labels(group) for group in groups.split("/")])
+        producer.resolved(whole, [_labels(group) for group in groups.split("/")])
         if groups
-        else producer.equal_groups(samples, tasks or 1)
+        else producer.equal_groups(whole, tasks or 1)
     )
     if tasks not in {None, len(chosen)}:
         raise StreamlearnError(f"--tasks is {tasks}, but --groups names {len(chosen)}", code=2)

@@ -17,7 +17,9 @@ import pytest
 from streamlearn import daemon
 from streamlearn.checkpoint import MANIFEST, Store
 from streamlearn.cli import lifecycle
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream import letters
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.log import PROBE, USE
 from tests.support import jobs
 from tests.system.test_daemon import cli, one_line
 
@@ -205,6 +207,22 @@ def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
     assert list(json.loads(cli("topics", "--config", pattern, "--json").stdout)) == ["job.dlq", "t1", "t2"]
     everything = cli("topics", "--config", pattern, "--all", "--json")
     assert list(json.loads(everything.stdout)) == ["job.dlq", "others", "t1", "t2"]
+
+
+def test_a_probe_is_cut_by_the_classes_of_what_is_trained(tmp_path: Path) -> None:
+    """A probe that lacks a class goes to the tasks whose classes it has, whatever equal groups of its own would be."""
+    for name, labels in (("train", "0123"), ("probe", "0233")):
+        rows = "".join(f"{place}.5,{label}\n" for place, label in enumerate(labels))
+        (tmp_path / f"{name}.csv").write_text(f"x,label\n{rows}")
+    where = ["--embedded", str(tmp_path / "topics.sqlite"), "--codec", "json", "--no-markers"]
+    done = cli("produce", tmp_path / "train.csv", "--tasks", "2", "--probe", tmp_path / "probe.csv", *where)
+    assert done.stdout.splitlines() == ["task-1: 2 samples, 1 for the probe", "task-2: 2 samples, 3 for the probe"]
+    log = EmbeddedLog(tmp_path / "topics.sqlite")
+    log.connect()
+    for topic, expected in (("task-1", [0]), ("task-2", [2, 3, 3])):
+        found = [record for record in letters.read(log, topic) if record.header(USE) == PROBE]
+        assert [json.loads(record.value or b"")["y"] for record in found] == expected
+    log.close()
 
 
 WRONG = [

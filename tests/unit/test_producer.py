@@ -54,7 +54,7 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     said: list[str] = []
     images = producer.Samples(np.array([[[0, 1], [2, 255]]] * 2, np.int64), ["1", "0"])
     spec = {"shape": [4], "dtype": "uint8"}
-    fitted = producer.fitted(images, configured(input=spec, classes=[0, 1]), said.append)
+    fitted = producer.fitted(images, "a", configured(input=spec, classes=[0, 1]), said.append)
     assert (fitted.x.dtype.name, fitted.x.tolist(), fitted.y) == ("uint8", [[0, 1, 2, 255]] * 2, [1, 0])
     assert said == [
         "samples have shape [2, 2]: published as [4], the configuration's input.shape",
@@ -63,16 +63,16 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     ]
     said.clear()
     same = producer.Samples(np.ones((1, 4), ">f4"), [7])
-    assert producer.fitted(same, configured(), said.append).x.dtype == np.float32
+    assert producer.fitted(same, "a", configured(), said.append).x.dtype == np.float32
     assert said == []
     large = producer.Samples(np.full((1, 4), 2**24 + 1), [7])
-    producer.fitted(large, configured(), said.append)
+    producer.fitted(large, "a", configured(), said.append)
     assert said == [
         "x is int64: published as float32, the configuration's input.dtype, in which large integers are rounded"
     ]
     text = {"kind": "text", "sentences": 1, "words": 2, "vocabulary": 9}
     stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
-    assert producer.fitted(stories, configured(input=text, model="memnet"), said.append) is stories
+    assert producer.fitted(stories, "a", configured(input=text, model="memnet"), said.append) is stories
 
 
 MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
@@ -97,7 +97,22 @@ MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
         {"input": {"shape": [4], "dtype": "uint8"}},
         "sample 0 holds -1, .* integers from 0 to 255",
     ),
-    (np.ones((1, 4)), ["x"], {"classes": [0, 1]}, "the label of sample 0 is 'x'; accepted by classes: 0, 1"),
+    (np.ones((1, 4)), ["x"], {"classes": [0, 1]}, "the label of sample 0 of a is 'x'; accepted by classes: 0, 1"),
+    (
+        np.ones((2, 4)),
+        [1, 0],
+        {"scenario": {"kind": "task", "tasks": {"a": [1]}}},
+        (
+            "the label of sample 1 of a is 0; "
+            r"accepted by scenario\.tasks\.a: 1"
+        ),
+    ),
+    (
+        np.ones((1, 4)),
+        [0],
+        {"scenario": {"kind": "domain", "tasks": {"b": [0, 1]}}, "classes": [0, 1], "stream": {"pattern": ".*"}},
+        r"scenario\.tasks has no classes for topic a",
+    ),
     (np.array([{}], object), ["x"], {}, "the samples are text, and the configuration's input is numbers"),
 ]
 
@@ -108,7 +123,7 @@ def test_what_the_stream_would_reject_is_not_published(
 ) -> None:
     """The value, what is accepted and what to do are said, with 65."""
     with pytest.raises(StreamlearnError, match=rf"^{message}.*; nothing was published$") as caught:
-        producer.fitted(producer.Samples(x, y), configured(**over), lambda _: None)
+        producer.fitted(producer.Samples(x, y), "a", configured(**over), lambda _: None)
     assert caught.value.code == 65
 
 
