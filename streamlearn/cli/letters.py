@@ -193,7 +193,7 @@ def _clock(seconds: float, precision: Literal["seconds", "milliseconds"] = "mill
 
 def _tree(letter: Letter) -> dict[str, Any]:
     """Return a letter as `--json` shows it."""
-    known = asdict(letter)
+    known = {**asdict(letter), "further": len(letter.indices) - 1}
     del known["carrier"], known["lies_in"]
     return {**known, "rejected": _clock(letter.rejected), "timestamp": _clock(letter.timestamp)}
 

@@ -260,8 +260,8 @@ class Assembler:
             if index in chunk.bad:
                 codes[index] = REJECTED
         rejected = np.flatnonzero(codes == REJECTED).tolist()
-        for index in rejected:
-            self.rules.dead_letters.send(record, index, len(chunk), chunk.bad[index], self.topic_id(record.topic))
+        why = {index: chunk.bad[index] for index in rejected}
+        self.rules.dead_letters.send_all(record, why, len(chunk), self.topic_id(record.topic))
         if skip + room < len(chunk):
             self._tell_late(record, chunk, skip + room)
         if rejected and record.topic not in self._told:  # once: what comes after is counted
@@ -279,8 +279,8 @@ class Assembler:
             log.warning(text, where, extra={"task": record.topic})
         if self.rules.keep_late:
             late = Rejected("late", f"came after the end of task {record.topic}")
-            for index in range(start, len(chunk)):
-                self.rules.dead_letters.send(record, index, len(chunk), late, self.topic_id(record.topic))
+            why = dict.fromkeys(range(start, len(chunk)), late)
+            self.rules.dead_letters.send_all(record, why, len(chunk), self.topic_id(record.topic))
 
     def _follow_burst(self, record: Record, chunk: Chunk, codes: np.ndarray, skip: int) -> None:
         assert self.task is not None

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from streamlearn.data import Rejected
     from streamlearn.stream.log import Record, Sink
 
 log = logging.getLogger(__name__)
 
 PREFIX = "streamlearn.errors."
+LETTERS_OF_RECORD = 1000  # letters of one sample each; what further samples of the record are rejected share a letter
+SHARED_SPAN = 1 << 20  # sample numbers of one shared letter: its header must fit into a broker's message
+MAX_SAMPLES = 1 << 30  # of one record: it has a byte for each at least
 DENIED = 77  # the exit code of a missing permission
 ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before reading stands still
 
@@ -46,8 +54,31 @@ class DeadLetters:
             1 if made else self.sink.partitions(self.topic)
         )  # brokers list a new topic a little later
 
-    def send(self, record: Record, index: int, samples: int, rejected: Rejected, topic_id: str | None) -> None:
-        """Write one rejected sample of a record's `samples`; it is safe after the next `flush`."""
+    def send_all(self, record: Record, rejected: Mapping[int, Rejected], samples: int, topic_id: str | None) -> None:
+        """Write the rejected samples of a record of `samples`, by index.
+
+        Past `LETTERS_OF_RECORD` the samples of one reason share a letter: a record of a megabyte may have 300,000 samples.
+        """
+        indices = list(rejected)
+        for index in indices[:LETTERS_OF_RECORD]:
+            self.send(record, index, samples, rejected[index], topic_id)
+        shared: dict[tuple[str, int], list[int]] = {}
+        for index in indices[LETTERS_OF_RECORD:]:
+            shared.setdefault((rejected[index].reason, index // SHARED_SPAN), []).append(index)
+        for first, *further in shared.values():
+            self.send(record, first, samples, rejected[first], topic_id, further)
+
+    def send(
+        self,
+        record: Record,
+        index: int,
+        samples: int,
+        rejected: Rejected,
+        topic_id: str | None,
+        further: Sequence[int] = (),
+    ) -> None:
+        """Write one rejected sample of a record's `samples`, with further ones where given; safe after the next `flush`."""
+        more = f" (and {len(further)} further samples of this record)" if further else ""
         facts = {
             "topic": record.topic,
             "partition": str(record.partition),
@@ -56,10 +87,12 @@ class DeadLetters:
             "samples": str(samples),
             "timestamp": f"{record.timestamp:.3f}",
             "reason": rejected.reason,
-            "message": str(rejected),
+            "message": f"{rejected}{more}",
             **({"topic-id": topic_id} if topic_id is not None else {}),
         }
         added = tuple((PREFIX + name, value.encode(errors="backslashreplace")) for name, value in facts.items())
+        if further:
+            added += ((PREFIX + "further", pack_indices(further, samples)),)
         if record.key is not None:
             added += ((PREFIX + "key", record.key),)
         key = f"{record.topic}-{record.partition}-{record.offset}-{index}".encode()
@@ -118,3 +151,25 @@ class DeadLetters:
         except StreamlearnError:
             self.failures += 1
             raise
+
+
+def pack_indices(indices: Sequence[int], samples: int) -> bytes:
+    """Return the bytes of a set of sample numbers below `samples`: a bit for each sample, compressed."""
+    bits = np.zeros(samples, bool)
+    bits[list(indices)] = True
+    return zlib.compress(np.packbits(bits).tobytes())
+
+
+def unpack_indices(data: bytes, samples: int) -> list[int]:
+    """Return the sample numbers that `pack_indices` packed; raises `ValueError` if these bytes are no such set."""
+    size = -(-samples // 8)
+    if samples > MAX_SAMPLES:
+        raise ValueError(f"{samples} samples")
+    try:
+        raw = zlib.decompressobj().decompress(data, size + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    found: list[int] = np.flatnonzero(np.unpackbits(np.frombuffer(raw, np.uint8))).tolist()
+    if len(raw) != size or (found and found[-1] >= samples):
+        raise ValueError(f"no set of numbers below {samples}")
+    return found

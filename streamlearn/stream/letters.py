@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.stream.codec import cut_batch
-from streamlearn.stream.deadletter import PREFIX
+from streamlearn.stream.deadletter import PREFIX, unpack_indices
 from streamlearn.stream.log import ATTEMPT, CONTROL, CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ class Letter:
     carrier: str  # key of the letter that has the record's bytes
     lies_in: int  # partition of the dead-letter topic
     replayed: bool = False
+    further: bytes = b""  # packed: further samples of the record that this letter is about
+
+    @property
+    def indices(self) -> list[int]:
+        """The samples of the record that this letter is about."""
+        return [self.index, *(unpack_indices(self.further, self.samples) if self.further else ())]
 
     @property
     def identity(self) -> Identity:
@@ -82,7 +88,9 @@ class Letter:
                 attempts=attempts(record),
                 carrier=facts.get("value-in", key.encode()).decode(),
                 lies_in=record.partition,
+                further=facts.get("further", b""),
             )
+            _ = letter.indices  # raises where they are none
         except (KeyError, ValueError):
             return None
         return letter if letter.is_consistent else None
@@ -298,4 +306,4 @@ def _value(value: bytes, letters: list[Letter]) -> bytes:
     """
     if letters[0].samples == 1:
         return value
-    return cut_batch(value, sorted({letter.index for letter in letters}), letters[0].samples)
+    return cut_batch(value, sorted({index for letter in letters for index in letter.indices}), letters[0].samples)

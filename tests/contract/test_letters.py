@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from streamlearn.data import Progress
-from streamlearn.stream import letters
+from streamlearn.stream import deadletter, letters
 from streamlearn.stream.codec import TYPE_OF, encode
 from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CONTROL, CUT, TASK_END
 from tests.contract.test_streams import TYPED, World, everything, places, world
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import pytest
 
     from streamlearn.stream.letters import Letter
     from streamlearn.stream.log import Log, Record
@@ -266,3 +268,27 @@ def test_many_letters_are_sent_in_groups(world: World) -> None:
     world.mark(b)
     taken = everything(world.stream(topics=[b], classes=list(range(100, 350))))
     assert [place for batch in places(taken) for place in batch] == list(range(250))
+
+
+def test_a_record_of_many_bad_samples_has_few_letters(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past a bound the samples of one reason share a letter, and a replay sends each of them once all the same."""
+    monkeypatch.setattr(deadletter, "LETTERS_OF_RECORD", 3)
+    a, b = world.name("a"), world.topic("b", [], marker=False)
+    world.sink.create_topic(a, 1)
+    x = np.arange(40, dtype=np.float32)[:, None]
+    x[[20, 30]] = np.nan
+    world.sink.append(a, 0, encode("batch", x, [0, *[7] * 38, 1]), headers=BATCH)
+    world.mark(a)
+    progress = reject(world, [0, 1], a, times=2)
+    assert (progress.totals()["trained"], progress.totals()["rejected"]) == (2, 38)
+    found = index(world)
+    assert [letter.key for letter in found] == [f"{a}-0-0-{n}" for n in (1, 2, 3, 4, 20)]
+    assert [len(letter.indices) for letter in found] == [1, 1, 1, 33, 2]
+    assert found[4].message == "x holds a value that is not finite (and 1 further samples of this record)"
+    chosen = [letter for letter in found if letter.reason == "label_range"]
+    assert replay(world, chosen, b) == chosen
+    world.mark(b)
+    again = Progress()
+    [batch] = places(everything(world.stream(topics=[b], classes=[7], batch_size=99), again))
+    assert batch == [n for n in range(1, 39) if n not in {20, 30}]
+    assert [letter.key for letter in index(world) if not letter.replayed] == [f"{a}-0-0-20"]

@@ -1,0 +1,20 @@
+"""Dead letters: the numbers of samples that share a letter."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamlearn.stream import deadletter
+
+
+@given(samples=st.integers(1, 99), data=st.data())
+def test_packed_numbers_come_back(samples: int, data: st.DataObject) -> None:
+    """Any set of sample numbers survives; bytes that are no such set are refused."""
+    chosen = sorted(data.draw(st.sets(st.integers(0, samples - 1))))
+    packed = deadletter.pack_indices(chosen, samples)
+    assert deadletter.unpack_indices(packed, samples) == chosen
+    for forged, count in ((packed, samples + 8), (packed[:2], samples), (b"", samples), (packed, 1 << 40)):
+        with pytest.raises(ValueError, match=r"no set of numbers|incomplete|incorrect|samples"):
+            deadletter.unpack_indices(forged, count)
