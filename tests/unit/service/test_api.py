@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from streamlearn.cli.lifecycle import read_status
 from streamlearn.data import StreamlearnError
 from streamlearn.service.api import MAX_BODY_BYTES, Backend, control
 from streamlearn.service.client import _UnixConnection
 from streamlearn.service.server import Server, bind_control
+from streamlearn.service.statedir import locked, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,3 +102,29 @@ def test_a_control_socket_lies_elsewhere_where_the_file_system_has_none(
     code = errno.ENOSPC
     with pytest.raises(StreamlearnError, match="No space left"):
         bind_control(tmp_path / "state")
+
+
+class Large:
+    """A daemon of so many tasks that its status leaves the matrix out."""
+
+    def status(self) -> dict[str, Any]:
+        """Return what `status` needs."""
+        return {"name": "job", "pid": os.getpid(), "tasks": [{}], "matrix": None}
+
+    def matrix(self) -> list[list[float | None]]:
+        """Return a matrix."""
+        return [[0.5, None], [0.25, 1.0]]
+
+
+def test_a_large_matrix_is_asked_for_by_itself(tmp_path: Path) -> None:
+    """`/status` is small, `/matrix` has the matrix, and what `status --json` prints has both."""
+    with locked(tmp_path):
+        listener, path = bind_control(tmp_path)
+        take_over(tmp_path, {"socket": str(path), "http": ""})
+        server = Server(control(cast("Backend", Large())), listener, "control")
+        server.start()
+        try:
+            assert read_status(tmp_path)["matrix"] is None
+            assert read_status(tmp_path, matrix=True)["matrix"] == [[0.5, None], [0.25, 1.0]]
+        finally:
+            server.stop()
