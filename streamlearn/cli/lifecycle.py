@@ -206,7 +206,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
     except StreamlearnError as error:
         raise StreamlearnError(f"no daemon runs here; {error}", code=STOPPED) from error
     tree = {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
-    if matrix and tree["tasks"] and tree["matrix"] is None:
+    if matrix and tree.get("tasks") and tree["matrix"] is None:
         from streamlearn.evaluation.matrix import AccuracyMatrix
 
         tree["matrix"] = AccuracyMatrix.of(checkpoint).matrix()
