@@ -845,7 +845,7 @@ class Config(Section):
         if integers and self.input.scale == 1 and self.strategy.get("generative", {}).get("likelihood") == "bernoulli":
             found.append(
                 f"input.scale is 1 for dtype {self.input.dtype}: generative replays values from 0 to 1 (likelihood bernoulli); "
-                "give the largest value, or likelihood: gaussian"
+                "give the largest value; where some are negative, with likelihood: gaussian"
             )
         accepted = ", ".join(BELONGS.get(self.model.name, ("options",)))
         # no error: what shapes a checkpoint may not be taken away

@@ -63,6 +63,7 @@ class LearnStats:
     accuracy: float  # of the model that probes see, before the first update: test, then train
     gradient_norm: float  # of the last update
     unusable: int = 0  # samples that were left out: the encoder's features of them are not finite
+    generator_dropped: int = 0  # updates of a generator whose gradient was not finite, where the solver's was
 
     @property
     def outcome(self) -> str:
@@ -302,6 +303,8 @@ class Learner:
         with self.layer_draws.taken():
             for part in self.strategy.parts.values():
                 part.end_task(self._closing(part))
+        with self.layer_draws.taken(keep=False):
+            self.strategy.replay.measure(self.task)
         self.cursor = None
         self.reservoir.clear()
         self._renew()
@@ -531,7 +534,8 @@ class Learner:
         loss = float(losses[finite].mean()) if applied else None
         clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
         accuracy, norm = int(hits) / len(batch), float(norms[-1])
-        return LearnStats(self.task, len(batch), len(losses), applied, clipped, loss, accuracy, norm, unusable)
+        dropped = self.strategy.replay.take_dropped()
+        return LearnStats(self.task, len(batch), len(losses), applied, clipped, loss, accuracy, norm, unusable, dropped)
 
     def _closing(self, part: Part) -> Closing:
         x, y = self.reservoir.x, self.reservoir.y
@@ -667,6 +671,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
         config.seed, device, shape, scenario.num_outputs([]), config.memory.max_bytes,
         scaling(config.input.scale, device, names=vocabulary is not None, encoder=encoder), build_network,
         config.stream.batch_size, tuple(config.stream.topics or ()), names=vocabulary is not None,
+        max_norm=config.learner.max_norm,
     )  # fmt: skip
     strategy = compose(config.strategy, world)
     if config.grow_head and registry.head_of(strategy.network.module) is None:

@@ -98,6 +98,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.seal_probe(task)
         job.evaluate(after=task.index)
         job.show_parts()
+        job.check_replay()
         if learner.strategy.penalty.figures():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
         job.save(stream, "task_end")

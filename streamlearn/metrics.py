@@ -77,6 +77,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tasks_seen": ("Tasks begun.", ()),
     "task_active": ("1 for the task that is being learned, 0 for those that have ended.", ("task",)),
     "replay_buffer_samples": ("Stored samples of past tasks, for replay and for reference gradients.", ("task",)),
+    "replay_agreement_ratio": (
+        "Share of what is generated of a class that the solver takes for it, at the last task's end; of at most 200 classes.",
+        ("task", "label"),
+    ),
     "replay_buffer_capacity_samples": ("Bound on the stored samples.", ()),
     "replay_buffer_bytes": ("Bytes of the stored samples.", ()),
     "network_parameters": ("Parameters of the network, all of its tasks' columns included.", ()),
@@ -157,7 +161,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("topic", "reason"),
     ),
     "train_steps": ("Optimizer steps applied.", ("task",)),
-    "train_steps_skipped": ("Optimizer steps dropped.", ("reason",)),
+    "train_steps_skipped": (
+        "Optimizer steps dropped: nonfinite those of the solver, nonfinite_generator those of a generator alone.",
+        ("reason",),
+    ),
     "train_gradient_clipped": ("Optimizer steps whose gradient was clipped.", ()),
     "task_boundaries": ("Task ends, by how they were found.", ("source",)),
     "replay_samples_drawn": ("Samples drawn from stored ones into batches.", ()),
@@ -269,7 +276,7 @@ class Metrics:
             "restarts": product(CAUSES),
             "samples_skipped": product(("nonfinite",)),
             "task_boundaries": product(SOURCES),
-            "train_steps_skipped": product(("nonfinite",)),
+            "train_steps_skipped": product(("nonfinite", "nonfinite_generator")),
         }
         for name, children in closed.items():
             for labels in children:
@@ -355,6 +362,7 @@ class Metrics:
                 self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest))
         self.count("train_steps", stats.applied, task)
         self.count("train_steps_skipped", stats.steps - stats.applied, "nonfinite")
+        self.count("train_steps_skipped", stats.generator_dropped, "nonfinite_generator")
         self.count("train_gradient_clipped", stats.clipped)
         self.gauges.set("train_gradient_norm", stats.gradient_norm)
         self._smooth("train_loss", task, stats.loss)
@@ -415,6 +423,11 @@ class Metrics:
             value = sizes.get(key)
             if isinstance(value, int):
                 self.catch_up(name, key, value)
+
+    def record_agreement(self, agreement: Mapping[tuple[str, str], float]) -> None:
+        """Show how well a generator replays each class of each task."""
+        shown = {(task, label): ratio for (task, label), ratio in agreement.items() if self._may_show("task", task)}
+        self.gauges.replace("replay_agreement_ratio", shown)
 
     def record_constraint(self, counts: Mapping[str, int]) -> None:
         """Count the steps that a constraint changed."""

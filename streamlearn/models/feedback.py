@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.models.vae import observed, reconstruction
+from streamlearn.models.vae import bounded, observed, reconstruction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,14 +60,15 @@ class Feedback(nn.Module):
 
     def generate(self, noise: Tensor, y: Tensor) -> Tensor:
         """Return samples `[B, *shape]` of classes `y [B]`, from standard normal `noise [B, latent]`."""
-        z = self.prior_mean[y] + torch.exp(0.5 * self.prior_log_variance[y]) * noise
+        z = self.prior_mean[y] + torch.exp(0.5 * bounded(self.prior_log_variance[y])) * noise
         return observed(self.decode(z, y), self.likelihood).reshape(-1, *self.input_shape)
 
     def loss(self, features: Tensor, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         """Return each sample's negative evidence lower bound in nats, `[B]`, the divergence being from its class's prior."""
         mean, log_variance = self.encode_out(features).chunk(2, dim=1)
+        log_variance = bounded(log_variance)
         out = self.decode(mean + torch.exp(0.5 * log_variance) * noise, y)
-        wide, far = self.prior_log_variance[y], mean - self.prior_mean[y]
+        wide, far = bounded(self.prior_log_variance[y]), mean - self.prior_mean[y]
         divergence = 0.5 * (wide - log_variance + (log_variance.exp() + far.square()) / wide.exp() - 1).sum(1)
         total: Tensor = reconstruction(out, x.flatten(1), self.likelihood) + divergence
         return total

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+LOG_VARIANCE = (-20.0, 4.0)
+"""Bounds on the log variance of a code: far beyond what values near 1 need, and exp of them is harmless."""
+
+
 class VAE(nn.Module):
     """Encoder and decoder with two hidden layers; a label, where conditional, enters both as an embedding.
 
@@ -49,7 +53,7 @@ class VAE(nn.Module):
         if self.encode_class is not None:
             h = h + self.encode_class(y)
         mean, log_variance = self.encode_out(functional.relu(self.encode_hidden(functional.relu(h)))).chunk(2, dim=1)
-        return mean, log_variance
+        return mean, bounded(log_variance)
 
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the decoder's output before its nonlinearity, `[B, prod(shape)]`."""
@@ -84,6 +88,14 @@ class VAE(nn.Module):
                 grown.weight.zero_()
                 grown.weight[: old.num_embeddings] = old.weight
                 setattr(self, name, grown)
+
+
+def bounded(log_variance: Tensor) -> Tensor:
+    """Return log variances within `LOG_VARIANCE`, with the gradient that they would have without bounds.
+
+    So the divergence pulls back what lies beyond, and large values cannot make the codes explode.
+    """
+    return log_variance.detach().clamp(*LOG_VARIANCE) + (log_variance - log_variance.detach())
 
 
 def observed(out: Tensor, likelihood: str) -> Tensor:

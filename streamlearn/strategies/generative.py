@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOMENTS_DECAY = 0.998  # where the weights have no average
+MEASURED, TOTAL, EACH = 200, 2000, 100  # classes that are measured at most, their samples, and those of one
+CHUNK = 500
+LARGE = 10.0
+"""Root mean square of values beyond which a generator of unit variance spends its latent codes on their size."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class Scholar:
             return torch.randint(len(self.pairs), (count,), generator=generator)
         return torch.multinomial(1 / tasks.double(), count, replacement=True, generator=generator)
 
+    def generate(self, y: Tensor, noise: Tensor) -> Tensor:
+        """Return samples of classes `y [B]` from standard normal `noise [B, z]`."""
+        return self.generator.generate(noise if self.normals is None else codes(self.normals, y, noise), y)
+
 
 class GenerativeReplay(Replay):
     """Replays what a generator remembers, labelled by the solver as it was."""
@@ -97,6 +105,11 @@ class GenerativeReplay(Replay):
         self._noise = seeded(world.seed, "generative", world.device)
         self._choice = seeded(world.seed, "generative-choice")
         self._looked = False  # at the values of the current task
+        self._dropped = torch.zeros(
+            (), dtype=torch.int64, device=world.device
+        )  # updates since they were last asked for
+        self._told = False  # that one was dropped in the current task
+        self._agreement: dict[tuple[int, int], float] = {}
 
     @property
     def _params(self) -> list[Tensor]:
@@ -116,7 +129,7 @@ class GenerativeReplay(Replay):
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del task, params
-        self._looked = False
+        self._looked = self._told = False
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
@@ -131,10 +144,8 @@ class GenerativeReplay(Replay):
         chosen = scholar.choose(count, self._choice)
         task = scholar.pairs[chosen, 0]
         y = scholar.pairs[chosen, 1].to(self.world.device, non_blocking=True)
-        z = torch.randn(count, self.spec.latent, generator=self._noise, device=self.world.device)
-        if scholar.normals is not None:
-            z = codes(scholar.normals, y, z)
-        x = scholar.generator.generate(z, y)
+        noise = torch.randn(count, self.spec.latent, generator=self._noise, device=self.world.device)
+        x = scholar.generate(y, noise)
         logits = scholar.teacher.logits(x, task)
         if not targets.soft:
             return Batch(x, logits.argmax(1), task)
@@ -155,22 +166,33 @@ class GenerativeReplay(Replay):
         self.steps += 1
 
     def _look(self, x: Tensor) -> None:
-        if self._looked or self.spec.likelihood != "bernoulli":
+        if self._looked:
             return
         self._looked = True  # once a task: it waits for the device
-        low, high = float(x.min()), float(x.max())
-        if low < 0 or high > 1:
+        low, high, size = float(x.min()), float(x.max()), float(x.square().mean().sqrt())
+        told = None
+        if self.spec.likelihood == "bernoulli" and (low < 0 or high > 1):
             told = (
-                "strategy.generative: values from %.3g to %.3g are replayed cut to 0 and 1, by likelihood bernoulli; %s"
+                "are replayed cut to 0 and 1, by likelihood bernoulli; set input.scale so that they are from 0 to 1, or "
+                "bring them to about -1 to 1 (input.scale, or an input.encoder) and choose likelihood: gaussian"
             )
-            log.warning(told, low, high, "set input.scale, or likelihood: gaussian")
+        elif self.spec.likelihood == "gaussian" and size > LARGE:
+            told = (
+                "are too large to be generated well by likelihood gaussian, whose variance is 1; bring them to about -1 "
+                "to 1 by input.scale, or by an input.encoder that standardises them"
+            )
+        if told is not None:
+            log.warning("strategy.generative: values from %.3g to %.3g %s", low, high, told)
 
     def _step(self, finite: Tensor) -> Tensor:
         """Take the generator's optimizer step; return whether it was applied, 0-dim and on the device."""
         params = self._params
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
-        _, sound = finite_norm(grads)
+        norm, sound = finite_norm(grads)
+        if self.world.max_norm is not None:
+            torch._foreach_mul_(grads, (self.world.max_norm / (norm + 1e-6)).clamp(max=1.0))
         applied = sound & finite
+        self._dropped += finite & ~sound
         self.optimizer.step(grads, applied)
         self.generator.zero_grad()
         if self.spec.average is not None:
@@ -179,6 +201,15 @@ class GenerativeReplay(Replay):
                 for mean, param in zip(self.average, params, strict=True):
                     mean.lerp_(param, rate)
         return applied
+
+    def take_dropped(self) -> int:
+        dropped = int(self._dropped)
+        self._dropped.zero_()
+        if dropped and not self._told:
+            self._told = True
+            why = "lower strategy.generative.lr, set learner.max_norm, or bring the values to about -1 to 1 by input.scale"
+            log.warning("an update of the generator was not finite and was dropped; further ones are counted; %s", why)
+        return dropped
 
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:
@@ -198,6 +229,42 @@ class GenerativeReplay(Replay):
         )
         self.shares.end_task(closing.task)
         self.steps = 0
+
+    @torch.no_grad()
+    def measure(self, task: int) -> None:
+        """Note how many of the samples generated of a class the solver takes for it, as it was when the task ended.
+
+        A generator that cannot be asked for a class (`vae`) is measured by how often each comes: its share of what is
+        generated where the same outputs compete, of an equal share, at most 1. Of many classes some are measured, those
+        of the newest task first, so that this costs the same however many there are.
+        """
+        scholar, self._agreement = self.scholar, {}
+        if scholar is None or not len(scholar.pairs) or (not self.spec.conditional and len(scholar.pairs) > MEASURED):
+            return
+        draws = seeded(self.world.seed, f"generative-measure-{task}")  # of its own: it must not move training's
+        order = torch.randperm(len(scholar.pairs), generator=draws)
+        pairs = scholar.pairs[order[(scholar.pairs[order, 0] != task).byte().argsort(stable=True)[:MEASURED]]]
+        each = min(EACH, TOTAL // len(pairs))
+        asked = pairs.repeat_interleave(each, 0)
+        noise = torch.randn(len(asked), self.spec.latent, generator=draws)
+        answers = torch.cat([
+            scholar.teacher.logits(scholar.generate(some[:, 1].to(self.world.device), z.to(self.world.device)), some[:, 0])
+            .argmax(1).cpu()
+            for some, z in zip(asked.split(CHUNK), noise.split(CHUNK), strict=True)
+        ]).view(len(pairs), each)  # fmt: skip
+        if self.spec.conditional:
+            right = (answers == pairs[:, 1:]).double().mean(1)
+        else:
+            allowed = scholar.teacher.allowed.cpu()
+            masks = allowed.expand(task + 1, -1)[pairs[:, 0]] if len(allowed) == 1 else allowed[pairs[:, 0]]
+            alike = (masks[:, None] == masks[None]).all(2)
+            classes = [len(pairs[row, 1].unique()) for row in alike]
+            shares = [(answers[row] == y).double().mean() for row, y in zip(alike, pairs[:, 1], strict=True)]
+            right = (torch.stack(shares) * torch.tensor(classes)).clamp(max=1)
+        self._agreement = {(t, y): ratio for (t, y), ratio in zip(pairs.tolist(), right.tolist(), strict=True)}
+
+    def agreement(self) -> dict[tuple[int, int], float]:
+        return self._agreement
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
         del params
@@ -222,6 +289,7 @@ class GenerativeReplay(Replay):
             "optimizer": self.optimizer.state_dict(),
             "noise": self._noise.get_state(),
             "choice": self._choice.get_state(),
+            "agreement": [[*pair, ratio] for pair, ratio in self._agreement.items()],
         }
         if self.moments is not None:
             state["moments"] = self.moments.state_dict()
@@ -246,6 +314,7 @@ class GenerativeReplay(Replay):
         self.optimizer.load_state_dict(state["optimizer"])
         self._noise.set_state(state["noise"])
         self._choice.set_state(state["choice"])
+        self._agreement = {(task, y): ratio for task, y, ratio in state.get("agreement", [])}
         if self.moments is not None:
             self.moments.load_state_dict(state["moments"])
         if (frozen := state.get("scholar")) is not None:

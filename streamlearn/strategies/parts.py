@@ -34,6 +34,7 @@ class World:
     batch_size: int = 1
     tasks: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
     names: bool = False  # whether the network sees token ids, and not numbers
+    max_norm: float | None = None  # bound on the norm of a gradient, the solver's and a generator's
 
     def zeros(self, count: int) -> Tensor:
         """Return what the network sees of so many samples of nothing: `[count, *input_shape]`."""
@@ -130,6 +131,17 @@ class Replay(Part):
 
     def observe(self, mixed: Batch, finite: Tensor) -> None:
         """Learn from the batch that the solver has just learned; `finite` is false where its update was dropped."""
+
+    def measure(self, task: int) -> None:
+        """Measure, when a task has ended, how well it replays. Must draw from nothing that training draws from."""
+
+    def agreement(self) -> dict[tuple[int, int], float]:
+        """Return, by task and output, how well it replays, from 0 to 1, as `measure` has found; empty where unknown."""
+        return {}
+
+    def take_dropped(self) -> int:
+        """Return how many updates of its own were not finite and were dropped since the last call; waits for the device."""
+        return 0
 
     def sizes(self) -> dict[str, Any]:
         """Return what is stored: samples by task, capacity, bytes, drawn and evicted; empty where nothing is."""

@@ -89,6 +89,10 @@ FIRING: dict[str, dict[str, str]] = {
         f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.5x60",
         f'streamlearn_probe_samples{{{LABELS}, task="t"}}': "100x60",
     },
+    "ReplayPoor": {
+        f'streamlearn_replay_agreement_ratio{{{LABELS}, task="t", label="cat"}}': "0.9x60",
+        f'streamlearn_replay_agreement_ratio{{{LABELS}, task="t", label="dog"}}': "0.4x60",
+    },
     "ProbesStale": {
         f"streamlearn_probe_last_success_timestamp_seconds{{{LABELS}}}": "0x60",
         f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "0+9x60",

@@ -153,6 +153,30 @@ def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pyt
     assert job.evaluation_due()
 
 
+def test_replay_that_does_not_work_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Below three quarters the log names the worst classes and the ways out; the series has each class."""
+    job, _ = made(tmp_path)
+    job.check_replay()  # a strategy that generates nothing
+    job.progress.tasks = [Task(0, "t1", "ended", labels=["cat", "dog"])]
+    job.progress.labels = ["cat", "dog"]
+    job.learner.activate(job.progress.tasks, job.progress.labels)
+    for dog, warned in ((0.6, False), (0.4, True)):
+        monkeypatch.setattr(job.learner.strategy.replay, "agreement", lambda dog=dog: {(0, 0): 1.0, (0, 1): dog})
+        job.show_parts()
+        job.check_replay()
+        assert (
+            f'streamlearn_replay_agreement_ratio{{label="dog",task="t1"}} {dog}' in job.metrics.expose("")[0].decode()
+        )
+        assert bool(caplog.records) is warned
+    message = caplog.records[0].getMessage()
+    assert message.startswith(
+        "replay does not work well here: 70 % of what is generated is taken for its class (dog of t1: 40%"
+    )
+    assert all(way in message for way in ("er", "derpp", "input.encoder"))
+
+
 def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
     """A short batch may be the last for long, so its evaluation does not wait for `every_seconds`; its age is shown."""
     job, stream = made(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from streamlearn.learner import squared_distance
 from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP
+from streamlearn.models.vae import bounded
 from streamlearn.strategies.distillation import Distillation
 from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec, Targets
 from streamlearn.strategies.latent import JITTER, LatentMoments, codes
@@ -57,9 +60,10 @@ def test_shares_by_tasks_and_by_counts() -> None:
 
 
 def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
-    """A generator of values from 0 to 1 says so where others come, and one of any values says nothing."""
-    batch = Batch(torch.tensor([[0.0, 0.5, 3.25, -1.5, 1.0]]), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-    for likelihood in ("bernoulli", "gaussian"):
+    """A generator of values from 0 to 1 says so where others come, one of any values where they are large; with what helps."""
+    small = torch.tensor([[0.0, 0.5, 3.25, -1.5, 1.0]])
+    for likelihood, size in (("bernoulli", 1), ("gaussian", 1), ("gaussian", 100)):
+        batch = Batch(size * small, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
         spec = GeneratorSpec(
             conditional=True, hidden=4, latent=2, lr=0.1, likelihood=likelihood, average=None, moments=False
         )
@@ -68,8 +72,92 @@ def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixtu
             replay.begin_task(task, [])
             for _ in range(3):
                 replay.sample(batch)
-    told = "strategy.generative: values from -1.5 to 3.25 are replayed cut to 0 and 1, by likelihood bernoulli; "
-    assert [record.getMessage() for record in caplog.records] == [told + "set input.scale, or likelihood: gaussian"] * 2
+    messages = [record.getMessage() for record in caplog.records]
+    cut, large = messages[:2], messages[2:]
+    assert cut[0].startswith("strategy.generative: values from -1.5 to 3.25 are replayed cut to 0 and 1")
+    assert "set input.scale so that they are from 0 to 1" in cut[0]
+    assert large[0].startswith("strategy.generative: values from -150 to 325 are too large")
+    assert "input.encoder that standardises them" in large[0]
+    assert (cut[1:], large[1:]) == (cut[:1], large[:1])
+
+
+def test_log_variances_are_bounded_and_pulled_back() -> None:
+    """Within the bounds nothing changes; beyond them the value is the bound, and the divergence still has its gradient."""
+    inside = torch.linspace(-19.9, 3.9, 50)
+    assert torch.equal(bounded(inside), inside)
+    raw = torch.tensor([1e3, 1e12, -1e6], requires_grad=True)
+    found = bounded(raw)
+    assert found.tolist() == [4.0, 4.0, -20.0]
+    (0.5 * (found.exp() - 1 - found)).sum().backward()
+    assert raw.grad is not None
+    assert torch.allclose(raw.grad, 0.5 * (torch.tensor([4.0, 4.0, -20.0]).exp() - 1))
+
+
+@pytest.mark.usefixtures("daemon_mode")
+@pytest.mark.parametrize("variant", ["conditional", "vae"])
+def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
+    """Columns of several hundred, as tables have them: what is generated is of the size of what is real."""
+    spec = GeneratorSpec(
+        conditional=variant == "conditional", hidden=128, latent=20, lr=1e-3, likelihood="gaussian", average=0.998,
+        moments=variant == "conditional",
+    )  # fmt: skip
+    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (1200,), generator=generator)
+    spread = torch.tensor([250.0, 90.0, 3.0, 30.0, 0.1])
+    x = (torch.randn(1200, 5, generator=generator) + y[:, None]) * spread
+    for rows in torch.arange(1200).split(20):
+        batch = Batch(x[rows], y[rows], torch.zeros(len(rows), dtype=torch.int64)).join(None, 0.0)
+        for _ in range(4):
+            replay.observe(batch, YES)
+    assert replay.take_dropped() == 0
+    replay.end_task(closing(0, build(4)))
+    scholar = replay.scholar
+    assert scholar is not None
+    noise = torch.randn(500, 20, generator=generator)
+    labels = torch.arange(500) % 2
+    z = noise if scholar.normals is None else codes(scholar.normals, labels, noise)
+    assert scholar.generator.generate(z, labels).std(0).max() < 3 * x.std(0).max()
+
+
+def test_dropped_updates_of_a_generator_are_counted_and_told_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    """Those that were dropped with the solver's do not count again."""
+    spec = GeneratorSpec(
+        conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
+    )
+    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+    batch = Batch(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).join(None, 0.0)
+    lost = Batch(1e30 * batch.x, batch.y, batch.task, batch.weight)
+    for task in range(2):
+        replay.begin_task(task, [])
+        for some, finite in ((batch, True), (lost, True), (lost, True), (lost, False)):
+            replay.observe(some, torch.tensor(data=finite))
+        assert (replay.take_dropped(), replay.take_dropped()) == (2, 0)
+        replay.observe(lost, YES)
+        assert replay.take_dropped() == 1
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "an update of the generator was not finite and was dropped"
+    ] * 2
+
+
+def test_max_norm_bounds_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it bounds the solver's."""
+    world = replace(WORLD, max_norm=0.5)
+    spec = GeneratorSpec(
+        conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
+    )
+    batch = Batch(100 * torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).join(None, 0.0)
+    norms = []
+    for where in (WORLD, world):
+        replay = GenerativeReplay(where, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+        monkeypatch.setattr(
+            replay.optimizer,
+            "step",
+            lambda grads, _: norms.append(float(torch.stack([g.norm() for g in grads]).norm())),
+        )
+        replay.observe(batch, YES)
+    assert norms[0] > 10
+    assert norms[1] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_past_without_samples_has_its_share_by_tasks() -> None:

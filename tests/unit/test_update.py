@@ -8,16 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from streamlearn import configfile
-from streamlearn.data import Batch, Task
+from streamlearn import configfile, state
+from streamlearn.data import Batch, Delivery, Task
 from streamlearn.learner import Learner, make_learner
+from streamlearn.metrics import Metrics
 from streamlearn.scenario import Scenario
+from streamlearn.strategies.generative import GenerativeReplay
 from streamlearn.strategies.recipes import RECIPES
 from tests.support import jobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from streamlearn.data import Label
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
@@ -53,9 +57,15 @@ def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **o
 
 def begin(learner: Learner, tasks: Sequence[Sequence[int]]) -> None:
     """Begin the last of these tasks."""
-    described = [Task(number, f"t{number}", labels=list(labels)) for number, labels in enumerate(tasks)]
-    learner.begin_task(described[-1])
-    learner.activate(described, [label for labels in tasks for label in labels])
+    all_tasks, labels = described(tasks)
+    learner.begin_task(all_tasks[-1])
+    learner.activate(all_tasks, labels)
+
+
+def described(tasks: Sequence[Sequence[int]]) -> tuple[list[Task], list[Label]]:
+    """Return tasks of these labels, and all labels."""
+    named = [Task(number, f"t{number}", labels=list(labels)) for number, labels in enumerate(tasks)]
+    return named, [label for labels in tasks for label in labels]
 
 
 def batch(number: int, size: int = BATCH, *, classes: Sequence[int] = (0, 1, 2, 3), task: int = 0) -> Batch:
@@ -174,6 +184,63 @@ def test_a_short_batch_counts_by_its_size(
     new = batch(0, size)
     _, loss = other.evaluate(new.x, new.y, 0)
     assert other.learn(new).loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_dropped_updates_of_a_generator_are_counted(tmp_path: Path) -> None:
+    """The batch's statistics say so, and the series of dropped steps has them under a reason of their own."""
+    learner = begun(tmp_path, learner={"updates_per_batch": 4}, strategy={"generative": {"likelihood": "gaussian"}})
+    assert learner.learn(batch(0)).generator_dropped == 0
+    replay = learner.strategy.replay
+    assert isinstance(replay, GenerativeReplay)
+    with torch.no_grad():
+        replay.generator.decode_out.bias.fill_(torch.inf)
+    stats = learner.learn(batch(1))
+    assert (stats.applied, stats.generator_dropped) == (4, 4)
+    metrics = Metrics()
+    metrics.record_delivery(Delivery(batch=batch(1)), stats, "t0", 0.0)
+    found = metrics.expose("")[0].decode()
+    assert 'streamlearn_train_steps_skipped_total{reason="nonfinite_generator"} 4.0' in found
+    assert 'streamlearn_train_steps_skipped_total{reason="nonfinite"} 0.0' in found
+
+
+@pytest.mark.parametrize("variant", ["conditional", "vae", "brain-inspired"])
+@pytest.mark.parametrize("kind", ["class", "task"])
+def test_how_well_a_generator_replays_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, kind: str
+) -> None:
+    """At a task's end, by class; it moves no draw of training, survives a restart, and tells good from useless."""
+    tasks = ((0, 1), (2, 3))
+    over: dict[str, Any] = {
+        "scenario": {"kind": kind},
+        "strategy": {"generative": {"likelihood": "gaussian", "variant": variant, "hidden": 32, "latent": 4}},
+    }
+    one, other = (begun(tmp_path, tasks, **over) for _ in range(2))
+    replay, blind = one.strategy.replay, other.strategy.replay
+    assert isinstance(replay, GenerativeReplay)
+    assert isinstance(blind, GenerativeReplay)
+    monkeypatch.setattr(blind, "measure", lambda _: None)  # as if there were no measurement
+    for number in range(len(tasks)):
+        for learner in (one, other):
+            if number:
+                begin(learner, tasks)
+            for place in range(3):
+                learner.learn(batch(place, classes=tasks[number], task=number))
+            learner.end_task()
+        assert set(replay.agreement()) == {(task, y) for task in range(number + 1) for y in tasks[task]}
+        assert all(0 <= ratio <= 1 for ratio in replay.agreement().values())
+    found, expected = (state.pack(learner.state_dict())[0] for learner in (one, other))
+    for name, tensors in found.items():
+        assert all(torch.equal(value, expected[name][key]) for key, value in tensors.items())
+    again = begun(tmp_path, tasks, **over)
+    again.load_state_dict(one.state_dict(), *described(tasks))
+    assert again.strategy.replay.agreement() == replay.agreement()
+    assert replay.scholar is not None
+    weights = replay.scholar.generator.decode_out
+    with torch.no_grad():
+        weights.weight.zero_()
+        weights.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # the same, whatever it is asked for
+    replay.measure(1)
+    assert sorted(replay.agreement().values()) == [0, 0, *([0, 1] if kind == "class" else [1, 1])]
 
 
 def test_a_lone_sample_moves_as_much_as_its_part_of_a_full_batch(tmp_path: Path) -> None:
