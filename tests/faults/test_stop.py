@@ -42,10 +42,11 @@ time.time = lambda: real() + float(file.read_text() or 0)
 
 
 class Slow(MLP):
-    """A model of which every pass takes a minute."""
+    """A model of which every pass takes a minute, but for the trial at the start, which has at most two samples."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(60)
+        if len(x) > 2:
+            time.sleep(60)
         return super().forward(x)
 
 
