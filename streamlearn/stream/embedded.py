@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.log import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
+from streamlearn.stream.log import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -63,6 +63,18 @@ def open_database(path: Path) -> sqlite3.Connection:
     return database
 
 
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from a later one of the same name, or None where there is none.
+
+    A file that is removed stays usable for those who have it open: they would read and write what nobody else sees.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class _Transaction:
     """A write transaction that takes its lock at the start, so that offsets are given out by one writer at a time."""
 
@@ -96,12 +108,15 @@ class EmbeddedLog:
         self.path = path
         self.cluster_id: str | None = None
         self._database: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
         self._at: dict[Partition, int] = {}
         self._held: set[Partition] = set()
         self._emptied: dict[Partition, int] = {}  # the version of the file in which each had nothing more to read
 
     def connect(self) -> None:
+        self.close()
         self._database = open_database(self.path)
+        self._identity = file_identity(self.path)
         self.cluster_id = self._database.execute("SELECT cluster_id FROM log").fetchone()[0]
 
     @property
@@ -119,6 +134,8 @@ class EmbeddedLog:
             raise StreamlearnError(f"{self.path}: cannot be read: {error}", code=74) from error
 
     def topics(self) -> dict[str, TopicInfo]:
+        if file_identity(self.path) != self._identity:
+            raise BrokerUnavailable(f"{self.path}: the file was removed or replaced while it was read")
         rows = self._ask("SELECT name, topic_id, partitions FROM topics")
         return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
 
@@ -198,13 +215,20 @@ class EmbeddedSink:
     """A writer to the file; records are gathered and written in transactions."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._database = open_database(path)
+        self._identity = file_identity(path)
         self._lock = threading.Lock()
         self._waiting: list[tuple[str, int, bytes | None, bytes | None, Headers]] = []
         self._waiting_bytes = 0
         self._known: dict[str, int] = {}
 
     def create_topic(self, name: str, partitions: int) -> bool:
+        with self._lock:
+            if file_identity(self.path) != self._identity:  # what waits goes into the file that is there now
+                self._database.close()
+                self._database = open_database(self.path)
+                self._identity = file_identity(self.path)
         row = (name, str(uuid.uuid4()), partitions)
         try:
             with self._lock, _Transaction(self._database):
@@ -234,12 +258,16 @@ class EmbeddedSink:
             self._write()
 
     def close(self) -> None:
-        self.flush()
-        self._database.close()
+        try:
+            self.flush()
+        finally:
+            self._database.close()
 
     def _write(self) -> None:
         if not self._waiting:
             return
+        if file_identity(self.path) != self._identity:
+            raise StreamlearnError(f"{self.path}: the file was removed or replaced while it was written", code=74)
         last = "SELECT coalesce(max(offset), -1) FROM records WHERE topic = ? AND partition = ?"
         try:
             with _Transaction(self._database):

@@ -8,7 +8,7 @@ import pytest
 
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
-from streamlearn.stream.log import Bounds
+from streamlearn.stream.log import Bounds, BrokerUnavailable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,4 +72,34 @@ def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
         database.execute("PRAGMA max_page_count = 100000")
     sink.close()
     assert log.bounds([("a", 0)]) == {("a", 0): Bounds(0, 30)}
+    log.close()
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_file_that_is_removed_is_noticed_at_once(tmp_path: Path, *, made_anew: bool) -> None:
+    """Reader and writer have the removed file open, and nobody else sees it: both say so, and both find the new one."""
+    path = tmp_path / "a"
+    sink, log = EmbeddedSink(path), EmbeddedLog(path)
+    sink.create_topic("a", 1)
+    log.connect()
+    old = log.topics()["a"].topic_id
+    for file in tmp_path.iterdir():
+        file.unlink()
+    if made_anew:
+        other = EmbeddedSink(path)
+        other.create_topic("a", 1)
+        other.close()
+    with pytest.raises(BrokerUnavailable, match="was removed or replaced while it was read"):
+        log.topics()
+    sink.append("dlq", 0, b"letter")
+    with pytest.raises(StreamlearnError, match="was removed or replaced while it was written") as told:
+        sink.flush()
+    assert told.value.code == 74
+    log.connect()
+    sink.create_topic("dlq", 1)
+    sink.flush()
+    assert set(log.topics()) == ({"a", "dlq"} if made_anew else {"dlq"})
+    assert old not in {info.topic_id for info in log.topics().values()}
+    assert log.bounds([("dlq", 0)]) == {("dlq", 0): Bounds(0, 1)}, "the letter is where people look for it"
+    sink.close()
     log.close()

@@ -1,4 +1,4 @@
-"""The reader and its topics: what it says of them. On a log in memory, with a real thread."""
+"""The reader and its topics: what it says of them. Mostly on a log in memory, with a real thread."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from streamlearn.stream.log import Log, Sink
 
 SECONDS = 20
 
 
 class Reading:
-    """A stream of JSON samples over a log in memory, and what it has delivered."""
+    """A stream of JSON samples over a log, by default in memory, and what it has delivered."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Log | None = None, sink: Sink | None = None) -> None:
         self.store = MemoryStore()
+        self.source: Log = source or MemoryLog(self.store, 5)
+        self.sink: Sink = sink or self.store
         self.progress = Progress()
         self.found: list[Delivery] = []
         self.stream: Stream | None = None
@@ -44,11 +50,11 @@ class Reading:
     def start(self, scenario: Scenario | None = None, **spec: Any) -> Stream:
         """Begin to read, from where the progress stands."""
         full = StreamSpec.model_validate({"batch_size": 4, **spec})
-        letters = DeadLetters(self.store, "dlq")
+        letters = DeadLetters(self.sink, "dlq")
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         rules = Rules(codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size)
         copied = Progress.from_json(self.progress.to_json(), self.progress.positions)
-        self.stream = Stream(MemoryLog(self.store, 5), Assembler(rules, copied), full, letters, "g", 0.2)
+        self.stream = Stream(self.source, Assembler(rules, copied), full, letters, "g", 0.2)
         self.stream.start()
         return self.stream
 
@@ -95,6 +101,29 @@ def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.Lo
         reading.until(lambda: stream.status.contacted != checked)
     told = [record.message for record in caplog.records if "is gone" in record.message]
     assert told == ["topic a is gone: reading stands still until it is there again"]
+
+
+def test_a_file_of_topics_that_is_made_anew_stops_the_reading(tmp_path: Path) -> None:
+    """While the daemon runs, as at its start: records of another file are not taken for those of the one read so far."""
+    path = tmp_path / "topics.sqlite"
+
+    def publish() -> None:
+        sink = EmbeddedSink(path)
+        sink.create_topic("a", 1)
+        for _ in range(4):
+            sink.append("a", 0, b'{"x": [1], "y": 0}')
+        sink.close()
+
+    publish()
+    reading = Reading(EmbeddedLog(path), EmbeddedSink(path))
+    stream = reading.start(topics=["a"])
+    reading.until(lambda: reading.consumed() == 4)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    publish()
+    reading.until(lambda: "topic a was deleted and created again" in (stream.status.problem or ""))
+    stream.stop()
+    assert reading.consumed() == 4
 
 
 def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
