@@ -120,7 +120,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
     strategy = {"er": {"budget": 200}, "ewc": {}}
     over = {"checkpoint": {"every_batches": 2, "keep": 1000}, "stream": {"batch_size": 20}}
     config = jobs.write_config(directory, strategy=strategy, **over)
-    jobs.publish_embedded(directory / "topics.sqlite", 60)
+    jobs.publish_embedded(directory / "topics.sqlite", 200)
     return config, jobs.run_to_end(config)
 
 
@@ -130,9 +130,8 @@ def writer(daemon: tuple[Path, Checkpoint], tmp_path: Path) -> Writer:
     state = tmp_path / "daemon"
     source = daemon[0].parent / "state" / "checkpoints"
     names = sorted(path.name for path in source.iterdir() if path.name.startswith("ckpt-"))
-    shutil.copytree(
-        source, state / "checkpoints", ignore=lambda _, found: [n for n in found if n in names[len(names) // 2 :]]
-    )
+    later = names[max(2, len(names) // 2) :]  # on a busy machine saves are merged, and there are few
+    shutil.copytree(source, state / "checkpoints", ignore=lambda _, found: [n for n in found if n in later])
     return Writer(tmp_path, state)
 
 
