@@ -131,7 +131,8 @@ class Assembler:
         partition = (record.topic, record.partition)
         expected = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
         chunk = None if record.header(CONTROL) == TASK_END else self.rules.codec.decode(record)
-        skip = expected.skip if record.offset == expected.offset else 0
+        begin = record.offset if record.begin is None else record.begin  # it may stand for a whole batch of records
+        skip = expected.skip if begin <= expected.offset <= record.offset else 0
         if chunk is not None and skip >= max(1, len(chunk)):
             raise _cut_otherwise(record, skip, chunk)
         learns = chunk is not None and record.offset >= expected.offset and not self._is_late(record)

@@ -72,6 +72,15 @@ def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
     assert delivery.batch.x[:, 0].tolist() == [6, 7, 8, 9, 0, 1]
 
 
+def test_a_batch_that_is_not_unpacked_any_more_does_not_hide_the_rest_of_a_record() -> None:
+    """One record stands for a batch, at its last offset; a stop stood inside one of the batch's records: reading ends (78)."""
+    stands = applied(list(made().feed(batch_record(10))))
+    whole = Record("a", 0, 4, 0.0, None, None, (), oversize="it unpacks to more than 64 bytes", begin=0)
+    with pytest.raises(StreamlearnError, match=r"6 samples .* now it is read as 1 \(oversize: it unpacks") as told:
+        list(made(stands).feed(whole))
+    assert told.value.code == 78
+
+
 def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> None:
     """1 and "1" are two labels: the second is warned of where it takes an output, and hinted at where it has none."""
     x = np.zeros((3, 1), np.float32)
