@@ -364,9 +364,9 @@ class Store:
         raise StreamlearnError(f"{self.root}: no checkpoint has the tag {tag!r:.80}; there are: {known}")
 
     def remove(self, name: str) -> Checkpoint:
-        """Remove a checkpoint, whatever tags it has; raises `StreamlearnError` for the newest: a job goes on from it."""
+        """Remove a checkpoint, whatever tags it has; raises `StreamlearnError` for the newest: the job goes on from it."""
         found = self.find(name)
-        if found.path == self.paths()[0]:
+        if found.path == self.all()[0].path:  # a newer one that cannot be read does not count
             raise StreamlearnError(f"{found.id} is the newest checkpoint: the job goes on from it, so it stays")
         try:
             self._remove(found)

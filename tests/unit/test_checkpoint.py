@@ -322,6 +322,18 @@ def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
         assert caught.value.code == 2
 
 
+def test_the_newest_that_can_be_read_is_not_removed(tmp_path: Path) -> None:
+    """Where a newer checkpoint is broken the job goes on from the one before it, so that one stays."""
+    store = Store(tmp_path)
+    first, second, third = (at(store, step) for step in (1, 2, 3))
+    (third.path / "MANIFEST.json").write_text("{}")
+    for name in ("latest", second.id):
+        with pytest.raises(StreamlearnError, match=f"{second.id} is the newest checkpoint"):
+            store.remove(name)
+    assert store.remove(first.id).id == first.id
+    assert second.path.is_dir()
+
+
 def test_tags_on_the_command_line(tmp_path: Path) -> None:
     """`tag`, `list`, `show`, `prune`, `untag` and `remove` on files alone; no daemon is asked."""
     store = Store(tmp_path, keep=9)
