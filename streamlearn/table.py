@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from streamlearn.data import Label
 
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # as an integer is written: 007 and +7 are something else
+MAX_DIGITS = 20  # of an integer of 64 bits, the sign included
 GAPS = {"", "?", "-", "na", "n/a", "nan", "null", "none"}  # how a missing value is written, in any case of letters
 CHOOSE = "give --header if it names the columns, --no-header if it is a sample"
 
@@ -142,7 +143,7 @@ def _is_header(where: str, cells: list[str]) -> bool:
 
 
 def _is_integer(cell: str) -> bool:
-    return len(cell) < 20 and INTEGER.fullmatch(cell) is not None
+    return len(cell) <= MAX_DIGITS and INTEGER.fullmatch(cell) is not None
 
 
 def _values(cells: list[str]) -> np.ndarray:
@@ -165,7 +166,7 @@ def _number(cell: str) -> float:
 
 def _labels(path: Path, labels: list[str], say: Callable[[str], None]) -> list[Label]:
     """Return integers if all labels are written as such, else every one as the string that it is."""
-    other = next((label for label in labels if not INTEGER.fullmatch(label)), None)
+    other = next((label for label in labels if not _is_integer(label)), None)
     if other is None:
         say(f"{path}: labels (last column) are integers, as {labels[0]}")
         return [int(label) for label in labels]

@@ -93,6 +93,7 @@ def test_labels_are_kept_as_they_are_written(tmp_path: Path) -> None:
         ("1 2 cat", ["1", "2", "cat"], "strings, as 'cat'"),
         ("1.0 2.0", ["1.0", "2.0"], "strings, as '1.0'"),
         ("+1 -0", ["+1", "-0"], "strings, as '+1'"),
+        ("9" * 5000 + " 1", ["9" * 5000, "1"], f"strings, as {'9' * 5000!r:.60}"),  # more than Python converts
     ):
         rows = "".join(f"5,{label} \n" for label in text.split())
         assert read(tmp_path, "x, label\n" + rows)[1:] == (
