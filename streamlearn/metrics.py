@@ -312,8 +312,13 @@ class Metrics:
         self.gauges.set("importance_last_update_timestamp_seconds", None)
 
     def know(self, topics: Iterable[str]) -> None:
-        """Let the counters of topics exist at 0, so that a scrape can see their first increase."""
-        for topic in set(topics) - self._declared:
+        """Let the counters of topics exist at 0, so that a scrape can see their first increase.
+
+        In the order given: where there are too many topics, the first ones have series of their own.
+        """
+        for topic in topics:
+            if topic in self._declared:
+                continue
             self._declared.add(topic)
             for name in ("samples_consumed", "consumed_bytes", "samples_late", "samples_duplicate"):
                 self.count(name, 0, topic)
@@ -326,10 +331,12 @@ class Metrics:
 
     def know_partitions(self, partitions: Iterable[Partition]) -> None:
         """Do the same for partitions that the reader has found, whose topics no configuration may have named."""
-        for topic, partition in set(partitions) - self._declared:
-            self._declared.add((topic, partition))
-            self.know([topic])
-            self.count("records_consumed", 0, topic, str(partition))
+        for place in partitions:
+            if place in self._declared:
+                continue
+            self._declared.add(place)
+            self.know([place[0]])
+            self.count("records_consumed", 0, place[0], str(place[1]))
 
     def record_delivery(self, delivery: Delivery, stats: LearnStats | None, task: str, now: float) -> None:
         """Count what a turn of the loop applied."""

@@ -28,6 +28,7 @@ from streamlearn.metrics import (
     GAPS,
     GAUGES,
     HISTOGRAMS,
+    MAX_CHILDREN,
     PREFIX,
     SOURCES,
     STATES,
@@ -530,3 +531,15 @@ def test_deployed_configuration_is_valid() -> None:
     config = load(DEPLOY / "streamlearn.yaml", RECIPES, {})
     assert config.stream.topics == ["digits-0-1", "digits-2-3", "digits-4-5", "digits-6-7", "digits-8-9"]
     assert str(config.service.port) in (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+
+
+def test_of_too_many_topics_the_first_have_series() -> None:
+    """Topics take their series in the order in which they are learned; which ones are shown is not left to chance."""
+    metrics = Metrics()
+    names = [f"t{number:03d}" for number in range(3 * MAX_CHILDREN)]
+    metrics.know(names)
+    metrics.know_partitions((name, 0) for name in names)
+    text = metrics.expose("text/plain")[0].decode()
+    for name in ("streamlearn_samples_consumed_total", "streamlearn_records_consumed_total"):
+        shown = re.findall(rf'^{name}{{.*?topic="(\w+)"', text, re.MULTILINE)
+        assert sorted(shown) == names[:MAX_CHILDREN]
