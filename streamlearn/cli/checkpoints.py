@@ -9,7 +9,7 @@ import typer
 from streamlearn.checkpoint import Broken, Store
 from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json, say
 from streamlearn.data import StreamlearnError
-from streamlearn.service.client import Client
+from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import is_locked, locked
 
 app = typer.Typer(help="Create, list, show, verify, tag, restore and remove checkpoints.", no_args_is_help=True)
@@ -27,7 +27,9 @@ def create(
     ] = None,
 ) -> None:
     """Have the daemon save now; returns when the checkpoint is durable. Without a tag, retention removes it in its turn."""
-    found = Client(find_state(state), timeout=600).command("checkpoint", **({} if tag is None else {"tag": tag}))
+    found = Client(find_state(state), timeout=COMMAND_SECONDS).command(
+        "checkpoint", **({} if tag is None else {"tag": tag})
+    )
     if json_:
         print_json(found)
     else:

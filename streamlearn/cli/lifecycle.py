@@ -29,14 +29,13 @@ from streamlearn.cli.common import (
 )
 from streamlearn.data import StreamlearnError, audit
 from streamlearn.logs import printable, printable_lines
-from streamlearn.service.client import Client
+from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 STOPPED = 3
-COMMAND_SECONDS = 600.0  # a command is applied between two turns of the loop, and a turn can be long
 ENDING_SECONDS = 30.0  # between a process's last word and its end
 
 
