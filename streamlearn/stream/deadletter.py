@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 PREFIX = "streamlearn.errors."
 LETTERS_OF_RECORD = 1000  # letters of one sample each; what further samples of the record are rejected share a letter
 SHARED_SPAN = 1 << 20  # sample numbers of one shared letter: its header must fit into a broker's message
+SPAN_BYTES = SHARED_SPAN // 8
 MAX_SAMPLES = 1 << 30  # of one record: it has a byte for each at least
 DENIED = 77  # the exit code of a missing permission
 ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before reading stands still
@@ -154,7 +155,7 @@ class DeadLetters:
 
 
 def pack_indices(indices: Sequence[int], samples: int) -> bytes:
-    """Return the bytes of a set of sample numbers below `samples`: a bit for each sample, compressed."""
+    """Return the bytes of a set of sample numbers below `samples`, of one span: a bit for each sample, compressed."""
     bits = np.zeros(samples, bool)
     bits[list(indices)] = True
     return zlib.compress(np.packbits(bits).tobytes())
@@ -169,7 +170,11 @@ def unpack_indices(data: bytes, samples: int) -> list[int]:
         raw = zlib.decompressobj().decompress(data, size + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    found: list[int] = np.flatnonzero(np.unpackbits(np.frombuffer(raw, np.uint8))).tolist()
-    if len(raw) != size or (found and found[-1] >= samples):
+    # whoever may write to the topic chooses these bytes: only a span of them is ever made into a list
+    first = len(raw) - len(raw.lstrip(b"\0"))
+    start = first - first % SPAN_BYTES
+    span, rest = raw[start : start + SPAN_BYTES], raw[start + SPAN_BYTES :]
+    found: list[int] = (np.flatnonzero(np.unpackbits(np.frombuffer(span, np.uint8))) + 8 * start).tolist()
+    if len(raw) != size or (found and found[-1] >= samples) or rest.strip(b"\0"):
         raise ValueError(f"no set of numbers below {samples}")
     return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,3 +21,16 @@ def test_packed_numbers_come_back(samples: int, data: st.DataObject) -> None:
     for forged, count in ((packed, samples + 8), (packed[:2], samples), (b"", samples), (packed, 1 << 40)):
         with pytest.raises(ValueError, match=r"no set of numbers|incomplete|incorrect|samples"):
             deadletter.unpack_indices(forged, count)
+
+
+def test_a_forged_set_takes_little_memory() -> None:
+    """A few bytes can stand for a billion numbers: a letter's numbers lie in one span, and all else is refused unmade."""
+    span = deadletter.SHARED_SPAN
+    far = [3 * span, 3 * span + 5, 4 * span - 1]
+    assert deadletter.unpack_indices(deadletter.pack_indices(far, 5 * span), 5 * span) == far
+    forged = zlib.compress(b"\xff" * (1 << 21))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="no set of numbers"):
+        deadletter.unpack_indices(forged, 1 << 24)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
