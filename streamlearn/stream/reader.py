@@ -295,7 +295,8 @@ class Stream:
             self._stopping.wait(POLL_SECONDS)
             return
         self._balance()
-        records = self._poll()
+        if (records := self._poll()) is None:
+            return  # nothing is concluded from how far the log was read
         self._identify({record.topic for record in records})
         for record in self._in_order(records):
             self._before_end(record)
@@ -305,7 +306,8 @@ class Stream:
                 return  # before anything is concluded from how far the log was read
         self._after_poll(records)
 
-    def _poll(self) -> list[Record]:
+    def _poll(self) -> list[Record] | None:
+        """Return the next records, or None where a topic of no present use is refused, and is left out from now on."""
         try:
             return self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
         except StreamlearnError as error:
@@ -315,7 +317,7 @@ class Stream:
             self._check(time.monotonic())  # raises where it is the current topic that is refused; another is left out
             if not self._left_out:
                 raise
-            return []
+            return None
 
     def _in_order(self, records: list[Record]) -> Iterable[Record]:
         """Return the records whose turn it is: as they arrive, or merged in an order that the log alone decides."""
@@ -722,7 +724,9 @@ class Stream:
         if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
             return
         places = self._places([task.name]) if task.name in self._topics else []
-        caught_up = all(p in self._bounds and self.source.position(p) >= self._bounds[p].end for p in places)
+        caught_up = bool(places) and all(
+            p in self._bounds and self.source.position(p) >= self._bounds[p].end for p in places
+        )
         if caught_up and time.monotonic() - self._last_record >= idle and not self._has_grown(task.name):
             self._drain()
             self._put(self.assembler.end("idle"))

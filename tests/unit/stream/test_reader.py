@@ -212,6 +212,29 @@ def test_an_ended_topic_that_does_not_answer_stops_nothing(
     until(stream, lambda _: progress.totals()["late"] == 1, progress)
 
 
+def test_a_topic_that_is_gone_while_another_is_refused_does_not_end_its_task(
+    flawed: tuple[World, FlawedLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is concluded from the silence of a topic that is not there: `idle` ends no task then."""
+    world, log = flawed
+    a, b = world.topic("a", [0, 1]), world.topic("b", [2], marker=False)
+    progress = Progress()
+    stream = world.stream(topics=[a, b], on_finished="wait", linger=0.1, task_end={"idle": 1000})
+    until(stream, lambda _: progress.totals()["trained"] == 3, progress)
+
+    def refuse(timeout: float) -> list[Record]:
+        del timeout
+        log.refused.add(a)
+        log.store.infos.pop(b, None)
+        stream._last_record = time.monotonic() - 2000
+        raise StreamlearnError("no permission", code=77)
+
+    monkeypatch.setattr(log, "poll", refuse)
+    eventually(lambda: stream.status.problem == f"topic {b} is gone")
+    assert stream.next(0.5) is None
+    assert stream.assembler.task is not None
+
+
 def test_the_current_topic_must_be_readable(flawed: tuple[World, FlawedLog]) -> None:
     """A missing permission on what is being learned ends the daemon (77)."""
     world, log = flawed
