@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import textwrap
 import warnings
 from dataclasses import dataclass, field
 from string import Template
@@ -175,7 +176,7 @@ def _accuracy(runs: Sequence[Curves]) -> Figure:
             _many_lines(ax, run)
         else:
             _lines(ax, run)
-        ax.set_title(_short(run.name))
+        ax.set_title(_title(run.name))
         ax.set_xlabel("samples learned")
         ax.set_ylim(-3, 103)
         ax.grid(alpha=0.25)
@@ -242,7 +243,7 @@ def _matrix(runs: Sequence[Curves]) -> Figure:
             names = [_short(task["name"]) for task in run.status["tasks"]][: len(values)]
             ax.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
             ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.set_title(_short(run.name))
+        ax.set_title(_title(run.name))
         ax.set_xlabel("accuracy on task, by number" if many else "accuracy on")
     axes[0].set_ylabel("after learning")
     return figure
@@ -292,6 +293,11 @@ def _short(text: str) -> str:
     """Return a name for a picture: plain, and no longer than fits one."""
     text = _plain(text)
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _title(text: str) -> str:
+    """Return a run's name for above a picture: in two lines where one is too short for it."""
+    return textwrap.fill(_plain(text), MAX_LETTERS, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
 
 
 def _page(runs: Sequence[Curves], pictures: dict[str, bytes], joint: Curves | None) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.report import MANY, Curves, _accuracy, _forgetting, _matrix, intransigence, write
+from streamlearn.report import MANY, Curves, _accuracy, _forgetting, _matrix, _title, intransigence, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,3 +137,9 @@ def test_many_tasks_have_no_marks_of_their_own(tmp_path: Path) -> None:
     assert len(accuracy.axes[0].lines[0].get_xdata()) == 300  # type: ignore[arg-type]
     write(tmp_path, [run])
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(PNG) for name in ("accuracy", "matrix", "forgetting"))
+
+
+def test_a_run_keeps_its_whole_name_above_a_picture() -> None:
+    """Two lines hold what the demo calls its runs; a longer name is cut."""
+    assert _title("naive: one task after the other, no memory") == "naive: one task after the other,\nno memory"
+    assert _title("x" * 100) == "x" * 32 + "\n\N{HORIZONTAL ELLIPSIS}"
