@@ -440,12 +440,13 @@ class Store:
 def _repeats(checkpoint: Checkpoint, newer: Checkpoint) -> bool:
     """Tell whether a checkpoint adds nothing to the next newer one.
 
-    Either no step lies between the two, or it was saved while a task was ending, and the newer one holds the task's end.
+    Either no step lies between the two, or it was saved while a task was ending, and the newer one holds the end of this
+    task alone: where saves were merged it may hold the ends of several.
     """
     old, new = checkpoint.manifest, newer.manifest
     if old["step"] == new["step"]:
         return True
-    return bool(old.get("ending")) and new.get("tasks_ended", 0) > old.get("tasks_ended", 0)
+    return bool(old.get("ending")) and new.get("tasks_ended", 0) == old.get("tasks_ended", 0) + 1
 
 
 def _after_task_ends(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

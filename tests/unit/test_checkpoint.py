@@ -266,6 +266,9 @@ def test_checkpoints_of_one_step_count_as_one(tmp_path: Path) -> None:
     assert steps(store) == [(20, 0), (30, 1), (40, 1)]
     at(store, 50, 2)
     assert steps(store) == [(20, 0), (30, 1), (50, 2)]
+    at(store, 60, 2, ending=True)
+    at(store, 80, 4)  # on a slow disk saves are merged: a whole task lies between
+    assert steps(store) == [(50, 2), (60, 2), (80, 4)]
 
 
 def test_ends_of_tasks_are_kept(tmp_path: Path) -> None:
