@@ -105,16 +105,21 @@ def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
     assert stream.next(1.0) is None
 
 
-def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: Kafka) -> None:
-    """A partition that is added while its topic is being learned is read from its beginning, and its marker is waited for."""
-    stream, progress, name = begun(world)
-    admin.create_partitions({name: 3})
+def add_partitions(world: World, admin: KafkaAdminClient, kafka: Kafka, name: str, count: int) -> None:
+    """Give a topic more partitions, `count` in all, which the world's writer knows at once."""
+    admin.create_partitions({name: count})
     deadline = time.monotonic() + SECONDS
-    while len(admin.describe_topics([name])[0]["partitions"]) < 3:
+    while len(admin.describe_topics([name])[0]["partitions"]) < count:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     world.sink.close()
     world.sink = KafkaSink(kafka)  # the other would learn of them after minutes
+
+
+def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: Kafka) -> None:
+    """A partition that is added while its topic is being learned is read from its beginning, and its marker is waited for."""
+    stream, progress, name = begun(world)
+    add_partitions(world, admin, kafka, name, 3)
     for place in range(4):
         world.send(name, 50.0 + place, 1, partition=2)
     world.sink.flush()
@@ -123,17 +128,6 @@ def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka:
     until(stream, lambda found: any(delivery.ends for delivery in found), progress)
     assert progress.positions.by_topic() == {name: {"0": 9, "1": 1, "2": 5}}
     assert progress.unaccounted() == {}
-
-
-def add_partition(world: World, admin: KafkaAdminClient, kafka: Kafka, name: str) -> None:
-    """Give a topic of one partition a second one, which the world's writer knows at once."""
-    admin.create_partitions({name: 2})
-    deadline = time.monotonic() + SECONDS
-    while len(admin.describe_topics([name])[0]["partitions"]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    world.sink.close()
-    world.sink = KafkaSink(kafka)
 
 
 @pytest.mark.parametrize("how", ["next_topic", "marker", "idle"])
@@ -147,7 +141,7 @@ def test_a_partition_that_was_just_added_belongs_to_the_task(
     stream = world.stream(topics=[name, later], on_finished="wait", **rule)
     until(stream, lambda found: len(places(found)) == 2, progress)
     stream.refresh_seconds = 1e9  # by itself it would not look again
-    add_partition(world, admin, kafka, name)
+    add_partitions(world, admin, kafka, name, 2)
     for place in range(5):
         world.send(name, 50.0 + place, 1, partition=1)
     if how == "marker":
