@@ -43,7 +43,7 @@ def made(directory: Path, **over: Any) -> tuple[Job, Stream]:
     job.progress.labels = list(range(10))
     job.progress.positions = Positions({("t", 0): Position(1)})
     job.learner.begin_task(task)
-    job.learner.activate(job.progress.tasks, job.progress.labels)
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     return job, Stream(MemoryLog(store), Assembler(rules, Progress()), config.stream, dead, "bench", 1.0)
 
 

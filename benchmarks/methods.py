@@ -63,7 +63,7 @@ def grown(name: str) -> Iterator[tuple[int, Learner]]:
             return
         tasks.append(Task(index, NAMES[index], labels=list(range(CLASSES))))
         learner.begin_task(tasks[-1])
-        learner.activate(tasks, list(range(CLASSES)))
+        learner.set_active_outputs(tasks, list(range(CLASSES)))
         yield index, learner
         few = learner.spec.model_copy(update={"updates_per_batch": 1})
         learner.spec, whole = few, learner.spec

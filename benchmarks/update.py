@@ -49,7 +49,9 @@ def learner(strategy: dict[str, Any]) -> Learner:
     made = make_learner(config, Scenario.from_config(config))
     for index in range(2):
         made.begin_task(Task(index, "ab"[index]))
-        made.activate([Task(n, "ab"[n], labels=list(range(CLASSES))) for n in range(index + 1)], list(range(CLASSES)))
+        made.set_active_outputs(
+            [Task(n, "ab"[n], labels=list(range(CLASSES))) for n in range(index + 1)], list(range(CLASSES))
+        )
         if index == 0:
             made.learn(samples(index))
             for _ in made.refine():

@@ -326,7 +326,7 @@ def run(
         announce(job, cause)
         desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": http}))
         tell({"event": "running", "pid": os.getpid(), "http": http})
-        log.info("learning from %s on %s; metrics on %s/metrics", config.source, job.learner.world.device, http)
+        log.info("learning from %s on %s; metrics on %s/metrics", config.source, job.learner.context.device, http)
         if watch is not None:
             stack.enter_context(watch(desk))
         stack.callback(desk.refuse)

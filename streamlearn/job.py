@@ -22,7 +22,7 @@ from streamlearn import __version__, state
 from streamlearn.checkpoint import LockLost
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
 from streamlearn.evaluation import matrix
-from streamlearn.evaluation.coverage import concerns, probe_concerns
+from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learner import Learner, make_learner
@@ -141,8 +141,8 @@ class Job:
 
     def note_drop(self, accuracies: Mapping[int, float]) -> None:
         """Compare past tasks with the last evaluation; raises `Diverged` where their mean fell by more than it may."""
-        spec, known = self.config.divergence, self.matrix.now
-        past = [task for task in self.matrix.ended if task in known and task in accuracies]
+        spec, known = self.config.divergence, self.matrix.latest_accuracy
+        past = [task for task in self.matrix.ended_tasks if task in known and task in accuracies]
         if spec.drop is None or not past:
             return
         before, after = (sum(row[task] for task in past) / len(past) for row in (known, accuracies))
@@ -174,7 +174,7 @@ class Job:
         job = Job.make(self.config, self.store, self.metrics)
         job.rollbacks, job.started = rollbacks, self.started
         job.restore()
-        job.learner.slow_down(spec.slow_down**rollbacks)
+        job.learner.reduce_lr(spec.slow_down**rollbacks)
         where = job.checkpoint.origin if job.checkpoint is not None else "the beginning"
         log.error("%s: back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
         self.metrics.count("rollbacks", 1)
@@ -208,17 +208,17 @@ class Job:
             del results[task]  # the accuracy of a model that is not finite means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
         self.note_drop({task: accuracy for task, (accuracy, _) in results.items()})
-        if after is not None and self.learner.transfers and (probe := self.probes.of(after)) is not None:
-            before, _ = self.learner.evaluate(*probe, after, self.learner.task_start)
-            untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial)
-            self.matrix.transfer[after] = (before, untrained)
+        if after is not None and self.learner.measures_transfer and (probe := self.probes.samples(after)) is not None:
+            before, _ = self.learner.evaluate(*probe, after, self.learner.task_start_params)
+            untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial_params)
+            self.matrix.transfer_inputs[after] = (before, untrained)
         sizes = self.probes.sizes
         if results:  # else it gave no figure: the last one that did stays the last
             self.evaluated = time.time()
         self._evaluated_at = time.monotonic()
         self._evaluated_batches = self.learner.batches
         if look:
-            self.matrix.look(results)
+            self.matrix.record_live(results)
         else:
             self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
             self._recorded = self.evaluated if results else self._recorded
@@ -229,12 +229,12 @@ class Job:
     @property
     def batches_since_evaluation(self) -> int | None:
         """How many batches the weights are ahead of the figures of probes; None where there are none."""
-        return self.learner.batches - self._evaluated_batches if self.matrix.now else None
+        return self.learner.batches - self._evaluated_batches if self.matrix.latest_accuracy else None
 
     def take_held_out(self, task: Task | None, held_out: Sequence[HeldOut]) -> None:
         """Offer a delivery's held-out samples to the probes."""
-        self.probes.follow(self.progress)
-        self.probes.collect(held_out)
+        self.probes.resolve_names(self.progress)
+        self.probes.add(held_out)
         if task is not None:
             self.check_coverage(task)
 
@@ -245,12 +245,12 @@ class Job:
 
     def check_coverage(self, task: Task) -> None:
         """Warn once of what a task and its probe cannot show: nothing trained, nothing measured, classes without a probe."""
-        found = list(concerns(task, self.config.holdout))
-        if task.state == "ended" and task.counts["trained"] and (probe := self.probes.of(task.index)) is not None:
+        found = list(task_warnings(task, self.config.holdout))
+        if task.state == "ended" and task.counts["trained"] and (probe := self.probes.samples(task.index)) is not None:
             outputs = [(self.scenario.output(label, task.name, self.progress.labels), label) for label in task.labels]
             trained = {output: label for output, label in outputs if output is not None}
             declared = self.scenario.kind == "domain"  # labels that may never come
-            found += probe_concerns(*probe, None if declared else trained, self.config.holdout)
+            found += probe_warnings(*probe, None if declared else trained, self.config.holdout)
         for kind, text in found:
             if (task.index, kind) not in self._concerns:
                 self._concerns.add((task.index, kind))
@@ -283,7 +283,7 @@ class Job:
     def _agreement(self) -> dict[tuple[str, str], float]:
         """Return how well a generator replays each class, by the names of task and label."""
         return {
-            (self.progress.tasks[task].name, str(self.learner.classes[task][output])): ratio
+            (self.progress.tasks[task].name, str(self.learner.output_labels[task][output])): ratio
             for (task, output), ratio in self.learner.strategy.replay.agreement().items()
         }
 
@@ -445,8 +445,8 @@ class Job:
         self.progress = Progress.from_json(rest["progress"], Positions.from_json(checkpoint.read_json("offsets.json")))
         groups = state.unpack(files, rest["groups"])
         self.probes.load_state_dict(groups.pop("probes"))
-        self.probes.follow(self.progress)
-        self.matrix = AccuracyMatrix.of(checkpoint)
+        self.probes.resolve_names(self.progress)
+        self.matrix = AccuracyMatrix.from_checkpoint(checkpoint)
         self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
 
     def _snapshot(self) -> Snapshot:
@@ -455,7 +455,7 @@ class Job:
         files: dict[str, Content] = {}
         for name, content in tensors.items():
             # what never changes is copied only if it must be written, and by the writer
-            kept = content if name in immutable else state.copied(content)
+            kept = content if name in immutable else state.host_copies(content)
             files[name] = partial(_to_bytes, kept) if name in immutable else partial(state.to_bytes, kept)
         sizes = {name: sum(tensor.nbytes for tensor in content.values()) for name, content in tensors.items()}
         odd = {"model": rest["model"], "encoder": groups["encoder"].get("rest", {})}  # state that is no tensor
@@ -545,16 +545,16 @@ class Job:
             "vocabulary": progress.vocabulary,
             "codec": progress.codec,
             "seed": config.seed,
-            "num_outputs": int(self.learner.allowed.shape[1]),
+            "num_outputs": int(self.learner.active_outputs.shape[1]),
             "scenario": self.scenario.kind,
-            "labels": self.scenario.names(progress.labels),
+            "labels": self.scenario.labels_in_output_order(progress.labels),
             # once where all tasks share them: a list for each task would grow with their square
-            **({"outputs": self.learner.competing(0)} if self.scenario.shares_mask and progress.tasks else {}),
+            **({"outputs": self.learner.active_outputs_of(0)} if self.scenario.shares_mask and progress.tasks else {}),
             "tasks": {
                 task.name: {
-                    "labels": list(self.scenario.classes_of(task.name) or task.labels),
-                    **({} if self.scenario.shares_mask else {"outputs": self.learner.competing(task.index)}),
-                    "probe_accuracy": self.matrix.now.get(task.index),
+                    "labels": list(self.scenario.declared_classes(task.name) or task.labels),
+                    **({} if self.scenario.shares_mask else {"outputs": self.learner.active_outputs_of(task.index)}),
+                    "probe_accuracy": self.matrix.latest_accuracy.get(task.index),
                 }
                 for task in progress.tasks
             },
@@ -582,7 +582,7 @@ class Job:
             "strategy": " + ".join(self.config.strategy),
             "scenario": self.scenario.kind,
             "model": self.config.model.name,
-            "device": str(self.learner.world.device),
+            "device": str(self.learner.context.device),
             "seed": self.config.seed,
             "source": self.config.source,
             "step": self.learner.step,
@@ -597,7 +597,7 @@ class Job:
                 }
                 for topic, count in {**ledger, **{t: Counter[str]() for t in queued if t not in ledger}}.items()
             },
-            "labels": self.scenario.names(self.progress.labels),
+            "labels": self.scenario.labels_in_output_order(self.progress.labels),
             "tasks": [self._describe_task(task, sizes.get(task.index, 0)) for task in self.progress.tasks],
             "evaluated": None
             if self.evaluated is None
@@ -605,7 +605,7 @@ class Job:
             "batches_since_evaluation": self.batches_since_evaluation,
             # it grows with the square of the tasks: above a bound only `/matrix` and `status --json` have it
             "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_SHOWN_TASKS else None,
-            **self.matrix.figures(),
+            **self.matrix.metrics(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
             "held_back": _by_topic(reader.held_back) if reader is not None else {},
@@ -622,8 +622,8 @@ class Job:
             "samples": {kind: counts[kind] for kind in ("consumed", *OUTCOMES)},
             "probe": {
                 "size": probe_size,
-                "accuracy": self.matrix.now.get(index),
-                "best": self.matrix.best(index),
+                "accuracy": self.matrix.latest_accuracy.get(index),
+                "best": self.matrix.best_accuracy(index),
                 "forgetting": self.matrix.forgetting(index),
             },
         }
@@ -654,7 +654,7 @@ class Job:
         metrics.gauges.set("probe_age_batches", self.batches_since_evaluation)
         metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
-        device = self.learner.world.device
+        device = self.learner.context.device
         if device.type == "cuda":
             metrics.gauges.set("device_memory_allocated_bytes", torch.cuda.memory_allocated(device), str(device))
             metrics.gauges.set("device_memory_reserved_bytes", torch.cuda.memory_reserved(device), str(device))
@@ -704,7 +704,7 @@ def _by_topic(counts: Mapping[Partition, int]) -> dict[str, dict[str, int]]:
 
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    return state.to_bytes(state.copied(tensors))
+    return state.to_bytes(state.host_copies(tensors))
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:

@@ -18,11 +18,17 @@ from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
-from streamlearn.models.modes import LayerDraws, differentiating, evaluating, flatten_recurrent, is_sample_by_sample
-from streamlearn.models.trial import Trial
-from streamlearn.models.whole import RunningStatistics, load_module_state, module_state
+from streamlearn.models.model_check import ModelCheck
+from streamlearn.models.modes import (
+    LayerRng,
+    differentiable_eval_mode,
+    eval_mode,
+    flatten_recurrent,
+    samples_are_independent,
+)
+from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
 from streamlearn.optimizers import Optimizer
-from streamlearn.state import equal, put_together, take_apart, through_bytes
+from streamlearn.state import equal, join_tensors, round_trip, split_tensors
 from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.recipes import compose
 from streamlearn.tensors import (
@@ -84,21 +90,23 @@ class Learner:
         batch_size: int,
         encoder: Encoder | None = None,
         own: bool = False,
-        learns_alone: bool = True,
+        trains_single_samples: bool = True,
     ) -> None:
         self.strategy = strategy
         self.encoder = encoder  # inside `world.scale`, and never trained
-        self.learns_alone = learns_alone  # whether the model can learn a single sample in training mode
+        self.trains_single_samples = (
+            trains_single_samples  # whether the model can learn a single sample in training mode
+        )
         self.spec = spec
-        self.world = world
+        self.context = world
         self.scenario = scenario
         self.batch_size = batch_size
         self.step = 0  # optimizer steps
         self.task_steps = 0  # of them, in the current task
         self.batches = 0
         self.task = -1  # index of the current task
-        self.cursor: int | None = None  # refinement batches done, while refining
-        self.slowed = 1.0  # what the learning rate was multiplied by, after training had diverged
+        self.refinement_done: int | None = None  # refinement batches done, while refining
+        self.lr_factor = 1.0  # what the learning rate was multiplied by, after training had diverged
         needed = [part.samples_needed for part in strategy.parts.values()]
         self.reservoir = Reservoir(
             ALL if ALL in needed else max(needed),
@@ -108,16 +116,16 @@ class Learner:
         )
         self.names, self.params = self._trained()
         self.optimizer = self._make_optimizer()
-        self.averaged: Network = strategy.network  # where there is an average, a copy that holds it
+        self.averaged_network: Network = strategy.network  # where there is an average, a copy that holds it
         self._average: list[Tensor] = self.params  # the parameters that probes see, aligned with `params`
         self._make_average(self.params)
-        self.initial = clones(self.params)  # for forward transfer
-        self.task_start = clones(self.params)  # the same
-        self._masks = self.allowed = self.forbidden = torch.zeros(0, world.num_outputs, dtype=torch.bool)
+        self.initial_params = clones(self.params)  # for forward transfer
+        self.task_start_params = clones(self.params)  # the same
+        self._masks = self.active_outputs = self.inactive_outputs = torch.zeros(0, world.num_outputs, dtype=torch.bool)
         self._forget_masks()
         self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
         self._draws = seeded(world.seed, "learner")
-        self.layer_draws = LayerDraws(world.seed, world.device, own=own)
+        self.layer_rng = LayerRng(world.seed, world.device, own=own)
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
 
@@ -130,19 +138,19 @@ class Learner:
         step is the weight of its loss. With all the steps and the whole weight, one odd record could undo a task.
         """
         self._noted, self._clipped = [], []
-        with self.layer_draws.taken():
+        with self.layer_rng.in_use():
             batch, there = self._usable(given)
         unusable = len(given) - len(batch)
         if not len(batch):
             return LearnStats(self.task, 0, 0, 0, 0, None, 0.0, 0.0, unusable)
         hits = self._count_hits(there)
-        with self.layer_draws.taken():
+        with self.layer_rng.in_use():
             steps, weight = self._amount(len(batch))
             for _ in range(steps):
                 self.update(there, weight)
         stats = self._read_stats(batch, hits, unusable)
-        if self.cursor is not None:
-            self.cursor += 1
+        if self.refinement_done is not None:
+            self.refinement_done += 1
         elif stats.outcome == "trained":
             self.reservoir.add(batch.x, batch.y)  # after the updates: a batch never replays itself
         self.batches += 1
@@ -170,7 +178,7 @@ class Learner:
         s.constraint.hold(self.params)  # what must not move has not moved
         s.penalty.accumulate(self.params, finite)  # path integrals
         s.replay.observe(mixed, finite)  # a generator learns too
-        self._statistics.settle(finite)
+        self._statistics.after_step(finite)
         self._update_average(finite)
         self._noted.append((loss.detach() / weight, norm, finite))  # on the device, until the batch is learned
         for param in self.params:
@@ -198,23 +206,23 @@ class Learner:
 
         Stored logits are matched by their mean squared distance (Buzzega et al. 2020).
         """
-        forbidden = self._forbidden(mixed.task)
+        inactive = self._inactive_of(mixed.task)
         hard = len(mixed) - (0 if mixed.soft is None else len(mixed.soft))
-        masked = logits.masked_fill(forbidden, -torch.inf)
+        masked = logits.masked_fill(inactive, -torch.inf)
         losses = functional.cross_entropy(masked[:hard], mixed.y[:hard], reduction="none")
         if mixed.soft is not None and mixed.logits:
             losses = torch.cat([losses, squared_distance(logits[hard:], mixed.soft)])
         elif mixed.soft is not None:
             log_probabilities = functional.log_softmax(masked[hard:] / mixed.temperature, 1)
             # before the product: 0 * -inf is NaN
-            terms = mixed.soft * log_probabilities.masked_fill(forbidden[-len(mixed.soft) :], 0.0)
+            terms = mixed.soft * log_probabilities.masked_fill(inactive[-len(mixed.soft) :], 0.0)
             losses = torch.cat([losses, -(mixed.temperature**2) * terms.sum(1)])
         assert mixed.weight is not None
         return torch.dot(losses, mixed.weight)
 
-    def slow_down(self, factor: float) -> None:
+    def reduce_lr(self, factor: float) -> None:
         """Multiply the learning rate, from now on and in every checkpoint to come."""
-        self.slowed *= factor
+        self.lr_factor *= factor
         self.optimizer.lr *= factor
 
     def gradient_of(self, batch: Batch) -> list[Tensor]:
@@ -237,38 +245,38 @@ class Learner:
             raise StreamlearnError(f"task {task.name}: {error}", code=error.code) from error
         self.task = task.index
         self.task_steps = 0
-        self.cursor = None
+        self.refinement_done = None
         self.reservoir.clear()
-        self.task_start = start
+        self.task_start_params = start
         self._renew()
 
-    def activate(self, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
+    def set_active_outputs(self, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
         """Take over which outputs compete in each task; the head grows where labels need it.
 
         Tasks and labels are append-only, so this costs what is new since the last call, and not tasks times labels.
         """
         size = self.scenario.num_outputs(labels)
-        if size > self.allowed.shape[1]:
+        if size > self.active_outputs.shape[1]:
             self._grow(size)
         self._add_rows(len(tasks))
         for row, task in enumerate(tasks[: len(self._counted)]):
-            outputs = self.scenario.competing(task, labels, self._counted[row])
+            outputs = self.scenario.active_outputs(task, labels, self._counted[row])
             if not self._counted[row]:
                 self._masks[row] = False
             if outputs:
                 self._masks[row, [output for output in outputs if output is not None]] = True
-            self._counted[row] += len(outputs) if self.scenario.is_settled(task, labels) else 0
-        self.allowed = self._masks.expand(len(tasks), size)
-        self.forbidden = ~self._masks
+            self._counted[row] += len(outputs) if self.scenario.outputs_are_final(task, labels) else 0
+        self.active_outputs = self._masks.expand(len(tasks), size)
+        self.inactive_outputs = ~self._masks
         for row, task in enumerate(tasks):
             for label in task.labels[self._met[row] :]:
                 self._met[row] += 1
                 if (output := self.scenario.output(label, task.name, labels)) is not None:
-                    self.classes[row][output] = label
+                    self.output_labels[row][output] = label
 
-    def competing(self, task: int) -> list[int]:
+    def active_outputs_of(self, task: int) -> list[int]:
         """Return the outputs that compete in a task."""
-        found: list[int] = self.allowed[task].nonzero().flatten().tolist()
+        found: list[int] = self.active_outputs[task].nonzero().flatten().tolist()
         return found
 
     def refine(self) -> Iterator[Delivery]:
@@ -276,12 +284,12 @@ class Learner:
 
         The order of each pass is a function of seed, task and epoch, so that a restart goes on at the cursor.
         """
-        if self.cursor is None:
-            self.cursor = 0
+        if self.refinement_done is None:
+            self.refinement_done = 0
             self.reservoir.sealed = True
             if self.strategy.refine_epochs:
                 self._take_average()
-                with self.layer_draws.taken():
+                with self.layer_rng.in_use():
                     for part in self.strategy.parts.values():
                         part.begin_refine(self._closing(part))
                 self._renew()
@@ -289,9 +297,9 @@ class Learner:
                 self.task_steps = 0
         size = len(self.reservoir)
         batches = -(-size // self.batch_size)
-        for number in range(self.cursor, self.strategy.refine_epochs * batches):
+        for number in range(self.refinement_done, self.strategy.refine_epochs * batches):
             epoch, place = divmod(number, batches)
-            order = torch.randperm(size, generator=seeded(self.world.seed, f"refine-{self.task}-{epoch}"))
+            order = torch.randperm(size, generator=seeded(self.context.seed, f"refine-{self.task}-{epoch}"))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             y = self.reservoir.y[chosen]
             yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), refines=True)
@@ -300,12 +308,12 @@ class Learner:
     def end_task(self) -> None:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
         self._take_average()
-        with self.layer_draws.taken():
+        with self.layer_rng.in_use():
             for part in self.strategy.parts.values():
                 part.end_task(self._closing(part))
-        with self.layer_draws.taken(keep=False):
+        with self.layer_rng.in_use(keep=False):
             self.strategy.replay.measure(self.task)
-        self.cursor = None
+        self.refinement_done = None
         self.reservoir.clear()
         self._renew()
 
@@ -327,25 +335,25 @@ class Learner:
 
         Small probes go through the network together: so a thousand of them cost little more than their samples.
         """
-        network = self.averaged
+        network = self.averaged_network
         if params is not None:
             network = self._copy_network()
             copy_into(self._of(network), params)
-        hits, total, counted = torch.zeros(3, len(probes), device=self.world.device)
-        room = EVALUATION_CHUNK if is_sample_by_sample(network.module) else 0
-        with evaluating(network.module), self.layer_draws.taken(keep=False):
+        hits, total, counted = torch.zeros(3, len(probes), device=self.context.device)
+        room = EVALUATION_CHUNK if samples_are_independent(network.module) else 0
+        with eval_mode(network.module), self.layer_rng.in_use(keep=False):
             for places, x, y, task in _together(probes, room):
-                tasks, seen = task, self.world.scale(x)
-                place, target = places.to(self.world.device), y.to(self.world.device)
+                tasks, seen = task, self.context.scale(x)
+                place, target = places.to(self.context.device), y.to(self.context.device)
                 if self.encoder is not None and not bool((usable := finite_rows(seen)).all()):
                     # a sample without finite features counts as answered wrongly, and has no loss
                     seen, target, tasks, place = seen[usable], target[usable], tasks[usable.cpu()], place[usable]
                     if not len(target):
                         continue
                 logits = network.forward(seen, tasks)
-                forbidden = self._forbidden(tasks).expand_as(logits)
-                masked = logits.masked_fill(forbidden, -torch.inf)
-                competes = (target >= 0) & ~forbidden.gather(1, target.clamp(min=0)[:, None])[:, 0]
+                inactive = self._inactive_of(tasks).expand_as(logits)
+                masked = logits.masked_fill(inactive, -torch.inf)
+                competes = (target >= 0) & ~inactive.gather(1, target.clamp(min=0)[:, None])[:, 0]
                 kept = torch.where(competes, target, IGNORED)
                 hits.index_add_(0, place, ((masked.argmax(1) == target) & competes).float())
                 counted.index_add_(0, place, competes.float())
@@ -362,20 +370,20 @@ class Learner:
         ]
 
     @property
-    def transfers(self) -> bool:
+    def measures_transfer(self) -> bool:
         """Whether forward transfer is defined: classes that were never seen cannot be predicted."""
         return self.scenario.kind != "class" and self.strategy.network.transfers
 
     @property
     def model(self) -> nn.Module:
         """The module that probes see: the averaged weights, where there is an average."""
-        return self.averaged.module
+        return self.averaged_network.module
 
     # -- state
 
     def state_dict(self) -> dict[str, State]:
         """Return everything needed to go on bit-equal, in named groups of tensors and values."""
-        transfer = self.transfers
+        transfer = self.measures_transfer
         return {
             "encoder": {} if self.encoder is None else encoder_state(self.encoder),
             "model": module_state(self.model),
@@ -383,20 +391,20 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "reservoir": self.reservoir.state_dict(),
             "transfer": {
-                "initial": {str(n): value for n, value in enumerate(self.initial)} if transfer else {},
-                "task_start": {str(n): value for n, value in enumerate(self.task_start)} if transfer else {},
+                "initial": {str(n): value for n, value in enumerate(self.initial_params)} if transfer else {},
+                "task_start": {str(n): value for n, value in enumerate(self.task_start_params)} if transfer else {},
             },
             "learner": {
                 "step": self.step,
                 "task_steps": self.task_steps,
                 "batches": self.batches,
                 "task": self.task,
-                "cursor": self.cursor,
-                "num_outputs": self.allowed.shape[1],
-                "slowed": self.slowed,
+                "cursor": self.refinement_done,
+                "num_outputs": self.active_outputs.shape[1],
+                "slowed": self.lr_factor,
                 "draws": self._draws.get_state(),
                 "distort": {} if self.distort is None else {"generator": self.distort.generator.get_state()},
-                "layer_draws": self.layer_draws.state_dict(),
+                "layer_draws": self.layer_rng.state_dict(),
             },
             **{name: part.state_dict() for name, part in self.strategy.parts.items()},
         }
@@ -406,43 +414,43 @@ class Learner:
         own = state["learner"]
         self._forget_masks()
         if self.encoder is not None:  # as it was: what was learned, was learned of these features
-            self.encoder.load(put_together(state["encoder"]["frozen"], state["encoder"].get("rest", {})))
-        if own["num_outputs"] > self.allowed.shape[1]:
+            self.encoder.load(join_tensors(state["encoder"]["frozen"], state["encoder"].get("rest", {})))
+        if own["num_outputs"] > self.active_outputs.shape[1]:
             self._grow(own["num_outputs"])
         for name, part in self.strategy.parts.items():
             part.load_state_dict(state[name])
         load_module_state(self.strategy.network.module, state["live"] or state["model"])
         self.names, self.params = self._trained()
-        self.slowed = own.get("slowed", 1.0)  # older checkpoints have none, and no draws of layers
+        self.lr_factor = own.get("slowed", 1.0)  # older checkpoints have none, and no draws of layers
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._make_average(self.params)
         if self.spec.average is not None:
-            load_module_state(self.averaged.module, state["model"])
+            load_module_state(self.averaged_network.module, state["model"])
         self.reservoir.load_state_dict(state["reservoir"])
         for name in ("initial", "task_start"):
             # empty where forward transfer is undefined: then any values of the right shapes will do
             values = state["transfer"][name]
-            kept = [values[str(n)].to(self.world.device, copy=True) for n in range(len(values))]
-            setattr(self, name, kept or clones(self.params))
+            kept = [values[str(n)].to(self.context.device, copy=True) for n in range(len(values))]
+            setattr(self, f"{name}_params", kept or clones(self.params))
         self.step, self.task_steps, self.batches = own["step"], own["task_steps"], own["batches"]
-        self.task, self.cursor = own["task"], own["cursor"]
+        self.task, self.refinement_done = own["task"], own["cursor"]
         self._draws.set_state(own["draws"])
-        self.layer_draws.load_state_dict(own.get("layer_draws", {}))
+        self.layer_rng.load_state_dict(own.get("layer_draws", {}))
         if self.distort is not None and own["distort"]:  # augmentation may be switched on and off between starts
             self.distort.generator.set_state(own["distort"]["generator"])
-        self.activate(tasks, labels)
+        self.set_active_outputs(tasks, labels)
 
     # -- inside
 
     def _forget_masks(self) -> None:
-        """Have no task and no label yet; `activate` adds them."""
+        """Have no task and no label yet; `set_active_outputs` adds them."""
         # a row for each task, or one for all: which outputs compete
-        self._masks = torch.zeros(0, self.world.num_outputs, dtype=torch.bool, device=self.world.device)
+        self._masks = torch.zeros(0, self.context.num_outputs, dtype=torch.bool, device=self.context.device)
         self._counted: list[int] = []  # outputs that each row was given, in order
-        self.allowed = self._masks  # [T, C], of it
-        self.forbidden = ~self._masks
-        self.classes: list[dict[int, Label]] = []  # the outputs met in each task, with their labels
+        self.active_outputs = self._masks  # [T, C], of it
+        self.inactive_outputs = ~self._masks
+        self.output_labels: list[dict[int, Label]] = []  # the outputs met in each task, with their labels
         self._met: list[int] = []  # labels of each task that `classes` covers
 
     def _add_rows(self, tasks: int) -> None:
@@ -451,7 +459,7 @@ class Learner:
         more = self._masks.new_zeros(rows - len(self._masks), self._masks.shape[1])
         self._masks = torch.cat([self._masks, more])
         self._counted += [0] * len(more)
-        self.classes += [{} for _ in range(tasks - len(self.classes))]
+        self.output_labels += [{} for _ in range(tasks - len(self.output_labels))]
         self._met += [0] * (tasks - len(self._met))
 
     def _usable(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -459,7 +467,7 @@ class Learner:
 
         What an encoder makes of a sample may be beyond float32: such a sample is left out.
         """
-        x, y = self.world.scale(batch.x), batch.y.to(self.world.device)
+        x, y = self.context.scale(batch.x), batch.y.to(self.context.device)
         if self.encoder is not None and not bool((usable := finite_rows(x)).all()):
             rows = usable.to(batch.x.device)
             batch = Batch(batch.x[rows], batch.y[rows], batch.task[rows])
@@ -467,18 +475,18 @@ class Learner:
         return batch, Batch(x, y, batch.task)
 
     def _logits(self, x: Tensor, task: Tensor) -> Tensor:
-        """Return the logits of samples that are learned. A single sample has no batch statistics: see `Trial.run`."""
+        """Return the logits of samples that are learned. A single sample has no batch statistics: see `ModelCheck.run`."""
         network = self.strategy.network
-        if len(x) > 1 or self.learns_alone:
+        if len(x) > 1 or self.trains_single_samples:
             return network.forward(x, task)
-        with differentiating(network.module):
+        with differentiable_eval_mode(network.module):
             return network.forward(x, task)
 
-    def _forbidden(self, task: Tensor) -> Tensor:
+    def _inactive_of(self, task: Tensor) -> Tensor:
         """Return the outputs that do not compete, `[B, C]` or, where one row serves all, `[1, C]`."""
-        if len(self.forbidden) == 1:
-            return self.forbidden
-        return self.forbidden[task.to(self.world.device, non_blocking=True)]
+        if len(self.inactive_outputs) == 1:
+            return self.inactive_outputs
+        return self.inactive_outputs[task.to(self.context.device, non_blocking=True)]
 
     def _still(self, mixed: Batch, grads: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return the entries of the head whose output competes for no sample of a batch, by the place of the parameter.
@@ -489,7 +497,7 @@ class Learner:
         head = self.strategy.network.head
         if head is None or (self.scenario.kind == "class" and not self.optimizer.weight_decay):
             return {}
-        idle = self._forbidden(mixed.task).all(0)
+        idle = self._inactive_of(mixed.task).all(0)
         return {
             # a weight that other layers share may have a gradient all the same
             place: idle.view(-1, *[1] * (param.dim() - 1)) & (grads[place] == 0)
@@ -515,10 +523,10 @@ class Learner:
     @torch.no_grad()
     def _count_hits(self, batch: Batch) -> Tensor:
         """Return how many samples of a scaled batch are answered rightly by the model that probes see; waits for nothing."""
-        network = self.averaged
-        with evaluating(network.module), self.layer_draws.taken(keep=False):
+        network = self.averaged_network
+        with eval_mode(network.module), self.layer_rng.in_use(keep=False):
             logits = network.forward(batch.x, batch.task)
-        masked = logits.masked_fill(self._forbidden(batch.task), -torch.inf)
+        masked = logits.masked_fill(self._inactive_of(batch.task), -torch.inf)
         return (masked.argmax(1) == batch.y).sum()
 
     def _amount(self, samples: int) -> tuple[int, float]:
@@ -540,13 +548,13 @@ class Learner:
     def _closing(self, part: Part) -> Closing:
         x, y = self.reservoir.x, self.reservoir.y
         if part.samples_needed != ALL and part.samples_needed < len(y):  # another part asked for more
-            order = torch.randperm(len(y), generator=seeded(self.world.seed, f"closing-{self.task}"))
+            order = torch.randperm(len(y), generator=seeded(self.context.seed, f"closing-{self.task}"))
             if part.samples_balanced:
                 order = order[place_in_class(y[order]).argsort(stable=True)]
             x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
         return Closing(
-            self.task, x, y, self.params, self.strategy.network.module, self.allowed,
-            [list(row) for row in self.classes], self._draws, self.classes,
+            self.task, x, y, self.params, self.strategy.network.module, self.active_outputs,
+            [list(row) for row in self.output_labels], self._draws, self.output_labels,
         )  # fmt: skip
 
     def _trained(self) -> tuple[list[str], list[Tensor]]:
@@ -555,7 +563,7 @@ class Learner:
 
     def _make_optimizer(self) -> Optimizer:
         o = self.spec.optimizer
-        return Optimizer(self.params, o.name, o.lr * self.slowed, momentum=o.momentum, weight_decay=o.weight_decay)
+        return Optimizer(self.params, o.name, o.lr * self.lr_factor, momentum=o.momentum, weight_decay=o.weight_decay)
 
     def _of(self, network: Network) -> list[Tensor]:
         """Return a copy's parameters, aligned with `params`."""
@@ -568,10 +576,10 @@ class Learner:
             self._average = self.params
             self._statistics = RunningStatistics(self.strategy.network.module, self.strategy.network.module)
             return
-        self.averaged = self._copy_network()
-        self._average = self._of(self.averaged)
+        self.averaged_network = self._copy_network()
+        self._average = self._of(self.averaged_network)
         copy_into(self._average, values)
-        self._statistics = RunningStatistics(self.strategy.network.module, self.averaged.module)
+        self._statistics = RunningStatistics(self.strategy.network.module, self.averaged_network.module)
 
     def _take_average(self) -> None:
         if self.spec.average is not None:
@@ -595,18 +603,18 @@ class Learner:
         carried = [
             [param.detach().clone() if place is None else padded(values[place], param, copy_rest=True)
              for place, param in zip(places, self.params, strict=True)]
-            for values in (self._average, self.initial, self.task_start)
+            for values in (self._average, self.initial_params, self.task_start_params)
         ]  # fmt: skip
         self._make_average(carried[0])
-        self.initial, self.task_start = carried[1:]
+        self.initial_params, self.task_start_params = carried[1:]
 
     def _grow(self, size: int) -> None:
-        registry.grow_head(self.strategy.network.module, size, self.world.seed)
+        registry.grow_head(self.strategy.network.module, size, self.context.seed)
         self._renew()
         for part in self.strategy.parts.values():
             part.grow(self.params, size)
         self._masks = padded(self._masks, self._masks.new_zeros(len(self._masks), size))
-        self.allowed = self._masks.expand(len(self.allowed), size)
+        self.active_outputs = self._masks.expand(len(self.active_outputs), size)
 
 
 def _together(
@@ -661,7 +669,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     encoder, shape = None, tuple(config.input.shape)
     if config.input.encoder is not None:
         encoder = Encoder.build(config.input.encoder.model_dump(), shape, config.seed, device)
-        encoder.check_state(through_bytes, equal)
+        encoder.check_state(round_trip, equal)
         shape = encoder.shape
 
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
@@ -686,14 +694,14 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
 
         copies = config.learner.average is not None or (scenario.kind != "class" and strategy.network.transfers)
         build = partial(build_network, world.num_outputs)
-        alone = Trial(spec["name"], build, sample, config.seed, through_bytes, equal).run(copies=copies)
+        alone = ModelCheck(spec["name"], build, sample, config.seed, round_trip, equal).run(copies=copies)
     return Learner(
         strategy, config.learner, world, scenario,
-        batch_size=config.stream.batch_size, encoder=encoder, own=own or encoder is not None, learns_alone=alone,
+        batch_size=config.stream.batch_size, encoder=encoder, own=own or encoder is not None, trains_single_samples=alone,
     )  # fmt: skip
 
 
 def encoder_state(encoder: Encoder) -> State:
     """Return an encoder's state: tensors that never change, in a file of their own, and the rest."""
-    tensors, rest = take_apart(encoder.state_dict())
+    tensors, rest = split_tensors(encoder.state_dict())
     return {"frozen": Immutable(tensors), "rest": rest}

@@ -59,7 +59,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     job.torn = True  # what fails from here on leaves nothing that may be saved
     progress.meet(delivery.found)
     if delivery.begins is not None or delivery.found.labels:
-        learner.activate(progress.tasks, progress.labels)
+        learner.set_active_outputs(progress.tasks, progress.labels)
 
     task, stats = progress.current, None
     if delivery.batch is not None:

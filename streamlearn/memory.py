@@ -15,7 +15,7 @@ from streamlearn.data import Label, StreamlearnError
 from streamlearn.tensors import seeded
 
 State = dict[str, Any]
-Slot = dict[str, Tensor]  # values of stored samples, each [n, ...]
+StoredSamples = dict[str, Tensor]  # values of stored samples, each [n, ...]
 Classes = Sequence[Mapping[int, Label]]  # of each task: the label of each output
 
 ALL = -1
@@ -183,17 +183,17 @@ class EpisodicMemory:
         self.per_class = per_class
         self.drawn = 0
         self.evicted = 0
-        self.slots: dict[int, Slot] = {}  # by task
-        self._all: Slot = {}  # every slot's samples, one after the other, with their tasks
+        self.samples_by_task: dict[int, StoredSamples] = {}  # by task
+        self._all: StoredSamples = {}  # every slot's samples, one after the other, with their tasks
         self._generator = seeded(seed, "memory")
 
     def __len__(self) -> int:
-        return sum(len(slot["y"]) for slot in self.slots.values())
+        return sum(len(slot["y"]) for slot in self.samples_by_task.values())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored samples."""
-        return sum(num_bytes_of(slot) for slot in self.slots.values())
+        return sum(num_bytes_of(slot) for slot in self.samples_by_task.values())
 
     def store(self, task: int, x: Tensor, y: Tensor, classes: Classes = (), **more: Tensor) -> None:
         """Keep a finished task's samples in random order, and cut every slot to its new share.
@@ -205,8 +205,8 @@ class EpisodicMemory:
         if not len(y):
             return
         order = torch.randperm(len(y), generator=self._generator)
-        self.slots[task] = {name: value[order].clone() for name, value in {"x": x, "y": y, **more}.items()}
-        affordable = self.max_bytes // max(1, sum(value[0].nbytes for value in self.slots[task].values()))
+        self.samples_by_task[task] = {name: value[order].clone() for name, value in {"x": x, "y": y, **more}.items()}
+        affordable = self.max_bytes // max(1, sum(value[0].nbytes for value in self.samples_by_task[task].values()))
         if self.budget == ALL:
             if len(self) > affordable:
                 raise StreamlearnError(
@@ -216,16 +216,16 @@ class EpisodicMemory:
             self._share(min(self.budget, affordable), classes)
         self._gather()
 
-    def draw(self, count: int) -> Slot:
+    def draw(self, count: int) -> StoredSamples:
         """Return `count` stored samples with replacement, each equally likely: `x`, `y`, their `task`, and whatever more."""
         chosen = torch.randint(len(self._all["y"]), (count,), generator=self._generator)
         self.drawn += count
         return {name: value[chosen] for name, value in self._all.items()}
 
-    def sizes(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Return what metrics show: samples by task, capacity (None: no bound), bytes, drawn and evicted."""
         return {
-            "samples": {task: len(slot["y"]) for task, slot in self.slots.items()},
+            "samples": {task: len(slot["y"]) for task, slot in self.samples_by_task.items()},
             "capacity": self.budget if self.budget > 0 else None,
             "bytes": self.num_bytes,
             "drawn": self.drawn,
@@ -234,19 +234,19 @@ class EpisodicMemory:
 
     def widen(self, name: str, size: int, value: float) -> None:
         """Give stored values `[n, c]` of this name `size` columns, the new ones filled with `value`."""
-        for slot in self.slots.values():
+        for slot in self.samples_by_task.values():
             slot[name] = functional.pad(slot[name], (0, size - slot[name].shape[1]), value=value)
         self._gather()
 
     def state_dict(self) -> State:
         # a name for each content: a slot that was cut, or whose values got wider, is another file
-        named = {f"{task}-{len(slot['y'])}-{num_bytes_of(slot)}": slot for task, slot in self.slots.items()}
+        named = {f"{task}-{len(slot['y'])}-{num_bytes_of(slot)}": slot for task, slot in self.samples_by_task.items()}
         slots = {name: Immutable(slot) for name, slot in named.items()}
         return {"slots": slots, "drawn": self.drawn, "evicted": self.evicted, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: State) -> None:
         slots = {int(name.split("-")[0]): dict(slot) for name, slot in state["slots"].items()}
-        self.slots = dict(sorted(slots.items()))  # as they were stored, or a draw would mean another sample
+        self.samples_by_task = dict(sorted(slots.items()))  # as they were stored, or a draw would mean another sample
         self.drawn, self.evicted = state["drawn"], state["evicted"]
         self._generator.set_state(state["generator"])
         self._gather()
@@ -259,7 +259,7 @@ class EpisodicMemory:
         have one.
         """
         groups: dict[Label, dict[tuple[int, int], Tensor]] = {}  # of a class, or a task: its rows in each task's slot
-        for task, slot in sorted(self.slots.items()):
+        for task, slot in sorted(self.samples_by_task.items()):
             for output in slot["y"].unique().tolist() if self.balanced else [0]:
                 rows = slot["y"] == output if self.balanced else torch.ones(len(slot["y"]), dtype=torch.bool)
                 name = (classes[task].get(output, output) if classes else output) if self.balanced else task
@@ -269,7 +269,7 @@ class EpisodicMemory:
         sizes = {name: {place: int(rows.sum()) for place, rows in group.items()} for name, group in groups.items()}
         share = min(fair_share([min(sum(size.values()), most) for size in sizes.values()], room), most)
         poor = list(groups)[: len(groups) - room] if share == 0 else []
-        kept = {task: torch.zeros(len(slot["y"]), dtype=torch.bool) for task, slot in self.slots.items()}
+        kept = {task: torch.zeros(len(slot["y"]), dtype=torch.bool) for task, slot in self.samples_by_task.items()}
         for name, group in groups.items():
             quotas = split_fairly(sizes[name], 0 if name in poor else max(share, 1))
             for (task, output), rows in group.items():
@@ -280,23 +280,25 @@ class EpisodicMemory:
         for task, mask in kept.items():
             if not bool(mask.all()):
                 self.evicted += int((~mask).sum())
-                self.slots[task] = {name: value[mask].clone() for name, value in self.slots[task].items()}
+                self.samples_by_task[task] = {
+                    name: value[mask].clone() for name, value in self.samples_by_task[task].items()
+                }
 
     def _gather(self) -> None:
         """Lay all slots end to end, so that a draw is one index, however many tasks there are; slots become views of it."""
         self._all = {}
-        if not self.slots:
+        if not self.samples_by_task:
             return
-        sizes = [len(slot["y"]) for slot in self.slots.values()]
-        for name in next(iter(self.slots.values())):
-            values = [slot[name] for slot in self.slots.values()]
+        sizes = [len(slot["y"]) for slot in self.samples_by_task.values()]
+        for name in next(iter(self.samples_by_task.values())):
+            values = [slot[name] for slot in self.samples_by_task.values()]
             self._all[name] = joined = torch.cat(values)
-            for slot, part in zip(self.slots.values(), joined.split(sizes), strict=True):
+            for slot, part in zip(self.samples_by_task.values(), joined.split(sizes), strict=True):
                 slot[name] = part
-        self._all["task"] = torch.repeat_interleave(torch.tensor(list(self.slots)), torch.tensor(sizes))
+        self._all["task"] = torch.repeat_interleave(torch.tensor(list(self.samples_by_task)), torch.tensor(sizes))
 
 
-def num_bytes_of(slot: Slot) -> int:
+def num_bytes_of(slot: StoredSamples) -> int:
     """Return the bytes of stored samples."""
     return sum(value.nbytes for value in slot.values())
 

@@ -379,18 +379,18 @@ class Metrics:
     ) -> None:
         """Show the newest evaluation, when it was, and all figures made of the matrix."""
         names = {task.index: task.name for task in progress.tasks if self._may_show("task", task.name)}
-        tasks = [task for task in matrix.now if task in names]
-        self.gauges.replace("probe_accuracy_ratio", {(names[t],): matrix.now[t] for t in tasks})
-        self.gauges.replace("probe_loss", {(names[t],): matrix.loss.get(t) for t in tasks})
-        self.gauges.replace("probe_accuracy_best_ratio", {(names[t],): matrix.best(t) for t in tasks})
+        tasks = [task for task in matrix.latest_accuracy if task in names]
+        self.gauges.replace("probe_accuracy_ratio", {(names[t],): matrix.latest_accuracy[t] for t in tasks})
+        self.gauges.replace("probe_loss", {(names[t],): matrix.latest_loss.get(t) for t in tasks})
+        self.gauges.replace("probe_accuracy_best_ratio", {(names[t],): matrix.best_accuracy(t) for t in tasks})
         self.gauges.replace("forgetting_ratio", {(names[t],): matrix.forgetting(t) for t in tasks})
         self.gauges.replace("probe_samples", {(names[t],): size for t, size in sizes.items() if t in names})
-        ended = matrix.ended
+        ended = matrix.ended_tasks
         rows = ended if len(ended) <= MAX_MATRIX_TASKS else ended[-1:]
         cells = {(names[i], names[j]): v for i in rows if i in names for j, v in matrix.row(i).items() if j in names}
-        diagonal = {(names[i], names[i]): matrix.learned(i) for i in ended if i in names}
+        diagonal = {(names[i], names[i]): matrix.accuracy_at_end(i) for i in ended if i in names}
         self.gauges.replace("probe_accuracy_after_task_ratio", diagonal | cells)
-        for name, value in matrix.figures().items():
+        for name, value in matrix.metrics().items():
             self.gauges.set(name if name.endswith("transfer") else f"{name}_ratio", value)
         self.gauges.set("probe_last_success_timestamp_seconds", evaluated)
 

@@ -21,8 +21,8 @@ from streamlearn import config, state
 from streamlearn.data import Rejected, StreamlearnError, out_of_memory
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
-from streamlearn.models.modes import drawing_from
-from streamlearn.models.whole import load_module_state
+from streamlearn.models.modes import global_seed
+from streamlearn.models.module_state import load_module_state
 from streamlearn.strategies.parts import World
 from streamlearn.strategies.recipes import RECIPES, network_of
 from streamlearn.stream.codec import Codec
@@ -40,7 +40,7 @@ CHUNK = 512
 NO_FEATURES = Rejected("nonfinite", "the encoder's features of x are not finite")
 NO_OUTPUTS = Rejected("nonfinite", "the model's outputs for x are not finite")
 
-Own = Callable[[str], tuple[str, Mapping[str, Any] | None] | None]
+UserCode = Callable[[str], tuple[str, Mapping[str, Any] | None] | None]
 """What the user says about `model` or `encoder`: the name of its function, and where a configuration says so, its options."""
 
 Count = Annotated[int, Field(strict=True, ge=0, le=(1 << 31) - 1)]
@@ -63,7 +63,7 @@ class _State(_Lenient):
     encoder: dict[str, Any] = {}
 
 
-class Description(_Lenient):
+class ModelDescription(_Lenient):
     """What `model.json` says, with types that are checked: shapes are integers, names are those of functions."""
 
     model: config.Model
@@ -81,7 +81,7 @@ class Description(_Lenient):
     state: _State = _State()
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint) -> Description:
+    def read(cls, checkpoint: Checkpoint) -> ModelDescription:
         """Return a checkpoint's description; raises `StreamlearnError` (78) where it makes no sense."""
         where = f"{checkpoint.path / 'model.json'}"
         try:
@@ -131,9 +131,9 @@ class Model:
     FILES = ("model.json", "model.safetensors")
     OPTIONAL = ("encoder.frozen.safetensors",)
 
-    def __init__(self, checkpoint: Checkpoint, own: Own = lambda _: None) -> None:
+    def __init__(self, checkpoint: Checkpoint, own: UserCode = lambda _: None) -> None:
         self.checkpoint = checkpoint
-        self.description = Description.read(checkpoint)
+        self.description = ModelDescription.read(checkpoint)
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
         self.text = isinstance(tree.input, config.TextInput)
@@ -143,14 +143,14 @@ class Model:
             spec = self._own(tree.input.encoder.model_dump(), "encoder", own)
             encoder = Encoder.build(spec, self.shape, tree.seed, cpu)
             frozen = self._tensors("encoder.frozen.safetensors")
-            encoder.load(state.put_together(frozen, tree.state.encoder))
+            encoder.load(state.join_tensors(frozen, tree.state.encoder))
             self.shape = encoder.shape
         self.scale = scaling(tree.input.scale, cpu, names=self.text, encoder=encoder)
         self.features = encoder is not None
         self.network = self._build(self._own(tree.model.model_dump(), "model", own))
         self.network.load_state_dict(tree.network)
         try:
-            weights = state.put_together(self._tensors("model.safetensors"), tree.state.model)
+            weights = state.join_tensors(self._tensors("model.safetensors"), tree.state.model)
             load_module_state(self.network.module, weights)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             if out_of_memory(error):
@@ -161,7 +161,7 @@ class Model:
             ) from error
         self.network.module.eval()
 
-    def _own(self, spec: dict[str, Any], kind: str, own: Own) -> dict[str, Any]:
+    def _own(self, spec: dict[str, Any], kind: str, own: UserCode) -> dict[str, Any]:
         """Return how a model or encoder is built; raises `StreamlearnError` (78) for code that the user has not named."""
         name = spec["name"]
         if ":" not in name:
@@ -223,23 +223,23 @@ class Model:
         except Rejected as error:
             raise StreamlearnError(str(error)) from error
         outputs, labels = self.outputs(task), self.labels(task)
-        forbidden = torch.ones(tree.num_outputs, dtype=torch.bool)
-        forbidden[outputs] = False
+        inactive = torch.ones(tree.num_outputs, dtype=torch.bool)
+        inactive[outputs] = False
         tasks = list(tree.tasks)
         place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
         accepted = [index for index in range(len(x)) if index not in rejected]
         found: list[Label | None] = [None] * len(x)
         probabilities = np.full(len(x), np.nan, np.float32)
-        with drawing_from(tree.seed):  # a model may draw when it answers, too
+        with global_seed(tree.seed):  # a model may draw when it answers, too
             for rows in (accepted[start : start + CHUNK] for start in range(0, len(accepted), CHUNK)):
-                for row, answer in zip(rows, self._answers(x[rows], place, forbidden), strict=True):
+                for row, answer in zip(rows, self._answers(x[rows], place, inactive), strict=True):
                     if isinstance(answer, Rejected):
                         rejected[row] = answer
                     else:
                         found[row], probabilities[row] = labels[answer[0]], answer[1]
         return Predictions(found, probabilities, dict(sorted(rejected.items())))
 
-    def _answers(self, x: np.ndarray, task: int, forbidden: torch.Tensor) -> list[tuple[int, float] | Rejected]:
+    def _answers(self, x: np.ndarray, task: int, inactive: torch.Tensor) -> list[tuple[int, float] | Rejected]:
         """Return each sample's most likely output and its probability, or why there is none."""
         seen = self.scale(torch.from_numpy(x))
         usable = finite_rows(seen) if self.features else torch.ones(len(x), dtype=torch.bool)
@@ -247,7 +247,7 @@ class Model:
         if not bool(usable.any()):
             return answers
         logits = self.network.forward(seen[usable], torch.full((int(usable.sum()),), task))
-        best = functional.softmax(logits.masked_fill(forbidden, -torch.inf), 1).max(1)
+        best = functional.softmax(logits.masked_fill(inactive, -torch.inf), 1).max(1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for row, pair in zip(usable.nonzero()[:, 0].tolist(), pairs, strict=True):
             answers[row] = pair if math.isfinite(pair[1]) else NO_OUTPUTS

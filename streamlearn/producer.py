@@ -193,7 +193,7 @@ def _as_dtype(x: np.ndarray, dtype: np.dtype, say: Callable[[str], None]) -> np.
 def _as_classes(labels: list[Label], topic: str, config: Config, say: Callable[[str], None]) -> list[Label]:
     """Return labels as the classes of a topic name them, 1 and "1" alike; raises `StreamlearnError` for one that is none."""
     scenario = Scenario.from_config(config)
-    classes, key = scenario.classes_of(topic), f"scenario.tasks.{topic}"
+    classes, key = scenario.declared_classes(topic), f"scenario.tasks.{topic}"
     if classes is None and scenario.kind == "domain":
         raise _misfit(f"scenario.tasks has no classes for topic {topic}")
     if topic not in scenario.declared:

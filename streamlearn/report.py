@@ -82,7 +82,7 @@ class Curves:
     def of(cls, checkpoint: Checkpoint, name: str | None = None) -> Curves:
         """Return what a checkpoint knows of its run."""
         status = checkpoint.read_json("status.json")
-        matrix = AccuracyMatrix.of(checkpoint)
+        matrix = AccuracyMatrix.from_checkpoint(checkpoint)
         status["matrix"] = matrix.matrix()  # which is not there where there are many tasks
         return cls(name or status["strategy"], status, matrix.history, checkpoint.manifest)
 

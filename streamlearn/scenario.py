@@ -43,11 +43,11 @@ class Scenario:
         return self.kind == "class"
 
     @property
-    def by_appearance(self) -> bool:
+    def outputs_by_appearance(self) -> bool:
         """Whether labels take outputs in the order in which training meets them."""
         return self.kind != "domain" and isinstance(self.classes, int)
 
-    def classes_of(self, task: str) -> Sequence[Label] | None:
+    def declared_classes(self, task: str) -> Sequence[Label] | None:
         """Return the classes that are declared for a task, or None where any may come, or none is known."""
         if self.kind == "domain" and not self.declared and not isinstance(self.classes, int):
             return self.classes
@@ -65,7 +65,7 @@ class Scenario:
 
         A label that is not among `labels` gets the next free output; the caller appends it.
         """
-        known = self.classes_of(task)
+        known = self.declared_classes(task)
         if known is not None and label not in known:
             return None
         if self.kind == "domain":
@@ -76,13 +76,13 @@ class Scenario:
             return labels.index(label)
         return len(labels) if self.grow or len(labels) < self.classes else None
 
-    def competing(self, task: Task, labels: Sequence[Label], start: int = 0) -> list[int | None]:
+    def active_outputs(self, task: Task, labels: Sequence[Label], start: int = 0) -> list[int | None]:
         """Return the outputs that compete for a sample of `task`, given all labels met so far, without the first `start`.
 
         New labels add outputs at the end. So a caller that counts what it got pays only for what is new.
         """
         if self.kind == "domain":
-            return list(range(start, len(self.classes_of(task.name) or ())))
+            return list(range(start, len(self.declared_classes(task.name) or ())))
         if self.kind == "class" and self.active == "all":
             return list(range(start, self.num_outputs(labels)))
         if self.kind == "task":
@@ -91,7 +91,7 @@ class Scenario:
         known = labels if isinstance(self.classes, int) else self.classes
         return [known.index(label) for label in labels[start:]]
 
-    def is_settled(self, task: Task, labels: Sequence[Label]) -> bool:
+    def outputs_are_final(self, task: Task, labels: Sequence[Label]) -> bool:
         """Tell whether the outputs that compete in `task` stay as they are, but for labels that are not met yet.
 
         A class that was declared and not met stands at the next free output, which another label may take.
@@ -100,12 +100,12 @@ class Scenario:
             return True
         return all(label in labels for label in self.declared.get(task.name, ()))
 
-    def mask(self, task: Task, labels: Sequence[Label]) -> list[bool]:
+    def active_mask(self, task: Task, labels: Sequence[Label]) -> list[bool]:
         """Return which outputs compete for a sample of `task`, given all labels met so far: `[C]`."""
-        outputs = set(self.competing(task, labels))
+        outputs = set(self.active_outputs(task, labels))
         return [n in outputs for n in range(self.num_outputs(labels))]
 
-    def names(self, labels: Sequence[Label]) -> list[Label]:
+    def labels_in_output_order(self, labels: Sequence[Label]) -> list[Label]:
         """Return the labels in output order, as far as they are known; an empty list where outputs differ by task."""
         if self.kind == "domain":
             return []

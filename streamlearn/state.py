@@ -83,25 +83,25 @@ def unpack(files: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tree]) 
     return {group: _restored(tree) for group, tree in groups.items()}
 
 
-def take_apart(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tree]:
+def split_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tree]:
     """Return a tree's tensors by their place, and the rest of it, which JSON can hold."""
     files: dict[str, dict[str, Tensor]] = {}
     rest = _strip(_plain(tree), "", "", files, set())
     return files.get(SUFFIX, {}), rest
 
 
-def put_together(tensors: Mapping[str, Tensor], rest: Tree) -> Tree:
-    """Return the tree that `take_apart` took apart; `rest` is taken over."""
+def join_tensors(tensors: Mapping[str, Tensor], rest: Tree) -> Tree:
+    """Return the tree that `split_tensors` took apart; `rest` is taken over."""
     for key, tensor in tensors.items():
         _insert(rest, key, tensor)
     tree: Tree = _restored(rest)
     return tree
 
 
-def through_bytes(tree: Mapping[str, Any]) -> Tree:
+def round_trip(tree: Mapping[str, Any]) -> Tree:
     """Return a tree as it comes back from a checkpoint; raises whatever it fails with."""
-    tensors, rest = take_apart(tree)
-    return put_together(from_bytes("", to_bytes(copied(tensors))), json.loads(json.dumps(rest, allow_nan=False)))
+    tensors, rest = split_tensors(tree)
+    return join_tensors(from_bytes("", to_bytes(host_copies(tensors))), json.loads(json.dumps(rest, allow_nan=False)))
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -118,7 +118,7 @@ def equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
 
 
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies on the host, each with a storage of its own: views of one cannot be told apart in a file."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -189,7 +189,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
         "seconds": round(seconds, 1),
         "cpu_seconds": round(used, 1),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(str(job.learner.world.device)),
+        "machine": machine(str(job.learner.context.device)),
     }
 
 
@@ -225,7 +225,7 @@ def _figures(job: Job, *, curve: bool) -> dict[str, Any]:
         "average_accuracy": matrix.average_accuracy,
         "backward_transfer": matrix.backward_transfer or 0.0,
         "average_forgetting": matrix.average_forgetting or 0.0,
-        "learned": [round(matrix.row(task)[task], 4) for task in matrix.ended],
+        "learned": [round(matrix.row(task)[task], 4) for task in matrix.ended_tasks],
         "last": [round(value, 4) for _, value in sorted(last.items())],
     }
     if curve:

@@ -208,7 +208,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
     if matrix and tree.get("tasks") and tree["matrix"] is None:
         from streamlearn.evaluation.matrix import AccuracyMatrix
 
-        tree["matrix"] = AccuracyMatrix.of(checkpoint).matrix()
+        tree["matrix"] = AccuracyMatrix.from_checkpoint(checkpoint).matrix()
     return tree
 
 

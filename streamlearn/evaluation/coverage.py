@@ -20,10 +20,10 @@ LOOKED_AT = 1000  # samples of a probe whose values are compared
 REPEATED = 10  # how often each value is there, where a probe has few distinct values
 NAMED = 5  # classes that a warning names
 
-Concern = tuple[str, str]  # its kind, and the line for people
+CoverageWarning = tuple[str, str]  # its kind, and the line for people
 
 
-def concerns(task: Task, rule: Holdout) -> Iterator[Concern]:
+def task_warnings(task: Task, rule: Holdout) -> Iterator[CoverageWarning]:
     """Give what the counts of a task say, open or ended: nothing was trained, or nothing was held out."""
     counts, ended = task.counts, task.state == "ended"
     trained, held_out = counts["trained"], counts["held_out"]
@@ -39,7 +39,9 @@ def concerns(task: Task, rule: Holdout) -> Iterator[Concern]:
         yield "unmeasured", f"{text} ({why}, and no record came for the probe{hint})"
 
 
-def probe_concerns(x: Tensor, y: Tensor, trained: Mapping[int, Label] | None, rule: Holdout) -> Iterator[Concern]:
+def probe_warnings(
+    x: Tensor, y: Tensor, trained: Mapping[int, Label] | None, rule: Holdout
+) -> Iterator[CoverageWarning]:
     """Give what a sealed probe, `x [n, ...]` and `y [n]`, lacks; `trained` are the task's labels by output, where known."""
     held_out = set(y.unique().tolist()) if trained is not None else set()
     trained = trained or {}

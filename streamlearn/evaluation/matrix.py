@@ -30,10 +30,10 @@ class AccuracyMatrix:
     """
 
     def __init__(self) -> None:
-        self.now: dict[int, float] = {}  # the newest evaluation
-        self.loss: dict[int, float] = {}
+        self.latest_accuracy: dict[int, float] = {}  # the newest evaluation
+        self.latest_loss: dict[int, float] = {}
         self._recorded: tuple[dict[int, float], dict[int, float]] = ({}, {})  # accuracy and loss of the newest in state
-        self.transfer: dict[int, tuple[float, float]] = {}  # task -> accuracy before it began, and untrained
+        self.transfer_inputs: dict[int, tuple[float, float]] = {}  # task -> accuracy before it began, and untrained
         self.rows: dict[int, array[float]] = {}  # after a task's end; NaN where nothing was measured
         self._history: list[tuple[int, int, array[float]]] = []  # batches, samples trained, accuracy by task
         self._sizes: dict[int, int] = {}  # samples of each probe when its task ended
@@ -46,7 +46,7 @@ class AccuracyMatrix:
         self._drops: dict[int, float] = {}  # the largest within a window, ever
         self._newest = -1  # the last task begun that has figures
         self._ends_now = False  # whether the last row is the newest evaluation itself, which a maximum must leave out
-        self._figures: dict[str, float | None] | None = None
+        self._metrics: dict[str, float | None] | None = None
 
     def record(
         self,
@@ -60,31 +60,31 @@ class AccuracyMatrix:
 
         `sizes`: samples of each probe, with which an accuracy can be read from a float32 without any loss.
         """
-        self.look(results)
-        self._recorded = self.now, self.loss
-        self._follow(self.now, self.rows)
-        row = _packed(self.now)
+        self.record_live(results)
+        self._recorded = self.latest_accuracy, self.latest_loss
+        self._follow(self.latest_accuracy, self.rows)
+        row = _packed(self.latest_accuracy)
         if after is not None:
             if sizes is not None:
-                self._sizes.update({task: sizes[task] for task in self.now if task in sizes})
-            self._add_row(after, self.now, row)
+                self._sizes.update({task: sizes[task] for task in self.latest_accuracy if task in sizes})
+            self._add_row(after, self.latest_accuracy, row)
         self._history.append((batches, trained, row))
         if len(self._history) > HISTORY:  # keep the shape of the curves, not every point
             self._history = self._history[::2] + ([self._history[-1]] if len(self._history) % 2 == 0 else [])
         self._compare()
 
-    def look(self, results: Mapping[int, tuple[float, float]]) -> None:
+    def record_live(self, results: Mapping[int, tuple[float, float]]) -> None:
         """Take an evaluation whose moment the clock chose: it is shown, and leaves no trace in the state.
 
         Otherwise the same records would not give the same state, bit for bit.
         """
-        self.now = {task: accuracy for task, (accuracy, _) in results.items()}
+        self.latest_accuracy = {task: accuracy for task, (accuracy, _) in results.items()}
         # the loss of a single outlier can overflow
-        self.loss = {task: loss for task, (_, loss) in results.items() if math.isfinite(loss)}
+        self.latest_loss = {task: loss for task, (_, loss) in results.items() if math.isfinite(loss)}
         self._compare()
 
     @property
-    def ended(self) -> list[int]:
+    def ended_tasks(self) -> list[int]:
         """Tasks whose row is written, in order."""
         return sorted(self.rows)
 
@@ -102,7 +102,7 @@ class AccuracyMatrix:
         """Return the row after a task's end: accuracy by task."""
         return {j: self._exact(j, value) for j, value in _unpacked(self.rows[task]).items()}
 
-    def learned(self, task: int) -> float | None:
+    def accuracy_at_end(self, task: int) -> float | None:
         """Return R[j, j]: a task's accuracy when it ended."""
         return self._learned.get(task)
 
@@ -119,7 +119,7 @@ class AccuracyMatrix:
                 found[i][j] = self._exact(j, value)
         return found
 
-    def best(self, task: int) -> float | None:
+    def best_accuracy(self, task: int) -> float | None:
         """Return the best accuracy on a task's probe at its own end, at the end of a later task, or now.
 
         None before the task has ended: until then its probe grows, and figures of different samples do not compare. So
@@ -127,12 +127,12 @@ class AccuracyMatrix:
         """
         if task not in self.rows:
             return None
-        return max((row[task] for row in (self._highest, self.now) if task in row), default=None)
+        return max((row[task] for row in (self._highest, self.latest_accuracy) if task in row), default=None)
 
-    def figures(self) -> dict[str, float | None]:
+    def metrics(self) -> dict[str, float | None]:
         """Return every figure that is one number, by name."""
-        if self._figures is None:
-            self._figures = {
+        if self._metrics is None:
+            self._metrics = {
                 "average_accuracy": self.average_accuracy,
                 "learning_accuracy": self.learning_accuracy,
                 "backward_transfer": self.backward_transfer,
@@ -143,12 +143,12 @@ class AccuracyMatrix:
                 "min_accuracy": self.min_accuracy,
                 "worst_case_accuracy": self.worst_case_accuracy,
             }
-        return self._figures
+        return self._metrics
 
     @property
     def average_accuracy(self) -> float | None:
         """ACC = 1/k * sum_j R[k, j], over tasks seen that have a probe."""
-        return _mean(list(self.now.values()))
+        return _mean(list(self.latest_accuracy.values()))
 
     @property
     def learning_accuracy(self) -> float | None:
@@ -158,19 +158,19 @@ class AccuracyMatrix:
     @property
     def backward_transfer(self) -> float | None:
         """BWT = 1/(k-1) * sum_{j<k} (R[k, j] - R[j, j])."""
-        return _mean([self.now[j] - self._learned[j] for j in self._earlier() if j in self._learned])
+        return _mean([self.latest_accuracy[j] - self._learned[j] for j in self._earlier() if j in self._learned])
 
     @property
     def forward_transfer(self) -> float | None:
         """FWT = 1/(k-1) * sum_{j>1} (R[j-1, j] - b[j]), b the random initialisation."""
-        return _mean([before - untrained for task, (before, untrained) in self.transfer.items() if task > 0])
+        return _mean([before - untrained for task, (before, untrained) in self.transfer_inputs.items() if task > 0])
 
     def forgetting(self, task: int) -> float | None:
         """f_j = max_{l<k} R[l, j] - R[k, j]; negative where a task got better. None before a later task was learned."""
         if not self._is_earlier(task):
             return None
         earlier = (self._before if self._ends_now else self._highest).get(task)
-        return None if earlier is None else earlier - self.now[task]
+        return None if earlier is None else earlier - self.latest_accuracy[task]
 
     @property
     def average_forgetting(self) -> float | None:
@@ -185,7 +185,7 @@ class AccuracyMatrix:
     @property
     def windowed_forgetting(self) -> float | None:
         """WF: mean over tasks of the largest drop of accuracy, ever, within `WINDOW` evaluations in a row."""
-        return _mean([self._drops[task] for task in self.now if task in self._drops])
+        return _mean([self._drops[task] for task in self.latest_accuracy if task in self._drops])
 
     @property
     def min_accuracy(self) -> float | None:
@@ -195,7 +195,7 @@ class AccuracyMatrix:
     @property
     def worst_case_accuracy(self) -> float | None:
         """WC-ACC = 1/k * accuracy on the newest task + (1 - 1/k) * min-ACC."""
-        lowest, newest = self.min_accuracy, self.now.get(self._newest)
+        lowest, newest = self.min_accuracy, self.latest_accuracy.get(self._newest)
         if lowest is None or newest is None:
             return None
         k = len(self._earlier()) + 1
@@ -214,7 +214,7 @@ class AccuracyMatrix:
             "lowest": _named(self._lowest),
             "window": {str(task): list(values) for task, values in self._window.items()},
             "drops": _named(self._drops),
-            "transfer": {str(task): list(pair) for task, pair in self.transfer.items()},
+            "transfer": {str(task): list(pair) for task, pair in self.transfer_inputs.items()},
         }
 
     def table(self) -> bytes:
@@ -234,8 +234,8 @@ class AccuracyMatrix:
 
     def load_state_dict(self, state: Mapping[str, Any], table: bytes | None) -> None:
         """Take over what `state_dict` and `table` of a run returned; earlier versions had no table. For a new matrix."""
-        self._recorded = self.now, self.loss = _numbered(state["now"]), _numbered(state["loss"])
-        self.transfer = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
+        self._recorded = self.latest_accuracy, self.latest_loss = _numbered(state["now"]), _numbered(state["loss"])
+        self.transfer_inputs = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
         self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))
         self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
         self._sizes = {int(task): size for task, size in state["sizes"].items()}
@@ -253,7 +253,7 @@ class AccuracyMatrix:
         self._compare()
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> AccuracyMatrix:
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> AccuracyMatrix:
         """Return what a checkpoint holds."""
         found = cls()
         tree = checkpoint.read_json("state.json")["matrix"]
@@ -289,9 +289,9 @@ class AccuracyMatrix:
 
     def _compare(self) -> None:
         """Note what all figures of the newest evaluation need."""
-        self._newest = max([*self.now, *self.rows], default=-1)
-        self._ends_now = self._last[0] == self._newest and self._last[1] == self.now
-        self._figures = None
+        self._newest = max([*self.latest_accuracy, *self.rows], default=-1)
+        self._ends_now = self._last[0] == self._newest and self._last[1] == self.latest_accuracy
+        self._metrics = None
 
     def _exact(self, task: int, stored: float) -> float:
         """Return the accuracy that was rounded to float32: a number of right answers over the probe's size."""
@@ -312,10 +312,10 @@ class AccuracyMatrix:
 
     def _is_earlier(self, task: int) -> bool:
         """Tell whether a task came before the newest, and its accuracy is known now and was when it ended."""
-        return task < self._newest and task in self.now and task in self.rows
+        return task < self._newest and task in self.latest_accuracy and task in self.rows
 
     def _earlier(self) -> list[int]:
-        return [task for task in sorted(self.now) if self._is_earlier(task)]
+        return [task for task in sorted(self.latest_accuracy) if self._is_earlier(task)]
 
 
 def _mean(values: list[float]) -> float | None:

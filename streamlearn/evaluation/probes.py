@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-class Evaluates(Protocol):
+class Evaluator(Protocol):
     """What can be probed."""
 
     def evaluate_all(self, probes: Sequence[tuple[Tensor, Tensor, int]]) -> list[tuple[float, float]]:
@@ -42,7 +42,7 @@ class Probes:
         self._words = torch.empty(0, dtype=torch.int32)  # the same for `Progress.probe_words`
         self._known = (0, 0, 0, 0)
 
-    def follow(self, progress: Progress) -> None:
+    def resolve_names(self, progress: Progress) -> None:
         """Look up which of the labels and words that probes alone contained have an output or an id by now."""
         known = progress.labels, progress.probe_labels, progress.vocabulary, progress.probe_words
         sizes = len(known[0]), len(known[1]), len(known[2]), len(known[3])
@@ -56,7 +56,7 @@ class Probes:
         self._labels = torch.tensor(labels, dtype=torch.int64)
         self._words = torch.tensor(words, dtype=torch.int32)
 
-    def collect(self, held_out: Iterable[HeldOut]) -> None:
+    def add(self, held_out: Iterable[HeldOut]) -> None:
         """Offer held-out samples to the probes of their tasks; a sealed probe takes no more."""
         for part in held_out:
             if part.task not in self._sealed:
@@ -70,7 +70,7 @@ class Probes:
             x, y = self._numbered(probe.x, probe.y)
             self._sealed[task] = (x.clone(), y.clone())
 
-    def of(self, task: int) -> tuple[Tensor, Tensor] | None:
+    def samples(self, task: int) -> tuple[Tensor, Tensor] | None:
         """Return a probe's samples, `x [n, ...]` and `y [n]`, or None where the task has none.
 
         `y` is negative where training has not met the label.
@@ -90,11 +90,11 @@ class Probes:
         sizes = {task: len(y) for task, (_, y) in self._sealed.items()} | {t: len(p) for t, p in self._open.items()}
         return dict(sorted(sizes.items()))
 
-    def evaluate(self, learner: Evaluates, minimum: int) -> dict[int, tuple[float, float]]:
+    def evaluate(self, learner: Evaluator, minimum: int) -> dict[int, tuple[float, float]]:
         """Return accuracy and mean loss by task; an open probe counts from `minimum` samples on."""
         chosen = []
         for task, size in self.sizes.items():
-            probe = self.of(task)
+            probe = self.samples(task)
             if probe is not None and (task in self._sealed or size >= minimum):
                 chosen.append((*probe, task))
         results = learner.evaluate_all(chosen)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from streamlearn.data import StreamlearnError, out_of_memory
 from streamlearn.models import imports
-from streamlearn.models.modes import drawing_from
-from streamlearn.models.whole import load_module_state, module_state
+from streamlearn.models.modes import global_seed
+from streamlearn.models.module_state import load_module_state, module_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +36,9 @@ class Encoder:
         name = spec["name"]
         zeros = torch.zeros(2, *input_shape, device=device)
         doing = ""
-        with drawing_from(seed):
+        with global_seed(seed):
             try:
-                made = imports.find(name)(list(input_shape), **spec["options"])
+                made = imports.import_function(name)(list(input_shape), **spec["options"])
                 _freeze(made, device)
                 doing = f"cannot see a batch of shape {list(zeros.shape)}: "
                 features: Any = _features(made, zeros)
@@ -68,12 +68,12 @@ class Encoder:
         return module_state(self.module)
 
     def check_state(
-        self, through_bytes: Callable[[Mapping[str, Any]], Mapping[str, Any]], equal: Callable[[Any, Any], bool]
+        self, round_trip: Callable[[Mapping[str, Any]], Mapping[str, Any]], equal: Callable[[Any, Any], bool]
     ) -> None:
         """Save the state, read it again, and compare; raises `StreamlearnError` (78) where it is not the same."""
         before = self.state_dict()
         try:
-            saved = through_bytes(before)
+            saved = round_trip(before)
             same = equal(before, saved)
             load_module_state(self.module, saved)
         except Exception as error:  # whatever a user's code raises is not our fault

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def find(name: str) -> Callable[..., Any]:
+def import_function(name: str) -> Callable[..., Any]:
     """Return what `package.module:function` names; raises what its import raises.
 
     The module is looked for as Python does it (installed packages, `PYTHONPATH`), and last in the working directory. A

@@ -19,7 +19,7 @@ NUMPY_SEEDS = 1 << 32
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and afterwards each of its parts back into its own: an author may freeze some."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -30,7 +30,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def is_sample_by_sample(module: nn.Module) -> bool:
+def samples_are_independent(module: nn.Module) -> bool:
     """Tell whether in evaluation mode no sample's output depends on the others of its batch.
 
     A batch normalisation that keeps no running statistics takes those of the batch, in every mode.
@@ -40,7 +40,7 @@ def is_sample_by_sample(module: nn.Module) -> bool:
 
 
 @contextmanager
-def differentiating(module: nn.Module) -> Iterator[None]:
+def differentiable_eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, but so that gradients can be taken of every part.
 
     cuDNN has no backward pass for recurrent layers in evaluation mode. They stay in training mode, without dropout, which
@@ -48,7 +48,7 @@ def differentiating(module: nn.Module) -> Iterator[None]:
     """
     recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
     dropouts = [part.dropout for part in recurrent]
-    with evaluating(module):
+    with eval_mode(module):
         try:
             for part in recurrent:
                 part.training, part.dropout = True, 0.0
@@ -66,7 +66,7 @@ def flatten_recurrent(module: nn.Module) -> None:
 
 
 @contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
+def global_seed(seed: int) -> Iterator[None]:
     """Seed the global generators of torch, `numpy.random` and `random` for a while; afterwards they go on as before."""
     with torch.random.fork_rng(devices=[]):
         python, numpy = random.getstate(), _lend_numpy(np.random.MT19937())
@@ -80,7 +80,7 @@ def drawing_from(seed: int) -> Iterator[None]:
             _lend_numpy(numpy)
 
 
-class LayerDraws:
+class LayerRng:
     """What a model draws by itself, as dropout does: global generators, seeded and saved as one learner's own.
 
     These are the generators of torch and, where the model or an encoder is a user's `own`, of `numpy.random` and `random`.
@@ -99,7 +99,7 @@ class LayerDraws:
             self._spare = np.random.MT19937()
 
     @contextmanager
-    def taken(self, *, keep: bool = True) -> Iterator[None]:
+    def in_use(self, *, keep: bool = True) -> Iterator[None]:
         """Let layers draw from here, and give the process back its own state; what was drawn counts only where it is kept."""
         spare = not keep and "numpy" in self._states
         before = self._exchange({**self._states, "numpy": self._spare} if spare else self._states)

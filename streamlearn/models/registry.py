@@ -11,7 +11,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.models import imports
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
-from streamlearn.models.modes import drawing_from, evaluating
+from streamlearn.models.modes import eval_mode, global_seed
 from streamlearn.models.resnet import ResNet
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def build(
     function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built, or does not fit its input
     and outputs.
     """
-    with drawing_from(seed):
+    with global_seed(seed):
         try:
             if spec["name"] == "mlp":
                 return MLP(input_shape, num_outputs, spec["hidden"])
@@ -38,7 +38,7 @@ def build(
                 sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
                 return MemNet(input_shape, num_outputs, **told, **sizes)
         except (TypeError, ValueError, RuntimeError) as error:  # the last where memory is too small
-            raise unfit(spec, error) from error
+            raise model_error(spec, error) from error
         return _build_own(spec, input_shape, num_outputs, told)
 
 
@@ -47,33 +47,33 @@ def _build_own(
 ) -> nn.Module:
     """Return the user's model, after it has seen two samples of zeros."""
     try:
-        model = imports.find(spec["name"])(list(input_shape), num_outputs, **told, **spec["options"])
+        model = imports.import_function(spec["name"])(list(input_shape), num_outputs, **told, **spec["options"])
     except Exception as error:  # whatever a user's function raises is not our fault
-        raise unfit(spec, error) from error
+        raise model_error(spec, error) from error
     if not isinstance(model, nn.Module):
-        raise unfit(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
+        raise model_error(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
     device = next((param.device for param in model.parameters()), None)
     zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
     shape = list(zeros.shape)
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             logits = model(zeros)
     except Exception as error:
-        raise unfit(spec, error, f"cannot see a batch of shape {shape}: ") from error
+        raise model_error(spec, error, f"cannot see a batch of shape {shape}: ") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise unfit(
+        raise model_error(
             spec,
             f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}",
         )
     if broken := [name for name, param in model.named_parameters() if not bool(param.isfinite().all())]:
-        raise unfit(spec, f"parameter {broken[0]} is not finite")
+        raise model_error(spec, f"parameter {broken[0]} is not finite")
     if not any(param.requires_grad for param in model.parameters()):
-        raise unfit(spec, "no parameter of it learns: expected one with requires_grad")
+        raise model_error(spec, "no parameter of it learns: expected one with requires_grad")
     return model
 
 
-def unfit(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
+def model_error(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
     """Return the error that a model cannot be used: one line, 78."""
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.models.modes import differentiating
+from streamlearn.models.modes import differentiable_eval_mode
 from streamlearn.strategies.moments import moments
 from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
@@ -288,7 +288,7 @@ def _mean_of(
     sums = zeros(closing.params)
     if not len(closing.y):
         return sums
-    with differentiating(closing.network):
+    with differentiable_eval_mode(closing.network):
         for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
             for part in total(closing.network, world.scale(x), y.to(world.device)):
                 torch._foreach_add_(sums, part)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.data import StreamlearnError, out_of_memory
-from streamlearn.models.modes import differentiating
+from streamlearn.models.modes import differentiable_eval_mode
 from streamlearn.tensors import dense
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check(world: World, recipe: str) -> None:
     network = world.build_network(world.num_outputs)
     x, y, weight = world.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
     try:
-        with differentiating(network):
+        with differentiable_eval_mode(network):
             moments(network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1)
     except Exception as error:  # whatever a user's model raises is not our fault
         if out_of_memory(error):

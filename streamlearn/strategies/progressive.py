@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
-from streamlearn.models.modes import drawing_from, evaluating
+from streamlearn.models.modes import eval_mode, global_seed
 from streamlearn.strategies.parts import Network, State, World
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class ProgressiveNetwork(Network):
         """Freeze the columns and add one, its lateral connections and weights seeded by its number."""
         number = len(self.module.columns)
         self.module.columns.requires_grad_(requires_grad=False)
-        with drawing_from(self.world.seed + number):
+        with global_seed(self.world.seed + number):
             column = self.world.build_network(self.world.num_outputs, number)
             wrap(column, self.world, list(self.module.columns))
         self.module.columns.append(column.to(self.world.device))
@@ -138,7 +138,7 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
     called: list[nn.Module] = []
     layers = {name: m for name, m in column.named_modules() if isinstance(m, LATERAL)}
     handles = [m.register_forward_hook(lambda layer, _in, _out: called.append(layer)) for m in layers.values()]
-    with torch.no_grad(), evaluating(column):
+    with torch.no_grad(), eval_mode(column):
         column(world.zeros(2))
     for handle in handles:
         handle.remove()
@@ -155,7 +155,7 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
         setattr(column.get_submodule(parent), last, Lateral(layer, seen))
     if not earlier:
         try:
-            with torch.no_grad(), evaluating(column):
+            with torch.no_grad(), eval_mode(column):
                 column(world.zeros(2))
         except Exception as error:  # a model may want of its layers what only they have
             raise StreamlearnError(f"strategy.pnn: cannot connect the model's layers: {error}", code=78) from error

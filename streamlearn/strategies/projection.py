@@ -63,7 +63,7 @@ class AverageProjection(Constraint):
         self._projected.fill_(state["projected"])
 
     def sizes(self) -> dict[str, Any]:
-        return self.memory.sizes()
+        return self.memory.usage()
 
     def counts(self) -> dict[str, int]:
         return {"projected": int(self._projected), "failed": 0}
@@ -87,7 +87,7 @@ class EpisodicProjection(Constraint):
         del params
         if not len(self.memory):
             return
-        past = torch.stack([flat(gradient_of(self._samples(task))) for task in self.memory.slots]).double()
+        past = torch.stack([flat(gradient_of(self._samples(task))) for task in self.memory.samples_by_task]).double()
         new = flat(grads).double()
         along = (past @ new).cpu().numpy()
         if not (along < 0).any():  # false for NaN, too: a step that is not finite is dropped anyway
@@ -111,13 +111,13 @@ class EpisodicProjection(Constraint):
         self.projected, self.failed = state["projected"], state["failed"]
 
     def sizes(self) -> dict[str, Any]:
-        return self.memory.sizes()
+        return self.memory.usage()
 
     def counts(self) -> dict[str, int]:
         return {"projected": self.projected, "failed": self.failed}
 
     def _samples(self, task: int) -> Batch:
-        slot = self.memory.slots[task]
+        slot = self.memory.samples_by_task[task]
         return Batch(self.world.scale(slot["x"]), slot["y"].to(self.world.device), torch.full((len(slot["y"]),), task))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn.data import Batch
-from streamlearn.models.modes import evaluating
+from streamlearn.models.modes import eval_mode
 from streamlearn.strategies.parts import Closing, Replay, State, World
 from streamlearn.strategies.shares import Shares
 
@@ -50,7 +50,7 @@ class EpisodicReplay(Replay):
         if not len(self.memory):
             self.share = 0.0
             return None
-        ratio = len(self.memory.slots) if self.by_tasks else self.ratio
+        ratio = len(self.memory.samples_by_task) if self.by_tasks else self.ratio
         count = max(1, round(ratio * len(batch)))
         self.share = count / (count + len(batch)) if self.balance == "batch" else self.shares.of_the_past
         return self._draw(count)
@@ -71,7 +71,7 @@ class EpisodicReplay(Replay):
         self.shares.load_state_dict(state["shares"])
 
     def sizes(self) -> dict[str, Any]:
-        return self.memory.sizes()
+        return self.memory.usage()
 
 
 class DarkReplay(EpisodicReplay):
@@ -100,7 +100,7 @@ class DarkReplay(EpisodicReplay):
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:
         forbidden = ~closing.allowed[closing.task]
-        with evaluating(closing.network):
+        with eval_mode(closing.network):
             parts = [
                 closing.network(self.scale(x)).masked_fill(forbidden, -torch.inf).cpu()
                 for x in closing.x.split(CHUNK)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.models import registry
-from streamlearn.models.whole import load_module_state, module_state
+from streamlearn.models.module_state import load_module_state, module_state
 
 if TYPE_CHECKING:
     from streamlearn.strategies.parts import Closing, State, World

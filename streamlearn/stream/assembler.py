@@ -314,7 +314,7 @@ class Assembler:
         assert self.task is not None
         scenario, labels = self.rules.scenario, self.progress.labels
         output = scenario.output(label, self.task.name, labels)
-        if output is None or not scenario.by_appearance or label in labels:
+        if output is None or not scenario.outputs_by_appearance or label in labels:
             return output
         if label not in self._apart:
             if not scenario.grow and len(self._apart) >= scenario.num_outputs(labels):
@@ -348,7 +348,7 @@ class Assembler:
     def _accepted(self) -> str:
         assert self.task is not None
         scenario = self.rules.scenario
-        declared = scenario.classes_of(self.task.name)
+        declared = scenario.declared_classes(self.task.name)
         if declared is not None or not isinstance(scenario.classes, int):
             accepted = declared or scenario.classes
             assert not isinstance(accepted, int)

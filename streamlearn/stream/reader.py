@@ -600,7 +600,7 @@ class Stream:
         ):
             log.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
         scenario = self.assembler.rules.scenario
-        declared = scenario.classes_of(name) if scenario.kind == "domain" else []
+        declared = scenario.declared_classes(name) if scenario.kind == "domain" else []
         if declared is None:
             known = ", ".join(scenario.declared)
             raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)

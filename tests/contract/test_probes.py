@@ -126,7 +126,7 @@ def digest(job: Job) -> str:
     """Return a hash of everything learned, replay and optimizer too, and of the labels and words that it is about."""
     files, rest, _ = state.pack(job.learner.state_dict())
     told = [job.progress.labels, [task.labels for task in job.progress.tasks], job.progress.vocabulary]
-    found = hashlib.sha256(json.dumps([rest, told, job.learner.allowed.tolist()], sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps([rest, told, job.learner.active_outputs.tolist()], sort_keys=True).encode())
     for name, content in sorted(files.items()):
         for key, tensor in sorted(content.items()):
             found.update(f"{name}:{key}".encode() + tensor.cpu().numpy().tobytes())
@@ -191,8 +191,10 @@ def test_what_the_probes_hold_changes_nothing_that_is_learned(tmp_path: Path, ch
     assert len({digest(job) for job in ended.values()}) == 1
     assert {job.progress.totals()["rejected"] for job in ended.values()} == {0}
     if choice != "domain":
-        assert ended["never"].matrix.now == dict.fromkeys(range(3), 0.0), "what was never trained is a wrong answer"
-        assert ended["never"].matrix.loss == {}
+        assert ended["never"].matrix.latest_accuracy == dict.fromkeys(range(3), 0.0), (
+            "what was never trained is a wrong answer"
+        )
+        assert ended["never"].matrix.latest_loss == {}
 
 
 def test_the_log_says_accuracy_in_four_digits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,7 +243,7 @@ def test_a_label_counts_as_wrong_until_training_meets_it(tmp_path: Path) -> None
     assert job.matrix.row(0)[0] <= 0.5
     assert job.matrix.row(1)[0] > 0.9
     assert {"r", "s"} <= set(job.progress.probe_labels)
-    probe = job.probes.of(0)
+    probe = job.probes.samples(0)
     assert probe is not None
     assert int(probe[1].min()) >= 0
 
@@ -264,7 +266,7 @@ def test_the_words_of_a_probe_take_no_ids(tmp_path: Path) -> None:
     assert digest(one) == digest(two)
     assert "strange" in two.progress.probe_words
     assert "strange" not in two.progress.vocabulary
-    probe = two.probes.of(0)
+    probe = two.probes.samples(0)
     assert probe is not None
     ids = {word: place + 2 for place, word in enumerate(two.progress.vocabulary)}
     assert {ids["wb"], ids["vc"], 1} <= set(probe[0].flatten().tolist()) <= {0, 1, *ids.values()}
@@ -280,13 +282,13 @@ def test_probes_go_on_after_a_restart(tmp_path: Path) -> None:
     assert again.progress.probe_labels == job.progress.probe_labels
     assert again.progress.probe_labels
     for task in range(3):
-        one, two = job.probes.of(task), again.probes.of(task)
+        one, two = job.probes.samples(task), again.probes.samples(task)
         assert one is not None
         assert two is not None
         assert torch.equal(one[1], two[1])
-    before = copy.deepcopy(again.matrix.now)
+    before = copy.deepcopy(again.matrix.latest_accuracy)
     again.evaluate()
-    assert again.matrix.now == before
+    assert again.matrix.latest_accuracy == before
 
 
 def test_a_task_that_taught_or_measured_nothing_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -94,7 +94,7 @@ class Run:
         self.tasks.append(task)
         self.learner.begin_task(task)
         self.labels += task.labels
-        self.learner.activate(self.tasks, self.labels)
+        self.learner.set_active_outputs(self.tasks, self.labels)
 
     def learn(self, batches: Sequence[int]) -> None:
         """Learn the current task's batches of these numbers."""
@@ -129,7 +129,7 @@ class Run:
         """Return the state as a checkpoint holds it, through bytes."""
         files, rest, _ = state.pack(self.learner.state_dict())
         return {
-            name: state.from_bytes(name, state.to_bytes(state.copied(content))) for name, content in files.items()
+            name: state.from_bytes(name, state.to_bytes(state.host_copies(content))) for name, content in files.items()
         }, rest
 
     def load(self, other: Run) -> None:
@@ -141,8 +141,8 @@ class Run:
     def logits(self, x: torch.Tensor, task: int) -> torch.Tensor:
         """Return what probes see of a task, over its own outputs."""
         with torch.no_grad():
-            logits = self.learner.averaged.forward(self.learner.world.scale(x), torch.full((len(x),), task))
-        return logits[:, self.learner.allowed[task]]
+            logits = self.learner.averaged_network.forward(self.learner.context.scale(x), torch.full((len(x),), task))
+        return logits[:, self.learner.active_outputs[task]]
 
     def digest(self) -> dict[str, bytes]:
         """Return every tensor's bytes."""
@@ -231,7 +231,7 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
     """What an encoder makes is what every part sees; it never changes, and comes from the checkpoint, not from its function."""
     made = {"name": "tests.support.models:encoder", "options": {"features": 7, "fresh": True}}
     one, other = (Run(tmp_path, chosen, input={"shape": [SIZE], "encoder": made}) for _ in range(2))
-    assert one.learner.world.input_shape == (7,)
+    assert one.learner.context.input_shape == (7,)
     name = "encoder.frozen.safetensors:1.weight"
     before = one.digest()
     assert before[name] != other.digest()[name]
@@ -397,7 +397,7 @@ def test_a_balanced_memory_stays_balanced_beside_a_larger_part(tmp_path: Path) -
         kept = (batch.y == 0) | (number == 0)  # the other class is there at the beginning alone
         run.learner.learn(Batch(batch.x[kept], batch.y[kept], batch.task[kept]))
     run.end()
-    memory = run.learner.strategy.replay.memory.slots[0]["y"]  # type: ignore[attr-defined]  # of episodic replay
+    memory = run.learner.strategy.replay.memory.samples_by_task[0]["y"]  # type: ignore[attr-defined]  # of episodic replay
     assert torch.bincount(memory).tolist() == [3, 3]
 
 
@@ -484,12 +484,12 @@ def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
     """With `grow_head` a new label past the outputs enlarges model, optimizer, average and parts, and resumes bit-equal."""
     one = Run(tmp_path, chosen, classes=2, grow_head=True)
     one.through(2)
-    assert one.learner.allowed.shape == (2, 4)
+    assert one.learner.active_outputs.shape == (2, 4)
     other = Run(tmp_path, chosen, classes=2, grow_head=True)
     other.load(one)
     for run in (one, other):
         run.through(1)
-    assert one.learner.allowed.shape == (3, 6)
+    assert one.learner.active_outputs.shape == (3, 6)
     assert one.digest() == other.digest()
 
 
@@ -551,7 +551,7 @@ def test_budgets_are_never_exceeded(tmp_path: Path, chosen: dict[str, Any]) -> N
         for sizes in (run.learner.strategy.replay.sizes(), run.learner.strategy.constraint.sizes()):
             if sizes:
                 assert sum(sizes["samples"].values()) <= (sizes["capacity"] or np.inf)
-                assert sizes["bytes"] <= run.learner.world.max_bytes
+                assert sizes["bytes"] <= run.learner.context.max_bytes
                 assert sizes["bytes"] > 0
 
 
@@ -620,7 +620,7 @@ def test_a_task_without_a_usable_sample_harms_nothing(tmp_path: Path, chosen: di
     empty = Task(0, "a")
     run.tasks.append(empty)
     run.learner.begin_task(empty)
-    run.learner.activate(run.tasks, run.labels)
+    run.learner.set_active_outputs(run.tasks, run.labels)
     run.end()
     run.through(1)
     assert all(bool(param.isfinite().all()) for param in run.learner.params)
@@ -647,5 +647,5 @@ def test_outputs_are_the_same_however_many_come_together(tmp_path: Path) -> None
     for run, steps in ((one, [3]), (other, [2, 3])):
         for size in steps:
             run.tasks = [Task(0, "a", labels=list(range(size)))]
-            run.learner.activate(run.tasks, list(range(size)))
+            run.learner.set_active_outputs(run.tasks, list(range(size)))
     assert one.digest()["model.safetensors:head.weight"] == other.digest()["model.safetensors:head.weight"]

@@ -24,7 +24,7 @@ def tree(count: int, size: int = 3) -> dict[str, Any]:
 def restored(groups: dict[str, Any]) -> dict[str, Any]:
     """Return a state as it comes back from files, read in the order of their names."""
     files, rest, _ = state.pack(groups)
-    through = {name: state.from_bytes(name, state.to_bytes(state.copied(files[name]))) for name in sorted(files)}
+    through = {name: state.from_bytes(name, state.to_bytes(state.host_copies(files[name]))) for name in sorted(files)}
     return state.unpack(through, rest)
 
 
@@ -72,7 +72,7 @@ def test_a_memory_of_many_tasks_draws_the_same_after_a_restart() -> None:
         one.store(task, torch.full((20, 1), task), torch.zeros(20, dtype=torch.int64))
     other = EpisodicMemory(240, 1 << 20, 0)
     other.load_state_dict(restored({"replay": one.state_dict()})["replay"])
-    assert list(other.slots) == list(one.slots)
+    assert list(other.samples_by_task) == list(one.samples_by_task)
     for _ in range(3):
         a: dict[str, Tensor] = one.draw(50)
         b = other.draw(50)

@@ -169,9 +169,9 @@ def test_an_encoder_sees_single_samples() -> None:
 
 def test_the_state_of_an_encoder_is_saved_and_read_at_the_start() -> None:
     """State that is no tensor is saved with the rest; a module that cannot take it over again is refused."""
-    build("restored").check_state(state.through_bytes, state.equal)
+    build("restored").check_state(state.round_trip, state.equal)
     with pytest.raises(StreamlearnError, match="its state cannot be saved and read again: RuntimeError: ") as caught:
-        build("more").check_state(state.through_bytes, state.equal)
+        build("more").check_state(state.round_trip, state.equal)
     assert caught.value.code == 78
 
 

@@ -161,7 +161,7 @@ def test_replay_that_does_not_work_is_told(
     job.check_replay()  # a strategy that generates nothing
     job.progress.tasks = [Task(0, "t1", "ended", labels=["cat", "dog"])]
     job.progress.labels = ["cat", "dog"]
-    job.learner.activate(job.progress.tasks, job.progress.labels)
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     for dog, warned in ((0.6, False), (0.4, True)):
         monkeypatch.setattr(job.learner.strategy.replay, "agreement", lambda dog=dog: {(0, 0): 1.0, (0, 1): dog})
         job.show_parts()
@@ -183,14 +183,14 @@ def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
     assert not job.evaluation_due(idle=True)
     job.learner.batches += 3
     assert (job.evaluation_due(), job.evaluation_due(idle=True)) == (False, True)
-    job.matrix.now = {0: 0.5}
+    job.matrix.latest_accuracy = {0: 0.5}
     job.publish(stream)
     status = job.status(None)
     assert status["batches_since_evaluation"] == 3
     assert "streamlearn_probe_age_batches 3.0" in job.metrics.expose("")[0].decode()
     assert "(measured 3 batches ago)" in figures(status)
     job.evaluate(look=True)
-    job.matrix.now = {0: 0.5}
+    job.matrix.latest_accuracy = {0: 0.5}
     job.publish(stream)
     assert not job.evaluation_due(idle=True)
     assert job.status(None)["batches_since_evaluation"] == 0
@@ -249,7 +249,7 @@ def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
             self.deadline = time.monotonic() + 60
 
         def serve(self, *_: object, idle: bool) -> None:
-            self.stopping = bool(job.matrix.now) and idle
+            self.stopping = bool(job.matrix.latest_accuracy) and idle
             assert time.monotonic() < self.deadline
 
         def wait(self, seconds: float) -> None: ...
@@ -345,7 +345,7 @@ def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
     move(job, 4)
     by_hand = job.save(stream, "manual", "mine")
     job.progress.tasks.append(Task(0, "a", ends={0: 5}))
-    job.learner.activate(job.progress.tasks, job.progress.labels)
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     move(job, 5)
     closed = job.save(stream, "task_end")
     move(job, 6)
@@ -413,7 +413,7 @@ def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch:
 def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
     """Only from its own newest checkpoint does a job take over files; else it writes them."""
     job, stream = made(tmp_path)
-    job.probes.collect([HeldOut(0, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
+    job.probes.add([HeldOut(0, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
     job.probes.seal(0)
     inodes = []
     for number in range(3):
@@ -432,9 +432,9 @@ def ended_tasks(job: Job, count: int) -> None:
     for index in range(len(job.progress.tasks), count):
         job.progress.tasks.append(Task(index, f"t{index}", state="ended", labels=[0, 1], counts=Counter(consumed=5)))
         job.progress.ledger[f"t{index}"] = Counter(consumed=5, trained=5)
-        job.probes.collect([HeldOut(index, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
+        job.probes.add([HeldOut(index, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
         job.probes.seal(index)
-    job.learner.activate(job.progress.tasks, job.progress.labels)
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     for index in range(count):
         results = dict.fromkeys(range(index + 1), (2 / 3, 0.1))
         job.matrix.record(results, index, index, index, job.probes.sizes)

@@ -87,7 +87,7 @@ def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
     memory = EpisodicMemory(12, 1 << 20, 0)
     for task in range(3):
         memory.store(task, *numbers(100 * task, 20))
-    assert memory.sizes()["samples"] == {0: 4, 1: 4, 2: 4}
+    assert memory.usage()["samples"] == {0: 4, 1: 4, 2: 4}
     assert memory.evicted == 3 * 20 - 3 * 4
     drawn = memory.draw(3000)
     assert torch.equal((drawn["x"].flatten() // 100).long(), drawn["task"])
@@ -100,7 +100,7 @@ def test_a_balanced_memory_shares_by_class() -> None:
     for task, first in enumerate((18, 3)):
         x, _ = numbers(100 * task, 20)
         memory.store(task, x, (torch.arange(20) >= first).long())
-        counts = [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()]
+        counts = [torch.bincount(slot["y"]).tolist() for slot in memory.samples_by_task.values()]
         assert counts == [[[4, 2]], [[2, 2], [2, 2]]][task]
 
 
@@ -111,7 +111,7 @@ def test_a_class_that_comes_in_every_task_has_one_share(per_class: int | None, e
     for task in range(6):
         x, _ = numbers(1000 * task, 300)
         memory.store(task, x, (torch.arange(300) % 2) * (task + 1))
-    ys = [slot["y"] for slot in memory.slots.values()]
+    ys = [slot["y"] for slot in memory.samples_by_task.values()]
     assert torch.bincount(torch.cat(ys)).tolist() == 7 * [expected]
     assert max(int((y == 0).sum()) for y in ys) - min(int((y == 0).sum()) for y in ys) <= 1
 
@@ -122,7 +122,7 @@ def test_a_class_is_a_label_and_not_an_output() -> None:
     classes = [{0: "cat", 1: "dog"}, {0: "cow", 1: "cat"}]
     for task in range(2):
         memory.store(task, *numbers(0, 20)[:1], torch.arange(20) % 2, classes)
-    assert [torch.bincount(slot["y"]).tolist() for slot in memory.slots.values()] == [[2, 4], [4, 2]]
+    assert [torch.bincount(slot["y"]).tolist() for slot in memory.samples_by_task.values()] == [[2, 4], [4, 2]]
 
 
 def test_what_a_small_task_leaves_goes_to_the_others() -> None:
@@ -130,7 +130,7 @@ def test_what_a_small_task_leaves_goes_to_the_others() -> None:
     memory = EpisodicMemory(100, 1 << 20, 0)
     for task, size in enumerate((5, 5, 1000, 1000)):
         memory.store(task, *numbers(0, size))
-    assert memory.sizes()["samples"] == {0: 5, 1: 5, 2: 45, 3: 45}
+    assert memory.usage()["samples"] == {0: 5, 1: 5, 2: 45, 3: 45}
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -140,7 +140,7 @@ def test_a_memory_smaller_than_its_slots_keeps_the_newest(balanced: bool) -> Non
     for task in range(4):
         x, y = numbers(0, 6)
         memory.store(task, x, torch.arange(6) % 2 if balanced else y)
-    assert memory.sizes()["samples"] == ({0: 0, 1: 0, 2: 0, 3: 2} if balanced else {0: 0, 1: 0, 2: 1, 3: 1})
+    assert memory.usage()["samples"] == ({0: 0, 1: 0, 2: 0, 3: 2} if balanced else {0: 0, 1: 0, 2: 1, 3: 1})
     assert len(memory.draw(9)["y"]) == 9
 
 

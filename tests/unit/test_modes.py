@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn import state
-from streamlearn.models.modes import LayerDraws, differentiating, drawing_from
+from streamlearn.models.modes import LayerRng, differentiable_eval_mode, global_seed
 from tests.contract.test_recipes import Run
 from tests.support import awkward
 
@@ -36,12 +36,12 @@ def test_recurrent_layers_keep_training_mode_without_dropout_where_gradients_are
     assert isinstance(cell, nn.LSTM)
     x = torch.rand(3, 2, 4)
     modes = [part.training for part in model.modules()]
-    with differentiating(model):
+    with differentiable_eval_mode(model):
         assert (cell.training, cell.dropout, model["drop"].training) == (True, 0.0, False)
         inside = cell(x)[0]
     assert ([part.training for part in model.modules()], cell.dropout) == (modes, 0.9)
     assert torch.allclose(inside, cell.eval()(x)[0], atol=1e-6)
-    with pytest.raises(ValueError, match="inside"), differentiating(model):
+    with pytest.raises(ValueError, match="inside"), differentiable_eval_mode(model):
         raise ValueError("inside")
     assert cell.dropout == 0.9
 
@@ -73,7 +73,7 @@ def test_importances_of_recurrent_models_can_be_taken_on_a_gpu(
     run.through(2)
     batch = run.batch(1)
     run.learner.evaluate(batch.x, batch.y, 1)
-    run.learner.evaluate(batch.x, batch.y, 1, run.learner.initial)
+    run.learner.evaluate(batch.x, batch.y, 1, run.learner.initial_params)
     assert wrong == []
 
 
@@ -81,19 +81,19 @@ def test_draws_are_lent_and_given_back() -> None:
     """Two learners of one seed draw the same from torch, numpy and random, whatever the process draws between."""
     found = []
     for process in (1, 2):
-        draws = LayerDraws(7, torch.device("cpu"))
-        with drawing_from(process):
+        draws = LayerRng(7, torch.device("cpu"))
+        with global_seed(process):
             before = draw()
-            with draws.taken():
+            with draws.in_use():
                 first = draw()
-            with draws.taken(keep=False):
+            with draws.in_use(keep=False):
                 lost = draw()
-            with draws.taken(keep=False):
+            with draws.in_use(keep=False):
                 assert draw() == lost
-            with draws.taken():
+            with draws.in_use():
                 second = draw()
             after = draw()
-        with drawing_from(process):
+        with global_seed(process):
             assert (draw(), draw()) == (before, after)
         found.append((first, lost, second))
     assert found[0] == found[1]
@@ -102,18 +102,18 @@ def test_draws_are_lent_and_given_back() -> None:
 
 def test_draws_go_on_where_they_were_saved() -> None:
     """Through bytes, with the numbers that wait inside the generators; an earlier version's state has torch's alone."""
-    one, other, old = (LayerDraws(7, torch.device("cpu")) for _ in range(3))
-    with one.taken():
+    one, other, old = (LayerRng(7, torch.device("cpu")) for _ in range(3))
+    with one.in_use():
         draw()
-    other.load_state_dict(state.through_bytes(one.state_dict()))
-    with one.taken():
+    other.load_state_dict(state.round_trip(one.state_dict()))
+    with one.in_use():
         expected = draw()
-    with other.taken():
+    with other.in_use():
         assert draw() == expected
     old.load_state_dict({"cpu": other.state_dict()["cpu"]})
-    with other.taken():
+    with other.in_use():
         expected = draw()
-    with old.taken():
+    with old.in_use():
         assert draw()[0] == expected[0]
 
 
@@ -121,11 +121,11 @@ def test_a_model_that_draws_when_it_is_made_follows_the_seed() -> None:
     """Weights drawn from numpy are a function of the seed, and the process goes on as if nothing had been drawn."""
     made = []
     for process in (1, 2):
-        with drawing_from(process):
-            with drawing_from(5):
+        with global_seed(process):
+            with global_seed(5):
                 made.append(awkward.make([12], 3, kind="odd"))
             after = draw()
-        with drawing_from(process):
+        with global_seed(process):
             assert draw() == after
     one, other = (model.state_dict() for model in made)
     assert all(state.equal(value, other[name]) for name, value in one.items() if isinstance(value, Tensor))

@@ -16,7 +16,7 @@ from streamlearn.checkpoint import Checkpoint, Store, at
 from streamlearn.cli.app import app
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry
-from streamlearn.models.whole import module_state
+from streamlearn.models.module_state import module_state
 from streamlearn.predict import Model
 from tests.support import awkward
 
@@ -34,7 +34,7 @@ def saved(
     """Save an untrained model as the daemon does."""
     spec = {"options": {}, **model}
     module = registry.build(spec, [shape], 3, 0)
-    tensors, rest = state.take_apart(module_state(module))
+    tensors, rest = state.split_tensors(module_state(module))
     description: dict[str, Any] = {
         "format": 1,
         "model": spec,
@@ -52,7 +52,7 @@ def saved(
     }
     files: dict[str, Any] = {
         "model.json": json.dumps({**description, **over}).encode(),
-        "model.safetensors": state.to_bytes(state.copied(tensors)),
+        "model.safetensors": state.to_bytes(state.host_copies(tensors)),
     }
     info = {"step": 1, "batches": 1, "average_accuracy": None}
     return Store(state_dir).save(files, info)

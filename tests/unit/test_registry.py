@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
-from streamlearn.models import registry, trial
+from streamlearn.models import model_check, registry
 
 
 class Own(nn.Module):
@@ -134,10 +134,10 @@ def test_the_trial_leaves_no_trace() -> None:
 
 def test_a_model_that_keeps_a_graph_is_refused_where_it_is_copied() -> None:
     """It can be built; the average's copy of it could not be made any more once it has learned."""
-    trial.check_copies("own:fits", build("fits"), torch.zeros(2, 4))
+    model_check.check_copies("own:fits", build("fits"), torch.zeros(2, 4))
     why = r"^model own:keeping: cannot be copied once it has learned, .*: RuntimeError: Only Tensors created"
     with pytest.raises(StreamlearnError, match=why) as caught:
-        trial.check_copies("own:keeping", build("keeping"), torch.zeros(2, 4))
+        model_check.check_copies("own:keeping", build("keeping"), torch.zeros(2, 4))
     assert caught.value.code == 78
 
 

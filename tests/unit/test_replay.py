@@ -216,7 +216,7 @@ def test_dark_replay_matches_the_logits_of_its_time() -> None:
     part, solver = DarkReplay(WORLD, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
     end = closing(0, solver)
     part.end_task(end)
-    slot = memory.slots[0]
+    slot = memory.samples_by_task[0]
     with torch.no_grad():
         torch.testing.assert_close(slot["logits"][:, :2], solver(slot["x"])[:, :2])
     assert torch.isneginf(slot["logits"][:, 2:]).all()

@@ -35,12 +35,12 @@ def test_a_list_of_classes_is_the_order_of_outputs() -> None:
 def test_masks() -> None:
     """Class: what was seen, or all; task: what that task has; domain: as many as that task declares."""
     labels = [3, 5, 1]
-    assert Scenario("class", "seen", 4).mask(A, labels) == [True, True, True, False]
-    assert Scenario("class", "all", 4).mask(A, labels) == [True] * 4
-    assert Scenario("task", "seen", 4).mask(A, labels) == [True, True, False, False]
-    assert Scenario("task", "seen", 4).mask(B, labels) == [False, False, True, False]
+    assert Scenario("class", "seen", 4).active_mask(A, labels) == [True, True, True, False]
+    assert Scenario("class", "all", 4).active_mask(A, labels) == [True] * 4
+    assert Scenario("task", "seen", 4).active_mask(A, labels) == [True, True, False, False]
+    assert Scenario("task", "seen", 4).active_mask(B, labels) == [False, False, True, False]
     domain = Scenario("domain", "seen", 6, {"a": [3, 5], "b": [1]})
-    assert (domain.mask(A, labels), domain.mask(B, labels)) == ([True, True], [True, False])
+    assert (domain.active_mask(A, labels), domain.active_mask(B, labels)) == ([True, True], [True, False])
     assert (domain.output(5, "a", []), domain.output(5, "b", [])) == (1, None)
 
 
@@ -48,9 +48,9 @@ def test_a_domain_may_have_its_classes_once() -> None:
     """Without a declaration every topic has all classes, in the order of the list: the ones that are to come as well."""
     domain = Scenario("domain", "seen", ["no", "yes"])
     assert domain.num_outputs([]) == 2
-    assert (domain.mask(A, []), domain.mask(B, ["yes"])) == ([True, True], [True, True])
+    assert (domain.active_mask(A, []), domain.active_mask(B, ["yes"])) == ([True, True], [True, True])
     assert [domain.output(label, "new", []) for label in ("no", "yes", "maybe")] == [0, 1, None]
-    assert domain.classes_of("new") == ["no", "yes"]
+    assert domain.declared_classes("new") == ["no", "yes"]
 
 
 class Counting(str):
@@ -108,7 +108,7 @@ def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.M
         tasks.append(Task(index, f"t{index}", labels=[2 * index, 2 * index + 1]))
         for label in tasks[-1].labels:
             labels.append(label)
-    one.activate(tasks, labels)
+    one.set_active_outputs(tasks, labels)
 
     def look(self: Scenario, label: Label, task: str, known: Labels) -> int | None:
         looked.append(label)
@@ -118,14 +118,14 @@ def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.M
     for label in (600, 601):
         tasks[-1].labels.append(label)
         labels.append(label)
-        one.activate(tasks, labels)
+        one.set_active_outputs(tasks, labels)
     assert set(looked) == {600, 601}
     assert len(looked) <= 4
-    assert one.allowed.shape == (300, 602)
-    expected = [one.scenario.mask(task, labels) for task in tasks]
-    assert one.allowed.tolist() == expected
-    assert (~one.forbidden).expand(300, 602).tolist() == expected
-    assert one.classes[-1] == {output: output for output in (598, 599, 600, 601)}
+    assert one.active_outputs.shape == (300, 602)
+    expected = [one.scenario.active_mask(task, labels) for task in tasks]
+    assert one.active_outputs.tolist() == expected
+    assert (~one.inactive_outputs).expand(300, 602).tolist() == expected
+    assert one.output_labels[-1] == {output: output for output in (598, 599, 600, 601)}
 
 
 def test_a_mask_is_the_same_whether_labels_came_one_by_one_or_at_once(tmp_path: Path) -> None:
@@ -139,7 +139,8 @@ def test_a_mask_is_the_same_whether_labels_came_one_by_one_or_at_once(tmp_path: 
         for index, label in ((0, 8), (0, 7), (1, 9)):
             tasks[index].labels.append(label)
             labels.append(label)
-            one.activate(tasks, labels)
-        other.activate(tasks, labels)
-        assert one.allowed.tolist() == other.allowed.tolist() == [one.scenario.mask(task, labels) for task in tasks]
-        assert one.classes == other.classes == [{0: 8, 1: 7}, {2: 9}]
+            one.set_active_outputs(tasks, labels)
+        other.set_active_outputs(tasks, labels)
+        expected = [one.scenario.active_mask(task, labels) for task in tasks]
+        assert one.active_outputs.tolist() == other.active_outputs.tolist() == expected
+        assert one.output_labels == other.output_labels == [{0: 8, 1: 7}, {2: 9}]

@@ -41,7 +41,7 @@ OTHERS: list[Any] = [
 def test_tensors_of_any_name_and_type_come_back() -> None:
     """Names with slashes and other characters, all types, views, shared and empty tensors: equal bit by bit."""
     shared = {**TENSORS, "again": TENSORS["a/b/c"]}
-    found = state.through_bytes(shared)
+    found = state.round_trip(shared)
     assert found.keys() == shared.keys()
     assert [name for name in shared if not state.equal(found[name], shared[name])] == []
 
@@ -50,7 +50,7 @@ def test_tensors_of_any_name_and_type_come_back() -> None:
 def test_state_that_is_no_tensor_comes_back(value: Any) -> None:
     """What `get_extra_state` may return keeps its types, and its tensors, and JSON holds the rest."""
     tree = {"layer._extra_state": value, "layer.weight": torch.ones(1)}
-    assert state.equal(state.through_bytes(tree), tree)
+    assert state.equal(state.round_trip(tree), tree)
 
 
 def test_groups_keep_names_with_slashes_apart_from_places() -> None:
@@ -75,13 +75,13 @@ def test_groups_keep_names_with_slashes_apart_from_places() -> None:
 def test_what_cannot_be_saved_is_refused(value: Any, why: str) -> None:
     """A type that no checkpoint can hold is named."""
     with pytest.raises(TypeError, match=why):
-        state.take_apart({"x": value})
+        state.split_tensors({"x": value})
 
 
 def test_a_lone_tensor_with_the_name_of_a_tag_comes_back() -> None:
     """The mark of what JSON cannot hold is no special name to a module."""
     tree = {"$float": torch.ones(2)}
-    assert state.equal(state.through_bytes(tree), tree)
+    assert state.equal(state.round_trip(tree), tree)
 
 
 def test_bits_are_compared() -> None:

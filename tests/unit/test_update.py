@@ -59,7 +59,7 @@ def begin(learner: Learner, tasks: Sequence[Sequence[int]]) -> None:
     """Begin the last of these tasks."""
     all_tasks, labels = described(tasks)
     learner.begin_task(all_tasks[-1])
-    learner.activate(all_tasks, labels)
+    learner.set_active_outputs(all_tasks, labels)
 
 
 def described(tasks: Sequence[Sequence[int]]) -> tuple[list[Task], list[Label]]:

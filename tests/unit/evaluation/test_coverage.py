@@ -10,7 +10,7 @@ import torch
 
 from streamlearn.config import Holdout
 from streamlearn.data import Task
-from streamlearn.evaluation.coverage import concerns, probe_concerns
+from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 
 TENTH = Holdout(fraction=0.1)
 COUNTS: list[tuple[str, dict[str, int], Holdout, list[str], str]] = [
@@ -36,7 +36,7 @@ def test_what_the_counts_of_a_task_say(
     state: str, counts: dict[str, int], rule: Holdout, kinds: list[str], text: str
 ) -> None:
     """Nothing trained or nothing measured is told when the task ends, or as soon as chance does not explain it."""
-    found = list(concerns(Task(0, "a", state=state, counts=Counter(counts)), rule))
+    found = list(task_warnings(Task(0, "a", state=state, counts=Counter(counts)), rule))
     assert [kind for kind, _ in found] == kinds
     assert all(text in line for _, line in found)
 
@@ -54,11 +54,11 @@ PROBES: list[tuple[Any, Any, Holdout, list[str], str]] = [
 @pytest.mark.parametrize(("x", "y", "rule", "kinds", "text"), PROBES)
 def test_what_a_probe_lacks(x: Any, y: Any, rule: Holdout, kinds: list[str], text: str) -> None:
     """Classes without a sample, classes that were not trained, and few distinct values that all share one fate."""
-    found = list(probe_concerns(torch.tensor(x)[:, None], torch.tensor(y), {0: "a", 1: "b"}, rule))
+    found = list(probe_warnings(torch.tensor(x)[:, None], torch.tensor(y), {0: "a", 1: "b"}, rule))
     assert [kind for kind, _ in found] == kinds
     assert all(text in line for _, line in found)
 
 
 def test_declared_labels_are_not_missed() -> None:
     """In scenario domain a class may be declared and never come."""
-    assert list(probe_concerns(torch.arange(3.0)[:, None], torch.tensor([0, 0, 0]), None, TENTH)) == []
+    assert list(probe_warnings(torch.arange(3.0)[:, None], torch.tensor([0, 0, 0]), None, TENTH)) == []

@@ -26,7 +26,7 @@ def filled() -> AccuracyMatrix:
     return matrix
 
 
-def through_bytes(matrix: AccuracyMatrix) -> AccuracyMatrix:
+def round_trip(matrix: AccuracyMatrix) -> AccuracyMatrix:
     """Return the matrix as a checkpoint gives it back."""
     copied = AccuracyMatrix()
     copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())), matrix.table())
@@ -37,7 +37,7 @@ def as_trees(matrix: AccuracyMatrix) -> dict[str, Any]:
     """Return the state as earlier versions saved it: rows and history are JSON."""
     tree = {
         **matrix.state_dict(),
-        "rows": {task: matrix.row(task) for task in matrix.ended},
+        "rows": {task: matrix.row(task) for task in matrix.ended_tasks},
         "history": matrix.history,
     }
     for key in ("learned", "highest", "last"):
@@ -55,7 +55,11 @@ def test_figures_by_hand() -> None:
     assert matrix.forgetting(0) == pytest.approx(0.9 - 0.5)
     assert matrix.forgetting(1) == pytest.approx(0.8 - 0.7)
     assert matrix.average_forgetting == pytest.approx((0.4 + 0.1) / 2)
-    assert [matrix.best(task) for task in range(3)] == [0.9, 0.8, 1.0]  # 0.95 was measured while the second ran
+    assert [matrix.best_accuracy(task) for task in range(3)] == [
+        0.9,
+        0.8,
+        1.0,
+    ]  # 0.95 was measured while the second ran
 
 
 def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
@@ -80,27 +84,27 @@ def test_best_accuracy_and_forgetting_agree() -> None:
                 if end or draw.random() < 0.5:
                     matrix.record(results, 1, 1, newest if end else None)
                 else:
-                    matrix.look(results)
+                    matrix.record_live(results)
                 for task in range(newest + 1):
-                    best, forgotten = matrix.best(task), matrix.forgetting(task)
+                    best, forgotten = matrix.best_accuracy(task), matrix.forgetting(task)
                     if task == newest and not end:
                         assert (best, forgotten) == (None, None)
                     elif forgotten is not None:
                         assert best is not None
-                        assert best - matrix.now[task] == pytest.approx(max(forgotten, 0))
+                        assert best - matrix.latest_accuracy[task] == pytest.approx(max(forgotten, 0))
 
 
 def test_a_look_leaves_no_trace_in_the_state() -> None:
     """What the clock had evaluated is shown, and what is saved is as if it had not been."""
     matrix, other = filled(), filled()
-    matrix.look({0: (0.1, 0.1), 1: (0.1, 0.1), 2: (0.1, 0.1)})
+    matrix.record_live({0: (0.1, 0.1), 1: (0.1, 0.1), 2: (0.1, 0.1)})
     assert matrix.average_accuracy == pytest.approx(0.1)
     assert matrix.forgetting(2) is None
     assert matrix.forgetting(1) == pytest.approx(0.7)
     assert matrix.state_dict() == other.state_dict()
     for one in (matrix, other):
         one.record({0: (0.3, 0.1), 1: (0.7, 0.1), 2: (0.6, 0.1)}, 40, 400, after=None)
-    assert (matrix.state_dict(), matrix.figures()) == (other.state_dict(), other.figures())
+    assert (matrix.state_dict(), matrix.metrics()) == (other.state_dict(), other.metrics())
 
 
 def test_figures_between_the_ends_of_tasks() -> None:
@@ -129,30 +133,30 @@ def test_a_drop_within_a_window_is_one_of_few_evaluations() -> None:
 def test_undefined_is_none() -> None:
     """Before the first evaluation nothing is known, and one task cannot be forgotten."""
     matrix = AccuracyMatrix()
-    assert (set(matrix.figures().values()), matrix.matrix()) == ({None}, [])
-    assert (matrix.best(0), matrix.forgetting(0)) == (None, None)
+    assert (set(matrix.metrics().values()), matrix.matrix()) == ({None}, [])
+    assert (matrix.best_accuracy(0), matrix.forgetting(0)) == (None, None)
     matrix.record({0: (0.9, 0.1)}, 1, 1, after=0)
     assert matrix.forgetting(0) is None
-    known = {name: value for name, value in matrix.figures().items() if value is not None}
+    known = {name: value for name, value in matrix.metrics().items() if value is not None}
     assert known == {"average_accuracy": 0.9, "learning_accuracy": 0.9, "windowed_forgetting": 0.0}
 
 
 def test_forward_transfer_leaves_the_first_task_out() -> None:
     """FWT is the mean over later tasks of accuracy before they began less that of the random initialisation."""
     matrix = AccuracyMatrix()
-    matrix.transfer = {0: (0.5, 0.5), 1: (0.7, 0.5), 2: (0.4, 0.5)}
+    matrix.transfer_inputs = {0: (0.5, 0.5), 1: (0.7, 0.5), 2: (0.4, 0.5)}
     assert matrix.forward_transfer == pytest.approx((0.2 - 0.1) / 2)
 
 
 def test_survives_a_checkpoint() -> None:
     """One part is JSON, the other a safetensors file, and everything comes back."""
     matrix = filled()
-    copied = through_bytes(matrix)
+    copied = round_trip(matrix)
     assert (copied.state_dict(), copied.table()) == (matrix.state_dict(), matrix.table())
     assert (copied.matrix(), copied.history) == (matrix.matrix(), matrix.history)
     for one in (matrix, copied):
         one.record({0: (0.3, 0.1), 1: (0.7, 0.1), 2: (0.6, 0.1)}, 40, 400, after=None)
-    assert copied.figures() == matrix.figures()
+    assert copied.metrics() == matrix.metrics()
 
 
 def test_the_table_is_a_safetensors_file() -> None:
@@ -165,7 +169,7 @@ def test_the_table_is_a_safetensors_file() -> None:
     matrix = AccuracyMatrix()
     matrix.record({}, 1, 1, after=0)
     matrix.record({1: (0.5, 0.1)}, 2, 2, after=1)
-    assert through_bytes(matrix).matrix() == matrix.matrix() == [[None, None], [None, 0.5]]
+    assert round_trip(matrix).matrix() == matrix.matrix() == [[None, None], [None, 0.5]]
 
 
 def test_a_figure_is_exact_whatever_the_float32_is() -> None:
@@ -174,10 +178,10 @@ def test_a_figure_is_exact_whatever_the_float32_is() -> None:
     for task in range(50):
         results = {j: ((31 * task + j) % (size + 1) / size, 0.1) for j in range(task + 1)}
         matrix.record(results, task, task, task, dict.fromkeys(results, size))
-    copied = through_bytes(matrix)
+    copied = round_trip(matrix)
     for i, row in enumerate(copied.matrix()):
         assert row[: i + 1] == [(31 * i + j) % (size + 1) / size for j in range(i + 1)]
-    assert copied.figures() == matrix.figures()
+    assert copied.metrics() == matrix.metrics()
 
 
 def test_forgetting_is_what_the_rows_say() -> None:
@@ -210,7 +214,7 @@ def test_an_evaluation_costs_what_there_are_tasks() -> None:
 
         def evaluate(matrix: AccuracyMatrix = matrix, results: Any = results) -> None:
             matrix.record(results, 1, 1, None)
-            matrix.figures()
+            matrix.metrics()
             for task in results:
                 matrix.forgetting(task)
 
@@ -225,7 +229,7 @@ def test_figures_between_the_ends_of_tasks_come_from_the_history_of_earlier_vers
     tree = as_trees(matrix)
     tree["history"] = [[*at, {task: round(value, 2) for task, value in row.items()}] for *at, row in tree["history"]]
     copied.load_state_dict({key: tree[key] for key in tree if key not in {"lowest", "window", "drops"}}, None)
-    assert copied.figures() == matrix.figures()
+    assert copied.metrics() == matrix.metrics()
     assert (copied.matrix(), copied.history) == (matrix.matrix(), matrix.history)
 
 

@@ -37,9 +37,9 @@ def held(task: int, start: int, count: int) -> HeldOut:
 def test_an_open_probe_counts_from_a_minimum_on() -> None:
     """A few samples of the open task say nothing yet; a sealed probe always counts."""
     probes = Probes(100, 1 << 20, 0)
-    probes.collect([held(0, 0, 3)])
+    probes.add([held(0, 0, 3)])
     assert probes.evaluate(Constant(), 4) == {}
-    probes.collect([held(0, 3, 1)])
+    probes.add([held(0, 3, 1)])
     assert probes.evaluate(Constant(), 4) == {0: (4.0, 0.0)}
     probes.seal(0)
     assert probes.evaluate(Constant(), 99) == {0: (4.0, 0.0)}
@@ -48,22 +48,22 @@ def test_an_open_probe_counts_from_a_minimum_on() -> None:
 def test_a_sealed_probe_takes_no_more() -> None:
     """Late samples cannot move a figure that was already published."""
     probes = Probes(100, 1 << 20, 0)
-    probes.collect([held(0, 0, 3)])
+    probes.add([held(0, 0, 3)])
     probes.seal(0)
-    probes.collect([held(0, 3, 5)])
+    probes.add([held(0, 3, 5)])
     assert probes.sizes == {0: 3}
 
 
 def test_a_full_probe_is_a_uniform_sample_and_the_same_after_a_restart() -> None:
     """Past its bound a seeded reservoir decides, and saving in the middle changes nothing."""
     one, other = Probes(50, 1 << 20, 7), Probes(50, 1 << 20, 7)
-    one.collect([held(0, 0, 400)])
-    other.collect([held(0, 0, 100)])
+    one.add([held(0, 0, 400)])
+    other.add([held(0, 0, 100)])
     files, rest, _ = state.pack({"probes": other.state_dict()})
     third = Probes(50, 1 << 20, 7)
     third.load_state_dict(state.unpack(files, rest)["probes"])
-    third.collect([held(0, 100, 300)])
-    a, b = one.of(0), third.of(0)
+    third.add([held(0, 100, 300)])
+    a, b = one.samples(0), third.samples(0)
     assert a is not None
     assert b is not None
     assert torch.equal(a[0], b[0])
@@ -86,7 +86,7 @@ def test_small_probes_share_the_passes_through_the_network(tmp_path: Path) -> No
         path.write_text(configfile.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
         config = configfile.load(path, RECIPES, {})
         learner = make_learner(config, Scenario.from_config(config))
-        learner.activate([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
+        learner.set_active_outputs([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
         learner.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
         passes.clear()
         learner.evaluate_all([(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64), 0)] * 100)

@@ -69,7 +69,7 @@ class RunningStatistics:
                     self._followed.append(_Buffer(part, copied, key, value, _version(value), value.detach().clone()))
 
     @torch.no_grad()
-    def settle(self, finite: Tensor) -> None:
+    def after_step(self, finite: Tensor) -> None:
         """After an update: take back what is not finite, or belongs to a dropped update; nothing waits for the device."""
         for one in self._followed:
             value = one.part._buffers.get(one.key)  # noqa: SLF001 - as above

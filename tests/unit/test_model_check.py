@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamlearn import state
 from streamlearn.data import StreamlearnError
-from streamlearn.models.trial import Trial
+from streamlearn.models.model_check import ModelCheck
 from tests.support import awkward
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class Scaled(nn.Linear):
 
 def tried(build: Callable[[], nn.Module], size: int = 4) -> bool:
     """Try a model; return whether it learns a single sample in training mode."""
-    trial = Trial("own:make", build, lambda n: torch.randn(n, size), 0, state.through_bytes, state.equal)
-    return trial.run(copies=True)
+    check = ModelCheck("own:make", build, lambda n: torch.randn(n, size), 0, state.round_trip, state.equal)
+    return check.run(copies=True)
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {

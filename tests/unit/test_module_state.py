@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlearn.models.whole import RunningStatistics, load_module_state, module_state
+from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
 from tests.support import awkward
 
 YES, NO = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
@@ -68,7 +68,7 @@ def test_an_average_follows_buffers_that_are_replaced() -> None:
     followed = RunningStatistics(live, mean)
     for _ in range(3):
         live(torch.rand(4, 2))
-        followed.settle(YES)
+        followed.after_step(YES)
         there = dict(mean.named_buffers())
         names = ["replaced", "written", "inner.running_mean", "inner.running_var", "fixed"]
         assert all(torch.equal(there[name], live.get_buffer(name)) for name in names)
@@ -81,7 +81,7 @@ def test_statistics_that_are_not_finite_are_taken_back(finite: Tensor) -> None:
     mean = copy.deepcopy(live)
     followed = RunningStatistics(live, mean)
     live(torch.rand(4, 2))
-    followed.settle(YES)
+    followed.after_step(YES)
     before = {
         name: value.clone() for name, value in live.named_buffers() if value.is_floating_point() and name != "late"
     }
@@ -89,13 +89,13 @@ def test_statistics_that_are_not_finite_are_taken_back(finite: Tensor) -> None:
     if finite:
         x[0, 0] = 3e38
     live(x)
-    followed.settle(finite)
+    followed.after_step(finite)
     kept = ["inner.running_var"] if finite else list(before)
     for module in (live, mean):
         there = dict(module.named_buffers())
         assert [name for name in kept if not torch.equal(there[name], before[name])] == []
     live(torch.rand(4, 2))
-    followed.settle(YES)
+    followed.after_step(YES)
     variance = live.get_buffer("inner.running_var")
     assert bool(variance.isfinite().all())
     assert not torch.equal(variance, before["inner.running_var"])
