@@ -2,10 +2,10 @@
 
 A save, in order: (1) a copy of everything is taken between two batches, and from here on a thread beside the loop works
 (the job's part), (2) the dead letters before its positions are acknowledged (the job's part), (3) space is checked, (4)
-every file is written and synced under a temporary name, files that never change are linked from the parent (or copied,
-where the file system has no links), (5) MANIFEST.json with every file's hash is written last, (6) the directory is synced,
-renamed and its parent synced, (7) old checkpoints are removed, (8) positions are reported to the broker (the job's part). A
-crash between any two leaves the previous one in force.
+every file is written under a temporary name and synced, side by side; files that never change are linked from the parent
+(or copied, where the file system has no links), (5) MANIFEST.json with every file's hash is written last, (6) the
+directory is synced, renamed and its parent synced, (7) old checkpoints are removed, (8) positions are reported to the
+broker (the job's part). A crash between any two leaves the previous one in force.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -28,6 +29,7 @@ from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     Content = bytes | Callable[[], bytes] | None
@@ -44,6 +46,7 @@ OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of 
 MAX_MANIFEST_BYTES = 16 << 20
 SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
 COPY_BYTES = 1 << 20  # read and written at once where a file is copied
+SYNC_THREADS = 32  # files of a checkpoint that are synced at the same time
 
 
 class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
@@ -106,7 +109,7 @@ class Checkpoint:
         if entry is None:
             raise Broken(f"{self.path}: has no {name}", code=74)
         try:
-            content = _content(self.path / name, entry["size"])
+            content = read_plain_file(self.path / name, entry["size"])
         except OSError as error:
             raise Broken(f"{self.path / name}: {error.strerror}", code=74) from error
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
@@ -250,7 +253,7 @@ class Store:
         temporary = self.root / f".tmp-{final.name}"
         try:
             temporary.mkdir(mode=0o700)
-            entries = {name: self._put(temporary, name, content, newest) for name, content in sorted(files.items())}
+            entries = self._put_all(temporary, files, newest)
             manifest = {
                 "format": FORMAT,
                 "id": final.name,
@@ -262,12 +265,15 @@ class Store:
             }
             manifest["sha256"] = _digest(manifest)
             for tag in tags:
-                _write(temporary / f"{TAG_FILE}{tag}", b"")
-            _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+                if self._other_with(tag, final) is None:
+                    _sync(_write(temporary / f"{TAG_FILE}{tag}", b""))
+            _sync(_write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode()))
             _sync_directory(temporary)
             self.before_write()  # once more: writing takes a while
             temporary.rename(final)
             _sync_directory(self.root)
+            for tag in tags:  # once more: another process may have given it away meanwhile
+                self._withdraw(tag, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
@@ -332,10 +338,13 @@ class Store:
         self.check_tag(tag)
         found = self.find(name)
         try:
-            _write(found.path / f"{TAG_FILE}{tag}", b"")
+            _sync(_write(found.path / f"{TAG_FILE}{tag}", b""))
             _sync_directory(found.path)
+            other = self._withdraw(tag, found.path)
         except OSError as error:
             raise StreamlearnError.of_system(error, found.path) from error
+        if other is not None:
+            raise _tag_is_taken(tag, other)
         return found
 
     def check_tag(self, tag: str) -> None:
@@ -346,10 +355,22 @@ class Store:
                 "not `latest`, a number alone, or what begins like an id",
                 code=2,
             )
-        if holder := next((path for path in self.paths() if _has_tag(path, tag)), None):
-            raise StreamlearnError(
-                f"tag {tag}: {holder.name} has it; `streamlearn checkpoint untag {tag}` takes it off"
-            )
+        if (other := self._other_with(tag)) is not None:
+            raise _tag_is_taken(tag, other)
+
+    def _other_with(self, tag: str, than: Path | None = None) -> Path | None:
+        """Return the checkpoint that has a tag, `than` apart, or None."""
+        return next((path for path in self.paths() if path != than and _has_tag(path, tag)), None)
+
+    def _withdraw(self, tag: str, path: Path) -> Path | None:
+        """Take a tag off a checkpoint again where another one has it too; return that one, or None.
+
+        The daemon and `streamlearn checkpoint tag` may give the same tag at the same time. Each looks after it has written.
+        """
+        other = self._other_with(tag, path)
+        if other is not None:
+            (path / f"{TAG_FILE}{tag}").unlink(missing_ok=True)
+        return other
 
     def untag(self, tag: str) -> str:
         """Take a tag off its checkpoint and return that one's id: from now on retention may remove it."""
@@ -415,10 +436,33 @@ class Store:
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _put(self, directory: Path, name: str, content: Content, parent: Checkpoint | None) -> dict[str, Any]:
+    def _put_all(self, directory: Path, files: Mapping[str, Content], parent: Checkpoint | None) -> dict[str, Any]:
+        """Put every file into a directory, and return the manifest's entries when all of them are on the disk.
+
+        They are synced side by side, for one sync may take seconds; the error of any is raised, when all are done.
+        """
+        syncs: list[Future[None]] = []
+        with ThreadPoolExecutor(SYNC_THREADS, "sync") as pool:
+            entries = {
+                name: self._put(directory, name, content, parent, lambda file: syncs.append(pool.submit(_sync, file)))
+                for name, content in sorted(files.items())
+            }
+        for each in syncs:
+            each.result()
+        return entries
+
+    def _put(
+        self,
+        directory: Path,
+        name: str,
+        content: Content,
+        parent: Checkpoint | None,
+        sync: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """Put one file into a directory, `sync` its descriptor where it is written, and return the manifest's entry."""
         if content is not None:
             content = content() if callable(content) else content
-            _write(directory / name, content)
+            sync(_write(directory / name, content))
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if parent is None:
             raise OSError(errno.ENOENT, f"the checkpoint that holds {name} cannot be read")
@@ -426,7 +470,7 @@ class Store:
         try:
             os.link(parent.path / name, directory / name)
         except OSError as error:  # for whatever reason: where the file cannot be copied either, the copy says why
-            _copy(parent.path / name, directory / name, entry["sha256"])
+            sync(_copy(parent.path / name, directory / name, entry["sha256"]))
             if not self.copies:
                 self.copies = True
                 log.warning(
@@ -464,6 +508,10 @@ def _after_task_ends(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return sorted(found.values(), key=lambda checkpoint: checkpoint.sequence, reverse=True)
 
 
+def _tag_is_taken(tag: str, holder: Path) -> StreamlearnError:
+    return StreamlearnError(f"tag {tag}: {holder.name} has it; `streamlearn checkpoint untag {tag}` takes it off")
+
+
 def _has_tag(path: Path, tag: str) -> bool:
     return TAG.fullmatch(tag) is not None and (path / f"{TAG_FILE}{tag}").is_file()
 
@@ -471,7 +519,7 @@ def _has_tag(path: Path, tag: str) -> bool:
 def _check_format(path: Path) -> None:
     """Raise `StreamlearnError` (78) for a checkpoint of a later version, which is not broken: it is not ours to judge."""
     try:
-        found = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
+        found = json.loads(read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(found, int) and found > FORMAT:
@@ -507,7 +555,7 @@ def _load(path: Path) -> Checkpoint:
 
 def _parse(path: Path, *, named: bool = True) -> Checkpoint | None:
     try:
-        manifest = json.loads(_content(path / MANIFEST, MAX_MANIFEST_BYTES))
+        manifest = json.loads(read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES))
         if manifest["sha256"] != _digest(manifest):
             return None
         names = manifest["files"]
@@ -529,7 +577,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _content(path: Path, limit: int) -> bytes:
+def read_plain_file(path: Path, limit: int) -> bytes:
     """Return what a plain file holds, if that is no more than `limit` bytes; a link, a pipe or a device is an error.
 
     Raises `OSError`.
@@ -549,26 +597,44 @@ def _create(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _copy(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file and return when it is on the disk; raises `OSError`, also where the file does not match its hash."""
+def _copy(source: Path, target: Path, sha256: str) -> int:
+    """Copy a file and return a descriptor of it, to be synced; raises `OSError`, also where the hash differs."""
     found = hashlib.sha256()
     origin = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(origin, "rb") as read, os.fdopen(_create(target), "wb") as file:
-        while piece := read.read(COPY_BYTES):
-            found.update(piece)
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    with os.fdopen(origin, "rb") as read:
+        descriptor = _create(target)
+        try:
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                while piece := read.read(COPY_BYTES):
+                    found.update(piece)
+                    file.write(piece)
+        except OSError:
+            os.close(descriptor)
+            raise
     if found.hexdigest() != sha256:
+        os.close(descriptor)
         raise OSError(errno.EIO, f"{source} does not match its hash")
+    return descriptor
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a new file and return when it is on the disk; an error of `fsync` is an error of the checkpoint."""
-    with os.fdopen(_create(path), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(path: Path, content: bytes) -> int:
+    """Write a new file and return a descriptor of it, to be synced; raises `OSError`."""
+    descriptor = _create(path)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sync(descriptor: int) -> None:
+    """Return when a file is on the disk, and close it; an error of `fsync` is an error of the checkpoint."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

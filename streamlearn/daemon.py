@@ -151,6 +151,7 @@ class Desk:
                     return
                 case "pause":
                     self.paused = True
+                    self._give_up_ends()
                 case "resume":
                     self.paused = False
                     stream.acknowledge()
@@ -158,6 +159,8 @@ class Desk:
             self.publish(job, stream)
         except StreamlearnError as error:  # refused; the loop goes on
             request.answer.set_exception(error)
+            if job.torn:  # it has diverged, which was seen when it should be saved
+                raise
             return
         request.answer.set_result({"state": job.state})
 
@@ -190,16 +193,29 @@ class Desk:
             elif index < len(tasks):
                 stream.end_task(tasks[index].name)  # another stream may have begun, after a rollback
 
+    def _give_up_ends(self) -> None:
+        """Answer those who wait for a task's end: while learning is paused, it does not come."""
+        for request, _ in self._ending:
+            line = "learning was paused before the task had ended: it ends after `streamlearn resume`"
+            request.answer.set_exception(StreamlearnError(line, code=75))
+        self._ending.clear()
+
     def _answer_saves(self) -> None:
         """Answer those who asked for a checkpoint, once it is durable or could not be written."""
         for request, saving in [pair for pair in self._awaited if pair[1].collected]:
             self._awaited.remove((request, saving))
-            if saving.checkpoint is not None:
-                request.answer.set_result(saving.checkpoint.summary())
-            else:
+            tag = request.arguments.get("tag")
+            if saving.checkpoint is None:
                 request.answer.set_exception(
                     StreamlearnError("the checkpoint could not be written; the log says why", code=74)
                 )
+            elif tag is not None and tag not in saving.checkpoint.tags:
+                line = (
+                    f"{saving.checkpoint.id} is saved, but without the tag {tag}: another checkpoint got it meanwhile"
+                )
+                request.answer.set_exception(StreamlearnError(line))
+            else:
+                request.answer.set_result(saving.checkpoint.summary())
 
     # -- for signals and routes, from any thread but the loop's
 
@@ -356,6 +372,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     """Run the loop; save what was learned however it ends, and check that every sample is accounted for."""
     from streamlearn import loop
 
+    diverged = None
     try:
         loop.run(job, stream, desk)
     except (MemoryError, RuntimeError) as error:
@@ -368,7 +385,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
         desk.publish(job, stream)
         for _ in range(2):  # again, where what was being written already could not be saved
             if job.progress.positions != job.covered and not job.torn:
-                job.save(stream, "shutdown")
+                diverged = save_last(job, stream)
             job.finish_saves(stream, desk.beat)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
@@ -376,6 +393,8 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             log.info("audit: %s", line)
         log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)
+    if diverged is not None:
+        raise diverged
     if job.progress.positions != job.saved:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
         raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
@@ -385,6 +404,18 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             f"nothing was learned: every sample was rejected ({totals['rejected']}); `streamlearn dlq list CONFIG` says why",
             code=65,
         )
+
+
+def save_last(job: Job, stream: Stream) -> Diverged | None:
+    """Save what was learned up to the end; return the divergence that forbids it, where there is one."""
+    from streamlearn.job import Diverged
+
+    try:
+        job.save(stream, "shutdown")
+    except Diverged as error:
+        log.warning("%s: what was learned since the last checkpoint is not saved", error)
+        return error
+    return None
 
 
 def make_stream(job: Job) -> Stream:

@@ -185,15 +185,10 @@ class Job:
     def evaluation_due(self, *, idle: bool = False) -> bool:
         """Tell whether what was learned has waited long enough to be evaluated, with less than a tenth of the time for it.
 
-        Where the loop is `idle` it need not wait: a short batch (`linger`) may be the last for long. Where a drop of
-        accuracy counts as divergence, nothing is saved by the clock before it was evaluated.
+        Where the loop is `idle` it need not wait: a short batch (`linger`) may be the last for long.
         """
         spec = self.config.probes.every_seconds
-        if self.learner.batches == self._evaluated_batches:
-            return False
-        if self.config.divergence.drop is not None and self.checkpoint_due():
-            return True
-        if spec is None:
+        if spec is None or self.learner.batches == self._evaluated_batches:
             return False
         return time.monotonic() - self._evaluated_at >= max(0.0 if idle else spec, 10 * self._evaluation_seconds)
 
@@ -308,7 +303,12 @@ class Job:
         One checkpoint is written at a time. While it is, one more may wait, and a newer copy takes the place of the one that
         waits: it holds everything that the other would have held. Whoever asked for that one gets the newer one. So learning
         never waits for a disk. A checkpoint with a tag is kept until somebody removes it.
+
+        Where a drop of accuracy counts as divergence, what is not evaluated yet is evaluated first, or a checkpoint to go back
+        to could hold lost weights; raises `Diverged` then, and nothing is saved.
         """
+        if self.config.divergence.drop is not None and self.learner.batches != self._evaluated_batches:
+            self.evaluate(look=True)
         begun = time.perf_counter()
         snapshot = self._snapshot()
         seconds = self.metrics.histograms["checkpoint_duration_seconds"]

@@ -108,7 +108,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
             _figure(job.matrix.average_forgetting),
             extra={"task": task.name},
         )
-    elif delivery.batch is not None and learner.batches % job.config.probes.every == 0:
+    elif stats is not None and stats.samples and learner.batches % job.config.probes.every == 0:
         job.evaluate()
     job.torn = False
 

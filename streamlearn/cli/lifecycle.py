@@ -136,9 +136,10 @@ def stop(
     try:
         Client(directory, timeout=min(timeout, 10)).command("stop")
     except StreamlearnError:
-        if hints is None or not hints.is_alive:
+        if hints is not None and hints.is_alive:
+            send_signal(directory, hints, signal.SIGTERM)
+        elif is_locked(directory):  # else it has ended by itself meanwhile
             raise
-        send_signal(directory, hints, signal.SIGTERM)
     deadline, forced = time.monotonic() + timeout, False
     while is_locked(directory):
         if time.monotonic() > deadline:

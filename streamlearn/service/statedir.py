@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint import LockLost
+from streamlearn.checkpoint import LockLost, read_plain_file
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -62,11 +62,17 @@ class Lock:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.check()
-            except (OSError, LockLost) as error:  # the second where it was removed between the two lines before
+            except (BlockingIOError, LockLost) as error:  # the second where it was removed between the two lines before
                 os.close(self._descriptor)
                 if time.monotonic() > deadline:
                     raise held(state_dir) from error
                 time.sleep(0.05)
+            except OSError as error:  # such as ENOLCK of a network file system
+                os.close(self._descriptor)
+                raise _cannot_be_locked(self.path, error) from error
+            except StreamlearnError:
+                os.close(self._descriptor)
+                raise
             else:
                 return
 
@@ -144,9 +150,10 @@ def open_log(state_dir: Path) -> int:
 
 
 def process_start_time(pid: int) -> int | None:
-    """Return a process's start time in clock ticks since boot, or None when there is no such process."""
+    """Return a process's start time in clock ticks since boot, or None when there is no such process, or it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in {"Z", "X"} else int(rest[18])
     except (OSError, IndexError, ValueError):
         return None
 
@@ -171,9 +178,7 @@ def ended_well(state_dir: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in a small JSON file, empty where it is none. A link, a pipe or a long file is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            tree = json.loads(file.read(MAX_HINTS_BYTES))
+        tree = json.loads(read_plain_file(path, MAX_HINTS_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
@@ -215,12 +220,19 @@ def is_locked(state_dir: Path) -> bool:
         raise StreamlearnError.of_system(error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError as error:
+        raise _cannot_be_locked(state_dir / LOCK, error) from error
     else:
         return False
     finally:
         os.close(descriptor)
+
+
+def _cannot_be_locked(path: Path, error: OSError) -> StreamlearnError:
+    """Return the refusal (74) of a file system that has no locks, which does not say that another daemon runs."""
+    return StreamlearnError(f"{path}: cannot be locked: {error.strerror or error}", code=74)
 
 
 def held(state_dir: Path) -> StreamlearnError:
@@ -231,13 +243,15 @@ def held(state_dir: Path) -> StreamlearnError:
 
 
 def send_signal(state_dir: Path, hints: Hints, number: signal.Signals) -> None:
-    """Send a signal to the daemon that hints name; raises `StreamlearnError` (77) where they name another process.
+    """Send a signal to the daemon that hints name, if it still runs; raises `StreamlearnError` (77) for another process.
 
     Whoever can write into the directory can name any process. So it must belong to the owner of `LOCK` and be a
     `streamlearn run`, and a process file descriptor makes sure that the checked process is the one that gets the signal.
     """
     try:
         descriptor = os.pidfd_open(hints.pid)
+    except ProcessLookupError:
+        return
     except OSError as error:
         raise StreamlearnError(f"process {hints.pid}: {error.strerror}", code=75) from error
     try:
@@ -245,12 +259,16 @@ def send_signal(state_dir: Path, hints: Hints, number: signal.Signals) -> None:
         words = [os.fsdecode(word) for word in (process / "cmdline").read_bytes().split(b"\0")]
         is_daemon = "run" in words and "streamlearn" in {Path(word).name for word in words}
         owned = process.stat().st_uid == (state_dir / LOCK).lstat().st_uid
-        if not (is_daemon and owned and hints.is_alive):
+        if not hints.is_alive:
+            return
+        if not (is_daemon and owned):
             raise StreamlearnError(
                 f"{state_dir / HINTS}: names process {hints.pid}, which is no daemon of this directory: it gets no signal",
                 code=77,
             )
         signal.pidfd_send_signal(descriptor, number)
+    except (ProcessLookupError, FileNotFoundError):  # it ended in between, or its state directory was removed
+        return
     except OSError as error:
         raise StreamlearnError(f"process {hints.pid}: {error.strerror}", code=75) from error
     finally:

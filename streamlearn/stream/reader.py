@@ -282,9 +282,7 @@ class Stream:
         now = time.monotonic()
         if self._acknowledged.is_set():
             self._acknowledged.clear()
-            self._burst = None
-            self.assembler.burst.clear()
-            self._restore()  # what was polled beyond the burst is read again
+            self._read_on_after_burst()
         if now - self._checked >= CHECK_SECONDS:
             self._check(now)
         self._commit()
@@ -364,6 +362,11 @@ class Stream:
             raise StreamlearnError(why, code=65)
         self._burst = self.status.problem = why
         return True
+
+    def _read_on_after_burst(self) -> None:
+        self._burst = None
+        self.assembler.burst.clear()
+        self._restore()  # what was polled beyond the burst is read again
 
     def _identify(self, topics: set[str]) -> None:
         """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
@@ -732,15 +735,20 @@ class Stream:
             self._put(self.assembler.end("idle"))
 
     def _end_here(self, topic: str) -> None:
-        """End a topic's task where it was read up to, if it is the current one and does not end already."""
+        """End a topic's task where it was read up to, if it is the current one and does not end already.
+
+        Where a burst has stopped the reading, it does not come to an end that was fixed before.
+        """
         task = self.assembler.task
-        if task is None or task.name != topic or task.ends is not None:
+        if task is None or task.name != topic or (task.ends is not None and self._burst is None):
             return
         known = self._topics[topic].partitions if topic in self._topics else ()
         read = [p for name, p in (*self.status.read, *self.assembler.progress.positions.at) if name == topic]
         self._put(self.assembler.close_here(sorted({*known, *read})))  # saved, so that a restart ends it there too
         self._put(self.assembler.end("command"))
         self._drain()  # what waits for other partitions is late
+        if self._burst is not None:  # of this task: it does not keep the next one from beginning
+            self._read_on_after_burst()
 
     def _warn_if_open(self, task: Task, *, polled: bool) -> None:
         """Say once that a silent task stays open, where no later topic can end it and perhaps no marker will come."""

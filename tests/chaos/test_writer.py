@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CALLS = ["mkdir", "openat", "write", "fsync", "close", "link", "rename", "unlink", "unlinkat", "rmdir"]
-LINE = re.compile(r"^(?:\d+ +)?(\w+)\((.*)$")
+LINE = re.compile(r"^(?:\d+ +)?(\w+)\((.*)$")  # a call that another thread interrupts ends on a second line
 ERRORS = {
     "mkdir": "EROFS", "openat": "EMFILE", "write": "ENOSPC", "fsync": "EIO", "link": "EMLINK", "rename": "EROFS",
 }  # fmt: skip
-# run by an interpreter that imports neither torch nor anything that has threads; what it saves is a daemon's own
+# run by an interpreter that imports no torch: its only threads are those that sync; what it saves is a daemon's own
 WRITER = """
 import json, sys
 from pathlib import Path
@@ -46,10 +46,20 @@ for attempt in range(attempts):
 
 @dataclass(frozen=True)
 class Call:
-    """The n-th call of its kind that the writer makes on the state directory."""
+    """The n-th call of its kind that the writer makes on one path of the state directory.
+
+    Files are synced in threads, in any order, and strace counts the calls of each thread apart. The calls of one kind on
+    one path are made by one thread, one after another.
+    """
 
     name: str
+    path: str
     number: int
+
+    def strike(self, how: str) -> tuple[str, ...]:
+        """Return the options of strace that do something to this call alone."""
+        return ("-o", "/dev/null", "-P", self.path, "-e", f"trace={self.name}", "-e",
+                f"inject={self.name}:{how}:when={self.number}")  # fmt: skip
 
 
 class Writer:
@@ -61,7 +71,6 @@ class Writer:
         self.old, self.new = sorted(path for path in self.kept.iterdir() if path.name.startswith("ckpt-"))[-2:]
         self.state = directory / "state"
         self.root = self.state / "checkpoints"
-        self.paths: list[str] = []
 
     def fresh(self) -> None:
         """Put the old checkpoint alone in force."""
@@ -70,9 +79,8 @@ class Writer:
         shutil.copytree(self.old, self.root / self.old.name)
 
     def run(self, *strace: str, attempts: int = 1) -> subprocess.CompletedProcess[str]:
-        """Save under strace, which sees only what concerns the state directory."""
-        own = [part for path in self.paths for part in ("-P", path)]
-        command = ["strace", "-f", "-qq", *strace, *own, sys.executable, "-c", WRITER]
+        """Save under strace."""
+        command = ["strace", "-f", "-qq", *strace, sys.executable, "-c", WRITER]
         arguments = [str(self.state), str(self.new), str(self.old), str(attempts)]
         return subprocess.run(
             [*command, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
@@ -84,19 +92,14 @@ class Writer:
         log = self.directory / "strace.log"
         done = self.run("-y", "-s", "4096", "-o", str(log), "-e", f"trace={','.join(CALLS)}")
         assert done.returncode == 0, done.stderr
-        lines = [line for line in log.read_text().splitlines() if str(self.root) in line]
-        self.paths = sorted(
-            {path for line in lines for path in re.findall(rf'["<]({re.escape(str(self.root))}[^">]*)[">]', line)}
-        )
-        # the same again with the paths chosen, since these are what is counted from now on
-        self.fresh()
-        assert self.run("-o", str(log), "-e", f"trace={','.join(CALLS)}").returncode == 0
-        count = Counter[str]()
+        count = Counter[tuple[str, str]]()
         found = []
         for line in log.read_text().splitlines():
-            if (match := LINE.match(line)) is not None and match[1] in CALLS:
-                count[match[1]] += 1
-                found.append(Call(match[1], count[match[1]]))
+            paths = list(dict.fromkeys(re.findall(rf'["<]({re.escape(str(self.root))}[^">]*)[">]', line)))
+            if (match := LINE.match(line)) is None or match[1] not in CALLS or not paths:
+                continue
+            count.update((match[1], path) for path in paths)  # a rename has two
+            found.append(Call(match[1], paths[0], count[match[1], paths[0]]))
         return found
 
     def in_force(self) -> str:
@@ -152,9 +155,7 @@ def test_killed_at_every_call(case: Case, daemon: tuple[Path, Checkpoint], write
     outcomes, kinds = Counter[str](), Counter[str]()
     for call in calls[case.chance.randrange(every) :: every]:
         writer.fresh()
-        done = writer.run(
-            "-o", "/dev/null", "-e", f"trace={call.name}", "-e", f"inject={call.name}:signal=KILL:when={call.number}"
-        )
+        done = writer.run(*call.strike("signal=KILL"))
         assert done.returncode == -9, f"{call}: not killed: {done.stdout}{done.stderr}"
         which = writer.in_force()
         assert ("new" if done.stdout else which) == which, f"{call}: reported as saved, and not there"
@@ -176,13 +177,11 @@ def test_refused_at_every_call(case: Case, writer: Writer, every: int) -> None:
     failure too, and either may be in force.
     """
     every_call = writer.calls()
-    renamed = every_call.index(Call("rename", 1))
+    renamed = next(place for place, call in enumerate(every_call) if call.name == "rename")
     calls = [call for call in every_call if call.name in ERRORS]
     failed = harmless = 0
     for call in calls[case.chance.randrange(every) :: every]:
-        error = ERRORS[call.name]
-        inject = f"inject={call.name}:error={error}:when={call.number}"
-        how = ("-o", "/dev/null", "-e", f"trace={call.name}", "-e", inject)
+        how = call.strike(f"error={ERRORS[call.name]}")
         writer.fresh()
         first = writer.run(*how).stdout.splitlines()
         assert len(first) == 1, f"{call}: {first}"
@@ -192,8 +191,11 @@ def test_refused_at_every_call(case: Case, writer: Writer, every: int) -> None:
             continue
         assert "cannot be " in first[0], first
         assert writer.in_force() == "old" or every_call.index(call) > renamed, call
-        writer.fresh()
-        both = writer.run(*how, attempts=2).stdout.splitlines()
+        if call.name == "fsync":  # of another thread, and so counted from one again: the next save is another process's
+            both = [*first, *writer.run("-e", "trace=none").stdout.splitlines()]
+        else:
+            writer.fresh()
+            both = writer.run(*how, attempts=2).stdout.splitlines()
         assert [line.startswith("ckpt-") for line in both] == [False, True], f"{call}: {both}"
         assert writer.in_force() == "new", call
         failed += 1

@@ -724,6 +724,18 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
     assert progress.unaccounted() == {}
 
 
+def test_a_burst_does_not_outlive_the_end_of_its_task(world: World) -> None:
+    """`task end` ends a task whose reading a burst has stopped, and the next topic is read without a `resume`."""
+    a, b = world.topic("a", BURST, marker=False), world.topic("b", [0, 1])
+    progress = Progress()
+    stream = world.stream(topics=[a, b], classes=[0, 1], dead_letter={"burst": 5})
+    until(stream, lambda found: any(d.excuses for d in found) and stream.status.problem is not None, progress)
+    stream.end_task(a)
+    everything(stream, progress)
+    assert [(task.name, task.state) for task in progress.tasks] == [(a, "ended"), (b, "ended")]
+    assert stream.status.problem is None
+
+
 def test_a_burst_may_be_logged_only_or_end_the_daemon(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """With `continue` every burst is a line and reading goes on; with `exit` the loop gets the error, its code 65."""
     a = world.topic("a", BURST)

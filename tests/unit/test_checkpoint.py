@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 import stat
+import threading
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,10 +17,6 @@ from typer.testing import CliRunner
 from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store, _digest
 from streamlearn.cli.checkpoints import app
 from streamlearn.data import StreamlearnError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 STEPS = itertools.count(1)
 
@@ -235,6 +232,67 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         save(store)
     assert caught.value.code == 74
     assert [path.name for path in store.root.iterdir()] == ["ckpt-000000000001"]
+
+
+def test_files_are_synced_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sync waits for the others to begin, as one that takes seconds would; the manifest is synced after them all."""
+    sync, together, order = os.fsync, threading.Barrier(17), []
+
+    def wait_for_others(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        if name.endswith(".safetensors") or name == "state.json":
+            together.wait(60)
+        order.append(name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", wait_for_others)
+    store = Store(tmp_path)
+    save(store, b"1", **{f"part{number}": b"x" for number in range(16)}).verify()
+    assert order[17:] == [MANIFEST, ".tmp-ckpt-000000000001", "checkpoints"]
+
+
+def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file it is; the other syncs are waited for, nothing is left behind and no descriptor stays open."""
+    sync, refused = os.fsync, [""]
+
+    def opened() -> list[Path]:
+        return [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+
+    def refuse(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == refused[0]:
+            raise OSError(5, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    store = Store(tmp_path)
+    for refused[0] in ("a.safetensors", "b.safetensors", "state.json", MANIFEST):
+        with pytest.raises(StreamlearnError, match="Input/output error"):
+            save(store, b"1", a=b"x", b=b"y")
+        assert (list(store.root.iterdir()), [path for path in opened() if tmp_path in path.parents]) == ([], [])
+
+
+def test_a_tag_that_is_given_while_a_save_waits_is_not_given_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process tags an older checkpoint before, or while, the new one is written: that one keeps the tag."""
+    first = save(Store(tmp_path))
+    store, other = Store(tmp_path), Store(tmp_path)
+    other.tag(first.id, "before")
+    assert at(store, 10, tags=("before",)).tags == []
+    writes = itertools.count()
+
+    def tag_in_between() -> None:
+        if next(writes) == 1:
+            other.tag(first.id, "now")
+
+    monkeypatch.setattr(store, "before_write", tag_in_between)
+    assert at(store, 11, tags=("now", "mine")).tags == ["mine"]
+    assert [c.id for c in store.all() if "now" in c.tags] == [first.id]
+    # the other way round: the daemon's checkpoint appears after `checkpoint tag` has looked
+    monkeypatch.setattr(other, "check_tag", lambda _: at(Store(tmp_path), 12, tags=("late",)))
+    with pytest.raises(StreamlearnError, match=r"tag late: ckpt-0+4 has it"):
+        other.tag(first.id, "late")
+    assert [c.sequence for c in store.all() if "late" in c.tags] == [4]
 
 
 def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:

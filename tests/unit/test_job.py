@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,10 @@ from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import figures, read_status
 from streamlearn.config import Config, Divergence
-from streamlearn.daemon import Desk, learn
+from streamlearn.daemon import Desk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
-from streamlearn.job import Diverged, Job
+from streamlearn.job import REPLAY_WORKS, Diverged, Job
 from streamlearn.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
@@ -30,9 +32,6 @@ from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
 from tests.support.counting import work
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def made(tmp_path: Path, **over: Any) -> tuple[Job, Stream]:
@@ -219,15 +218,83 @@ def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.
         job.evaluate(look=True)
 
 
-def test_what_is_saved_by_the_clock_was_evaluated_where_a_drop_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, Stream]:
+    """Return a job that has lost a past task since the last evaluation, and its stream."""
+    job, stream = made(tmp_path, **over)
+    job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "a")]
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.9, 0.1)})
+    job.evaluate(after=0)
+    monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.1, 0.1)})
+    job.learner.batches += 1
+    return job, stream
+
+
+@pytest.mark.parametrize("trigger", ["interval", "burst", "manual", "shutdown", "task_end"])
+def test_what_is_saved_was_evaluated_where_a_drop_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trigger: str
 ) -> None:
-    """A checkpoint to go back to must not hold what the next evaluation would have refused."""
-    for drop, due in ((0.2, True), (None, False)):
-        job, _ = made(tmp_path, divergence={"drop": drop})
-        job.learner.batches += 1
-        monkeypatch.setattr(job, "checkpoint_due", lambda: True)
-        assert job.evaluation_due() is due
+    """A checkpoint to go back to must not hold what the next evaluation would have refused, whoever asked for it."""
+    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    with pytest.raises(Diverged):
+        job.save(stream, trigger)
+    assert (job.torn, job.store.all()) == (True, [])
+    job, stream = lost(tmp_path, monkeypatch)
+    job.save(stream, trigger)
+    job.finish_saves(stream)
+    assert len(job.store.all()) == 1
+
+
+@pytest.mark.parametrize("end", ["task end", "burst"])
+def test_a_delivery_that_is_saved_was_evaluated_where_a_drop_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """So it is where the loop saves in the middle of a delivery."""
+    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    with pytest.raises(Diverged):
+        loop.turn(job, stream, Delivery(closes={0: 3}) if end == "task end" else Delivery(excuses={0: 3}))
+    assert (job.torn, job.store.all()) == (True, [])
+
+
+def test_a_stop_does_not_save_what_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a drop counts, the last checkpoint is evaluated first too; a command that asks for one gets the same answer."""
+    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    desk = Desk(job.config, Metrics())
+    desk.stopping = True
+    with pytest.raises(Diverged, match="past tasks fell from"):
+        learn(job, stream, desk)
+    assert job.store.all() == []
+    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    desk._requests.append(request := Request("checkpoint", {}))
+    with pytest.raises(Diverged):
+        desk.serve(job, stream, idle=True)
+    assert isinstance(request.answer.exception(timeout=0), Diverged)
+
+
+def test_a_batch_of_which_nothing_is_usable_is_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes nothing, so the evaluation after the batch before it is not repeated."""
+    job, stream = made(tmp_path, probes={"every": 1})
+    turns, evaluated = [3, 0], []
+    job.progress.tasks = [Task(0, "a")]
+    job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
+    monkeypatch.setattr(job, "evaluate", lambda: evaluated.append(job.learner.batches))
+
+    def learn_some(_: Batch) -> LearnStats:
+        samples = turns.pop(0)
+        job.learner.batches += samples > 0
+        return LearnStats(0, samples, samples, samples, 0, 0.5, 0.5, 0.5, 3 - samples)
+
+    monkeypatch.setattr(job.learner, "learn", learn_some)
+    batch = Batch(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    for _ in range(2):
+        loop.turn(job, stream, Delivery(batch=batch))
+    assert evaluated == [1]
+
+
+def test_the_warning_and_the_alert_on_replay_agree() -> None:
+    """What the daemon warns of at a task's end is what StreamlearnReplayPoor fires at."""
+    rules = (Path(__file__).parents[2] / "deploy" / "prometheus" / "streamlearn.rules.yml").read_text()
+    assert re.findall(r"\(streamlearn_replay_agreement_ratio\) < ([0-9.]+)", rules) == [str(REPLAY_WORKS)]
 
 
 def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import why_not_ready
-from streamlearn.daemon import Desk
+from streamlearn.daemon import Desk, Request
 from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
 from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, control, read_only
 from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
 from streamlearn.service.statedir import locked, take_over
-from tests.unit.test_job import made
+from tests.unit.test_job import Held, made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,6 +207,39 @@ def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     desk.serve(job, stream, idle=True)
     assert answer.result(timeout=30) == {"task": "a", "state": "ended"}
     assert set(asked) == {"a"}
+
+
+def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While learning is paused the task cannot end, so `task end` does not wait: one line, 75, and `resume` ends it."""
+    job, stream = made(tmp_path)
+    monkeypatch.setattr(stream, "end_task", lambda _: None)
+    job.progress.tasks.append(Task(0, "a"))
+    desk = Desk(job.config, Metrics())
+    ended, paused = ask(desk, "end_task", "pause")
+    desk.serve(job, stream, idle=True)
+    refusal = ended.exception(timeout=30)
+    assert isinstance(refusal, StreamlearnError)
+    assert (str(refusal), refusal.code) == (
+        "learning was paused before the task had ended: it ends after `streamlearn resume`",
+        75,
+    )
+    assert paused.result(timeout=30) == {"state": "paused"}
+
+
+def test_who_asked_for_a_tag_that_was_given_away_is_told(tmp_path: Path) -> None:
+    """The checkpoint is saved, and the answer says that it has no tag."""
+    job, stream = made(tmp_path)
+    desk = Desk(job.config, Metrics())
+    job.save(stream, "manual")
+    job.finish_saves(stream)
+    held = Held(job)
+    desk._requests.append(request := Request("checkpoint", {"tag": "mine"}))
+    desk.serve(job, stream, idle=True)
+    Store(tmp_path).tag("1", "mine")
+    held.open.set()
+    job.finish_saves(stream)
+    desk.serve(job, stream, idle=True)
+    assert "without the tag mine" in str(request.answer.exception(timeout=30))
 
 
 def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streamlearn.checkpoint import LockLost, Store
+from streamlearn.cli import lifecycle
 from streamlearn.data import StreamlearnError
+from streamlearn.service.client import Client
 from streamlearn.service.statedir import (
     Hints,
     Lock,
     is_locked,
     locked,
+    note_end,
     open_log,
     process_start_time,
     read_hints,
@@ -27,10 +33,13 @@ from streamlearn.service.statedir import (
 )
 from tests.unit.test_job import made
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 NOBODY = 65534
+
+
+def open_files() -> list[str]:
+    """Return what this process has open in a state directory."""
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sorted(str(link) for link in links if link.name == "LOCK")
 
 
 def refusal(state_dir: Path) -> StreamlearnError:
@@ -117,6 +126,51 @@ def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
             send_signal(tmp_path, hints, signal.SIGTERM)
         assert (caught.value.code, innocent.poll()) == (77, None)
         innocent.kill()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_other_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Only a lock that somebody has means that: others are one line with the system's words, 74, and leave nothing open."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for ask in (Lock, is_locked):
+        with pytest.raises(StreamlearnError) as caught:
+            ask(tmp_path)
+        line = f"{tmp_path}/LOCK: cannot be locked: {os.strerror(number)}"
+        assert (str(caught.value), caught.value.code) == (line, 74)
+    assert open_files() == []
+
+
+@pytest.mark.parametrize("when", ["asked", "signalled", "unreaped"])
+def test_a_daemon_that_ends_by_itself_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    """It ends while `stop` asks it, or before it gets the signal: that is what was wanted."""
+    lock = Lock(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        start_time = process_start_time(process.pid)
+        tree = {"pid": process.pid, "start_time": start_time, "socket": "s", "http": "h"}
+        write_hints(tmp_path / "daemon.json", tree)
+
+        def end(*_: object) -> Any:
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            if when != "unreaped":
+                process.wait()
+            note_end(tmp_path)
+            lock.close()
+            raise StreamlearnError("the daemon does not answer", code=75)
+
+        monkeypatch.setattr(Client, "command", end)
+        if when == "signalled":
+            monkeypatch.setattr(Hints, "is_alive", True)
+        lifecycle.stop(tmp_path, timeout=10)
+    assert capsys.readouterr().out == "stopped\n"
 
 
 @pytest.mark.parametrize(("how", "code"), [("removed", 74), ("replaced", 73)])
