@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
 from streamlearn import configfile, state
 from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learner import Learner, make_learner
@@ -25,39 +26,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
 BATCH, CLASSES, SIZE = 8, 6, 12
-TASKS = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
-NEEDS: dict[str, dict[str, Any]] = {  # what a recipe cannot do without: every exception stands here, by name
-    "pnn": {"scenario": {"kind": "task", "tasks": TASKS}},
-    "packnet": {"scenario": {"kind": "task", "tasks": TASKS}},
-    "gem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
-    "agem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
-}
 PROJECTING = {"gem", "agem"}
 FIXED_HEAD = {"pnn", "packnet"}
-CHOICES: list[dict[str, Any]] = [{name: {}} for name in RECIPES]
-CHOICES += [
-    {"generative": {}, "si": {}},
-    {"er": {"selection": "balanced", "per_class": 3, "balance": "tasks"}, "rwalk": {"interval": 2}},
-    {"er": {"budget": 20, "balance": "counts"}, "gem": {"memory": 9, "margin": 0.0}},
-    {"derpp": {"budget": 16}, "mas": {"samples": "all", "step": "proximal"}, "agem": {"reference": 5}},
-    {"lwf": {"balance": "counts"}, "l2": {"step": "proximal"}},
-    {"packnet": {"retrain_epochs": 2, "prune": 0.5}},
-    {"generative": {"variant": "vae", "targets": "hard", "likelihood": "gaussian"}},
-    {"generative": {"average": None}},
-    {"generative": {"prior": "normal", "balance": "counts"}},
-    {"generative": {"variant": "brain-inspired", "gated": 0.3}},
-    {"er": {}, "ewc": {"fisher": "sampled", "step": "proximal"}},
-    {"ewc": {"fisher": "empirical", "anchor": "last", "decay": 0.9}},
-    {"si": {"step": "proximal", "anchor": "all"}},
-]
 SHAPES_THE_FIRST_TASK: list[dict[str, Any]] = [  # a generator that reads the solver's layers shapes them from the start
     {"generative": {"variant": "brain-inspired", "gated": 0.3}},
 ]
-
-
-def identify(chosen: dict[str, Any]) -> str:
-    """Return a name for a choice."""
-    return "+".join(name + "".join(f"-{value}" for value in parts.values()) for name, parts in chosen.items())
 
 
 every_recipe = pytest.mark.parametrize("chosen", CHOICES, ids=identify)
