@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.choices import identify
 from streamlearn.data import Batch
-from tests.contract.test_recipes import BATCH, Run, identify
+from tests.contract.test_recipes import BATCH, Run
 
 if TYPE_CHECKING:
     from pathlib import Path
