@@ -24,7 +24,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
@@ -58,14 +58,14 @@ def settings(directory: str, strategy: str | None, **over: str) -> Config:
 def published(topics: Sequence[str], limit: int | None) -> MemoryStore:
     """Return a log in memory with all tasks, each with its test questions as the probe."""
     path = str(DATA / "babi_en.jsonl.gz")
-    train, test = producer.read(path), producer.read(path, "test")
+    train, test = producer.read_samples(path), producer.read_samples(path, "test")
     names = producer.task_names(train, len(topics))
     store = MemoryStore()
-    pairs = zip(topics, producer.by_task(train, names), producer.by_task(test, names), strict=True)
+    pairs = zip(topics, producer.split_by_task(train, names), producer.split_by_task(test, names), strict=True)
     for number, (topic, part, probe) in enumerate(pairs):
-        chosen = producer.shuffled(part, number)
-        few = chosen.take(np.arange(len(chosen))[:limit]), probe.take(np.arange(len(probe))[:limit])
-        producer.publish(store, topic, few[0], producer.Publishing("json"), probe=few[1])
+        chosen = producer.shuffle(part, number)
+        few = chosen.select(np.arange(len(chosen))[:limit]), probe.select(np.arange(len(probe))[:limit])
+        producer.publish(store, topic, few[0], producer.PublishOptions("json"), probe=few[1])
     return store
 
 
@@ -73,7 +73,7 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     """Learn the whole log; return the curves, the matrix and the CPU seconds."""
     spec = config.stream
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
-    dead = DeadLetters(store, "dlq")
+    dead = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
     stream = Stream(MemoryLog(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.process_time()

@@ -16,7 +16,7 @@ from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
@@ -36,7 +36,7 @@ def made(directory: Path, **over: Any) -> tuple[Job, Stream]:
     config: Config = settings(directory, "t").model_copy(update=over)
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     store = MemoryStore()
-    dead = DeadLetters(store, "dlq")
+    dead = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
     task = Task(0, "t", labels=list(range(10)))
     job.progress.tasks.append(task)

@@ -18,7 +18,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
@@ -69,7 +69,7 @@ def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:
     """Return samples a second through the whole loop."""
     spec = config.stream
     job = Job.make(config, Store(config.state_dir), Metrics())
-    dead = DeadLetters(sink, "dlq")
+    dead = DeadLetterWriter(sink, "dlq")
     rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
     stream = Stream(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.perf_counter()
@@ -85,7 +85,7 @@ def measure(log: Log, sink: Sink, topic: str, samples: int, codec: str) -> float
     """Publish to a topic and return the rate at which it is learned."""
     rng = np.random.default_rng(0)
     content = producer.Samples(rng.integers(0, 255, (samples, PIXELS), np.uint8), rng.integers(0, 10, samples).tolist())
-    producer.publish(sink, topic, content, producer.Publishing(codec=codec))
+    producer.publish(sink, topic, content, producer.PublishOptions(codec=codec))
     with tempfile.TemporaryDirectory() as name:
         return rate(log, sink, settings(Path(name), topic), samples)
 

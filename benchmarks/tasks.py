@@ -22,7 +22,7 @@ import numpy as np
 from streamlearn import configfile, producer
 from streamlearn.checkpoint import Store
 from streamlearn.data import StreamlearnError
-from streamlearn.producer import Publishing, Samples
+from streamlearn.producer import PublishOptions, Samples
 from streamlearn.service.client import Client
 from streamlearn.stream.embedded import EmbeddedSink
 
@@ -44,7 +44,7 @@ def publish(path: Path, tasks: int) -> None:
         x = rng.normal(size=(SAMPLES, 16)).astype(np.float32)
         x[np.arange(SAMPLES), (2 * task + y) % 10] += 3
         labels = ((2 * task + y) % 10).tolist()
-        producer.publish(sink, f"t-{task + 1}", Samples(x, labels), Publishing(per_record=100))
+        producer.publish(sink, f"t-{task + 1}", Samples(x, labels), PublishOptions(samples_per_record=100))
     sink.close()
 
 

@@ -342,7 +342,7 @@ class Store:
             _sync_directory(found.path)
             other = self._withdraw(tag, found.path)
         except OSError as error:
-            raise StreamlearnError.of_system(error, found.path) from error
+            raise StreamlearnError.from_os_error(error, found.path) from error
         if other is not None:
             raise _tag_is_taken(tag, other)
         return found
@@ -379,7 +379,7 @@ class Store:
                 try:
                     (path / f"{TAG_FILE}{tag}").unlink()
                 except OSError as error:
-                    raise StreamlearnError.of_system(error) from error
+                    raise StreamlearnError.from_os_error(error) from error
                 return path.name
         known = ", ".join(tag for checkpoint in self.all() for tag in checkpoint.tags) or "none"
         raise StreamlearnError(f"{self.root}: no checkpoint has the tag {tag!r:.80}; there are: {known}")
@@ -392,7 +392,7 @@ class Store:
         try:
             self._remove(found)
         except OSError as error:
-            raise StreamlearnError.of_system(error) from error
+            raise StreamlearnError.from_os_error(error) from error
         return found
 
     def _remove(self, checkpoint: Checkpoint) -> None:

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from streamlearn import patterns
-from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError, look_alike
+from streamlearn.data import MAX_LABEL_BYTES, TOPIC_NAME, StreamlearnError, label_of_other_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -393,7 +393,7 @@ class Stream(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        if value is not None and (why := patterns.problem(value)) is not None:
+        if value is not None and (why := patterns.syntax_error(value)) is not None:
             raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": why})
         return value
 
@@ -763,7 +763,7 @@ class Config(Section):
         if isinstance(self.classes, list):
             declared = {label for labels in self.scenario.tasks.values() for label in labels}
             if unknown := sorted(map(repr, declared - set(self.classes))):
-                mixed = any(look_alike(label) in self.classes for label in declared - set(self.classes))
+                mixed = any(label_of_other_type(label) in self.classes for label in declared - set(self.classes))
                 hint = "; a number and text that is written the same are two classes" if mixed else ""
                 why = f"scenario.tasks names classes that are not in classes: {', '.join(unknown)}"
                 yield "scenario.tasks", why + hint
@@ -833,7 +833,7 @@ class Config(Section):
             found.append(f"strategy {names}: importance alone does not protect class-incremental learning; add replay")
         named = {label for labels in self.scenario.tasks.values() for label in labels}
         named |= set() if isinstance(self.classes, int) else set(self.classes)
-        if both := sorted(repr(label) for label in named if look_alike(label) in named):
+        if both := sorted(repr(label) for label in named if label_of_other_type(label) in named):
             found.append(f"classes {', '.join(both)}: a number and text that is written the same are two classes")
         topics = self.stream.topics or ()
         if len(topics) == 1 and self.stream.task_end.next_topic and "naive" not in self.strategy:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint import Store
-from streamlearn.data import Progress, StreamlearnError, audit, out_of_memory
+from streamlearn.data import Progress, StreamlearnError, format_outcomes, is_out_of_memory
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, read_only
 from streamlearn.service.api import control as control_routes
@@ -376,10 +376,10 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
     try:
         loop.run(job, stream, desk)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         job.metrics.count("out_of_memory", 1)
-        raise StreamlearnError.of_memory(error) from error
+        raise StreamlearnError.from_out_of_memory(error) from error
     finally:
         job.state = "draining"
         desk.publish(job, stream)
@@ -389,7 +389,7 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
             job.finish_saves(stream, desk.beat)
         if missing := job.progress.unaccounted():
             log.error("samples unaccounted for: %s", missing)
-        for line in audit(job.status(None)["topics"]):
+        for line in format_outcomes(job.status(None)["topics"]):
             log.info("audit: %s", line)
         log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)
@@ -422,15 +422,15 @@ def make_stream(job: Job) -> Stream:
     """Return the stream that a job reads, from where it stands; the reader gets a copy of the progress."""
     from streamlearn.stream.assembler import Assembler, Rules
     from streamlearn.stream.codec import Codec
-    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut
     from streamlearn.stream.reader import Stream
 
     config = job.config
     source, sink = open_log(config)
-    dead_letters = DeadLetters(sink, config.dead_letter_topic)
+    dead_letters = DeadLetterWriter(sink, config.dead_letter_topic)
     spec = config.stream
-    codec = Codec.from_config(config, job.progress.codec)
+    codec = Codec.from_config(config, job.progress.codec_version)
     rules = Rules(
         codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records, spec.late == "dead_letter",

@@ -33,15 +33,15 @@ CODEC_VERSION = 2
 1: words of text without their combining marks. 2: words with their marks, in Unicode's form NFC.
 """
 
-REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
+REJECT_REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
 """Why a sample can be rejected: a closed set, so that it can be a metric's label."""
 
-LETTER_REASONS = (*REASONS, "late")
+DEAD_LETTER_REASONS = (*REJECT_REASONS, "late")
 """Why a sample can be in the dead-letter topic."""
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """A sample cannot be used; `reason` is one of `LETTER_REASONS`."""
+    """A sample cannot be used; `reason` is one of `DEAD_LETTER_REASONS`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class StreamlearnError(Exception):
         self.code = code
 
     @classmethod
-    def of_system(cls, error: OSError, what: object = None) -> Self:
+    def from_os_error(cls, error: OSError, what: object = None) -> Self:
         """Return what the system refused: a line that names the file, or `what`; 77 for a missing permission, else 74."""
         name = what if what is not None else error.filename
         reason = error.strerror or str(error)
@@ -68,7 +68,7 @@ class StreamlearnError(Exception):
         return cls(reason if name is None else f"{name}: {reason}", code=code)
 
     @classmethod
-    def of_memory(cls, error: Exception) -> Self:
+    def from_out_of_memory(cls, error: Exception) -> Self:
         """Return that there was no memory left (75), with what was asked for where it is known."""
         return cls(f"out of memory: {error!r:.200}", code=75)
 
@@ -76,7 +76,7 @@ class StreamlearnError(Exception):
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Tell whether the host or the device had no memory left; torch says so by a type, or by words alone."""
     return (
         isinstance(error, MemoryError)
@@ -100,32 +100,34 @@ class Positions:
     `topic_ids` and `cluster_id` tell a topic from another one that was created later under its name.
     """
 
-    at: Mapping[Partition, Position] = field(default_factory=dict)
+    by_partition: Mapping[Partition, Position] = field(default_factory=dict)
     topic_ids: Mapping[str, str] = field(default_factory=dict)
     cluster_id: str | None = None
 
     def advance(self, later: Positions) -> Positions:
         """Return these positions moved on to `later`; raises `StreamlearnError` if one would go backwards."""
-        for partition, position in later.at.items():
-            if (known := self.at.get(partition)) is not None and position < known:
+        for partition, position in later.by_partition.items():
+            if (known := self.by_partition.get(partition)) is not None and position < known:
                 raise StreamlearnError(
                     f"{partition[0]}[{partition[1]}]: position would go back from {known} to {position}"
                 )
         return Positions(
-            {**self.at, **later.at}, {**self.topic_ids, **later.topic_ids}, later.cluster_id or self.cluster_id
+            {**self.by_partition, **later.by_partition},
+            {**self.topic_ids, **later.topic_ids},
+            later.cluster_id or self.cluster_id,
         )
 
     def by_topic(self) -> dict[str, dict[str, int]]:
         """Return `{topic: {partition: next_offset}}`, as shown to people and reported to the broker."""
         tree: dict[str, dict[str, int]] = {}
-        for (topic, partition), position in sorted(self.at.items()):
+        for (topic, partition), position in sorted(self.by_partition.items()):
             tree.setdefault(topic, {})[str(partition)] = position.offset
         return tree
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON tree from which `from_json` makes equal positions."""
         topics: dict[str, Any] = {}
-        for (topic, partition), position in sorted(self.at.items()):
+        for (topic, partition), position in sorted(self.by_partition.items()):
             entry = topics.setdefault(topic, {"topic_id": self.topic_ids.get(topic), "partitions": {}})
             entry["partitions"][str(partition)] = {"offset": position.offset, "skip": position.skip}
         return {"cluster_id": self.cluster_id, "topics": topics}
@@ -156,14 +158,14 @@ class Batch:
     y: Tensor
     task: Tensor
     weight: Tensor | None = None
-    soft: Tensor | None = None
+    soft_targets: Tensor | None = None
     temperature: float = 1.0
-    logits: bool = False
+    targets_are_logits: bool = False
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def join(self, replayed: Batch | None, share: float) -> Batch:
+    def with_replay(self, replayed: Batch | None, share: float) -> Batch:
         """Return these samples followed by the replayed ones, which together have `share` of the loss."""
         import torch
 
@@ -179,12 +181,12 @@ class Batch:
             torch.cat([self.y, replayed.y]),
             torch.cat([self.task, replayed.task]),
             torch.cat([weight, rest]),
-            replayed.soft,
+            replayed.soft_targets,
             replayed.temperature,
-            replayed.logits,
+            replayed.targets_are_logits,
         )
 
-    def weighed(self, factor: float) -> Batch:
+    def scale_weights(self, factor: float) -> Batch:
         """Return these samples with `factor` times their shares of the loss."""
         return self if factor == 1 or self.weight is None else replace(self, weight=self.weight * factor)
 
@@ -203,7 +205,7 @@ class HeldOut:
 
 
 @dataclass
-class Found:
+class Observations:
     """What the reader met on the way to a batch; it takes effect when that batch is learned, never earlier."""
 
     consumed: Counter[str] = field(default_factory=Counter)  # samples by topic
@@ -211,16 +213,16 @@ class Found:
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples by (topic, reason)
     records: Counter[Partition] = field(default_factory=Counter)
     num_bytes: Counter[str] = field(default_factory=Counter)
-    gaps: Counter[tuple[str, str]] = field(default_factory=Counter)  # offsets lost, by (topic, reason)
+    lost_offsets: Counter[tuple[str, str]] = field(default_factory=Counter)  # offsets lost, by (topic, reason)
     held_out: list[HeldOut] = field(default_factory=list)
-    labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
-    words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
-    probe_labels: list[Label] = field(default_factory=list)  # of held-out samples, and without an output so far
-    probe_words: list[str] = field(default_factory=list)  # of held-out texts, and not in the vocabulary so far
-    markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
+    new_labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
+    new_words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
+    new_probe_labels: list[Label] = field(default_factory=list)  # of held-out samples, and without an output so far
+    new_probe_words: list[str] = field(default_factory=list)  # of held-out texts, and not in the vocabulary so far
+    task_end_markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
 
     def __bool__(self) -> bool:
-        return bool(self.consumed or self.records or self.gaps)
+        return bool(self.consumed or self.records or self.lost_offsets)
 
 
 class Labels(list[Label]):
@@ -243,7 +245,7 @@ class Labels(list[Label]):
         return super().index(value, *bounds) if bounds or value not in self._places else self._places[value]
 
 
-def look_alike(label: Label) -> Label | None:
+def label_of_other_type(label: Label) -> Label | None:
     """Return the label of the other type that is written the same, 1 for "1" and "1" for 1, or None: they are two labels."""
     if isinstance(label, int):
         return str(label)
@@ -259,32 +261,46 @@ class Task:
     state: str = "active"  # active | refining | ended
     labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance in training
     counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
-    ends: dict[int, int] | None = None  # end offset of each partition, once fixed
+    end_offsets: dict[int, int] | None = None  # end offset of each partition, once fixed
     fixed_by: str = "next_topic"  # what fixed them: next_topic | command
-    marked: list[int] = field(default_factory=list)  # partitions whose marker was applied
-    excused: dict[int, int] = field(default_factory=dict)  # rejects below these offsets count for no further burst
+    marked_partitions: list[int] = field(default_factory=list)  # partitions whose marker was applied
+    forgiven_below: dict[int, int] = field(
+        default_factory=dict
+    )  # rejects below these offsets count for no further burst
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.labels)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON tree from which `from_json` makes an equal task."""
-        ends = None if self.ends is None else {str(p): end for p, end in self.ends.items()}
-        excused = {str(p): offset for p, offset in self.excused.items()}
+        ends = None if self.end_offsets is None else {str(p): end for p, end in self.end_offsets.items()}
         return {
-            **vars(self),
+            "index": self.index,
+            "name": self.name,
+            "state": self.state,
             "labels": list(self.labels),
             "counts": dict(self.counts),
             "ends": ends,
-            "excused": excused,
+            "fixed_by": self.fixed_by,
+            "marked": self.marked_partitions,
+            "excused": {str(p): offset for p, offset in self.forgiven_below.items()},
         }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Task:
         """Return the task that `to_json` described."""
-        ends = None if tree["ends"] is None else {int(p): end for p, end in tree["ends"].items()}
-        excused = {int(p): offset for p, offset in tree.get("excused", {}).items()}
-        return cls(**{**tree, "counts": Counter(tree["counts"]), "ends": ends, "excused": excused})
+        ends = tree["ends"]
+        return cls(
+            tree["index"],
+            tree["name"],
+            tree["state"],
+            tree["labels"],
+            Counter(tree["counts"]),
+            None if ends is None else {int(p): end for p, end in ends.items()},
+            tree.get("fixed_by", "next_topic"),
+            tree.get("marked", []),
+            {int(p): offset for p, offset in tree.get("excused", {}).items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -292,16 +308,18 @@ class Delivery:
     """What one turn of the loop applies: everything between two sets of positions, in the order of these fields."""
 
     positions: Positions = field(default_factory=Positions)
-    found: Found = field(default_factory=Found)
-    begins: Task | None = None
+    observations: Observations = field(default_factory=Observations)
+    new_task: Task | None = None
     batch: Batch | None = None
-    refines: bool = False  # the batch is a further pass over the reservoir, not new experience
-    closes: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
+    is_refinement: bool = False  # the batch is a further pass over the reservoir, not new experience
+    end_offsets: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
     fixed_by: str = "next_topic"  # what fixed them: next_topic | command
-    excuses: Mapping[int, int] | None = None  # up to where rejects count for no further burst, by partition
-    ends: str | None = None  # how the current task's end was found: marker | count | next_topic | idle | command
-    consolidates: bool = False  # refinement is over; what was learned is made to last
-    newest: float | None = None  # timestamp of the newest record in it, Unix seconds
+    forgives_below: Mapping[int, int] | None = None  # up to where rejects count for no further burst, by partition
+    task_end_reason: str | None = (
+        None  # how the current task's end was found: marker | count | next_topic | idle | command
+    )
+    ends_refinement: bool = False  # refinement is over; what was learned is made to last
+    newest_timestamp: float | None = None  # timestamp of the newest record in it, Unix seconds
 
 
 @dataclass
@@ -315,11 +333,11 @@ class Progress:
     positions: Positions = field(default_factory=Positions)
     tasks: list[Task] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # in order of first appearance; append-only
-    ledger: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
+    counts_by_topic: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
     vocabulary: list[str] = field(default_factory=list)  # of text: in order of first appearance; append-only
     probe_labels: list[Label] = field(default_factory=list)  # met in a probe before training met them; append-only
     probe_words: list[str] = field(default_factory=list)  # the same for words
-    codec: int = CODEC_VERSION
+    codec_version: int = CODEC_VERSION
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.labels)
@@ -329,63 +347,64 @@ class Progress:
         """The task that is being learned, if one is."""
         return self.tasks[-1] if self.tasks and self.tasks[-1].state != "ended" else None
 
-    def meet(self, found: Found) -> None:
+    def register_labels(self, observations: Observations) -> None:
         """Note the labels and words of a delivery, so that its own batch can be learned with them."""
-        self.vocabulary += found.words
-        self.probe_labels += found.probe_labels
-        self.probe_words += found.probe_words
-        for index, label in found.labels:
+        self.vocabulary += observations.new_words
+        self.probe_labels += observations.new_probe_labels
+        self.probe_words += observations.new_probe_words
+        for index, label in observations.new_labels:
             task = self.tasks[index]
             if label not in task.labels:
                 task.labels.append(label)
             if label not in self.labels:
                 self.labels.append(label)
 
-    def apply(self, delivery: Delivery, outcome: str, unusable: int = 0) -> None:
+    def advance(self, delivery: Delivery, outcome: str, unusable: int = 0) -> None:
         """Move on past a delivery whose batch, where it has one, ended as `outcome` (trained or skipped).
 
         Of the batch, `unusable` samples were left out, and count as skipped.
         """
         self.positions = self.positions.advance(delivery.positions)
-        found = delivery.found
+        found = delivery.observations
         for topic, count in found.consumed.items():
-            self.ledger.setdefault(topic, Counter())["consumed"] += count
+            self.counts_by_topic.setdefault(topic, Counter())["consumed"] += count
         for (topic, kind), count in found.outcomes.items():
-            self.ledger.setdefault(topic, Counter())[kind] += count
+            self.counts_by_topic.setdefault(topic, Counter())[kind] += count
         if (task := self.current) is None:
             return
-        if delivery.batch is not None and not delivery.refines:
+        if delivery.batch is not None and not delivery.is_refinement:
             for kind, count in ((outcome, len(delivery.batch) - unusable), ("skipped", unusable)):
                 if count:
-                    self.ledger.setdefault(task.name, Counter())[kind] += count
+                    self.counts_by_topic.setdefault(task.name, Counter())[kind] += count
                     task.counts[kind] += count
         for kind in ("held_out", "rejected", "duplicates"):
             task.counts[kind] += found.outcomes[task.name, kind]
         uncounted = found.outcomes[task.name, "late"] + found.outcomes[task.name, "duplicates"]
         task.counts["consumed"] += found.consumed[task.name] - uncounted
-        task.marked.extend(partition for topic, partition in found.markers if topic == task.name)
-        if delivery.closes is not None:
-            task.ends, task.fixed_by = dict(delivery.closes), delivery.fixed_by
-        if delivery.excuses is not None:
-            task.excused = dict(delivery.excuses)
-        if delivery.ends is not None:
-            task.excused = {}
+        task.marked_partitions.extend(partition for topic, partition in found.task_end_markers if topic == task.name)
+        if delivery.end_offsets is not None:
+            task.end_offsets, task.fixed_by = dict(delivery.end_offsets), delivery.fixed_by
+        if delivery.forgives_below is not None:
+            task.forgiven_below = dict(delivery.forgives_below)
+        if delivery.task_end_reason is not None:
+            task.forgiven_below = {}
 
     def totals(self) -> Counter[str]:
         """Return samples consumed and by outcome, over all topics."""
         totals = Counter(dict.fromkeys(("consumed", *OUTCOMES), 0))
-        for count in self.ledger.values():
+        for count in self.counts_by_topic.values():
             totals.update(count)
         return totals
 
-    def of(self, topic: str) -> Counter[str]:
+    def counts_of(self, topic: str) -> Counter[str]:
         """Return a topic's samples consumed and by outcome."""
-        return self.ledger.get(topic, Counter())
+        return self.counts_by_topic.get(topic, Counter())
 
     def unaccounted(self) -> dict[str, int]:
         """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
         gaps = {
-            topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES) for topic, count in self.ledger.items()
+            topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES)
+            for topic, count in self.counts_by_topic.items()
         }
         return {topic: gap for topic, gap in gaps.items() if gap}
 
@@ -394,11 +413,11 @@ class Progress:
         return {
             "tasks": [task.to_json() for task in self.tasks],
             "labels": self.labels,
-            "ledger": {topic: dict(count) for topic, count in self.ledger.items()},
+            "ledger": {topic: dict(count) for topic, count in self.counts_by_topic.items()},
             "vocabulary": list(self.vocabulary),
             "probe_labels": list(self.probe_labels),
             "probe_words": list(self.probe_words),
-            "codec": self.codec,
+            "codec": self.codec_version,
         }
 
     @classmethod
@@ -412,7 +431,7 @@ class Progress:
         return cls(positions, tasks, labels, ledger, words, probe_labels, probe_words, tree.get("codec", 1))
 
 
-def audit(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
+def format_outcomes(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Return a line for each topic of a status: its samples, and how they ended."""
     return [
         f"{topic}: {count['consumed']} samples = "

@@ -77,13 +77,13 @@ def run(output: Path) -> None:
 def _publish(work: Path) -> None:
     from streamlearn.stream.embedded import EmbeddedSink
 
-    train, test = producer.read("digits"), producer.read("digits", "test")
-    groups = producer.equal_groups(train, TASKS)
+    train, test = producer.read_samples("digits"), producer.read_samples("digits", "test")
+    groups = producer.equal_class_groups(train, TASKS)
     sink = EmbeddedSink(work / "topics.sqlite")
-    tasks, probes = producer.by_classes(train, groups), producer.by_classes(test, groups)
+    tasks, probes = producer.split_by_classes(train, groups), producer.split_by_classes(test, groups)
     for number, (topic, samples, probe) in enumerate(zip(topics(), tasks, probes, strict=True)):
-        how = producer.Publishing(per_record=10)
-        producer.publish(sink, topic, producer.shuffled(samples, number), how, probe=probe)
+        how = producer.PublishOptions(samples_per_record=10)
+        producer.publish(sink, topic, producer.shuffle(samples, number), how, probe=probe)
     sink.close()
 
 

@@ -20,7 +20,7 @@ import torch
 
 from streamlearn import __version__, state
 from streamlearn.checkpoint import LockLost
-from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, out_of_memory
+from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, is_out_of_memory
 from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -287,7 +287,7 @@ class Job:
     def checkpoint_due(self) -> bool:
         """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
         spec = self.config.checkpoint
-        if self.saving is not None or self.progress.positions == self.saved or not self.progress.positions.at:
+        if self.saving is not None or self.progress.positions == self.saved or not self.progress.positions.by_partition:
             return False
         if self.dropped:  # perhaps nothing to go back to
             return False
@@ -405,7 +405,7 @@ class Job:
         except StreamlearnError:
             raise
         except Exception as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
@@ -470,7 +470,7 @@ class Job:
             "step": self.learner.step,
             "batches": self.learner.batches,
             "tasks_ended": sum(task.state == "ended" for task in self.progress.tasks),
-            "ending": any(task.state != "ended" and task.ends is not None for task in self.progress.tasks),
+            "ending": any(task.state != "ended" and task.end_offsets is not None for task in self.progress.tasks),
             "average_accuracy": self.matrix.average_accuracy,
             "evaluated": self._recorded,
             "config_sha256": self.config.digest(),
@@ -543,7 +543,7 @@ class Job:
                 **{key: getattr(config.input, key) for key in ("shape", "dtype", "scale")},
             },
             "vocabulary": progress.vocabulary,
-            "codec": progress.codec,
+            "codec": progress.codec_version,
             "seed": config.seed,
             "num_outputs": int(self.learner.active_outputs.shape[1]),
             "scenario": self.scenario.kind,
@@ -566,11 +566,11 @@ class Job:
     def status(self, stream: Stream | None) -> dict[str, Any]:
         """Return what `status --json` shows; figures that are undefined are None."""
         queued = stream.queued if stream is not None else Counter[str]()
-        sizes, ledger = self.probes.sizes, self.progress.ledger
+        sizes, ledger = self.probes.sizes, self.progress.counts_by_topic
         totals = self.progress.totals()
         samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
         reader = stream.status if stream is not None else None
-        lag = _by_topic(reader.lag(self.progress.positions.at)) if reader is not None else {}
+        lag = _by_topic(reader.lag(self.progress.positions.by_partition)) if reader is not None else {}
         return {
             "name": self.config.name,
             "version": __version__,
@@ -631,7 +631,7 @@ class Job:
     def publish(self, stream: Stream) -> None:
         """Bring all gauges up to date."""
         metrics, now = self.metrics, time.time()
-        committed = {p: position.offset for p, position in self.saved.at.items()}
+        committed = {p: position.offset for p, position in self.saved.by_partition.items()}
         metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
         metrics.gauges.set("train_batch_queue_capacity_samples", self.config.stream.queue.samples)
         names = {task.index: task.name for task in self.progress.tasks}
@@ -640,7 +640,7 @@ class Job:
         metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
         metrics.catch_up("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
         behind = Counter[str]()
-        for (topic, _), count in stream.status.lag(self.progress.positions.at).items():
+        for (topic, _), count in stream.status.lag(self.progress.positions.by_partition).items():
             behind[topic] += count
         # a producer's clock may be ahead of ours
         ages = {(t,): (max(0.0, now - self.newest[t]) if n else 0.0) for t, n in behind.items() if t in self.newest}

@@ -159,7 +159,7 @@ class Learner:
     def update(self, batch: Batch, weight: float = 1.0) -> None:
         """Take one optimizer step; `batch` is scaled and on the device. Nothing here waits for the device."""
         s = self.strategy
-        mixed = batch.join(s.replay.sample(batch), s.replay.share).weighed(weight)
+        mixed = batch.with_replay(s.replay.sample(batch), s.replay.share).scale_weights(weight)
         logits, features = self.forward(mixed)
         loss = self.loss(logits, mixed)
         if features is not None:
@@ -207,15 +207,15 @@ class Learner:
         Stored logits are matched by their mean squared distance (Buzzega et al. 2020).
         """
         inactive = self._inactive_of(mixed.task)
-        hard = len(mixed) - (0 if mixed.soft is None else len(mixed.soft))
+        hard = len(mixed) - (0 if mixed.soft_targets is None else len(mixed.soft_targets))
         masked = logits.masked_fill(inactive, -torch.inf)
         losses = functional.cross_entropy(masked[:hard], mixed.y[:hard], reduction="none")
-        if mixed.soft is not None and mixed.logits:
-            losses = torch.cat([losses, squared_distance(logits[hard:], mixed.soft)])
-        elif mixed.soft is not None:
+        if mixed.soft_targets is not None and mixed.targets_are_logits:
+            losses = torch.cat([losses, squared_distance(logits[hard:], mixed.soft_targets)])
+        elif mixed.soft_targets is not None:
             log_probabilities = functional.log_softmax(masked[hard:] / mixed.temperature, 1)
             # before the product: 0 * -inf is NaN
-            terms = mixed.soft * log_probabilities.masked_fill(inactive[-len(mixed.soft) :], 0.0)
+            terms = mixed.soft_targets * log_probabilities.masked_fill(inactive[-len(mixed.soft_targets) :], 0.0)
             losses = torch.cat([losses, -(mixed.temperature**2) * terms.sum(1)])
         assert mixed.weight is not None
         return torch.dot(losses, mixed.weight)
@@ -227,7 +227,7 @@ class Learner:
 
     def gradient_of(self, batch: Batch) -> list[Tensor]:
         """Return the gradient of a batch's mean loss at the current parameters; leaves `.grad` alone."""
-        joined = batch.join(None, 0.0)
+        joined = batch.with_replay(None, 0.0)
         loss = self.loss(self._logits(joined.x, joined.task), joined)
         found = torch.autograd.grad(loss, self.params, allow_unused=True)
         return [dense(grad, param) for grad, param in zip(found, self.params, strict=True)]
@@ -302,8 +302,8 @@ class Learner:
             order = torch.randperm(size, generator=seeded(self.context.seed, f"refine-{self.task}-{epoch}"))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             y = self.reservoir.y[chosen]
-            yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), refines=True)
-        yield Delivery(consolidates=True)
+            yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), is_refinement=True)
+        yield Delivery(ends_refinement=True)
 
     def end_task(self) -> None:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""

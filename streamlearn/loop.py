@@ -50,15 +50,15 @@ def run(job: Job, stream: Stream, control: Control) -> None:
 def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     """Apply one delivery: everything between two sets of positions."""
     progress, learner = job.progress, job.learner
-    if delivery.begins is not None:
-        learner.begin_task(delivery.begins)  # first: where the strategy has no room for it, nothing has changed
-        progress.tasks.append(delivery.begins)
+    if delivery.new_task is not None:
+        learner.begin_task(delivery.new_task)  # first: where the strategy has no room for it, nothing has changed
+        progress.tasks.append(delivery.new_task)
         job.show_parts()
-        log.info("task %s begins", delivery.begins.name, extra={"task": delivery.begins.name})
+        log.info("task %s begins", delivery.new_task.name, extra={"task": delivery.new_task.name})
 
     job.torn = True  # what fails from here on leaves nothing that may be saved
-    progress.meet(delivery.found)
-    if delivery.begins is not None or delivery.found.labels:
+    progress.register_labels(delivery.observations)
+    if delivery.new_task is not None or delivery.observations.new_labels:
         learner.set_active_outputs(progress.tasks, progress.labels)
 
     task, stats = progress.current, None
@@ -73,26 +73,26 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.note(stats)
 
     outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
-    progress.apply(delivery, outcome, unusable)
-    job.take_held_out(task, delivery.found.held_out)
-    if task is not None and delivery.newest is not None:
-        job.newest[task.name] = delivery.newest
+    progress.advance(delivery, outcome, unusable)
+    job.take_held_out(task, delivery.observations.held_out)
+    if task is not None and delivery.newest_timestamp is not None:
+        job.newest[task.name] = delivery.newest_timestamp
     job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
 
-    if delivery.closes is not None:
+    if delivery.end_offsets is not None:
         # before the short last batch is learned. A newer copy that takes this one's place holds the decision too. So no
         # checkpoint holds what was learned after it without it, and no restart from one decides again
         job.save(stream, "task_end")
 
-    if delivery.excuses is not None:
+    if delivery.forgives_below is not None:
         job.save(stream, "burst")  # a restart reads on, though samples may wait for their batch from before the burst
 
-    if delivery.ends is not None and task is not None:
+    if delivery.task_end_reason is not None and task is not None:
         task.state = "refining"
-        log.info("task %s has ended (%s)", task.name, delivery.ends, extra={"task": task.name})
+        log.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
         stream.splice(learner.refine())  # usually no batches, then the delivery that consolidates
 
-    if delivery.consolidates and task is not None:
+    if delivery.ends_refinement and task is not None:
         learner.end_task()
         task.state = "ended"
         job.seal_probe(task)

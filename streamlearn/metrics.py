@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from streamlearn.data import REASONS
+from streamlearn.data import REJECT_REASONS
 
 if TYPE_CHECKING:
     from streamlearn.data import Delivery, Partition, Progress
@@ -322,7 +322,7 @@ class Metrics:
             self._declared.add(topic)
             for name in ("samples_consumed", "consumed_bytes", "samples_late", "samples_duplicate"):
                 self.count(name, 0, topic)
-            for reason in REASONS:
+            for reason in REJECT_REASONS:
                 self.count("samples_rejected", 0, topic, reason)
             for reason in GAPS:
                 self.count("records_skipped_offsets", 0, topic, reason)
@@ -340,7 +340,7 @@ class Metrics:
 
     def record_delivery(self, delivery: Delivery, stats: LearnStats | None, task: str, now: float) -> None:
         """Count what a turn of the loop applied."""
-        found = delivery.found
+        found = delivery.observations
         for (topic, partition), records in found.records.items():
             self.count("records_consumed", records, topic, str(partition))
         for topic, num_bytes in found.num_bytes.items():
@@ -354,19 +354,19 @@ class Metrics:
                 self.count("samples_duplicate", samples, topic)
         for (topic, reason), samples in found.rejected.items():
             self.count("samples_rejected", samples, topic, reason)
-        for (topic, reason), offsets in found.gaps.items():
+        for (topic, reason), offsets in found.lost_offsets.items():
             self.count("records_skipped_offsets", offsets, topic, reason)
-        if delivery.ends is not None:
-            self.count("task_boundaries", 1, delivery.ends)
+        if delivery.task_end_reason is not None:
+            self.count("task_boundaries", 1, delivery.task_end_reason)
         if stats is None:
             return
-        if not delivery.refines:
+        if not delivery.is_refinement:
             trained = stats.samples if stats.outcome == "trained" else 0
             self.count("samples_trained", trained, task)
             self.count("samples_skipped", stats.samples - trained + stats.unusable, "nonfinite")
             self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy if stats.samples else None)
-            if delivery.newest is not None:
-                self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest))
+            if delivery.newest_timestamp is not None:
+                self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest_timestamp))
         self.count("train_steps", stats.applied, task)
         self.count("train_steps_skipped", stats.steps - stats.applied, "nonfinite")
         self.count("train_steps_skipped", stats.generator_dropped, "nonfinite_generator")
@@ -399,9 +399,9 @@ class Metrics:
     ) -> None:
         """Show where the reader and the applied positions stand."""
         self.know_partitions(status.ends)
-        applied = {p: position.offset for p, position in progress.positions.at.items()}
+        applied = {p: position.offset for p, position in progress.positions.by_partition.items()}
         shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
-        lag = status.lag(progress.positions.at)
+        lag = status.lag(progress.positions.by_partition)
         self.gauges.replace("consumer_position_offset", {shown[p]: o for p, o in applied.items() if p in shown})
         self.gauges.replace("consumer_committed_offset", {shown[p]: o for p, o in committed.items() if p in shown})
         self.gauges.replace("consumer_log_end_offset", {shown[p]: o for p, o in status.ends.items() if p in shown})

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 MATCH_SECONDS = 1.0  # an ordinary pattern takes microseconds
 
 
-def problem(pattern: str) -> str | None:
+def syntax_error(pattern: str) -> str | None:
     """Return why a text is no regular expression, or None."""
     import regex  # only where there is a pattern: most commands have none
 

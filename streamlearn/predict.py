@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from streamlearn import config, state
-from streamlearn.data import Rejected, StreamlearnError, out_of_memory
+from streamlearn.data import Rejected, StreamlearnError, is_out_of_memory
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
 from streamlearn.models.modes import global_seed
@@ -26,7 +26,7 @@ from streamlearn.models.module_state import load_module_state
 from streamlearn.strategies.parts import World
 from streamlearn.strategies.recipes import RECIPES, network_of
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.text import Vocabulary, parse
+from streamlearn.stream.text import Vocabulary, parse_text
 from streamlearn.tensors import finite_rows, prepare, scaling
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Model:
             weights = state.join_tensors(self._tensors("model.safetensors"), tree.state.model)
             load_module_state(self.network.module, weights)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             why = " ".join(str(error).split())
             raise StreamlearnError(
@@ -255,7 +255,7 @@ class Model:
 
     def _numbers(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description.input
-        return Codec(tree.shape, tree.dtype, "json", 0, scale=tree.scale).samples(x)
+        return Codec(tree.shape, tree.dtype, "json", 0, scale=tree.scale).convert(x)
 
     def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description
@@ -265,7 +265,7 @@ class Model:
         rejected = {}
         for number, text in enumerate(x):
             try:
-                rows = parse(text, tree.input.sentences, tree.input.words, tree.codec)
+                rows = parse_text(text, tree.input.sentences, tree.input.words, tree.codec)
             except Rejected as error:
                 rejected[number] = error
             else:

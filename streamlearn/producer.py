@@ -18,7 +18,7 @@ import orjson
 
 from streamlearn.data import StreamlearnError, natural_key
 from streamlearn.scenario import Scenario
-from streamlearn.stream.codec import TYPE_OF, encode, encode_text
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 from streamlearn.table import read_table
 
@@ -40,7 +40,7 @@ class Samples:
     x: np.ndarray
     y: list[Label]
     task: list[str] = field(default_factory=list)
-    is_split: bool = False  # of a source that has several splits
+    has_splits: bool = False  # of a source that has several splits
 
     def __len__(self) -> int:
         return len(self.y)
@@ -50,7 +50,7 @@ class Samples:
         """Whether they are stories with questions."""
         return self.x.dtype == object
 
-    def take(self, chosen: np.ndarray) -> Samples:
+    def select(self, chosen: np.ndarray) -> Samples:
         """Return those with these indices, in this order."""
         indices = chosen.tolist()
         task = [self.task[index] for index in indices] if self.task else []
@@ -58,26 +58,26 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Publishing:
+class PublishOptions:
     """How tasks are written."""
 
     codec: str = "batch"
-    per_record: int = 100  # samples in a batch record
+    samples_per_record: int = 100  # samples in a batch record
     partitions: int = 1
     markers: bool = True
     rate: float | None = None  # samples a second
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How files are read: what their lines do not tell, and where every assumption about them is said."""
 
     header: bool | None = None  # whether the first line of a `.csv` names the columns; None: that line decides
-    exact: bool = False  # numbers of text files as wide as they are, not as float32
-    say: Callable[[str], None] = lambda _: None
+    keep_precision: bool = False  # numbers of text files as wide as they are, not as float32
+    notify: Callable[[str], None] = lambda _: None
 
 
-def read(source: str, split: str = "train", how: Reading = Reading()) -> Samples:
+def read_samples(source: str, split: str = "train", how: ReadOptions = ReadOptions()) -> Samples:
     """Return the samples of a `.npz`, `.csv`, `.jsonl` or `.jsonl.gz` file, or of the example set `digits`.
 
     An `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`; a `.csv` has the label in its last column;
@@ -95,10 +95,10 @@ def read(source: str, split: str = "train", how: Reading = Reading()) -> Samples
                 samples = _npz(path, split)
             case ".csv":
                 samples = Samples(
-                    *read_table(path, np.dtype("f8" if how.exact else "f4"), header=how.header, say=how.say)
+                    *read_table(path, np.dtype("f8" if how.keep_precision else "f4"), header=how.header, say=how.notify)
                 )
             case ".jsonl":
-                samples = _jsonl(path, split, exact=how.exact)
+                samples = _jsonl(path, split, exact=how.keep_precision)
             case _:
                 raise StreamlearnError(
                     f"{source}: expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file, or the example set: digits",
@@ -116,15 +116,15 @@ def read(source: str, split: str = "train", how: Reading = Reading()) -> Samples
     return samples
 
 
-def test_split(source: str, how: Reading) -> Samples:
+def read_test_split(source: str, how: ReadOptions) -> Samples:
     """Return a source's own test split; raises `StreamlearnError` (2) where it has none."""
-    samples = read(source, "test", how)
-    if not samples.is_split:
+    samples = read_samples(source, "test", how)
+    if not samples.has_splits:
         raise StreamlearnError(f"{source}: has no test split; give a file of probes", code=2)
     return samples
 
 
-def fitted(samples: Samples, topic: str, config: Config, say: Callable[[str], None]) -> Samples:
+def fit_to_config(samples: Samples, topic: str, config: Config, say: Callable[[str], None]) -> Samples:
     """Return a topic's samples in the shape, dtype and labels of a configuration; `say` is called for each change.
 
     Raises `StreamlearnError` (65) if the configuration's stream would reject one of them.
@@ -136,14 +136,16 @@ def fitted(samples: Samples, topic: str, config: Config, say: Callable[[str], No
     if is_text:
         return samples
     x = _as_dtype(_in_shape(samples.x, config.input.shape, say), np.dtype(config.input.dtype), say)
-    return Samples(x, _as_classes(samples.y, topic, config, say), samples.task, samples.is_split)
+    return Samples(x, _as_classes(samples.y, topic, config, say), samples.task, samples.has_splits)
 
 
-def check(parts: Sequence[Samples], how: Publishing, config: Config) -> None:
+def check_limits(parts: Sequence[Samples], how: PublishOptions, config: Config) -> None:
     """Raise `StreamlearnError` (65) if a configuration's stream would reject some of these parts for their size or number."""
     first, largest = parts[0], config.stream.max_record_bytes
-    if how.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * how.per_record > largest:
-        text = f"a batch record of {how.per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+    if how.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * how.samples_per_record > largest:
+        text = (
+            f"a batch record of {how.samples_per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+        )
         raise _misfit(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or raise that key")
     labels = {label for part in parts for label in part.y}
     if config.grow_head or config.scenario.kind == "domain" or not isinstance(config.classes, int):
@@ -214,7 +216,7 @@ def _as_classes(labels: list[Label], topic: str, config: Config, say: Callable[[
     return [known[label] for label in labels]
 
 
-def resolved(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Label]]:
+def resolve_groups(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Label]]:
     """Return groups of labels given as text; raises `StreamlearnError` (2) where 1 and "1" are different labels here."""
     known: dict[str, list[Label]] = {}
     for label in dict.fromkeys(samples.y):
@@ -227,7 +229,7 @@ def resolved(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Lab
     return [[known.get(text, [text])[0] for text in group] for group in groups]
 
 
-def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
+def split_by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
     """Return a task for each group of classes; raises `StreamlearnError` for a class that no sample has."""
     tasks = []
     for group in groups:
@@ -235,7 +237,7 @@ def by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samp
         chosen = np.fromiter((label in wanted for label in samples.y), bool, len(samples))
         if not chosen.any():
             raise StreamlearnError(f"no sample has a class of {', '.join(map(str, group))}", code=2)
-        tasks.append(samples.take(np.flatnonzero(chosen)))
+        tasks.append(samples.select(np.flatnonzero(chosen)))
     return tasks
 
 
@@ -249,7 +251,7 @@ def task_names(samples: Samples, count: int | None) -> list[str]:
     return names[:count]
 
 
-def by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
+def split_by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
     """Return the samples of each task that is named; raises `StreamlearnError` for one that no sample names."""
     places: dict[str, list[int]] = {name: [] for name in names}
     for place, name in enumerate(samples.task):
@@ -257,10 +259,10 @@ def by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
             places[name].append(place)
     if missing := [name for name, chosen in places.items() if not chosen]:
         raise StreamlearnError(f"no sample is of task {', '.join(missing)}", code=2)
-    return [samples.take(np.asarray(chosen)) for chosen in places.values()]
+    return [samples.select(np.asarray(chosen)) for chosen in places.values()]
 
 
-def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
+def equal_class_groups(samples: Samples, count: int) -> list[list[Label]]:
     """Return the classes in order, cut into `count` groups as equal as can be."""
     classes = sorted(set(samples.y), key=lambda label: (isinstance(label, str), label))
     if not 1 <= count <= len(classes):
@@ -268,7 +270,7 @@ def equal_groups(samples: Samples, count: int) -> list[list[Label]]:
     return [[classes[index] for index in part] for part in np.array_split(np.arange(len(classes)), count)]
 
 
-def by_permutation(samples: Samples, count: int, seed: int) -> list[Samples]:
+def make_permuted_tasks(samples: Samples, count: int, seed: int) -> list[Samples]:
     """Return all samples `count` times, their features in a fixed random order each time (the first as they are)."""
     if samples.is_text:
         raise StreamlearnError("permutation needs numbers, got text", code=2)
@@ -279,23 +281,23 @@ def by_permutation(samples: Samples, count: int, seed: int) -> list[Samples]:
     return [Samples(np.ascontiguousarray(flat[:, order]).reshape(samples.x.shape), samples.y) for order in orders]
 
 
-def by_rotation(samples: Samples, count: int) -> list[Samples]:
+def make_rotated_tasks(samples: Samples, count: int) -> list[Samples]:
     """Return all images `count` times, turned by equal steps from 0 up to 180 degrees (nearest pixel)."""
     if samples.x.ndim != 3:
         raise StreamlearnError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}", code=2)
-    return [Samples(rotated(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
+    return [Samples(rotate_images(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
 
 
-def shuffled(samples: Samples, seed: int) -> Samples:
+def shuffle(samples: Samples, seed: int) -> Samples:
     """Return the samples in a random order that depends on the seed alone."""
-    return samples.take(np.random.default_rng(seed).permutation(len(samples)))
+    return samples.select(np.random.default_rng(seed).permutation(len(samples)))
 
 
 def publish(
     sink: Sink,
     topic: str,
     samples: Samples,
-    how: Publishing,
+    how: PublishOptions,
     *,
     probe: Samples | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -305,7 +307,7 @@ def publish(
     partitions = sink.partitions(topic)
     if samples.is_text and how.codec == "batch":
         raise StreamlearnError("codec batch holds numbers, and these samples are text: use json or msgpack", code=2)
-    typed: Headers = ((CONTENT_TYPE, TYPE_OF[how.codec]),)
+    typed: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[how.codec]),)
     if probe is not None:
         _write(sink, topic, probe, how, partitions, (*typed, (USE, PROBE)), lambda _: None)
     _write(sink, topic, samples, how, partitions, typed, progress)
@@ -319,12 +321,12 @@ def _write(
     sink: Sink,
     topic: str,
     samples: Samples,
-    how: Publishing,
+    how: PublishOptions,
     partitions: int,
     headers: Headers,
     progress: Callable[[int], None],
 ) -> None:
-    size = how.per_record if how.codec == "batch" else 1
+    size = how.samples_per_record if how.codec == "batch" else 1
     begun = time.monotonic()
     for number, start in enumerate(range(0, len(samples), size)):
         x, y = samples.x[start : start + size], samples.y[start : start + size]
@@ -351,10 +353,10 @@ def _npz(path: Path, split: str) -> Samples:
         x, y = (np.asarray(arrays[name]) for name in names)
     if not x.ndim or y.ndim != 1 or len(x) != len(y):
         raise StreamlearnError(f"{path}: x is {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]", code=74)
-    return Samples(_numbers(x), y.tolist(), is_split=not whole)
+    return Samples(_numbers(x), y.tolist(), has_splits=not whole)
 
 
-def unlabelled(path: Path, split: str) -> Samples | None:
+def read_unlabelled(path: Path, split: str) -> Samples | None:
     """Return the samples of a `.npz` or `.jsonl` that has no labels, or None where it has some, or is another file."""
     if _kind(path) == ".jsonl":
         with _naming(path):
@@ -374,7 +376,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StreamlearnError.of_system(error, path) from error
+        raise StreamlearnError.from_os_error(error, path) from error
     except UnicodeDecodeError as error:
         raise StreamlearnError(f"{path}: not UTF-8: {error}", code=74) from error
     except (EOFError, zlib.error, csv.Error, ValueError) as error:
@@ -485,10 +487,10 @@ def _digits(split: str) -> Samples:
     digits = load_digits()
     test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST) == 0
     chosen = test if split == "test" else ~test
-    return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist(), is_split=True)
+    return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist(), has_splits=True)
 
 
-def rotated(x: np.ndarray, degrees: float) -> np.ndarray:
+def rotate_images(x: np.ndarray, degrees: float) -> np.ndarray:
     """Return images `[n, height, width]` turned about their middle, each pixel that of the nearest."""
     height, width = x.shape[1:]
     angle = np.deg2rad(degrees)

@@ -28,7 +28,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog
 from streamlearn.stream.reader import Stream
@@ -166,7 +166,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     totals = streams.sizes(cell.course, lessons, cell.scale)
     store = streams.publish(cell.course, lessons, per_record=config.stream.batch_size, seed=cell.seed, scale=cell.scale)
     job = Unsaved.make(config, Store(config.state_dir), Metrics())
-    dead = DeadLetters(store, "dlq")
+    dead = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
     stream = Stream(MemoryLog(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0)
     batches = sum(-(-total // config.stream.batch_size) for total in totals)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast, overload
 import numpy as np
 
 from streamlearn import producer
-from streamlearn.producer import Publishing, Samples
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.producer import PublishOptions, Samples
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.memory import MemoryStore
 from tests.support.jobs import DATA
@@ -85,7 +85,7 @@ class Repeated(Sequence[Record]):
         start = (offset - len(self.head)) * self.size
         chosen = self._chosen(start, min(start + self.size, self.total))
         value = encode("batch", self.x[chosen], self.y[chosen].tolist())
-        headers = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+        headers = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
         return Record(self.tail.topic, self.tail.partition, offset, self.created, None, value, headers)
 
     def _chosen(self, start: int, stop: int) -> np.ndarray:
@@ -133,7 +133,9 @@ def publish(course: Course, lessons: Sequence[Lesson], *, per_record: int, seed:
     totals = sizes(course, lessons, scale)
     for number, (topic, lesson, total) in enumerate(zip(topics(course), lessons, totals, strict=True)):
         nothing = Samples(lesson.train.x[:0], [])
-        producer.publish(store, topic, nothing, Publishing(per_record=PROBES_PER_RECORD), probe=lesson.probe)
+        producer.publish(
+            store, topic, nothing, PublishOptions(samples_per_record=PROBES_PER_RECORD), probe=lesson.probe
+        )
         *head, marker = store.records[topic, 0]
         records = Repeated(lesson.train, total=total, size=per_record, seed=(seed, number), head=head, tail=marker)
         store.records[topic, 0] = cast("list[Record]", records)  # nothing more is appended to it
@@ -148,14 +150,14 @@ def lessons(course: Course, seed: int) -> list[Lesson]:
 @cache
 def mnist(split: str) -> Samples:
     """Return MNIST, its pixels 0 to 255."""
-    return producer.read(str(DATA / "mnist.npz"), split)
+    return producer.read_samples(str(DATA / "mnist.npz"), split)
 
 
 def _split(course: Course, seed: int) -> list[Lesson]:
     """Two digits a task."""
     train, test = mnist("train"), mnist("test")
     groups = classes(course, seed)
-    parts = zip(producer.by_classes(train, groups), producer.by_classes(test, groups), strict=True)
+    parts = zip(producer.split_by_classes(train, groups), producer.split_by_classes(test, groups), strict=True)
     return [Lesson(_some(part, course.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
 
 
@@ -165,15 +167,15 @@ def _rotations(course: Course, seed: int) -> list[Lesson]:
     angles = [width * (n + np.random.default_rng([seed, n]).uniform()) for n in range(course.count)]
     chosen = [_some(mnist("train"), course.distinct, seed, n) for n in range(course.count)]
     return [
-        Lesson(Samples(producer.rotated(part.x, angle), part.y), _turned_test(angle))
+        Lesson(Samples(producer.rotate_images(part.x, angle), part.y), _turned_test(angle))
         for part, angle in zip(chosen, angles, strict=True)
     ]
 
 
 def _permuted(course: Course, seed: int) -> list[Lesson]:
     """All ten digits, their pixels in an order of each task's own, the first as they are (Kirkpatrick et al. 2017)."""
-    train = producer.by_permutation(mnist("train"), course.count, seed)
-    test = producer.by_permutation(mnist("test"), course.count, seed)
+    train = producer.make_permuted_tasks(mnist("train"), course.count, seed)
+    test = producer.make_permuted_tasks(mnist("test"), course.count, seed)
     return [
         Lesson(_some(part, course.distinct, seed, n), probe)
         for n, (part, probe) in enumerate(zip(train, test, strict=True))
@@ -188,7 +190,7 @@ def _shuffled(course: Course, seed: int) -> list[Lesson]:
 
 def _turned_test(angle: float) -> Samples:
     test = mnist("test")
-    return Samples(producer.rotated(test.x, angle), test.y)
+    return Samples(producer.rotate_images(test.x, angle), test.y)
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:
@@ -198,7 +200,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
 def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
     if count is None or count >= len(samples):
         return samples
-    return samples.take(np.random.default_rng([seed, task]).permutation(len(samples))[:count])
+    return samples.select(np.random.default_rng([seed, task]).permutation(len(samples))[:count])
 
 
 TASKS: dict[str, Callable[[Course, int], list[Lesson]]] = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.data import StreamlearnError, is_out_of_memory
 from streamlearn.logs import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def explain(error: Exception) -> StreamlearnError:
     if isinstance(error, StreamlearnError):
         return error
     if isinstance(error, OSError):
-        return StreamlearnError.of_system(error)
-    if out_of_memory(error):
-        return StreamlearnError.of_memory(error)
+        return StreamlearnError.from_os_error(error)
+    if is_out_of_memory(error):
+        return StreamlearnError.from_out_of_memory(error)
     return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
 
 

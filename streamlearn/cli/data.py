@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from streamlearn.config import Config
     from streamlearn.data import Label
-    from streamlearn.producer import Reading, Samples
+    from streamlearn.producer import ReadOptions, Samples
     from streamlearn.stream.log import Log, Sink
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
@@ -132,22 +132,27 @@ def produce(
 
     loaded = _config(config, servers, embedded)
     exact = loaded is not None and loaded.input.dtype not in {"float16", "float32"}
-    reading = producer.Reading(header, exact, cache(print_error))  # each line once, also where files are alike
+    reading = producer.ReadOptions(header, exact, cache(print_error))  # each line once, also where files are alike
 
     def split(samples: Samples) -> list[Samples]:
-        return producer.by_task(samples, names) if by == "task" else _tasks(samples, whole, tasks, by, groups, seed)
+        return (
+            producer.split_by_task(samples, names) if by == "task" else _tasks(samples, whole, tasks, by, groups, seed)
+        )
 
     def fitted(parts: list[Samples]) -> list[Samples]:
         if loaded is None:
             return parts
-        return [producer.fitted(part, name, loaded, reading.say) for name, part in zip(topics_, parts, strict=True)]
+        return [
+            producer.fit_to_config(part, name, loaded, reading.notify)
+            for name, part in zip(topics_, parts, strict=True)
+        ]
 
     if by == "file" and probe not in {None, "test"}:
         raise StreamlearnError("--by file: --probe takes `test`, each file's own test split", code=2)
 
     names: list[str] = []
     if by == "file":
-        parts = [producer.read(name, how=reading) for name in source]
+        parts = [producer.read_samples(name, how=reading) for name in source]
     else:
         whole = _one(source, reading)
         names = producer.task_names(whole, tasks) if by == "task" else []
@@ -156,18 +161,18 @@ def produce(
     parts, probes = fitted(parts), None
     if probe is not None:
         if by == "file":
-            held = [producer.test_split(name, reading) for name in source]
+            held = [producer.read_test_split(name, reading) for name in source]
         else:
             held = split(_probe(source[0], probe, reading))
         probes = dict(enumerate(fitted(held)))
-    how = producer.Publishing(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)
+    how = producer.PublishOptions(codec or ("json" if parts[0].is_text else "batch"), batch, partitions, markers, rate)
     if loaded is not None:
-        producer.check([*parts, *(probes or {}).values()], how, loaded)
+        producer.check_limits([*parts, *(probes or {}).values()], how, loaded)
     _, sink = _open(loaded, servers, embedded)
     try:
         with _progress() as advance:
             for index, (name, part) in enumerate(zip(topics_, parts, strict=True)):
-                chosen = producer.shuffled(part, seed + index) if shuffle else part
+                chosen = producer.shuffle(part, seed + index) if shuffle else part
                 if limit is not None:
                     chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit], chosen.task[:limit])
                 producer.publish(
@@ -219,10 +224,10 @@ def predict(
         spec = loaded.model if kind == "model" else loaded.input.encoder
         return None if spec is None else (spec.name, spec.options)
 
-    if (samples := producer.unlabelled(file, split)) is None:
-        samples = producer.read(str(file), split, producer.Reading(header, say=print_error))
+    if (samples := producer.read_unlabelled(file, split)) is None:
+        samples = producer.read_samples(str(file), split, producer.ReadOptions(header, notify=print_error))
     if classes is not None:
-        samples = producer.by_classes(samples, producer.resolved(samples, [_labels(classes)]))[0]
+        samples = producer.split_by_classes(samples, producer.resolve_groups(samples, [_labels(classes)]))[0]
     if "/" in checkpoint:  # so that a directory is never taken for an id
         found = at(Path(checkpoint), *Model.FILES, optional=Model.OPTIONAL)
     else:
@@ -306,18 +311,18 @@ def _names(topic: list[str] | None, config: Config | None, count: int) -> list[s
     return names[:count]
 
 
-def _one(source: list[str], how: Reading) -> Samples:
+def _one(source: list[str], how: ReadOptions) -> Samples:
     from streamlearn import producer
 
     if len(source) != 1:
         raise StreamlearnError("several files: each is a task with --by file", code=2)
-    return producer.read(source[0], how=how)
+    return producer.read_samples(source[0], how=how)
 
 
-def _probe(source: str, probe: str, how: Reading) -> Samples:
+def _probe(source: str, probe: str, how: ReadOptions) -> Samples:
     from streamlearn import producer
 
-    return producer.test_split(source, how) if probe == "test" else producer.read(probe, "test", how)
+    return producer.read_test_split(source, how) if probe == "test" else producer.read_samples(probe, "test", how)
 
 
 def _labels(text: str) -> list[str]:
@@ -331,17 +336,17 @@ def _tasks(
     from streamlearn import producer
 
     if by == "permutation":
-        return producer.by_permutation(samples, tasks or 1, seed)
+        return producer.make_permuted_tasks(samples, tasks or 1, seed)
     if by == "rotation":
-        return producer.by_rotation(samples, tasks or 1)
+        return producer.make_rotated_tasks(samples, tasks or 1)
     chosen: list[list[Label]] = (
-        producer.resolved(whole, [_labels(group) for group in groups.split("/")])
+        producer.resolve_groups(whole, [_labels(group) for group in groups.split("/")])
         if groups
-        else producer.equal_groups(whole, tasks or 1)
+        else producer.equal_class_groups(whole, tasks or 1)
     )
     if tasks not in {None, len(chosen)}:
         raise StreamlearnError(f"--tasks is {tasks}, but --groups names {len(chosen)}", code=2)
-    return producer.by_classes(samples, chosen)
+    return producer.split_by_classes(samples, chosen)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def list_(
     from streamlearn.stream import letters
 
     with _opened(config) as (log, _, dead, _):
-        found = letters.index(log, dead)
+        found = letters.list_letters(log, dead)
     matching = _matching(found.letters, topic, reason)
     chosen = [letter for letter in matching if everything or not letter.replayed]
     shown = chosen if limit is None else chosen[max(0, len(chosen) - limit) :]
@@ -86,17 +86,17 @@ def show(
     from streamlearn.stream import letters
 
     with _opened(config) as (log, _, dead, _):
-        record, carrier = letters.find(log, dead, key)
-    letter = letters.Letter.of(record)
+        record, carrier = letters.find_letter(log, dead, key)
+    letter = letters.Letter.from_record(record)
     assert letter is not None
     if carrier is None and (value or output is not None):
-        raise StreamlearnError(f"{key}: the bytes were in letter {letter.carrier}, which is gone")
+        raise StreamlearnError(f"{key}: the bytes were in letter {letter.value_key}, which is gone")
     content = (carrier.value if carrier is not None else None) or b""
     if output is not None:
         try:
             output.write_bytes(content)
         except OSError as error:
-            raise StreamlearnError.of_system(error, output) from error
+            raise StreamlearnError.from_os_error(error, output) from error
     if value:
         sys.stdout.buffer.write(content)
         return
@@ -107,7 +107,7 @@ def show(
     if (own := letters.original_key(record)) is not None:
         say(f"{'record key':<10} {_text(own)}")
     if carrier is None:
-        say(f"{'value':<10} gone: it was in letter {letter.carrier}")
+        say(f"{'value':<10} gone: it was in letter {letter.value_key}")
     elif carrier.value is None:
         say(f"{'value':<10} none: a tombstone")
     else:
@@ -138,7 +138,7 @@ def replay(
     with _opened(config) as (log, sink, dead, state_dir):
         if to == dead:
             raise StreamlearnError(f"--to {to}: that is the dead-letter topic itself", code=2)
-        found = letters.index(log, dead)
+        found = letters.list_letters(log, dead)
         _report_skipped(found.skipped, dead)
         matching = [e for e in _matching(found.letters, topic, reason) if not e.replayed]
         if key is not None:
@@ -151,14 +151,14 @@ def replay(
         if not chosen:
             say("nothing to send")
             return
-        partitions, unwritable = letters.targets(sink, dead, chosen, to)
+        partitions, unwritable = letters.target_partitions(sink, dead, chosen, to)
         if not partitions:
             raise next(iter(unwritable.values()))
         _warn_of_ended(state_dir, partitions)
         sent: list[Letter] = []
         if dry_run:
             reachable = [letter for letter in chosen if (to or letter.topic) in partitions]
-            sent.extend(letter for _, _, group in letters.sendable(log, dead, reachable) for letter in group)
+            sent.extend(letter for _, _, group in letters.records_to_send(log, dead, reachable) for letter in group)
             _tell("would be sent", sent, to)
         else:
             _confirm(chosen, to, yes=yes)
@@ -194,7 +194,7 @@ def _clock(seconds: float, precision: Literal["seconds", "milliseconds"] = "mill
 def _tree(letter: Letter) -> dict[str, Any]:
     """Return a letter as `--json` shows it."""
     known = {**asdict(letter), "further": len(letter.indices) - 1}
-    del known["carrier"], known["lies_in"]
+    del known["value_key"], known["letter_partition"]
     return {**known, "rejected": _clock(letter.rejected), "timestamp": _clock(letter.timestamp)}
 
 
@@ -220,10 +220,10 @@ def _warn_of_ended(state_dir: Path, topics: Collection[str]) -> None:
 
 
 def _matching(found: list[Letter], topic: str | None, reason: str | None) -> list[Letter]:
-    from streamlearn.data import LETTER_REASONS
+    from streamlearn.data import DEAD_LETTER_REASONS
 
-    if reason not in {None, *LETTER_REASONS}:
-        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(LETTER_REASONS)}", code=2)
+    if reason not in {None, *DEAD_LETTER_REASONS}:
+        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(DEAD_LETTER_REASONS)}", code=2)
     return [e for e in found if topic in {None, e.topic} and reason in {None, e.reason}]
 
 

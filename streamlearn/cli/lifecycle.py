@@ -27,7 +27,7 @@ from streamlearn.cli.common import (
     print_json,
     say,
 )
-from streamlearn.data import StreamlearnError, audit
+from streamlearn.data import StreamlearnError, format_outcomes
 from streamlearn.logs import printable, printable_lines
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
@@ -250,7 +250,7 @@ def figures(tree: dict[str, Any]) -> str:
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
     age = tree.get("batches_since_evaluation")
     forward = percent(tree["forward_transfer"]) + (f" (measured {age} batches ago)" if age else "")
-    audited = "".join(f"{printable(line)}\n" for line in audit(tree["topics"]))
+    audited = "".join(f"{printable(line)}\n" for line in format_outcomes(tree["topics"]))
     return (
         f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
         f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {forward}\n"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.memory import ALL, Immutable, Reservoir
-from streamlearn.stream.text import FIRST, UNKNOWN
+from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -49,7 +49,11 @@ class Probes:
         if sizes == self._known:  # all four are append-only
             return
         self._known = sizes
-        ids = {word: FIRST + place for place, word in enumerate(progress.vocabulary)} if progress.probe_words else {}
+        ids = (
+            {word: FIRST_WORD_ID + place for place, word in enumerate(progress.vocabulary)}
+            if progress.probe_words
+            else {}
+        )
         met = progress.labels
         labels = [met.index(label) if label in met else -1 - place for place, label in enumerate(progress.probe_labels)]
         words = [ids.get(word, -1 - place) for place, word in enumerate(progress.probe_words)]
@@ -82,7 +86,7 @@ class Probes:
         else:
             return None
         x, y = self._numbered(x, y)
-        return (torch.where(x < 0, UNKNOWN, x) if len(self._words) else x), y
+        return (torch.where(x < 0, UNKNOWN_ID, x) if len(self._words) else x), y
 
     @property
     def sizes(self) -> dict[int, int]:

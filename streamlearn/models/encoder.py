@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.data import StreamlearnError, is_out_of_memory
 from streamlearn.models import imports
 from streamlearn.models.modes import global_seed
 from streamlearn.models.module_state import load_module_state, module_state
@@ -106,7 +106,7 @@ def _features(module: nn.Module, x: Tensor) -> Any:
 
 def _unfit(name: str, why: Exception | str, doing: str = "") -> StreamlearnError:
     if isinstance(why, Exception):
-        if out_of_memory(why):
-            return StreamlearnError.of_memory(why)
+        if is_out_of_memory(why):
+            return StreamlearnError.from_out_of_memory(why)
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
     return StreamlearnError(f"input.encoder {name}: {doing}{why}", code=78)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.data import StreamlearnError, is_out_of_memory
 from streamlearn.models.modes import differentiable_eval_mode, eval_mode, global_seed
 from streamlearn.models.module_state import load_module_state, module_state
 from streamlearn.models.registry import model_error
@@ -144,6 +144,6 @@ def as_model_error(name: str, doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a user's model raises is not our fault
-        if out_of_memory(error):
-            raise StreamlearnError.of_memory(error) from error
+        if is_out_of_memory(error):
+            raise StreamlearnError.from_out_of_memory(error) from error
         raise model_error({"name": name}, error, doing) from error

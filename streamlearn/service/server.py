@@ -55,12 +55,12 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
     except OSError as error:
         elsewhere = _socket_path_elsewhere(state_dir)
         if error.errno not in NO_SOCKETS or path == elsewhere:
-            raise StreamlearnError.of_system(error, path) from error
+            raise StreamlearnError.from_os_error(error, path) from error
         log.info("%s: no socket can lie there (%s); it lies at %s", path, error.strerror, elsewhere)
     try:
         return _bind(elsewhere), elsewhere
     except OSError as error:
-        raise StreamlearnError.of_system(error, elsewhere) from error
+        raise StreamlearnError.from_os_error(error, elsewhere) from error
 
 
 def _bind(path: Path) -> socket.socket:

@@ -58,7 +58,7 @@ class Lock:
             try:
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                raise StreamlearnError.of_system(error) from error
+                raise StreamlearnError.from_os_error(error) from error
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.check()
@@ -86,7 +86,7 @@ class Lock:
                 code=74,
             ) from error
         except OSError as error:
-            raise StreamlearnError.of_system(error, self.path) from error
+            raise StreamlearnError.from_os_error(error, self.path) from error
         ours = os.fstat(self._descriptor)
         if (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
             raise LockLost(
@@ -115,7 +115,7 @@ def prepare(state_dir: Path) -> None:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = state_dir.stat()
     except OSError as error:
-        raise StreamlearnError.of_system(error) from error
+        raise StreamlearnError.from_os_error(error) from error
     if found.st_uid not in {os.geteuid(), 0}:
         raise StreamlearnError(
             f"{state_dir}: belongs to user {_user(found.st_uid)}, and this is user {_user(os.geteuid())}: run it as that "
@@ -146,7 +146,7 @@ def open_log(state_dir: Path) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise StreamlearnError(f"{state_dir / 'daemon.log'}: is a link, which is not followed", code=77) from error
-        raise StreamlearnError.of_system(error) from error
+        raise StreamlearnError.from_os_error(error) from error
 
 
 def process_start_time(pid: int) -> int | None:
@@ -194,7 +194,7 @@ def write_hints(path: Path, tree: dict[str, Any]) -> None:
             file.write(json.dumps(tree))
         temporary.replace(path)
     except OSError as error:
-        raise StreamlearnError.of_system(error, path) from error
+        raise StreamlearnError.from_os_error(error, path) from error
 
 
 def take_over(state_dir: Path, tree: dict[str, Any]) -> str:
@@ -217,7 +217,7 @@ def is_locked(state_dir: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StreamlearnError.of_system(error) from error
+        raise StreamlearnError.from_os_error(error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -43,7 +43,7 @@ class Distillation(Replay):
         task = torch.tensor(self.taught)[chosen]
         logits = self.teacher.logits(batch.x, task)
         soft = torch.softmax(logits / self.temperature, 1)
-        return Batch(batch.x, logits.argmax(1), task, soft=soft, temperature=self.temperature)
+        return Batch(batch.x, logits.argmax(1), task, soft_targets=soft, temperature=self.temperature)
 
     def end_task(self, closing: Closing) -> None:
         self.shares.end_task(closing.task)

@@ -151,7 +151,9 @@ class GenerativeReplay(Replay):
             return Batch(x, logits.argmax(1), task)
         if not self.spec.conditional:
             y = logits.argmax(1)
-        return Batch(x, y, task, soft=torch.softmax(logits / targets.temperature, 1), temperature=targets.temperature)
+        return Batch(
+            x, y, task, soft_targets=torch.softmax(logits / targets.temperature, 1), temperature=targets.temperature
+        )
 
     def observe(self, mixed: Batch, finite: Tensor) -> None:
         noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.world.device)

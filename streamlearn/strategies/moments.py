@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError, out_of_memory
+from streamlearn.data import StreamlearnError, is_out_of_memory
 from streamlearn.models.modes import differentiable_eval_mode
 from streamlearn.tensors import dense
 
@@ -45,7 +45,7 @@ def moments(
         try:
             found = _by_sample(network, x, y, weight, losses, power)
         except (RuntimeError, ValueError) as error:  # what torch cannot map over samples
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             found = _one_by_one(network, x, y, weight, losses, power)
     return found
@@ -59,7 +59,7 @@ def check(world: World, recipe: str) -> None:
         with differentiable_eval_mode(network):
             moments(network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1)
     except Exception as error:  # whatever a user's model raises is not our fault
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         why = " ".join(str(error).split())
         message = f"strategy.{recipe}: the model gives no gradient of a single sample: {type(error).__name__}: {why}"

@@ -95,7 +95,7 @@ class DarkReplay(EpisodicReplay):
         weight[count:] = self.alpha / count
         soft = drawn["logits"][count:].to(self.device)
         x, y = self.scale(drawn["x"]), drawn["y"].to(self.device)
-        return Batch(x, y, drawn["task"], weight, soft, logits=True)
+        return Batch(x, y, drawn["task"], weight, soft, targets_are_logits=True)
 
     @torch.no_grad()
     def end_task(self, closing: Closing) -> None:

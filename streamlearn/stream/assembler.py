@@ -13,13 +13,13 @@ import torch
 from streamlearn.data import (
     Batch,
     Delivery,
-    Found,
     HeldOut,
+    Observations,
     Position,
     Positions,
     Rejected,
     StreamlearnError,
-    look_alike,
+    label_of_other_type,
 )
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from streamlearn.data import Label, Partition, Progress, Task
     from streamlearn.scenario import Scenario
     from streamlearn.stream.codec import Chunk, Codec
-    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut
     from streamlearn.stream.log import Record
 
@@ -48,7 +48,7 @@ class Rules:
     codec: Codec
     holdout: HoldOut
     scenario: Scenario
-    dead_letters: DeadLetters
+    dead_letters: DeadLetterWriter
     batch_size: int
     records: int | None = None  # end a task after so many samples
     keep_late: bool = False  # send what comes after its task's end to the dead letters
@@ -79,7 +79,7 @@ class Assembler:
         self.queued = 0  # samples consumed that no delivery carries yet
         self.burst = Burst()
         self._pending = _Pending()
-        self._found = Found()
+        self._found = Observations()
         self._scanned: dict[Partition, Position] = {}
         self._reached = False  # positions have moved on that no delivery carries yet
         self._newest: float | None = None
@@ -115,21 +115,21 @@ class Assembler:
 
     def begin(self, task: Task) -> Delivery:
         """Return the delivery that begins a task."""
-        self.task = replace(task, labels=list(task.labels), counts=Counter(), marked=[])
+        self.task = replace(task, labels=list(task.labels), counts=Counter(), marked_partitions=[])
         self.progress.tasks.append(self.task)
-        return Delivery(begins=task)
+        return Delivery(new_task=task)
 
     def ends_with(self, record: Record) -> bool:
         """Tell whether a record is the last marker that the current task still needs."""
         task = self.task
         if task is None or record.topic != task.name or record.header(CONTROL) != TASK_END:
             return False
-        return set(self._partitions) <= {*task.marked, record.partition}
+        return set(self._partitions) <= {*task.marked_partitions, record.partition}
 
     def feed(self, record: Record) -> Iterator[Delivery]:
         """Take one record; yield what it completes."""
         partition = (record.topic, record.partition)
-        expected = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
+        expected = self._scanned.get(partition) or self.progress.positions.by_partition.get(partition) or Position(0)
         chunk = None if record.header(CONTROL) == TASK_END else self.rules.codec.decode(record)
         begin = record.offset if record.begin is None else record.begin  # it may stand for a whole batch of records
         skip = expected.skip if begin <= expected.offset <= record.offset else 0
@@ -148,7 +148,7 @@ class Assembler:
             return
         self._scanned[partition] = Position(record.offset + 1)
         if record.begin is not None and (missed := record.offset - max(record.begin, expected.offset)) > 0:
-            self._found.gaps[record.topic, "oversize"] += missed  # the record stands for more than itself
+            self._found.lost_offsets[record.topic, "oversize"] += missed  # the record stands for more than itself
         if chunk is None:
             yield from self._mark(partition)
         elif codes is None or outputs is None:
@@ -168,8 +168,8 @@ class Assembler:
     def close(self, ends: dict[int, int], fixed_by: str = "next_topic") -> Delivery:
         """Return the delivery that fixes the current task's end offsets."""
         assert self.task is not None
-        self.task.ends, self.task.fixed_by = ends, fixed_by
-        return Delivery(closes=ends, fixed_by=fixed_by)
+        self.task.end_offsets, self.task.fixed_by = ends, fixed_by
+        return Delivery(end_offsets=ends, fixed_by=fixed_by)
 
     def close_here(self, partitions: Iterable[int]) -> Delivery:
         """Return the delivery that fixes the current task's end where each of its partitions was read up to."""
@@ -177,7 +177,7 @@ class Assembler:
         ends = {}
         for partition in partitions:
             place = (self.task.name, partition)
-            at = self._scanned.get(place) or self.progress.positions.at.get(place)
+            at = self._scanned.get(place) or self.progress.positions.by_partition.get(place)
             ends[partition] = at.offset if at is not None else 0
         return self.close(ends, "command")
 
@@ -185,19 +185,19 @@ class Assembler:
         """Return the delivery after which no restart counts what was rejected so far as a burst again."""
         if (task := self.task) is None:  # it ended, so its positions are delivered
             return None
-        return Delivery(excuses={p: at.offset for (topic, p), at in self._scanned.items() if topic == task.name})
+        return Delivery(forgives_below={p: at.offset for (topic, p), at in self._scanned.items() if topic == task.name})
 
     def reach(self, reached: dict[Partition, int]) -> None:
         """Take the log's word that nothing lies below these offsets: transactions and compaction leave holes."""
         for partition, offset in reached.items():
-            at = self._scanned.get(partition) or self.progress.positions.at.get(partition) or Position(0)
+            at = self._scanned.get(partition) or self.progress.positions.by_partition.get(partition) or Position(0)
             if at < Position(offset):
                 self._scanned[partition] = Position(offset)
                 self._reached = True
 
     def lost(self, partition: Partition, offset: int, count: int, reason: str) -> None:
         """Go on at `offset`, with so many offsets never seen."""
-        self._found.gaps[partition[0], reason] += count
+        self._found.lost_offsets[partition[0], reason] += count
         self._scanned[partition] = Position(offset)
 
     def end(self, how: str) -> Delivery:
@@ -231,9 +231,9 @@ class Assembler:
 
     def _is_late(self, record: Record) -> bool:
         task = self.task
-        if task is None or record.topic != task.name or record.partition in task.marked:
+        if task is None or record.topic != task.name or record.partition in task.marked_partitions:
             return True
-        return task.ends is not None and record.offset >= task.ends.get(record.partition, 0)
+        return task.end_offsets is not None and record.offset >= task.end_offsets.get(record.partition, 0)
 
     def _sort(self, record: Record, chunk: Chunk, skip: int) -> tuple[np.ndarray, np.ndarray]:
         """Decide each sample's outcome and output, `codes [n]` and `outputs [n]`, and send the dead letters."""
@@ -244,31 +244,31 @@ class Assembler:
         known: dict[tuple[Label, bool], int | None] = {}
         room = len(chunk) if self.rules.records is None else max(0, self.rules.records - self.task.counts["consumed"])
         for index in range(skip, min(len(chunk), skip + room)):  # what comes after the count is late, whatever it is
-            if index not in chunk.bad:
+            if index not in chunk.rejected:
                 label = chunk.y[index]
-                held_out = probe or self.rules.holdout.takes(chunk.value(index), label, record.key)
+                held_out = probe or self.rules.holdout.takes(chunk.hash_input(index), label, record.key)
                 if (label, held_out) not in known:
                     known[label, held_out] = self._probe_output(label) if held_out else self._output(label)
                 if (output := known[label, held_out]) is None:
                     text = f"label {label!r:.80} has no output; {self._accepted()}{self._look_alike(label)}"
-                    chunk.bad[index] = Rejected("label_range", text)
+                    chunk.rejected[index] = Rejected("label_range", text)
                 else:
                     outputs[index] = output
                     if held_out:
                         codes[index] = HELD_OUT
                     if index in chunk.text:
                         self._read(chunk, index, held_out=held_out)
-            if index in chunk.bad:
+            if index in chunk.rejected:
                 codes[index] = REJECTED
         rejected = np.flatnonzero(codes == REJECTED).tolist()
-        why = {index: chunk.bad[index] for index in rejected}
-        self.rules.dead_letters.send_all(record, why, len(chunk), self.topic_id(record.topic))
+        why = {index: chunk.rejected[index] for index in rejected}
+        self.rules.dead_letters.write_rejected(record, why, len(chunk), self.topic_id(record.topic))
         if skip + room < len(chunk):
             self._tell_late(record, chunk, skip + room)
         if rejected and record.topic not in self._told:  # once: what comes after is counted
             self._told.add(record.topic)
             where = f"{record.topic}[{record.partition}] offset {record.offset}"
-            log.warning("%s: a sample is rejected: %s; further ones are counted", where, chunk.bad[rejected[0]])
+            log.warning("%s: a sample is rejected: %s; further ones are counted", where, chunk.rejected[rejected[0]])
         return codes, outputs
 
     def _tell_late(self, record: Record, chunk: Chunk, start: int) -> None:
@@ -281,14 +281,14 @@ class Assembler:
         if self.rules.keep_late:
             late = Rejected("late", f"came after the end of task {record.topic}")
             why = dict.fromkeys(range(start, len(chunk)), late)
-            self.rules.dead_letters.send_all(record, why, len(chunk), self.topic_id(record.topic))
+            self.rules.dead_letters.write_rejected(record, why, len(chunk), self.topic_id(record.topic))
 
     def _follow_burst(self, record: Record, chunk: Chunk, codes: np.ndarray, skip: int) -> None:
         assert self.task is not None
-        if not chunk.bad:
+        if not chunk.rejected:
             self.burst.clear()
-        elif record.offset >= self.task.excused.get(record.partition, 0):
-            self.burst.follow(record, codes == REJECTED, chunk.bad, skip)
+        elif record.offset >= self.task.forgiven_below.get(record.partition, 0):
+            self.burst.follow(record, codes == REJECTED, chunk.rejected, skip)
 
     def _output(self, label: Label) -> int | None:
         """Return the output of a trained sample's label, or None if it has none; a new label takes the next one."""
@@ -298,10 +298,10 @@ class Assembler:
         if output is not None:
             if label not in self.task.labels:
                 self.task.labels.append(label)
-                self._found.labels.append((self.task.index, label))
+                self._found.new_labels.append((self.task.index, label))
             if label not in labels:
                 labels.append(label)
-                if (other := look_alike(label)) in labels:
+                if (other := label_of_other_type(label)) in labels:
                     log.warning("topic %s: label %r comes beside %r: they are two labels", self.task.name, label, other)
         return output
 
@@ -321,18 +321,18 @@ class Assembler:
                 return None
             self._apart[label] = -1 - len(self._apart)
             self.progress.probe_labels.append(label)
-            self._found.probe_labels.append(label)
+            self._found.new_probe_labels.append(label)
         return self._apart[label]
 
     def _read(self, chunk: Chunk, index: int, *, held_out: bool) -> None:
         """Write a text's ids into its sample; what is new in it travels with the delivery, as labels do."""
         rows, vocabulary = chunk.text[index], self._vocabulary
         if held_out:
-            self._found.probe_words += vocabulary.set_apart(rows)
+            self._found.new_probe_words += vocabulary.add_probe_words(rows)
             chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape, held_out=True)
             return
         was_full = vocabulary.full
-        self._found.words += vocabulary.learn(rows)
+        self._found.new_words += vocabulary.add_words(rows)
         chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape)
         if vocabulary.full and not was_full:
             log.warning("input.vocabulary: all %d words are taken; others are unknown from here on", vocabulary.size)
@@ -340,7 +340,7 @@ class Assembler:
     def _look_alike(self, label: Label) -> str:
         """Return the hint that a label of the other type is accepted, or nothing."""
         assert self.task is not None
-        scenario, other = self.rules.scenario, look_alike(label)
+        scenario, other = self.rules.scenario, label_of_other_type(label)
         if other is None or scenario.output(other, self.task.name, self.progress.labels) is None:
             return ""
         return f"; {other!r} is another label: {'text' if isinstance(other, str) else 'a number'}"
@@ -381,7 +381,7 @@ class Assembler:
             self._found.outcomes[topic, "held_out"] += int(held.sum())
         for offset in np.flatnonzero(part == REJECTED).tolist():
             self._found.outcomes[topic, "rejected"] += 1
-            self._found.rejected[topic, chunk.bad[span.start + offset].reason] += 1
+            self._found.rejected[topic, chunk.rejected[span.start + offset].reason] += 1
 
     def _count(self, topic: str, outcome: str, count: int) -> None:
         self._found.consumed[topic] += count
@@ -394,11 +394,11 @@ class Assembler:
 
     def _mark(self, partition: Partition) -> Iterator[Delivery]:
         task = self.task
-        if task is None or partition[0] != task.name or partition[1] in task.marked:
+        if task is None or partition[0] != task.name or partition[1] in task.marked_partitions:
             return  # a marker of a task that has ended
-        task.marked.append(partition[1])
-        self._found.markers.append(partition)
-        if set(self._partitions) <= set(task.marked):
+        task.marked_partitions.append(partition[1])
+        self._found.task_end_markers.append(partition)
+        if set(self._partitions) <= set(task.marked_partitions):
             yield self.end("marker")
 
     def _deliver(self, ends: str | None = None) -> Delivery:
@@ -412,19 +412,19 @@ class Assembler:
         ids = {topic: topic_id for topic, topic_id in self._ids.items() if topic in topics}
         delivery = Delivery(
             positions=Positions(dict(self._scanned), ids, self.cluster_id),
-            found=self._found,
+            observations=self._found,
             batch=batch,
-            ends=ends,
-            newest=self._newest,
+            task_end_reason=ends,
+            newest_timestamp=self._newest,
         )
         self.queued, self._reached = 0, False
-        self._pending, self._found, self._newest = _Pending(), Found(), None
+        self._pending, self._found, self._newest = _Pending(), Observations(), None
         return delivery
 
 
 def _cut_otherwise(record: Record, skip: int, chunk: Chunk) -> StreamlearnError:
     """Return the refusal to go on in a record of which samples are done, and which has no further one any more."""
-    why = f" ({chunk.bad[0].reason}: {chunk.bad[0]})" if 0 in chunk.bad else ""
+    why = f" ({chunk.rejected[0].reason}: {chunk.rejected[0]})" if 0 in chunk.rejected else ""
     where = f"{record.topic}[{record.partition}] offset {record.offset}"
     text = f"{where}: {skip} samples of this record were done before, and now it is read as {len(chunk)}{why}"
     return StreamlearnError(

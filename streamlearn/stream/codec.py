@@ -22,7 +22,7 @@ import orjson
 from streamlearn.config import TextInput
 from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
-from streamlearn.stream.text import fingerprint, parse
+from streamlearn.stream.text import fingerprint, parse_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ CONTENT_TYPES = {
     b"application/msgpack": "msgpack",
     b"application/vnd.streamlearn.batch": "batch",
 }
-TYPE_OF = {codec: content_type for content_type, codec in CONTENT_TYPES.items()}
+CONTENT_TYPE_OF = {codec: content_type for content_type, codec in CONTENT_TYPES.items()}
 NOT_FINITE = (b"NaN", b"Infinity")  # what many writers put where JSON has no number
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -51,13 +51,13 @@ class Chunk:
 
     x: np.ndarray
     y: list[Any]
-    bad: dict[int, Rejected] = field(default_factory=dict)
+    rejected: dict[int, Rejected] = field(default_factory=dict)
     text: dict[int, Rows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def value(self, index: int) -> np.ndarray:
+    def hash_input(self, index: int) -> np.ndarray:
         """Return what a sample's hash is taken of: a text's words, because ids depend on what came before."""
         return fingerprint(self.text[index]) if index in self.text else self.x[index]
 
@@ -77,11 +77,11 @@ class Codec:
         scale: float = 1.0,
     ) -> None:
         self.text = text
-        self.largest = FLOAT32_MAX * min(1.0, scale)  # what the model sees, x / scale, must be finite in float32
+        self.max_magnitude = FLOAT32_MAX * min(1.0, scale)  # what the model sees, x / scale, must be finite in float32
         self.version = version
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
-        self.default = default
+        self.default_codec = default
         self.max_record_bytes = max_record_bytes
         self._empty = np.zeros((1, *self.shape), self.dtype)
 
@@ -93,7 +93,7 @@ class Codec:
         shape, dtype, scale = config.input.shape, config.input.dtype, config.input.scale
         return cls(shape, dtype, spec.codec, spec.max_record_bytes, text, version, scale=scale)
 
-    def samples(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
+    def convert(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         """Return samples `[n, ...]` of any numbers in the stream's dtype, and by index those that the stream would reject.
 
         Whole numbers are integers, whatever type they have in a file. Raises `Rejected` where their shape is another.
@@ -113,7 +113,7 @@ class Codec:
         with np.errstate(over="ignore"):  # what overflows is infinite, and rejected as such
             chunk = Chunk(np.ascontiguousarray(x.astype(self.dtype)), [0] * len(x))
         self._check(chunk)
-        return chunk.x, chunk.bad | bad
+        return chunk.x, chunk.rejected | bad
 
     def decode(self, record: Record) -> Chunk:
         """Return the samples of a record; never raises: what is wrong with them is part of the chunk."""
@@ -152,7 +152,7 @@ class Codec:
         if (wrong := _wrong_label("answer", answer)) is not None:
             raise wrong
         _check_task(tree, record)
-        return Chunk(self._empty.copy(), [answer], text={0: parse(tree, text.sentences, text.words, self.version)})
+        return Chunk(self._empty.copy(), [answer], text={0: parse_text(tree, text.sentences, text.words, self.version)})
 
     def _parse(self, record: Record) -> dict[str, Any]:
         if record.oversize is not None:
@@ -162,9 +162,13 @@ class Codec:
         if len(record.value) > self.max_record_bytes:
             raise Rejected("oversize", f"{len(record.value)} bytes; expected at most {self.max_record_bytes}")
         content_type = record.header(CONTENT_TYPE)
-        codec = self.default if content_type is None else CONTENT_TYPES.get(content_type.split(b";")[0].strip().lower())
+        codec = (
+            self.default_codec
+            if content_type is None
+            else CONTENT_TYPES.get(content_type.split(b";")[0].strip().lower())
+        )
         if codec is None:
-            raise Rejected("decode", f"content type {content_type!r:.80}; expected {', '.join(TYPE_OF)}")
+            raise Rejected("decode", f"content type {content_type!r:.80}; expected {', '.join(CONTENT_TYPE_OF)}")
         try:
             tree = _json(record.value) if codec == "json" else msgpack.unpackb(record.value, strict_map_key=True)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
@@ -224,20 +228,20 @@ class Codec:
         if self.dtype.kind == "f":
             finite = np.isfinite(chunk.x).reshape(len(chunk), -1).all(axis=1)
             for index in np.flatnonzero(~finite).tolist():
-                chunk.bad[index] = Rejected("nonfinite", "x holds a value that is not finite")
-        if self.dtype == np.float64 or self.largest < FLOAT32_MAX:
+                chunk.rejected[index] = Rejected("nonfinite", "x holds a value that is not finite")
+        if self.dtype == np.float64 or self.max_magnitude < FLOAT32_MAX:
             # models compute in float32, where it would be infinite, perhaps only after it was divided by input.scale
-            far = (np.abs(chunk.x, dtype=np.float64) > self.largest).reshape(len(chunk), -1).any(axis=1)
+            far = (np.abs(chunk.x, dtype=np.float64) > self.max_magnitude).reshape(len(chunk), -1).any(axis=1)
             for index in np.flatnonzero(far).tolist():
-                why = f"x holds a value beyond float32: expected {self.largest:.3g} at most"
-                chunk.bad.setdefault(index, Rejected("nonfinite", why))
+                why = f"x holds a value beyond float32: expected {self.max_magnitude:.3g} at most"
+                chunk.rejected.setdefault(index, Rejected("nonfinite", why))
         for index, label in enumerate(chunk.y):
             if label is None:
-                chunk.bad[index] = Rejected("missing_label", "no label")
+                chunk.rejected[index] = Rejected("missing_label", "no label")
             elif type(label) is not int and type(label) is not str:
-                chunk.bad[index] = Rejected("schema", f"y is {label!r:.80}; expected an integer or a string")
+                chunk.rejected[index] = Rejected("schema", f"y is {label!r:.80}; expected an integer or a string")
             elif (wrong := _wrong_label("y", label)) is not None:
-                chunk.bad[index] = wrong
+                chunk.rejected[index] = wrong
 
 
 def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
@@ -252,7 +256,7 @@ def encode(codec: str, x: np.ndarray, y: Label | Sequence[Label]) -> bytes:
     return bytes(msgpack.packb(tree))
 
 
-def cut_batch(value: bytes, indices: Sequence[int], samples: int) -> bytes:
+def batch_subset(value: bytes, indices: Sequence[int], samples: int) -> bytes:
     """Return a batch record of these of its samples alone, bit by bit as they are, and everything else that it says.
 
     Raises `ValueError` if the bytes are no batch record of so many samples.

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PREFIX = "streamlearn.errors."
-LETTERS_OF_RECORD = 1000  # letters of one sample each; what further samples of the record are rejected share a letter
+HEADER_PREFIX = "streamlearn.errors."
+MAX_SINGLE_LETTERS = 1000  # letters of one sample each; what further samples of the record are rejected share a letter
 SHARED_SPAN = 1 << 20  # sample numbers of one shared letter: its header must fit into a broker's message
 SPAN_BYTES = SHARED_SPAN // 8
 MAX_SAMPLES = 1 << 30  # of one record: it has a byte for each at least
-DENIED = 77  # the exit code of a missing permission
+NO_PERMISSION = 77  # the exit code of a missing permission
 ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before reading stands still
 
 
-class DeadLetters:
+class DeadLetterWriter:
     """Writes rejected samples to one topic; one thread sends, any may flush.
 
     The value and headers are the record's own (but for names that begin with `streamlearn.errors.`, which are ours); a batch
@@ -55,21 +55,23 @@ class DeadLetters:
             1 if made else self.sink.partitions(self.topic)
         )  # brokers list a new topic a little later
 
-    def send_all(self, record: Record, rejected: Mapping[int, Rejected], samples: int, topic_id: str | None) -> None:
+    def write_rejected(
+        self, record: Record, rejected: Mapping[int, Rejected], samples: int, topic_id: str | None
+    ) -> None:
         """Write the rejected samples of a record of `samples`, by index.
 
-        Past `LETTERS_OF_RECORD` the samples of one reason share a letter: a record of a megabyte may have 300,000 samples.
+        Past `MAX_SINGLE_LETTERS` the samples of one reason share a letter: a record of a megabyte may have 300,000 samples.
         """
         indices = list(rejected)
-        for index in indices[:LETTERS_OF_RECORD]:
-            self.send(record, index, samples, rejected[index], topic_id)
+        for index in indices[:MAX_SINGLE_LETTERS]:
+            self.write(record, index, samples, rejected[index], topic_id)
         shared: dict[tuple[str, int], list[int]] = {}
-        for index in indices[LETTERS_OF_RECORD:]:
+        for index in indices[MAX_SINGLE_LETTERS:]:
             shared.setdefault((rejected[index].reason, index // SHARED_SPAN), []).append(index)
         for first, *further in shared.values():
-            self.send(record, first, samples, rejected[first], topic_id, further)
+            self.write(record, first, samples, rejected[first], topic_id, further)
 
-    def send(
+    def write(
         self,
         record: Record,
         index: int,
@@ -91,11 +93,11 @@ class DeadLetters:
             "message": f"{rejected}{more}",
             **({"topic-id": topic_id} if topic_id is not None else {}),
         }
-        added = tuple((PREFIX + name, value.encode(errors="backslashreplace")) for name, value in facts.items())
+        added = tuple((HEADER_PREFIX + name, value.encode(errors="backslashreplace")) for name, value in facts.items())
         if further:
-            added += ((PREFIX + "further", pack_indices(further, samples)),)
+            added += ((HEADER_PREFIX + "further", pack_indices(further, samples)),)
         if record.key is not None:
-            added += ((PREFIX + "key", record.key),)
+            added += ((HEADER_PREFIX + "key", record.key),)
         key = f"{record.topic}-{record.partition}-{record.offset}-{index}".encode()
         partition = record.partition % self._num_partitions
         value = record.value
@@ -103,9 +105,9 @@ class DeadLetters:
         carrier = self._last[1] if self._last is not None and self._last[0] == place else key
         if carrier != key:  # a batch record's bytes are written once, not for each sample
             value = None
-            added += ((PREFIX + "value-in", carrier),)
+            added += ((HEADER_PREFIX + "value-in", carrier),)
         # Kafka allows null, its client does not
-        kept = tuple((name, data or b"") for name, data in record.headers if not name.startswith(PREFIX))
+        kept = tuple((name, data or b"") for name, data in record.headers if not name.startswith(HEADER_PREFIX))
         self._unacknowledged = True
         try:
             self.sink.append(self.topic, partition, value, key=key, headers=(*kept, *added))
@@ -123,7 +125,7 @@ class DeadLetters:
             raise StreamlearnError(self._failure, code=74)
         self._flush()
 
-    def trouble(self) -> str | None:
+    def retry_failed(self) -> str | None:
         """Return why letters are not acknowledged, or None; tries those again that failed. For the thread that sends.
 
         Raises `StreamlearnError` (77) where we may not write them.
@@ -137,7 +139,7 @@ class DeadLetters:
             self._flush()
         except StreamlearnError as error:
             self._unacknowledged = True
-            if error.code == DENIED:
+            if error.code == NO_PERMISSION:
                 raise  # no later try would help
             if self._failure is None:
                 log.error("dead-letter topic %s: %s; reading stands still until it is written", self.topic, error)  # noqa: TRY400 - the line says all

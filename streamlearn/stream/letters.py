@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from streamlearn.data import TOPIC_NAME, StreamlearnError
-from streamlearn.stream.codec import cut_batch
-from streamlearn.stream.deadletter import PREFIX, unpack_indices
+from streamlearn.stream.codec import batch_subset
+from streamlearn.stream.deadletter import HEADER_PREFIX, unpack_indices
 from streamlearn.stream.log import ATTEMPT, CONTROL, CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ NUMBER = re.compile(rb"[0-9]{1,19}")
 LATEST_SECONDS = (2**63 - 1) / 1000  # Kafka's timestamps are milliseconds of 64 bits
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
-REPLAYED = PREFIX + "replayed-to"  # header of a mark: the letter of the same key was sent to this topic
+REPLAYED = HEADER_PREFIX + "replayed-to"  # header of a mark: the letter of the same key was sent to this topic
 GROUP_RECORDS = 100  # that are sent, acknowledged and then marked: so many are sent twice after a crash between the two
 GROUP_BYTES = 8 << 20
 NEVER_SENT = (REPLAYED, CUT, CONTROL)  # headers of a mark, of bytes that were cut, and of a record that is no sample
@@ -47,8 +47,8 @@ class Letter:
     rejected: float
     timestamp: float
     attempts: int  # how often it was sent again before
-    carrier: str  # key of the letter that has the record's bytes
-    lies_in: int  # partition of the dead-letter topic
+    value_key: str  # key of the letter that has the record's bytes
+    letter_partition: int  # partition of the dead-letter topic
     replayed: bool = False
     further: bytes = b""  # packed: further samples of the record that this letter is about
 
@@ -58,19 +58,23 @@ class Letter:
         return [self.index, *(unpack_indices(self.further, self.samples) if self.further else ())]
 
     @property
-    def identity(self) -> Identity:
+    def sample_id(self) -> Identity:
         """What tells this letter's sample from every other sample."""
         return self.topic_id, self.key
 
     @property
-    def place(self) -> tuple[str | None, str, int, int, int]:
+    def record_id(self) -> tuple[str | None, str, int, int, int]:
         """The record of the sample: topic id, topic, partition, offset, and how many samples it has."""
         return self.topic_id, self.topic, self.partition, self.offset, self.samples
 
     @classmethod
-    def of(cls, record: Record) -> Letter | None:
+    def from_record(cls, record: Record) -> Letter | None:
         """Return what a record of the dead-letter topic says, or None if it is no letter: anybody may write there."""
-        facts = {name.removeprefix(PREFIX): data or b"" for name, data in record.headers if name.startswith(PREFIX)}
+        facts = {
+            name.removeprefix(HEADER_PREFIX): data or b""
+            for name, data in record.headers
+            if name.startswith(HEADER_PREFIX)
+        }
         try:
             key = (record.key or b"").decode()
             letter = cls(
@@ -85,9 +89,9 @@ class Letter:
                 message=facts["message"].decode(errors="replace"),
                 rejected=record.timestamp,
                 timestamp=float(facts["timestamp"]),
-                attempts=attempts(record),
-                carrier=facts.get("value-in", key.encode()).decode(),
-                lies_in=record.partition,
+                attempts=replay_attempts(record),
+                value_key=facts.get("value-in", key.encode()).decode(),
+                letter_partition=record.partition,
                 further=facts.get("further", b""),
             )
             _ = letter.indices  # raises where they are none
@@ -108,7 +112,7 @@ class Letter:
 
 
 @dataclass(frozen=True)
-class Index:
+class LetterList:
     """The letters of a topic, oldest first, and how many records look like letters and are none."""
 
     letters: list[Letter]
@@ -124,17 +128,17 @@ def _number(data: bytes) -> int:
 
 def _topic_id(record: Record) -> str | None:
     """Return the id of the topic of a letter's or a mark's sample, or None if it has none."""
-    data = record.header(PREFIX + "topic-id")
+    data = record.header(HEADER_PREFIX + "topic-id")
     return None if data is None else data.decode(errors="replace")
 
 
-def attempts(record: Record) -> int:
+def replay_attempts(record: Record) -> int:
     """Return how often a record was sent again."""
     count = record.header(ATTEMPT) or b""
     return int(count) if count.isdigit() and len(count) < 10 else 0  # bytes.isdigit: 0 to 9 alone
 
 
-def read(log: Log, topic: str) -> Iterator[Record]:
+def read_records(log: Log, topic: str) -> Iterator[Record]:
     """Give a topic's records up to where it ends now; none where there is no such topic.
 
     Raises `BrokerUnavailable` when nothing comes for long.
@@ -162,77 +166,77 @@ def _give_up(topic: str, silent_since: float) -> None:
         raise BrokerUnavailable(f"{topic}: nothing was read for {SILENCE_SECONDS:.0f} s")
 
 
-def index(log: Log, topic: str) -> Index:
+def list_letters(log: Log, topic: str) -> LetterList:
     """Return the letters of a topic, oldest first, each sample's newest letter alone, and whether it was replayed."""
     found: dict[Identity, Letter] = {}
     replayed: set[Identity] = set()
     skipped = 0
-    for record in read(log, topic):
+    for record in read_records(log, topic):
         if record.header(REPLAYED) is not None:
             replayed.add((_topic_id(record), (record.key or b"").decode(errors="replace")))
-        elif (letter := Letter.of(record)) is not None:
-            found[letter.identity] = letter  # a later letter, under another configuration, may give another reason
+        elif (letter := Letter.from_record(record)) is not None:
+            found[letter.sample_id] = letter  # a later letter, under another configuration, may give another reason
         else:
-            skipped += any(name.startswith(PREFIX) for name, _ in record.headers)
+            skipped += any(name.startswith(HEADER_PREFIX) for name, _ in record.headers)
     letters = sorted(found.values(), key=lambda letter: letter.rejected)
-    return Index([replace(letter, replayed=letter.identity in replayed) for letter in letters], skipped)
+    return LetterList([replace(letter, replayed=letter.sample_id in replayed) for letter in letters], skipped)
 
 
-def find(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
+def find_letter(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
     """Return a key's newest letter, and the letter that has its bytes or None if retention removed that one.
 
     Raises `StreamlearnError` if there is no such letter.
     """
     known: dict[Identity, Record] = {}
     found: tuple[Record, Letter] | None = None
-    for record in read(log, topic):
-        letter = Letter.of(record)
+    for record in read_records(log, topic):
+        letter = Letter.from_record(record)
         if letter is None or record.header(REPLAYED) is not None:
             continue
-        if letter.key == letter.carrier and letter.key.rpartition("-")[0] == key.rpartition("-")[0]:
-            known.setdefault(letter.identity, record)
+        if letter.key == letter.value_key and letter.key.rpartition("-")[0] == key.rpartition("-")[0]:
+            known.setdefault(letter.sample_id, record)
         if letter.key == key:
             found = record, letter
     if found is not None:
-        return found[0], known.get((found[1].topic_id, found[1].carrier))
+        return found[0], known.get((found[1].topic_id, found[1].value_key))
     raise StreamlearnError(f"no letter {key} in topic {topic}")
 
 
 def original_headers(carrier: Record) -> tuple[tuple[str, bytes], ...]:
     """Return the headers that the record had when it was rejected."""
     # Kafka allows null, its client does not
-    return tuple((name, data or b"") for name, data in carrier.headers if not name.startswith(PREFIX))
+    return tuple((name, data or b"") for name, data in carrier.headers if not name.startswith(HEADER_PREFIX))
 
 
 def original_key(carrier: Record) -> bytes | None:
     """Return the key that the record had."""
-    return carrier.header(PREFIX + "key")
+    return carrier.header(HEADER_PREFIX + "key")
 
 
-def sendable(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, bytes, list[Letter]]]:
+def records_to_send(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, bytes, list[Letter]]]:
     """Give the records whose samples can be sent again, each with the bytes to send and its letters among those chosen.
 
     Some letters cannot be sent: their record's bytes are gone, were cut, never were (a tombstone), or contradict the letter.
     """
     wanted: dict[Identity, list[Letter]] = {}
     for letter in chosen:
-        wanted.setdefault((letter.topic_id, letter.carrier), []).append(letter)
-    for record in read(log, topic):
-        carrier = Letter.of(record)
-        if carrier is None or carrier.carrier != carrier.key or carrier.identity not in wanted:
+        wanted.setdefault((letter.topic_id, letter.value_key), []).append(letter)
+    for record in read_records(log, topic):
+        carrier = Letter.from_record(record)
+        if carrier is None or carrier.value_key != carrier.key or carrier.sample_id not in wanted:
             continue
-        letters = [letter for letter in wanted[carrier.identity] if letter.place == carrier.place]
+        letters = [letter for letter in wanted[carrier.sample_id] if letter.record_id == carrier.record_id]
         if not letters or record.value is None or any(record.header(name) is not None for name in NEVER_SENT):
             continue
         try:
             value = _value(record.value, letters)
         except ValueError:
             continue
-        del wanted[carrier.identity]
+        del wanted[carrier.sample_id]
         yield record, value, letters
 
 
-def targets(
+def target_partitions(
     sink: Sink, topic: str, chosen: Iterable[Letter], to: str | None
 ) -> tuple[dict[str, int], dict[str, StreamlearnError]]:
     """Return the partitions of each topic that letters go to, and why the other topics cannot be written.
@@ -266,7 +270,7 @@ def replay(
     """
     group: Group = []
     size = 0
-    for record, value, letters in sendable(log, topic, [e for e in chosen if (to or e.topic) in partitions]):
+    for record, value, letters in records_to_send(log, topic, [e for e in chosen if (to or e.topic) in partitions]):
         group.append((record, value, letters))
         size += len(value)
         if len(group) == GROUP_RECORDS or size >= GROUP_BYTES:
@@ -293,8 +297,8 @@ def _send(sink: Sink, topic: str, group: Group, partitions: Mapping[str, int], t
     for letter in sent:
         mark: Headers = ((REPLAYED, (to or letter.topic).encode()),)
         if letter.topic_id is not None:
-            mark += ((PREFIX + "topic-id", letter.topic_id.encode()),)
-        sink.append(topic, letter.lies_in, None, key=letter.key.encode(), headers=mark)
+            mark += ((HEADER_PREFIX + "topic-id", letter.topic_id.encode()),)
+        sink.append(topic, letter.letter_partition, None, key=letter.key.encode(), headers=mark)
     sink.flush()
     yield from sent
 
@@ -306,4 +310,4 @@ def _value(value: bytes, letters: list[Letter]) -> bytes:
     """
     if letters[0].samples == 1:
         return value
-    return cut_batch(value, sorted({index for letter in letters for index in letter.indices}), letters[0].samples)
+    return batch_subset(value, sorted({index for letter in letters for index in letter.indices}), letters[0].samples)

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
-from streamlearn.stream.deadletter import DENIED
+from streamlearn.stream.deadletter import NO_PERMISSION
 from streamlearn.stream.log import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import Merge
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Stream as StreamSpec
     from streamlearn.data import Partition, Position
     from streamlearn.stream.assembler import Assembler
-    from streamlearn.stream.deadletter import DeadLetters
+    from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.log import Bounds, Log, Record, TopicInfo
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Stream:
         source: Log,
         assembler: Assembler,
         spec: StreamSpec,
-        dead_letters: DeadLetters,
+        dead_letters: DeadLetterWriter,
         group: str,
         refresh_seconds: float = 10.0,
     ) -> None:
@@ -141,7 +141,7 @@ class Stream:
             woken, self._woken = self._woken, False
             if self._queue:
                 delivery = self._queue.popleft()
-                self._waiting -= delivery.found.consumed
+                self._waiting -= delivery.observations.consumed
                 self._waiting_bytes -= _num_bytes(delivery)
                 return delivery
             if self._error is not None:
@@ -164,7 +164,7 @@ class Stream:
         try:
             self.dead_letters.flush()
         except StreamlearnError as error:
-            if error.code == DENIED:
+            if error.code == NO_PERMISSION:
                 self._error = error  # no later try would help: the loop gets it when it has applied what is queued
             raise
 
@@ -180,7 +180,7 @@ class Stream:
     def report(self, positions: Positions) -> None:
         """Have positions reported to the log, soon, for lag graphs."""
         with self._lock:
-            self._commits = {partition: position.offset for partition, position in positions.at.items()}
+            self._commits = {partition: position.offset for partition, position in positions.by_partition.items()}
 
     @property
     def queued(self) -> Counter[str]:
@@ -309,7 +309,7 @@ class Stream:
         try:
             return self.source.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
         except StreamlearnError as error:
-            if error.code != DENIED:
+            if error.code != NO_PERMISSION:
                 raise
             self._refreshed = -1e9
             self._check(time.monotonic())  # raises where it is the current topic that is refused; another is left out
@@ -337,12 +337,12 @@ class Stream:
         task = self.assembler.task
         if task is None:
             return []
-        ends = task.ends or {}
+        ends = task.end_offsets or {}
         return [
             (task.name, p)
             for name, p in self.status.read
             if name == task.name
-            and p not in task.marked
+            and p not in task.marked_partitions
             and (p not in ends or self.source.position((name, p)) < ends[p])
         ]
 
@@ -414,10 +414,10 @@ class Stream:
             return
         if delivery.batch is not None:
             self._linger_since = None
-        if delivery.ends is not None:
+        if delivery.task_end_reason is not None:
             self._checked = -1e9  # the next task is chosen at once
         with self._changed:
-            self._waiting += delivery.found.consumed
+            self._waiting += delivery.observations.consumed
             self._waiting_bytes += _num_bytes(delivery)
             self._queue.append(delivery)
             self._changed.notify()
@@ -462,7 +462,7 @@ class Stream:
         self._checked = now
         self.status.connected = True
         self.status.last_contact, self.status.contacted = time.time(), now
-        self.status.problem = self.dead_letters.trouble() or self._trouble() or self._burst
+        self.status.problem = self.dead_letters.retry_failed() or self._trouble() or self._burst
         if self.status.problem is not None:
             return
         self._choose(names)
@@ -478,7 +478,7 @@ class Stream:
         task, begun = self.assembler.task, {task.name for task in self.assembler.progress.tasks}
         first = ([task.name] if task is not None and task.name in self._topics else []) + self._later(names)[:1]
         if task is not None and task.name in first and (refused := self._topics[task.name].refused) is not None:
-            raise StreamlearnError(f"topic {task.name}: {refused}", code=DENIED)
+            raise StreamlearnError(f"topic {task.name}: {refused}", code=NO_PERMISSION)
         for name in begun & set(names) - set(first):
             if (refused := self._topics[name].refused) is not None:
                 self._leave_out(name, refused)
@@ -495,7 +495,7 @@ class Stream:
         try:
             self._bounds |= self.source.bounds(self._places(rest))
         except StreamlearnError as error:
-            if not isinstance(error, BrokerUnavailable) and error.code != DENIED:
+            if not isinstance(error, BrokerUnavailable) and error.code != NO_PERMISSION:
                 raise
             for name in rest:
                 self._leave_out(name, str(error))
@@ -543,7 +543,7 @@ class Stream:
 
     def _position(self, place: Partition) -> Position | None:
         """Return up to where a partition was fed, in this process or before it."""
-        return self.assembler.scanned(place) or self.assembler.progress.positions.at.get(place)
+        return self.assembler.scanned(place) or self.assembler.progress.positions.by_partition.get(place)
 
     def _matching(self) -> list[str]:
         """Return the tasks' topics that exist, in order: those begun first, in the order they were begun."""
@@ -593,7 +593,7 @@ class Stream:
             return
         name = later[0]
         if (refused := self._topics[name].refused) is not None:
-            raise StreamlearnError(f"topic {name}: {refused}", code=DENIED)
+            raise StreamlearnError(f"topic {name}: {refused}", code=NO_PERMISSION)
         self._wait_for(None)
         if (
             self.spec.order == "name"
@@ -616,7 +616,7 @@ class Stream:
         """Raise (77) where the topic is there, and not ours to see: it would be waited for in vain."""
         info = self.source.describe(topic)
         if info is not None and info.refused is not None:
-            raise StreamlearnError(f"topic {topic}: {info.refused}", code=DENIED)
+            raise StreamlearnError(f"topic {topic}: {info.refused}", code=NO_PERMISSION)
 
     def _wait_for(self, topic: str | None) -> None:
         if topic is not None and topic != self.status.waiting_for:
@@ -702,7 +702,7 @@ class Stream:
     def _close_if_passed(self, names: list[str]) -> None:
         """Fix the current task's end offsets, once, when a later topic has shown a record."""
         task = self.assembler.task
-        if task is None or task.ends is not None or not self.spec.task_end.next_topic:
+        if task is None or task.end_offsets is not None or not self.spec.task_end.next_topic:
             return
         if any(self._has_records(name) for name in self._later(names)):
             if self._has_grown(task.name):
@@ -716,10 +716,10 @@ class Stream:
         task = self.assembler.task
         if task is None:
             return
-        if task.ends is not None:
-            reached = {(task.name, p): self.source.position((task.name, p)) for p in task.ends}
-            if all(reached[task.name, p] >= end for p, end in task.ends.items()):
-                self.assembler.reach({(task.name, p): end for p, end in task.ends.items()})
+        if task.end_offsets is not None:
+            reached = {(task.name, p): self.source.position((task.name, p)) for p in task.end_offsets}
+            if all(reached[task.name, p] >= end for p, end in task.end_offsets.items()):
+                self.assembler.reach({(task.name, p): end for p, end in task.end_offsets.items()})
                 self._put(self.assembler.end(task.fixed_by))
             return
         self._warn_if_open(task, polled=polled)
@@ -740,10 +740,10 @@ class Stream:
         Where a burst has stopped the reading, it does not come to an end that was fixed before.
         """
         task = self.assembler.task
-        if task is None or task.name != topic or (task.ends is not None and self._burst is None):
+        if task is None or task.name != topic or (task.end_offsets is not None and self._burst is None):
             return
         known = self._topics[topic].partitions if topic in self._topics else ()
-        read = [p for name, p in (*self.status.read, *self.assembler.progress.positions.at) if name == topic]
+        read = [p for name, p in (*self.status.read, *self.assembler.progress.positions.by_partition) if name == topic]
         self._put(self.assembler.close_here(sorted({*known, *read})))  # saved, so that a restart ends it there too
         self._put(self.assembler.end("command"))
         self._drain()  # what waits for other partitions is late
@@ -784,5 +784,5 @@ class Stream:
 
 def _num_bytes(delivery: Delivery) -> int:
     """Return the size of a delivery's samples."""
-    held = sum(part.x.nbytes for part in delivery.found.held_out)
+    held = sum(part.x.nbytes for part in delivery.observations.held_out)
     return held + (delivery.batch.x.nbytes if delivery.batch is not None else 0)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Rows = list[list[str]]
 
-PADDING, UNKNOWN, FIRST = 0, 1, 2
-MAX_LETTERS = 64  # what is longer is no word, and would be kept for ever
+PADDING_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+MAX_WORD_LENGTH = 64  # what is longer is no word, and would be kept for ever
 
 WORD = re.compile(r"[^\W_]+")
 MARKS = (range(0x20000), range(0xE0000, 0xE0200))  # code points among which Unicode has combining marks
@@ -37,49 +37,49 @@ class Vocabulary:
     def __init__(self, words: Sequence[str], size: int, probe_words: Sequence[str] = ()) -> None:
         self.size = size
         self.full = False  # a word has found no room
-        self._ids = {word: FIRST + place for place, word in enumerate(words)}
+        self._ids = {word: FIRST_WORD_ID + place for place, word in enumerate(words)}
         self._apart = {word: -1 - place for place, word in enumerate(probe_words)}
 
-    def set_apart(self, rows: Rows) -> list[str]:
+    def add_probe_words(self, rows: Rows) -> list[str]:
         """Give the unknown words of a held-out text numbers of their own, while ids have room; return the new ones."""
         new: list[str] = []
-        for word in (word for row in rows for word in row if len(word) <= MAX_LETTERS):
+        for word in (word for row in rows for word in row if len(word) <= MAX_WORD_LENGTH):
             room = len(self._ids) < self.size and len(self._apart) < self.size
             if room and word not in self._ids and word not in self._apart:
                 self._apart[word] = -1 - len(self._apart)
                 new.append(word)
         return new
 
-    def learn(self, rows: Rows) -> list[str]:
+    def add_words(self, rows: Rows) -> list[str]:
         """Take in a text's new words, as far as there is room; return them in the order in which they are read."""
         new = []
         for row in (*reversed(rows[1:]), rows[0]):
             for word in row:
-                if word in self._ids or len(word) > MAX_LETTERS:
+                if word in self._ids or len(word) > MAX_WORD_LENGTH:
                     continue
                 if len(self._ids) == self.size:
                     self.full = True
                     continue
-                self._ids[word] = FIRST + len(self._ids)
+                self._ids[word] = FIRST_WORD_ID + len(self._ids)
                 new.append(word)
         return new
 
     def encode(self, rows: Rows, shape: Sequence[int], *, held_out: bool = False) -> np.ndarray:
         """Return a text's ids, `[1 + sentences, words]`; of a held-out text, with the numbers of words set apart."""
-        ids = np.full(shape, PADDING, np.int32)
+        ids = np.full(shape, PADDING_ID, np.int32)
         apart = self._apart if held_out else {}
         for place, row in enumerate(rows):
-            ids[place, : len(row)] = [self._ids.get(word, apart.get(word, UNKNOWN)) for word in row]
+            ids[place, : len(row)] = [self._ids.get(word, apart.get(word, UNKNOWN_ID)) for word in row]
         return ids
 
 
-def parse(tree: Mapping[str, Any], sentences: int, words: int, version: int = CODEC_VERSION) -> Rows:
+def parse_text(tree: Mapping[str, Any], sentences: int, words: int, version: int = CODEC_VERSION) -> Rows:
     """Return a text's words, lower-cased: the question, then the newest `sentences` of its story, the newest first.
 
     Older sentences are left out, and those without a word. Raises `Rejected` where it is no text, or a row is too long.
     """
     question, story = tree.get("question"), tree.get("story")
-    if not isinstance(question, str) or not (asked := split(question, version)):
+    if not isinstance(question, str) or not (asked := split_words(question, version)):
         raise Rejected("schema", f"question is {question!r:.80}; expected a string with a word in it")
     if not isinstance(story, list) or not all(isinstance(sentence, str) for sentence in story):
         raise Rejected("schema", f"story is {story!r:.80}; expected a list of strings")
@@ -87,14 +87,14 @@ def parse(tree: Mapping[str, Any], sentences: int, words: int, version: int = CO
     for sentence in reversed(story):
         if len(rows) > sentences:
             break
-        if row := split(sentence, version):
+        if row := split_words(sentence, version):
             rows.append(row)
     if (longest := max(map(len, rows))) > words:
         raise Rejected("shape", f"a sentence has {longest} words; expected at most {words}")
     return rows
 
 
-def split(text: str, version: int = CODEC_VERSION) -> list[str]:
+def split_words(text: str, version: int = CODEC_VERSION) -> list[str]:
     """Return a text's words, lower-cased: runs of letters and digits with the marks on them, in Unicode's form NFC.
 
     These are Unicode's word characters (UTS 18, annex C) less the underscore. Version 1 cut words at combining marks.

@@ -11,7 +11,7 @@ import pytest
 from streamlearn.checkpoint import Store
 from streamlearn.config import Kafka
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.kafka import KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
 from tests.chaos.case import FULL, Case
@@ -63,7 +63,9 @@ class Publisher:
             for number, start in enumerate(range(0, CHUNK, PER_RECORD)):
                 part = slice(start, start + PER_RECORD)
                 value = encode("batch", samples.x[part], samples.y[part])
-                self.sink.append("t1", number % self.partitions, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+                self.sink.append(
+                    "t1", number % self.partitions, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+                )
             self._settle()
             self.acknowledged += CHUNK
 

@@ -122,7 +122,7 @@ def test_kills_counted(case: Case, tmp_path: Path, kills: int) -> None:
     def config(directory: Path) -> Path:
         path = jobs.write_tree(directory, models.settings(directory, SAMPLES, checkpoint={"every_batches": 1}))
         sink = EmbeddedSink(directory / "topics.sqlite")
-        producer.publish(sink, "t1", models.numbered(0, SAMPLES), producer.Publishing(per_record=7))
+        producer.publish(sink, "t1", models.numbered(0, SAMPLES), producer.PublishOptions(samples_per_record=7))
         sink.close()
         return path
 

@@ -15,7 +15,7 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.checkpoint import Store
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
 from tests.chaos.case import FULL, Case
@@ -90,7 +90,7 @@ def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_second
     }
     config = jobs.write_tree(tmp_path, models.settings(tmp_path, samples, update_seconds, **over))
     sink = EmbeddedSink(tmp_path / "topics.sqlite")
-    how = producer.Publishing(per_record=1, markers=False)
+    how = producer.PublishOptions(samples_per_record=1, markers=False)
     producer.publish(sink, "t1", models.numbered(0, samples), how)
     sink.close()
     with jobs.Daemon(config) as daemon:
@@ -138,7 +138,7 @@ class Feeder:
             if self.published < self.limit:
                 samples = models.numbered(self.published, CHUNK)
                 value = encode("batch", samples.x, samples.y)
-                sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+                sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
                 sink.flush()
                 self.published += CHUNK
         sink.append(self.topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
@@ -158,7 +158,7 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     tree = models.settings(tmp_path, 0, **over)
     config = jobs.write_tree(tmp_path, {**tree, "model": {"name": "mlp", "hidden": [32]}})
     sink = EmbeddedSink(tmp_path / "topics.sqlite")
-    producer.publish(sink, "t0", models.numbered(0, BEFORE), producer.Publishing())
+    producer.publish(sink, "t0", models.numbered(0, BEFORE), producer.PublishOptions())
     sink.close()
     feeder = Feeder(tmp_path / "topics.sqlite", "t1")
     loaded: list[Vitals] = []

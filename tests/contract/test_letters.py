@@ -8,7 +8,7 @@ import numpy as np
 
 from streamlearn.data import Progress
 from streamlearn.stream import deadletter, letters
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CONTROL, CUT, TASK_END
 from tests.contract.test_streams import TYPED, World, everything, places, world
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["world"]  # the fixture
 
 T = TypeVar("T")
-BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 
 
 def reject(world: World, classes: list[Any], topic: str, times: int = 1) -> Progress:
@@ -49,19 +49,19 @@ def asked(world: World, ask: Callable[[Log], T]) -> T:
 
 def index(world: World) -> list[Letter]:
     """Return every letter."""
-    return asked(world, lambda log: letters.index(log, world.name("dlq"))).letters
+    return asked(world, lambda log: letters.list_letters(log, world.name("dlq"))).letters
 
 
 def replay(world: World, chosen: list[Letter], to: str | None = None) -> list[Letter]:
     """Send letters again."""
     dead = world.name("dlq")
-    partitions, _ = letters.targets(world.sink, dead, chosen, to)
+    partitions, _ = letters.target_partitions(world.sink, dead, chosen, to)
     return asked(world, lambda log: list(letters.replay(log, world.sink, dead, chosen, to, partitions)))
 
 
 def written(world: World, topic: str) -> list[Record]:
     """Return a topic's records."""
-    return asked(world, lambda log: list(letters.read(log, topic)))
+    return asked(world, lambda log: list(letters.read_records(log, topic)))
 
 
 def test_a_letter_says_what_was_rejected_where_and_why(world: World) -> None:
@@ -92,8 +92,8 @@ def test_the_newest_letter_of_a_sample_counts(world: World) -> None:
     reject(world, [0, 2], a)
     (letter,) = index(world)
     assert letter.message == "label 99 has no output; accepted: 0, 2"
-    record, _ = asked(world, lambda log: letters.find(log, world.name("dlq"), letter.key))
-    assert letters.Letter.of(record) == letter
+    record, _ = asked(world, lambda log: letters.find_letter(log, world.name("dlq"), letter.key))
+    assert letters.Letter.from_record(record) == letter
 
 
 def test_where_there_is_no_topic_there_are_no_letters(world: World) -> None:
@@ -200,7 +200,7 @@ def test_what_is_no_letter_is_skipped_and_counted(world: World) -> None:
     forge(world, f"{a}-0-5-5", b"x", samples="5")
     forge(world, f"{a}-0-5-0", b"x", topic="a topic")
     forge(world, f"{a}-0-5-0", b"x", offset="6")
-    found = asked(world, lambda log: letters.index(log, world.name("dlq")))
+    found = asked(world, lambda log: letters.list_letters(log, world.name("dlq")))
     assert ([letter.key for letter in found.letters], found.skipped) == ([f"{a}-0-1-0"], 8)
 
 
@@ -223,7 +223,7 @@ def test_a_forged_letter_ends_no_replay(world: World) -> None:
     world.sink.flush()
     chosen = index(world)
     assert len(chosen) == 13
-    partitions, refused = letters.targets(world.sink, dead, chosen, None)
+    partitions, refused = letters.target_partitions(world.sink, dead, chosen, None)
     assert (list(partitions), sorted(refused)) == ([a], sorted([gone, dead, "__consumer_offsets"]))
     assert [letter.key for letter in replay(world, chosen, b)] == [
         f"{a}-0-0-0",
@@ -272,7 +272,7 @@ def test_many_letters_are_sent_in_groups(world: World) -> None:
 
 def test_a_record_of_many_bad_samples_has_few_letters(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past a bound the samples of one reason share a letter, and a replay sends each of them once all the same."""
-    monkeypatch.setattr(deadletter, "LETTERS_OF_RECORD", 3)
+    monkeypatch.setattr(deadletter, "MAX_SINGLE_LETTERS", 3)
     a, b = world.name("a"), world.topic("b", [], marker=False)
     world.sink.create_topic(a, 1)
     x = np.arange(40, dtype=np.float32)[:, None]

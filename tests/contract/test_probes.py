@@ -20,8 +20,8 @@ from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
-from streamlearn.stream.codec import TYPE_OF, Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
 from streamlearn.stream.memory import MemoryStore
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
-TYPED = ((CONTENT_TYPE, TYPE_OF["json"]),)
+TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
 LABELS = {"a": ["p", "q"], "b": ["r", "s"], "c": ["t", "p"]}
 ALL = ["p", "q", "r", "s", "t", "never"]
 Sample = tuple[Any, str]
@@ -76,7 +76,7 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
     merged = jobs.merged(tree, over) | {key: over[key] for key in ("input", "model") if key in over}
     config = Config.model_validate(merged, context={"recipes": RECIPES})
     job = Job.make(config, Store(directory), Metrics())
-    dead = DeadLetters(store, "dlq")
+    dead = DeadLetterWriter(store, "dlq")
     holdout = HoldOut(config.holdout.by, config.holdout.fraction)
     rules = Rules(Codec.from_config(config), holdout, job.scenario, dead, config.stream.batch_size)
     assembler, stream = Assembler(rules, Progress()), Direct()

@@ -17,8 +17,8 @@ from streamlearn.config import Stream as StreamSpec
 from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
-from streamlearn.stream.codec import TYPE_OF, Codec, encode, encode_text
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from streamlearn.stream.log import Log, Record, Sink
 
-TYPED = ((CONTENT_TYPE, TYPE_OF["json"]),)
+TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
 SECONDS = 30
 TEXT = TextInput(kind="text", sentences=2, words=4, vocabulary=8)
 
@@ -110,7 +110,7 @@ class World:
     ) -> Stream:
         """Return a started stream."""
         full = StreamSpec.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
-        dead = DeadLetters(sink or self.sink, self.name("dlq"))
+        dead = DeadLetterWriter(sink or self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         if text is not None:
             codec = Codec(text.shape, text.dtype, "json", full.max_record_bytes, text)
@@ -177,11 +177,11 @@ def until(stream: Stream, holds: Callable[[list[Delivery]], bool], progress: Pro
 
 def apply(progress: Progress, delivery: Delivery) -> None:
     """Do with a delivery what the loop does, without a model."""
-    if delivery.begins is not None:
-        progress.tasks.append(delivery.begins)
-    progress.meet(delivery.found)
-    progress.apply(delivery, "trained")
-    if delivery.ends is not None and progress.current is not None:
+    if delivery.new_task is not None:
+        progress.tasks.append(delivery.new_task)
+    progress.register_labels(delivery.observations)
+    progress.advance(delivery, "trained")
+    if delivery.task_end_reason is not None and progress.current is not None:
         progress.current.state = "ended"
 
 
@@ -201,8 +201,11 @@ def test_batches_are_the_next_samples_in_offset_order(world: World) -> None:
     progress = Progress()
     found = everything(world.stream(topics=[a, b]), progress)
     assert places(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1]]
-    assert [delivery.begins.name for delivery in found if delivery.begins is not None] == [a, b]
-    assert [delivery.ends for delivery in found if delivery.ends is not None] == ["marker", "marker"]
+    assert [delivery.new_task.name for delivery in found if delivery.new_task is not None] == [a, b]
+    assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason is not None] == [
+        "marker",
+        "marker",
+    ]
     assert progress.labels == [0, 1, 2, 3]
     assert progress.positions.by_topic() == {a: {"0": 11}, b: {"0": 3}}
     assert progress.unaccounted() == {}
@@ -228,15 +231,15 @@ def test_next_topic_ends_a_task_where_it_ended_then(world: World) -> None:
     a = world.topic("a", [0, 1, 0], marker=False)
     stream = world.stream(topics=[a, world.name("b")], task_end="next_topic", on_finished="wait")
     progress = Progress()
-    until(stream, lambda found: bool(found and found[0].begins), progress)
+    until(stream, lambda found: bool(found and found[0].new_task), progress)
     b = world.topic("b", [2], marker=False)
-    found = until(stream, lambda found: any(d.ends for d in found), progress)
-    assert [dict(d.closes) for d in found if d.closes is not None] == [{0: 3}]
-    assert [d.ends for d in found if d.ends] == ["next_topic"]
+    found = until(stream, lambda found: any(d.task_end_reason for d in found), progress)
+    assert [dict(d.end_offsets) for d in found if d.end_offsets is not None] == [{0: 3}]
+    assert [d.task_end_reason for d in found if d.task_end_reason] == ["next_topic"]
     world.send(a, 9.0, 1)
     world.mark(b)
     until(stream, lambda _: progress.totals()["late"] == 1, progress)
-    assert progress.ledger[a]["late"] == 1
+    assert progress.counts_by_topic[a]["late"] == 1
 
 
 def test_a_count_ends_a_task(world: World) -> None:
@@ -253,7 +256,7 @@ def test_silence_ends_a_task(world: World) -> None:
     """`idle: SECONDS` ends a task when nothing has come for so long."""
     a = world.topic("a", [0, 1, 0], marker=False)
     found = everything(world.stream(topics=[a], task_end={"idle": 0.5}))
-    assert [delivery.ends for delivery in found if delivery.ends is not None] == ["idle"]
+    assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason is not None] == ["idle"]
     assert places(found) == [[0, 1, 2]]
 
 
@@ -294,7 +297,7 @@ def test_one_bad_sample_rejects_itself_and_not_its_record(world: World) -> None:
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(5, dtype=np.float32)[:, None], [0, 1, 2, 0, 1])
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
     world.mark(a)
     progress = Progress()
     assert places(everything(world.stream(topics=[a], classes=2), progress)) == [[0, 1, 3, 4]]
@@ -308,7 +311,7 @@ def test_a_probe_header_holds_a_sample_out(world: World) -> None:
     world.mark(a)
     progress = Progress()
     found = everything(world.stream(topics=[a]), progress)
-    held = [part for delivery in found for part in delivery.found.held_out]
+    held = [part for delivery in found for part in delivery.observations.held_out]
     assert [part.x.flatten().tolist() for part in held] == [[7.0]]
     assert places(found) == [[0, 1]]
 
@@ -390,7 +393,7 @@ def test_a_pattern_orders_topics_as_people_do(world: World) -> None:
     """Digits are compared as numbers, and dead-letter topics never match."""
     names = [world.topic(f"t-{n}", [n]) for n in (10, 2, 1)]
     found = everything(world.stream(pattern=f"{world.prefix}-t.*"))
-    assert [d.begins.name for d in found if d.begins is not None] == [names[2], names[1], names[0]]
+    assert [d.new_task.name for d in found if d.new_task is not None] == [names[2], names[1], names[0]]
 
 
 def test_dead_letters_are_no_task_though_the_pattern_matches(world: World) -> None:
@@ -408,7 +411,7 @@ def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogC
     a = world.topic("a", [0])
     progress = Progress()
     stream = world.stream(topics=[a, world.name("missing")], on_finished="wait")
-    until(stream, lambda found: any(d.ends for d in found), progress)
+    until(stream, lambda found: any(d.task_end_reason for d in found), progress)
     until(stream, lambda _: stream.status.waiting_for is not None, progress)
     assert stream.status.waiting_for == world.name("missing")
     assert stream.status.problem is None
@@ -416,7 +419,7 @@ def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogC
     lines = [record.getMessage() for record in caplog.records if "waiting for topic" in record.getMessage()]
     assert lines == [f"waiting for topic {world.name('missing')}, which does not exist yet"]
     world.topic("missing", [1])
-    until(stream, lambda found: any(d.begins for d in found), progress)
+    until(stream, lambda found: any(d.new_task for d in found), progress)
     assert stream.status.waiting_for is None
 
 
@@ -448,9 +451,9 @@ def test_a_topic_found_later_is_learned_too(world: World) -> None:
     progress = Progress()
     stream = world.stream(pattern=f"{world.prefix}-t.*", on_finished="wait")
     world.topic("t-1", [0])
-    until(stream, lambda found: any(d.ends for d in found), progress)
+    until(stream, lambda found: any(d.task_end_reason for d in found), progress)
     world.topic("t-2", [1])
-    until(stream, lambda found: any(d.ends for d in found), progress)
+    until(stream, lambda found: any(d.task_end_reason for d in found), progress)
     assert [task.name for task in progress.tasks] == [world.name("t-1"), world.name("t-2")]
 
 
@@ -479,7 +482,7 @@ def test_positions_are_reported(world: World) -> None:
     progress = Progress()
     until(stream, lambda found: bool(places(found)), progress)
     stream.report(progress.positions)
-    until(stream, lambda found: any(d.ends for d in found), progress)
+    until(stream, lambda found: any(d.task_end_reason for d in found), progress)
     assert progress.totals()["trained"] == 8
 
 
@@ -488,15 +491,17 @@ def test_ends_below_what_was_applied_never_take_a_position_back(world: World) ->
     a = world.topic("a", [0, 1] * 8, marker=False, partitions=2)
     later = world.topic("b", [2], marker=False)
     progress = Progress(
-        Positions({(a, 0): Position(7), (a, 1): Position(1)}), [Task(0, a, ends={0: 3, 1: 4}, labels=[0, 1])], [0, 1]
+        Positions({(a, 0): Position(7), (a, 1): Position(1)}),
+        [Task(0, a, end_offsets={0: 3, 1: 4}, labels=[0, 1])],
+        [0, 1],
     )
     found = until(
         world.stream(progress, topics=[a, later], on_finished="wait"),
-        lambda found: any(d.ends for d in found),
+        lambda found: any(d.task_end_reason for d in found),
         progress,
     )
-    assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic"]
-    assert progress.positions.at[a, 0] >= Position(7)
+    assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason] == ["next_topic"]
+    assert progress.positions.by_partition[a, 0] >= Position(7)
 
 
 def test_a_topic_of_an_ended_task_that_is_made_anew_stops_the_reading(world: World) -> None:
@@ -516,7 +521,7 @@ def test_everything_read_is_lag_0(world: World) -> None:
     a = world.topic("a", [0, 1, 0, 1], marker=False, partitions=2)
     progress = Progress()
     stream = world.stream(topics=[a], on_finished="wait", linger=0.1)
-    until(stream, lambda _: set(stream.status.lag(progress.positions.at).values()) == {0}, progress)
+    until(stream, lambda _: set(stream.status.lag(progress.positions.by_partition).values()) == {0}, progress)
     assert progress.totals()["trained"] == 4
     assert set(stream.status.unread().values()) == {0}
 
@@ -555,7 +560,7 @@ def test_an_outage_is_not_silence(world: World) -> None:
     assert stream.status.ends == {(a, 0): 2}
     # An outage, where no broker can be stopped.
     stream.source.connect, stream.source.poll = reconnect, fail  # type: ignore[method-assign]
-    until(stream, lambda found: any(delivery.ends == "idle" for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason == "idle" for delivery in found), progress)
     assert len(connected) > 1, "there was no outage"
     assert ends == {}, "nobody tells where the log ends"
     assert time.monotonic() - connected[-1] >= idle
@@ -566,7 +571,7 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(50, dtype=np.float32)[:, None], [99] * 50)
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
     world.mark(a)
     stream = world.stream(topics=[a], classes=[1, 2])
     everything(stream)
@@ -615,7 +620,7 @@ def test_what_cannot_be_written_to_the_dead_letters_stops_the_reading(world: Wor
     assert stream.dead_letters.failures > 0
     world.mark(a)  # beyond what is read
     unwilling.willing = True
-    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     stream.settle()
     assert (progress.totals()["trained"], progress.totals()["rejected"], progress.unaccounted()) == (4, 4, {})
     assert [letter.key for letter in world.read_all("dlq")] == [f"{a}-0-{n}-0".encode() for n in (2, 3, 6, 7)]
@@ -627,7 +632,7 @@ def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(3, dtype=np.float32)[:, None], [99] * 3)
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
     world.mark(a)
 
     class Full(Unwilling):
@@ -701,7 +706,9 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
 
     progress = Progress()
     stream = world.stream(**spec, dead_letter={"burst": 5})
-    begun = until(stream, lambda found: any(d.excuses for d in found) and stream.status.problem is not None, progress)
+    begun = until(
+        stream, lambda found: any(d.forgives_below for d in found) and stream.status.problem is not None, progress
+    )
     assert stream.next(0.5) is None
     stream.settle()
     assert len(world.read_all("dlq")) == letters + 5
@@ -729,7 +736,7 @@ def test_a_burst_does_not_outlive_the_end_of_its_task(world: World) -> None:
     a, b = world.topic("a", BURST, marker=False), world.topic("b", [0, 1])
     progress = Progress()
     stream = world.stream(topics=[a, b], classes=[0, 1], dead_letter={"burst": 5})
-    until(stream, lambda found: any(d.excuses for d in found) and stream.status.problem is not None, progress)
+    until(stream, lambda found: any(d.forgives_below for d in found) and stream.status.problem is not None, progress)
     stream.end_task(a)
     everything(stream, progress)
     assert [(task.name, task.state) for task in progress.tasks] == [(a, "ended"), (b, "ended")]
@@ -773,7 +780,7 @@ def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> 
     world.sink.create_topic(a, 1)
     for label in (0, 9, 0):
         value = encode("batch", np.zeros((6, 1), np.float32), [label] * 6)
-        world.sink.append(a, 0, value, headers=((CONTENT_TYPE, TYPE_OF["batch"]),))
+        world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
     world.mark(a)
     stream = world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 6})
     progress = Progress()
@@ -833,7 +840,7 @@ def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
     first = world.stream(**spec)
     begun = until(first, lambda found: len(found) >= cut, progress)
     first.stop()
-    at = progress.positions.at.get((topics[0], 0), Position(0)).offset
+    at = progress.positions.by_partition.get((topics[0], 0), Position(0)).offset
     if len(progress.tasks) == 1:  # what the reader had seen beyond the applied positions is nowhere
         trained = [f"w{n}" for n in (1, 3, 4, 5) if 2 * n < at]
         assert [word for word in progress.vocabulary if word not in {"who", "w0"}] == trained
@@ -855,7 +862,7 @@ def test_a_text_is_held_out_with_its_duplicates(world: World) -> None:
     world.mark(a)
     progress = Progress()
     found = everything(world.stream(topics=[a], text=TEXT, fraction=0.3), progress)
-    held = [row.tobytes() for delivery in found for part in delivery.found.held_out for row in part.x]
+    held = [row.tobytes() for delivery in found for part in delivery.observations.held_out for row in part.x]
     assert 0 < len(held) < 40
     assert len(held) + progress.totals()["trained"] == 40
     assert len(progress.vocabulary) == TEXT.vocabulary

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from streamlearn import daemon, loop, state
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
-from streamlearn.data import REASONS, Progress
+from streamlearn.data import REJECT_REASONS, Progress
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
-from streamlearn.stream.codec import CONTENT_TYPES, TYPE_OF, encode
-from streamlearn.stream.deadletter import PREFIX
+from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
+from streamlearn.stream.deadletter import HEADER_PREFIX
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, Headers, Record
 from tests.contract.test_streams import TYPED, Unwilling, World, everything, places, until, world
@@ -55,7 +55,7 @@ class Hostile:
 
 def typed(name: str) -> Headers:
     """Return the header that names a codec."""
-    return ((CONTENT_TYPE, TYPE_OF[name]),)
+    return ((CONTENT_TYPE, CONTENT_TYPE_OF[name]),)
 
 
 numbers = st.floats(-100, 100, width=32)
@@ -82,7 +82,7 @@ def whole(pair: list[float], label: int) -> dict[str, bytes]:
 @st.composite
 def undecodable(draw: st.DrawFn) -> Hostile:
     """Bytes that break off, noise, and content types that nobody knows."""
-    name = draw(st.sampled_from(sorted(TYPE_OF)))
+    name = draw(st.sampled_from(sorted(CONTENT_TYPE_OF)))
     kind = draw(st.sampled_from(["cut", "noise", "type", "bomb", "lie"]))
     good = whole(draw(pairs), draw(classes))
     if kind == "cut":
@@ -172,7 +172,17 @@ def batches(draw: st.DrawFn) -> Hostile:
 
 names = st.one_of(
     st.text(max_size=10).filter(lambda name: name not in {CONTENT_TYPE, CONTROL}),
-    st.sampled_from([USE, PREFIX + "topic", PREFIX + "key", PREFIX + "value-in", PREFIX + "replayed-to", "", "n\0"]),
+    st.sampled_from(
+        [
+            USE,
+            HEADER_PREFIX + "topic",
+            HEADER_PREFIX + "key",
+            HEADER_PREFIX + "value-in",
+            HEADER_PREFIX + "replayed-to",
+            "",
+            "n\0",
+        ]
+    ),
 )
 values = st.one_of(st.binary(max_size=20), st.just(PROBE))
 hostile = st.builds(
@@ -269,11 +279,11 @@ def test_hostile_records_change_nothing(tmp_path: Path) -> None:
     expected, job = learn(tmp_path / "good", []), learn(tmp_path / "bad", records)
     log = EmbeddedLog(tmp_path / "bad" / "topics.sqlite")
     log.connect()
-    published = {record.offset: record for record in letters.read(log, TOPIC)}
+    published = {record.offset: record for record in letters.read_records(log, TOPIC)}
     bad = [record for record in published.values() if record.offset != len(published) - 1 and not usable(record)]
     found: dict[int, list[Record]] = {}
-    for letter in letters.read(log, "streamlearn.dlq"):
-        found.setdefault(int(letter.header(PREFIX + "offset") or b"-1"), []).append(letter)
+    for letter in letters.read_records(log, "streamlearn.dlq"):
+        found.setdefault(int(letter.header(HEADER_PREFIX + "offset") or b"-1"), []).append(letter)
     log.close()
 
     assert sorted(found) == [record.offset for record in bad]
@@ -283,10 +293,10 @@ def test_hostile_records_change_nothing(tmp_path: Path) -> None:
         keys = [f"{TOPIC}-0-{record.offset}-{index}".encode() for index in range(sent.samples)]
         assert [letter.key for letter in own] == keys, sent
         assert [letter.value for letter in own] == [sent.value] + [None] * (sent.samples - 1)
-        assert own[0].header(PREFIX + "key") == sent.key
-        kept = tuple(header for header in sent.headers if not header[0].startswith(PREFIX))
+        assert own[0].header(HEADER_PREFIX + "key") == sent.key
+        kept = tuple(header for header in sent.headers if not header[0].startswith(HEADER_PREFIX))
         assert letters.original_headers(own[0]) == kept
-        assert {(letter.header(PREFIX + "reason") or b"").decode() for letter in own} <= set(REASONS)
+        assert {(letter.header(HEADER_PREFIX + "reason") or b"").decode() for letter in own} <= set(REJECT_REASONS)
 
     totals = job.progress.totals()
     assert totals["rejected"] == sum(record.samples for record in records)
@@ -346,6 +356,6 @@ def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> N
     assert [letter.key for letter in found] == [f"{a}-0-{offset}-0".encode() for offset in range(2, 2 + len(CATALOGUE))]
     assert [letter.value for letter in found] == [value for value, _ in CATALOGUE.values()]
     assert [letters.original_headers(letter) for letter in found] == [headers for _, headers in CATALOGUE.values()]
-    reasons = [(letter.header(PREFIX + "reason") or b"").decode() for letter in found]
+    reasons = [(letter.header(HEADER_PREFIX + "reason") or b"").decode() for letter in found]
     assert reasons == [name.split()[0] for name in CATALOGUE]
-    assert [letter.header(PREFIX + "key") for letter in found] == [b"key %d" % n for n in range(len(CATALOGUE))]
+    assert [letter.header(HEADER_PREFIX + "key") for letter in found] == [b"key %d" % n for n in range(len(CATALOGUE))]

@@ -11,7 +11,7 @@ import numpy as np
 
 from streamlearn import configfile, producer
 from streamlearn.checkpoint import FORMAT, Store
-from streamlearn.producer import Publishing, Samples
+from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.embedded import EmbeddedSink
 from tests.support import jobs
 
@@ -52,7 +52,9 @@ def main() -> None:
             directory = Path(temporary)
             sink = EmbeddedSink(directory / "topics.sqlite")
             for task, topic in enumerate(("a", "b")):
-                producer.publish(sink, topic, samples(task, 60), Publishing(per_record=7, markers=task == 0))
+                producer.publish(
+                    sink, topic, samples(task, 60), PublishOptions(samples_per_record=7, markers=task == 0)
+                )
             sink.close()
             config = directory / "job.yaml"
             tree = settings(directory, name)

@@ -93,26 +93,28 @@ def write_tree(directory: Path, tree: Mapping[str, Any]) -> Path:
 
 def tasks(per_task: int, probe_size: int | None = 200) -> list[tuple[producer.Samples, producer.Samples]]:
     """Return five MNIST tasks of two digits each, with their probes."""
-    train, test = producer.read(str(mnist())), producer.read(str(mnist()), "test")
-    groups = producer.equal_groups(train, 5)
+    train, test = producer.read_samples(str(mnist())), producer.read_samples(str(mnist()), "test")
+    groups = producer.equal_class_groups(train, 5)
     cut: list[tuple[producer.Samples, producer.Samples]] = []
     for number, (part, probe) in enumerate(
-        zip(producer.by_classes(train, groups), producer.by_classes(test, groups), strict=True)
+        zip(producer.split_by_classes(train, groups), producer.split_by_classes(test, groups), strict=True)
     ):
-        chosen = producer.shuffled(part, number)
+        chosen = producer.shuffle(part, number)
         cut.append((first(chosen, per_task), probe if probe_size is None else first(probe, probe_size)))
     return cut
 
 
 def first(samples: producer.Samples, count: int) -> producer.Samples:
     """Return the first samples."""
-    return samples.take(np.arange(min(count, len(samples))))
+    return samples.select(np.arange(min(count, len(samples))))
 
 
 def publish(sink: Sink, per_task: int, prefix: str = "", **how: Any) -> None:
     """Publish the five tasks."""
     for topic, (samples, probe) in zip(TOPICS, tasks(per_task), strict=True):
-        producer.publish(sink, prefix + topic, samples, producer.Publishing(**{"per_record": 20, **how}), probe=probe)
+        producer.publish(
+            sink, prefix + topic, samples, producer.PublishOptions(**{"samples_per_record": 20, **how}), probe=probe
+        )
 
 
 def kafka_config(directory: Path, bootstrap: str, prefix: str, **over: Any) -> Path:

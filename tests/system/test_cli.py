@@ -220,7 +220,7 @@ def test_a_probe_is_cut_by_the_classes_of_what_is_trained(tmp_path: Path) -> Non
     log = EmbeddedLog(tmp_path / "topics.sqlite")
     log.connect()
     for topic, expected in (("task-1", [0]), ("task-2", [2, 3, 3])):
-        found = [record for record in letters.read(log, topic) if record.header(USE) == PROBE]
+        found = [record for record in letters.read_records(log, topic) if record.header(USE) == PROBE]
         assert [json.loads(record.value or b"")["y"] for record in found] == expected
     log.close()
 

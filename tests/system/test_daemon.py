@@ -237,7 +237,7 @@ def test_a_task_is_ended_by_hand(tmp_path: Path) -> None:
     """No marker and no later topic: the command ends the task, and ends with 1 and one line where none is open."""
     config = jobs.write_config(tmp_path, stream={"topics": ["t1"], "on_finished": "wait"})
     sink = EmbeddedSink(tmp_path / "topics.sqlite")
-    producer.publish(sink, "t1", jobs.tasks(70)[0][0], producer.Publishing(markers=False))
+    producer.publish(sink, "t1", jobs.tasks(70)[0][0], producer.PublishOptions(markers=False))
     sink.close()
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: status.get("samples", {}).get("queued") == 20)
@@ -277,11 +277,13 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
         sink = EmbeddedSink(tmp_path / name / "topics.sqlite")
         for number, (samples, probe) in enumerate(jobs.tasks(1000)):
             topic = jobs.TOPICS[number]
-            one_each = producer.Publishing(codec="msgpack", markers=False)
+            one_each = producer.PublishOptions(codec="msgpack", markers=False)
             producer.publish(sink, topic, jobs.first(samples, 100), one_each, probe=probe)
             for value in (*[b"\x00garbage"] * 8, b"{}", b'{"x": [1], "y": 0}') if name == "dirty" else ():
                 sink.append(topic, 0, value, headers=((CONTENT_TYPE, b"application/json"),))
-            producer.publish(sink, topic, samples.take(np.arange(100, 1000)), producer.Publishing(codec="msgpack"))
+            producer.publish(
+                sink, topic, samples.select(np.arange(100, 1000)), producer.PublishOptions(codec="msgpack")
+            )
         sink.close()
     expected, actual = jobs.run_to_end(clean), jobs.run_to_end(dirty)
     a, b = jobs.tensors(expected), jobs.tensors(actual)

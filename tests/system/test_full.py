@@ -45,11 +45,11 @@ def publish(sink: Sink, *, garbage: bool = False) -> None:
     """Publish all of MNIST, one record a sample where there is garbage among them."""
     for topic, (samples, probe) in zip(jobs.TOPICS, jobs.tasks(60_000, None), strict=True):
         if not garbage:
-            producer.publish(sink, topic, samples, producer.Publishing(), probe=probe)
+            producer.publish(sink, topic, samples, producer.PublishOptions(), probe=probe)
             continue
         for start in range(0, len(samples), 1000):
-            part = samples.take(np.arange(start, min(start + 1000, len(samples))))
-            how = producer.Publishing(codec="msgpack", markers=start + 1000 >= len(samples))
+            part = samples.select(np.arange(start, min(start + 1000, len(samples))))
+            how = producer.PublishOptions(codec="msgpack", markers=start + 1000 >= len(samples))
             for number in range(10) if start else ():  # the topic is made by what comes first
                 value = os.urandom(50) if number % 2 else b'{"x": [1, 2, 3], "y": 0}'
                 sink.append(topic, 0, value, headers=((CONTENT_TYPE, b"application/json"),))

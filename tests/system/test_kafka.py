@@ -125,7 +125,7 @@ def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka:
     world.sink.flush()
     assert places(until(stream, lambda found: len(places(found)) == 1, progress)) == [[50, 51, 52, 53]]
     world.mark(name, 3)
-    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     assert progress.positions.by_topic() == {name: {"0": 9, "1": 1, "2": 5}}
     assert progress.unaccounted() == {}
 
@@ -150,9 +150,9 @@ def test_a_partition_that_was_just_added_belongs_to_the_task(
     if how == "next_topic":
         world.send(later, 0.0, 2)
         world.sink.flush()
-    ended = until(stream, lambda found: any(delivery.ends for delivery in found), progress)
-    assert [delivery.ends for delivery in ended if delivery.ends] == [how]
-    assert (progress.ledger[name]["trained"], progress.totals()["late"]) == (13, 0)
+    ended = until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
+    assert [delivery.task_end_reason for delivery in ended if delivery.task_end_reason] == [how]
+    assert (progress.counts_by_topic[name]["trained"], progress.totals()["late"]) == (13, 0)
 
 
 def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_lost_records_may_be_jumped_over_and_are_counted(world: World, admin: Ka
     )
     found = everything(stream, progress)
     assert places(found) == [[107, 108, 109]]
-    assert sum((sum(delivery.found.gaps.values()) for delivery in found), 0) == 7
+    assert sum((sum(delivery.observations.lost_offsets.values()) for delivery in found), 0) == 7
     assert progress.unaccounted() == {}
 
 
@@ -239,7 +239,7 @@ def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, k
     progress = Progress()
     found = everything(world.stream(topics=[name, after]), progress)
     assert places(found) == [[0, 1, 2], [0]]
-    assert [delivery.ends for delivery in found if delivery.ends] == ["next_topic", "marker"]
+    assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason] == ["next_topic", "marker"]
 
 
 def transactional(kafka: Kafka, name: str) -> KafkaProducer:
@@ -263,13 +263,13 @@ def test_what_lies_behind_an_open_transaction_is_not_late(
     after = world.topic("b", [2], marker=False)
     progress = Progress()
     stream = world.stream(topics=[name, after], on_finished="wait")
-    closing = until(stream, lambda found: any(delivery.closes for delivery in found), progress)
-    assert [dict(delivery.closes) for delivery in closing if delivery.closes] == [{0: 6}]
+    closing = until(stream, lambda found: any(delivery.end_offsets for delivery in found), progress)
+    assert [dict(delivery.end_offsets) for delivery in closing if delivery.end_offsets] == [{0: 6}]
     until(stream, lambda _: stream.status.held_back == {(name, 0): 4}, progress)
     assert (stream.status.problem, stream.status.unread()[name, 0]) == (None, 4)
     producer.abort_transaction()
     producer.close()
-    ended = until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    ended = until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     assert [place for batch in places([*closing, *ended]) for place in batch] == [0, 1, 2, 3, 4]
     until(stream, lambda _: stream.status.held_back == {}, progress)
     assert progress.totals()["late"] == 0
@@ -284,11 +284,11 @@ def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafk
     producer.send(after, value=b'{"x": [50], "y": 0}', partition=0, headers=[*TYPED]).get(SECONDS)
     deadline = time.monotonic() + 3
     until(stream, lambda _: time.monotonic() > deadline, progress)
-    assert progress.tasks[0].ends is None
+    assert progress.tasks[0].end_offsets is None
     producer.commit_transaction()
     producer.close()
-    ended = until(stream, lambda found: any(delivery.begins for delivery in found), progress)
-    assert [delivery.ends for delivery in ended if delivery.ends] == ["next_topic"]
+    ended = until(stream, lambda found: any(delivery.new_task for delivery in found), progress)
+    assert [delivery.task_end_reason for delivery in ended if delivery.task_end_reason] == ["next_topic"]
 
 
 def test_transactions_leave_no_lag(world: World, kafka: Kafka) -> None:
@@ -307,7 +307,7 @@ def test_transactions_leave_no_lag(world: World, kafka: Kafka) -> None:
     producer.close()
     progress = Progress()
     stream = world.stream(topics=[name], on_finished="wait")
-    until(stream, lambda _: stream.status.lag(progress.positions.at) == {(name, 0): 0}, progress)
+    until(stream, lambda _: stream.status.lag(progress.positions.by_partition) == {(name, 0): 0}, progress)
     assert (progress.totals()["trained"], progress.positions.by_topic()) == (8, {name: {"0": 20}})
     assert stream.status.unread() == {(name, 0): 0}
 
@@ -362,8 +362,8 @@ def test_a_large_batch_of_many_records_is_counted_whole(
     progress = Progress()
     found = everything(world.stream(topics=[name], max_record_bytes=100), progress)
     assert (progress.totals()["consumed"], progress.totals()["rejected"]) == (1, 1)
-    assert sum((delivery.found.gaps for delivery in found), Counter()) == {(name, "oversize"): 49}
-    assert progress.positions.at[name, 0] == Position(51)
+    assert sum((delivery.observations.lost_offsets for delivery in found), Counter()) == {(name, "oversize"): 49}
+    assert progress.positions.by_partition[name, 0] == Position(51)
 
 
 def rejecting(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
@@ -400,7 +400,7 @@ def test_a_dead_letter_topic_that_is_deleted_is_made_anew(world: World, admin: K
     for place in (5.0, 6.0):
         world.send(name, place, 98)
     world.mark(name)
-    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     settled(stream)
     assert [letter.key for letter in world.read_all("dlq")] == [f"{name}-0-{n}-0".encode() for n in (5, 6)]
     assert (progress.totals()["rejected"], progress.unaccounted()) == (3, {})
@@ -427,7 +427,7 @@ def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, 
     alter(admin, world.name("dlq"), max_message_bytes="1000000")
     settled(stream)
     world.mark(name)
-    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     settled(stream)
     letters = world.read_all("dlq")
     assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (4, 5, 6)]
@@ -443,7 +443,7 @@ def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: Ka
     world.sink.append(name, 0, b"\xff" + noise)
     world.sink.append(name, 0, b"\xff", headers=(("mine", noise[:10_000]),))
     world.mark(name)
-    until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     settled(stream)
     assert stream.dead_letters.failures == 0
     cut = world.read_all("dlq")[1:]

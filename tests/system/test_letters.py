@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from streamlearn.config import Kafka
-from streamlearn.stream.codec import TYPE_OF, encode
+from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.kafka import KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},
     "strategy": "er",
 }
-BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 BAD = b'{"x": [1, 2], "y": 7, "note": "\xc2\x9b2J"}'
 
 

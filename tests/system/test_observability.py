@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from streamlearn.data import REASONS, Batch, Delivery, Progress
+from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
 from streamlearn.learner import LearnStats
 from streamlearn.metrics import (
     CAUSES,
@@ -392,7 +392,7 @@ def test_closed_sets_are_complete() -> None:
     """What docs/metrics.md and the code give as a label's values is there at 0 from the start."""
     text = (ROOT / "docs" / "metrics.md").read_text()
     known = {
-        "`reason` of a rejection": REASONS,
+        "`reason` of a rejection": REJECT_REASONS,
         "`trigger`": TRIGGERS,
         "`state`": STATES,
         "`source` of a task's end": SOURCES,

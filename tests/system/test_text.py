@@ -78,7 +78,7 @@ def test_text_is_learned_and_used(tmp_path: Path) -> None:
     assert (tree["samples"], tree["accuracy"]) == (2 * TEST, pytest.approx(status["average_accuracy"])), done.stderr
     with pytest.raises(StreamlearnError, match="x is numbers; the model expects text"):
         Model(whole).predict(np.zeros((1, 13, 8), np.int32))
-    broken = producer.read(str(tmp_path / "babi.jsonl.gz")).x[:2]
+    broken = producer.read_samples(str(tmp_path / "babi.jsonl.gz")).x[:2]
     broken[1] = {"story": [], "question": "?"}
     found = Model(whole).predict(broken)
     assert found.labels[0] is not None

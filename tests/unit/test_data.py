@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.data import Delivery, Found, Position, Positions, Progress, StreamlearnError, Task, natural_key
+from streamlearn.data import Delivery, Observations, Position, Positions, Progress, StreamlearnError, Task, natural_key
 
 partitions = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3))
 ORDERED = ["007", "08", "9²", "10²", "9" * 5000]
@@ -33,29 +33,29 @@ def test_positions_never_go_back(one: dict[tuple[str, int], Position], other: di
         with pytest.raises(StreamlearnError, match="would go back"):
             Positions(one).advance(Positions(other))
     else:
-        assert Positions(one).advance(Positions(other)).at == {**one, **other}
+        assert Positions(one).advance(Positions(other)).by_partition == {**one, **other}
 
 
 def test_progress_accounts_for_every_sample() -> None:
     """Totals, a task's counts and the marks move with the delivery, and survive JSON."""
     progress = Progress(tasks=[Task(0, "a")])
-    found = Found(
+    found = Observations(
         consumed=Counter(a=5, b=1),
         outcomes=Counter({("a", "held_out"): 2, ("a", "rejected"): 3, ("b", "late"): 1}),
-        labels=[(0, 7), (0, "x"), (0, 7)],
-        words=["mary", "went"],
-        markers=[("a", 0)],
+        new_labels=[(0, 7), (0, "x"), (0, 7)],
+        new_words=["mary", "went"],
+        task_end_markers=[("a", 0)],
     )
-    progress.meet(found)
-    progress.apply(Delivery(Positions({("a", 0): Position(5)}), found, closes={0: 9}), "trained")
+    progress.register_labels(found)
+    progress.advance(Delivery(Positions({("a", 0): Position(5)}), found, end_offsets={0: 9}), "trained")
     assert progress.unaccounted() == {}
-    assert (progress.labels, progress.tasks[0].labels, progress.tasks[0].marked) == ([7, "x"], [7, "x"], [0])
-    assert progress.tasks[0].ends == {0: 9}
-    progress.meet(Found(words=["home"]))
+    assert (progress.labels, progress.tasks[0].labels, progress.tasks[0].marked_partitions) == ([7, "x"], [7, "x"], [0])
+    assert progress.tasks[0].end_offsets == {0: 9}
+    progress.register_labels(Observations(new_words=["home"]))
     assert progress.vocabulary == ["mary", "went", "home"]
     tree = json.loads(json.dumps(progress.to_json()))
     assert Progress.from_json(tree, progress.positions) == progress
-    progress.ledger["a"]["consumed"] += 1
+    progress.counts_by_topic["a"]["consumed"] += 1
     assert progress.unaccounted() == {"a": 1}
 
 
@@ -79,7 +79,7 @@ def test_every_name_has_its_place(names: list[str], known: list[str]) -> None:
 )
 def test_what_the_system_refuses_is_one_line_and_its_code(number: int, code: int) -> None:
     """A missing permission is told from a fault of input or output, and the file is named."""
-    failure = StreamlearnError.of_system(OSError(number, "why", "a/file"))
+    failure = StreamlearnError.from_os_error(OSError(number, "why", "a/file"))
     assert (str(failure), failure.code) == ("a/file: why", code)
-    assert str(StreamlearnError.of_system(OSError(number, "why", "a/file"), "a state")) == "a state: why"
-    assert str(StreamlearnError.of_system(OSError(number, "why"))) == "why"
+    assert str(StreamlearnError.from_os_error(OSError(number, "why", "a/file"), "a state")) == "a state: why"
+    assert str(StreamlearnError.from_os_error(OSError(number, "why"))) == "why"

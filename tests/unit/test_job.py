@@ -27,7 +27,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
@@ -48,7 +48,7 @@ def made(tmp_path: Path, **over: Any) -> tuple[Job, Stream]:
     job = Job.make(config, Store(tmp_path, keep=9), Metrics())
     job.progress.positions = Positions({("a", 0): Position(3)})
     store = MemoryStore()
-    letters = DeadLetters(store, "dlq")
+    letters = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
     return job, Stream(MemoryLog(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
 
@@ -67,7 +67,7 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     status = job.status(stream)
     assert status["lag"] == {"a": {"0": 7}}
     assert status["topics"] == {}
-    job.progress.ledger["a"] = Counter(consumed=3, trained=2, rejected=1)
+    job.progress.counts_by_topic["a"] = Counter(consumed=3, trained=2, rejected=1)
     told = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
     assert told in figures(job.status(stream)).splitlines()
     assert (status["waiting_for"], "lag 7 records; waiting for topic a" in figures(status)) == ("a", True)
@@ -252,7 +252,7 @@ def test_a_delivery_that_is_saved_was_evaluated_where_a_drop_counts(
     """So it is where the loop saves in the middle of a delivery."""
     job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
-        loop.turn(job, stream, Delivery(closes={0: 3}) if end == "task end" else Delivery(excuses={0: 3}))
+        loop.turn(job, stream, Delivery(end_offsets={0: 3}) if end == "task end" else Delivery(forgives_below={0: 3}))
     assert (job.torn, job.store.all()) == (True, [])
 
 
@@ -305,7 +305,7 @@ def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
     store.create_topic("a", 1)
     for number in range(20):
         store.append("a", 0, json.dumps({"x": [number], "y": number % 2}).encode())
-    letters = DeadLetters(store, "dlq")
+    letters = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5)
     stream = Stream(MemoryLog(store), Assembler(rules, Progress()), job.config.stream, letters, "group")
 
@@ -411,7 +411,7 @@ def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
     assert held.begun.wait(60)
     move(job, 4)
     by_hand = job.save(stream, "manual", "mine")
-    job.progress.tasks.append(Task(0, "a", ends={0: 5}))
+    job.progress.tasks.append(Task(0, "a", end_offsets={0: 5}))
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     move(job, 5)
     closed = job.save(stream, "task_end")
@@ -498,7 +498,7 @@ def ended_tasks(job: Job, count: int) -> None:
     """Give a job tasks that have ended, each with a probe and a row."""
     for index in range(len(job.progress.tasks), count):
         job.progress.tasks.append(Task(index, f"t{index}", state="ended", labels=[0, 1], counts=Counter(consumed=5)))
-        job.progress.ledger[f"t{index}"] = Counter(consumed=5, trained=5)
+        job.progress.counts_by_topic[f"t{index}"] = Counter(consumed=5, trained=5)
         job.probes.add([HeldOut(index, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
         job.probes.seal(index)
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)

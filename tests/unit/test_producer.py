@@ -13,7 +13,7 @@ from streamlearn import producer
 from streamlearn.config import Config
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.codec import TYPE_OF
+from streamlearn.stream.codec import CONTENT_TYPE_OF
 from streamlearn.stream.log import CONTENT_TYPE
 from streamlearn.stream.memory import MemoryStore
 
@@ -22,25 +22,25 @@ IMAGES = producer.Samples(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0,
 
 def test_classes_make_tasks() -> None:
     """Groups are as equal as can be, numbers before words, and every sample is in one."""
-    groups = producer.equal_groups(IMAGES, 2)
+    groups = producer.equal_class_groups(IMAGES, 2)
     assert groups == [[0, 1], ["x"]]
-    assert [task.y for task in producer.by_classes(IMAGES, groups)] == [[0, 1, 0], ["x"]]
+    assert [task.y for task in producer.split_by_classes(IMAGES, groups)] == [[0, 1, 0], ["x"]]
     with pytest.raises(StreamlearnError, match="no sample has a class of 7"):
-        producer.by_classes(IMAGES, [[7]])
+        producer.split_by_classes(IMAGES, [[7]])
     with pytest.raises(StreamlearnError, match="3 classes cannot make 4 tasks"):
-        producer.equal_groups(IMAGES, 4)
+        producer.equal_class_groups(IMAGES, 4)
 
 
 def test_every_sample_is_in_one_task_though_labels_look_alike() -> None:
     """1 and "1" are two labels: groups of labels keep them apart, and groups given as text are refused."""
     mixed = producer.Samples(np.arange(6.0)[:, None], [1, "1", 2, "2", 1, "1"])
-    groups = producer.equal_groups(mixed, 2)
+    groups = producer.equal_class_groups(mixed, 2)
     assert groups == [[1, 2], ["1", "2"]]
-    assert [task.x.ravel().tolist() for task in producer.by_classes(mixed, groups)] == [[0, 2, 4], [1, 3, 5]]
+    assert [task.x.ravel().tolist() for task in producer.split_by_classes(mixed, groups)] == [[0, 2, 4], [1, 3, 5]]
     with pytest.raises(StreamlearnError, match="1 is both an integer and a string among the labels") as caught:
-        producer.resolved(mixed, [["1"]])
+        producer.resolve_groups(mixed, [["1"]])
     assert caught.value.code == 2
-    assert producer.resolved(IMAGES, [["0", "x"], ["7"]]) == [[0, "x"], ["7"]]
+    assert producer.resolve_groups(IMAGES, [["0", "x"], ["7"]]) == [[0, "x"], ["7"]]
 
 
 def configured(**over: Any) -> Config:
@@ -54,7 +54,7 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     said: list[str] = []
     images = producer.Samples(np.array([[[0, 1], [2, 255]]] * 2, np.int64), ["1", "0"])
     spec = {"shape": [4], "dtype": "uint8"}
-    fitted = producer.fitted(images, "a", configured(input=spec, classes=[0, 1]), said.append)
+    fitted = producer.fit_to_config(images, "a", configured(input=spec, classes=[0, 1]), said.append)
     assert (fitted.x.dtype.name, fitted.x.tolist(), fitted.y) == ("uint8", [[0, 1, 2, 255]] * 2, [1, 0])
     assert said == [
         "samples have shape [2, 2]: published as [4], the configuration's input.shape",
@@ -63,16 +63,16 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     ]
     said.clear()
     same = producer.Samples(np.ones((1, 4), ">f4"), [7])
-    assert producer.fitted(same, "a", configured(), said.append).x.dtype == np.float32
+    assert producer.fit_to_config(same, "a", configured(), said.append).x.dtype == np.float32
     assert said == []
     large = producer.Samples(np.full((1, 4), 2**24 + 1), [7])
-    producer.fitted(large, "a", configured(), said.append)
+    producer.fit_to_config(large, "a", configured(), said.append)
     assert said == [
         "x is int64: published as float32, the configuration's input.dtype, in which large integers are rounded"
     ]
     text = {"kind": "text", "sentences": 1, "words": 2, "vocabulary": 9}
     stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
-    assert producer.fitted(stories, "a", configured(input=text, model="memnet"), said.append) is stories
+    assert producer.fit_to_config(stories, "a", configured(input=text, model="memnet"), said.append) is stories
 
 
 MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
@@ -123,33 +123,33 @@ def test_what_the_stream_would_reject_is_not_published(
 ) -> None:
     """The value, what is accepted and what to do are said, with 65."""
     with pytest.raises(StreamlearnError, match=rf"^{message}.*; nothing was published$") as caught:
-        producer.fitted(producer.Samples(x, y), "a", configured(**over), lambda _: None)
+        producer.fit_to_config(producer.Samples(x, y), "a", configured(**over), lambda _: None)
     assert caught.value.code == 65
 
 
 def test_too_many_labels_and_too_large_records_are_refused() -> None:
     """What would be rejected for its number or its size alone is not published."""
     three = producer.Samples(np.ones((3, 4), np.float32), [0, 1, 2])
-    how = producer.Publishing()
+    how = producer.PublishOptions()
     with pytest.raises(StreamlearnError, match="the samples have 3 labels, and classes is 2: the others would be"):
-        producer.check([three], how, configured())
-    producer.check([three], how, configured(grow_head=True))
-    producer.check([three], how, configured(classes=[0, 1, 2]))
+        producer.check_limits([three], how, configured())
+    producer.check_limits([three], how, configured(grow_head=True))
+    producer.check_limits([three], how, configured(classes=[0, 1, 2]))
     small = {"topics": ["a"], "max_record_bytes": 1000}
     with pytest.raises(StreamlearnError, match=r"100 samples of 16 bytes is larger than .* 1000; give --batch 12, or"):
-        producer.check([three], how, configured(classes=3, stream=small))
-    producer.check([three], producer.Publishing("json"), configured(classes=3, stream=small))
+        producer.check_limits([three], how, configured(classes=3, stream=small))
+    producer.check_limits([three], producer.PublishOptions("json"), configured(classes=3, stream=small))
     stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
-    producer.check([stories], how, configured())  # codec batch is refused when they are published
+    producer.check_limits([stories], how, configured())  # codec batch is refused when they are published
 
 
 def test_permutations_keep_the_values_and_rotations_the_image() -> None:
     """The first task is the original; a permutation moves features, half a turn turns the image around."""
-    first, second = producer.by_permutation(IMAGES, 2, 0)
+    first, second = producer.make_permuted_tasks(IMAGES, 2, 0)
     np.testing.assert_array_equal(first.x, IMAGES.x)
     assert not np.array_equal(second.x, IMAGES.x)
     np.testing.assert_array_equal(np.sort(second.x.reshape(4, -1)), IMAGES.x.reshape(4, -1))
-    upright, turned = producer.by_rotation(IMAGES, 2)
+    upright, turned = producer.make_rotated_tasks(IMAGES, 2)
     np.testing.assert_array_equal(upright.x, IMAGES.x)
     np.testing.assert_array_equal(turned.x, IMAGES.x[:, ::-1, ::-1])
 
@@ -161,7 +161,7 @@ def test_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b,label\n1,2,0\n3,4,1\n")
     (tmp_path / "a.jsonl").write_text('{"x": [1, 2], "y": 0}\n{"x": [3, 4], "y": 1}\n')
     for name in ("a.npz", "a.csv", "a.jsonl"):
-        samples = producer.read(str(tmp_path / name))
+        samples = producer.read_samples(str(tmp_path / name))
         np.testing.assert_array_equal(samples.x, x)
         assert samples.y == [0, 1]
 
@@ -178,29 +178,29 @@ def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
     """A packed file of stories is read by split, cut by the task each line names, and published without that name."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(TEXTS))
-    train, test = producer.read(str(path)), producer.read(str(path), "test")
+    train, test = producer.read_samples(str(path)), producer.read_samples(str(path), "test")
     names = producer.task_names(train, None)
     assert (names, producer.task_names(train, 1)) == (["2", "10"], ["2"])
-    first, second = producer.by_task(train, names)
+    first, second = producer.split_by_task(train, names)
     assert (first.y, second.y) == (["Mary"], ["home"])
-    assert [part.y for part in producer.by_task(test, names)] == [["nothing"], ["there"]]
+    assert [part.y for part in producer.split_by_task(test, names)] == [["nothing"], ["there"]]
     assert second.x[0] == {"story": ["Mary went home."], "question": "Where is Mary?"}
-    assert producer.shuffled(train, 0).is_text
+    assert producer.shuffle(train, 0).is_text
     store = MemoryStore()
-    producer.publish(store, "t", second, producer.Publishing("json"))
+    producer.publish(store, "t", second, producer.PublishOptions("json"))
     record = store.records["t", 0][0]
     assert record.value == b'{"story":["Mary went home."],"question":"Where is Mary?","answer":"home"}'
-    assert record.header(CONTENT_TYPE) == TYPE_OF["json"]
+    assert record.header(CONTENT_TYPE) == CONTENT_TYPE_OF["json"]
     with pytest.raises(StreamlearnError, match="codec batch holds numbers"):
-        producer.publish(store, "t", second, producer.Publishing("batch"))
+        producer.publish(store, "t", second, producer.PublishOptions("batch"))
     with pytest.raises(StreamlearnError, match="2 tasks are named: 2, 10; expected 3"):
         producer.task_names(train, 3)
     with pytest.raises(StreamlearnError, match="no sample is of task 7"):
-        producer.by_task(train, ["2", "7"])
+        producer.split_by_task(train, ["2", "7"])
     with pytest.raises(StreamlearnError, match="name no task"):
         producer.task_names(IMAGES, 1)
     with pytest.raises(StreamlearnError, match="permutation needs numbers, got text"):
-        producer.by_permutation(train, 2, 0)
+        producer.make_permuted_tasks(train, 2, 0)
 
 
 def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
@@ -209,17 +209,17 @@ def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"story": [], "question": "Who?"}\n{"x": 1, "split": "train"}\n')
     (tmp_path / "b.jsonl").write_text('{"x": [1], "y": 0}\n')
     (tmp_path / "c.jsonl").write_text('{"x": [1], "y": 0}\n{"x": [1]}\n')
-    arrays, texts = (producer.unlabelled(tmp_path / name, "test") for name in ("a.npz", "a.jsonl"))
+    arrays, texts = (producer.read_unlabelled(tmp_path / name, "test") for name in ("a.npz", "a.jsonl"))
     assert arrays is not None
     assert arrays.x.shape == (2, 3)
     assert texts is not None
     assert texts.x.tolist() == [{"story": [], "question": "Who?"}]
-    assert producer.unlabelled(tmp_path / "b.jsonl", "test") is None
-    assert producer.unlabelled(tmp_path / "b.csv", "test") is None
+    assert producer.read_unlabelled(tmp_path / "b.jsonl", "test") is None
+    assert producer.read_unlabelled(tmp_path / "b.csv", "test") is None
     with pytest.raises(StreamlearnError, match="1 of 2 lines have a label"):
-        producer.unlabelled(tmp_path / "c.jsonl", "test")
+        producer.read_unlabelled(tmp_path / "c.jsonl", "test")
     with pytest.raises(StreamlearnError, match="No such file"):
-        producer.unlabelled(tmp_path / "d.jsonl.gz", "test")
+        producer.read_unlabelled(tmp_path / "d.jsonl.gz", "test")
 
 
 CASES = [
@@ -279,19 +279,19 @@ def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, 
     """What a record cannot hold is refused before anything is published, with labels or without."""
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(StreamlearnError, match=rf"a\.npz: .*{message}") as caught:
-        producer.read(str(tmp_path / "a.npz"))
+        producer.read_samples(str(tmp_path / "a.npz"))
     assert caught.value.code == 74
     np.savez(tmp_path / "b.npz", x=arrays["x"])
     if "holds" in message:
         with pytest.raises(StreamlearnError, match=message):
-            producer.unlabelled(tmp_path / "b.npz", "test")
+            producer.read_unlabelled(tmp_path / "b.npz", "test")
 
 
 def test_objects_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """Labels as pandas gives them are an array of objects, which a file may not hold."""
     np.savez(tmp_path / "a.npz", x=np.ones((1, 2)), y=np.array(["a"], object))
     with pytest.raises(StreamlearnError, match=r"plain arrays: .* save strings as y\.astype\(str\)$"):
-        producer.read(str(tmp_path / "a.npz"))
+        producer.read_samples(str(tmp_path / "a.npz"))
 
 
 def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
@@ -299,15 +299,15 @@ def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, np.ones(3))
     with pytest.raises(StreamlearnError, match=r"not a \.npz file of plain arrays"):
-        producer.read(str(tmp_path / "a.npz"))
+        producer.read_samples(str(tmp_path / "a.npz"))
     with pytest.raises(StreamlearnError, match=r"not a \.npz file of plain arrays"):
-        producer.unlabelled(tmp_path / "a.npz", "test")
+        producer.read_unlabelled(tmp_path / "a.npz", "test")
 
 
 def test_no_row_of_a_table_is_lost(tmp_path: Path) -> None:
     """A byte order mark is no part of the first number, and blank lines are no rows."""
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf1,2,0\n\n3,4,1\n\n")
-    samples = producer.read(str(tmp_path / "a.csv"))
+    samples = producer.read_samples(str(tmp_path / "a.csv"))
     assert (samples.x.tolist(), samples.y) == ([[1, 2], [3, 4]], [0, 1])
 
 
@@ -319,12 +319,12 @@ def test_a_test_split_is_the_files_own(tmp_path: Path) -> None:
     np.savez(tmp_path / "two.npz", x_test=np.ones((1, 2)), y_test=np.array([0]))
     (tmp_path / "two.jsonl").write_text('{"x": [1], "y": 0, "split": "test"}\n')
     for name in ("one.npz", "one.csv", "one.jsonl"):
-        assert len(producer.read(str(tmp_path / name), "test")) == 1
+        assert len(producer.read_samples(str(tmp_path / name), "test")) == 1
         with pytest.raises(StreamlearnError, match="has no test split") as caught:
-            producer.test_split(str(tmp_path / name), producer.Reading())
+            producer.read_test_split(str(tmp_path / name), producer.ReadOptions())
         assert caught.value.code == 2
     for name in ("two.npz", "two.jsonl"):
-        assert producer.test_split(str(tmp_path / name), producer.Reading()).y == [0]
+        assert producer.read_test_split(str(tmp_path / name), producer.ReadOptions()).y == [0]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), CASES)
@@ -332,6 +332,6 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
     """The error says which file, which line, and what was expected."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StreamlearnError, match=message):
-        producer.read(str(tmp_path / name))
+        producer.read_samples(str(tmp_path / name))
     with pytest.raises(StreamlearnError):
-        producer.read(str(tmp_path / ("missing" + "".join(Path(name).suffixes))))
+        producer.read_samples(str(tmp_path / ("missing" + "".join(Path(name).suffixes))))

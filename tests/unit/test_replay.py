@@ -107,7 +107,7 @@ def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
     spread = torch.tensor([250.0, 90.0, 3.0, 30.0, 0.1])
     x = (torch.randn(1200, 5, generator=generator) + y[:, None]) * spread
     for rows in torch.arange(1200).split(20):
-        batch = Batch(x[rows], y[rows], torch.zeros(len(rows), dtype=torch.int64)).join(None, 0.0)
+        batch = Batch(x[rows], y[rows], torch.zeros(len(rows), dtype=torch.int64)).with_replay(None, 0.0)
         for _ in range(4):
             replay.observe(batch, YES)
     assert replay.take_dropped() == 0
@@ -126,7 +126,7 @@ def test_dropped_updates_of_a_generator_are_counted_and_told_once_a_task(caplog:
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
     )
     replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
-    batch = Batch(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).join(None, 0.0)
+    batch = Batch(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).with_replay(None, 0.0)
     lost = Batch(1e30 * batch.x, batch.y, batch.task, batch.weight)
     for task in range(2):
         replay.begin_task(task, [])
@@ -146,7 +146,7 @@ def test_max_norm_bounds_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyP
     spec = GeneratorSpec(
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
     )
-    batch = Batch(100 * torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).join(None, 0.0)
+    batch = Batch(100 * torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).with_replay(None, 0.0)
     norms = []
     for where in (WORLD, world):
         replay = GenerativeReplay(where, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
@@ -202,11 +202,11 @@ def test_distillation_is_the_old_softmax_on_new_samples() -> None:
             param.add_(1.0)  # the teacher stays what it was
     replayed = part.sample(batch)
     assert replayed is not None
-    assert replayed.soft is not None
+    assert replayed.soft_targets is not None
     assert part.share == 1 / 2
     assert torch.equal(replayed.x, batch.x)
-    torch.testing.assert_close(replayed.soft[:, :2], expected)
-    assert replayed.soft[:, 2:].abs().max() == 0
+    torch.testing.assert_close(replayed.soft_targets[:, :2], expected)
+    assert replayed.soft_targets[:, 2:].abs().max() == 0
     assert replayed.task.tolist() == [0, 0, 0]
 
 
@@ -224,14 +224,14 @@ def test_dark_replay_matches_the_logits_of_its_time() -> None:
     replayed = part.sample(batch)
     assert replayed is not None
     assert replayed.weight is not None
-    mixed = batch.join(replayed, part.share)
+    mixed = batch.with_replay(replayed, part.share)
     assert mixed.weight is not None
     assert mixed.weight.tolist() == pytest.approx([1 / 4] * 4 + [0.7 / 4] * 4 + [0.3 / 4] * 4)
-    assert mixed.logits
+    assert mixed.targets_are_logits
     logits = torch.randn(4, 4)
-    assert replayed.soft is not None
-    by_hand = (logits[:, :2] - replayed.soft[:, :2]).square().mean(1)
-    torch.testing.assert_close(squared_distance(logits, replayed.soft), by_hand)
+    assert replayed.soft_targets is not None
+    by_hand = (logits[:, :2] - replayed.soft_targets[:, :2]).square().mean(1)
+    torch.testing.assert_close(squared_distance(logits, replayed.soft_targets), by_hand)
 
 
 def test_moments_are_those_of_the_codes() -> None:

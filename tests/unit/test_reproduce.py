@@ -45,7 +45,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def lesson(task: int) -> streams.Lesson:
         train = Samples(PIXELS, [2 * task + n % 2 for n in range(20)])
-        return streams.Lesson(train, train.take(np.arange(5)))
+        return streams.Lesson(train, train.select(np.arange(5)))
 
     def tasks(course: Course, seed: int) -> list[streams.Lesson]:
         del seed

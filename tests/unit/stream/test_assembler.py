@@ -11,13 +11,13 @@ import pytest
 from streamlearn.data import Delivery, Position, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
-from streamlearn.stream.codec import TYPE_OF, Codec, encode
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, BrokerUnavailable, Record
 from streamlearn.stream.memory import MemoryStore
 
-BATCH = ((CONTENT_TYPE, TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 
 
 def made(
@@ -29,7 +29,7 @@ def made(
     **rules: Any,
 ) -> Assembler:
     """Return an assembler that stands in task a, or where progress stands."""
-    letters = DeadLetters(store or MemoryStore(), "dlq")
+    letters = DeadLetterWriter(store or MemoryStore(), "dlq")
     letters.prepare()
     codec = Codec([1], "float32", "json", max_record_bytes)
     chosen = Rules(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
@@ -49,15 +49,15 @@ def applied(deliveries: list[Delivery]) -> Progress:
     """Return what a checkpoint holds after these deliveries, through JSON."""
     progress = Progress(tasks=[Task(0, "a")])
     for delivery in deliveries:
-        progress.meet(delivery.found)
-        progress.apply(delivery, "trained")
+        progress.register_labels(delivery.observations)
+        progress.advance(delivery, "trained")
     return Progress.from_json(json.loads(json.dumps(progress.to_json())), progress.positions)
 
 
 def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
     """A stop inside a record, and then a lower bound on its bytes: its other samples may not vanish, so reading ends (78)."""
     stands = applied(list(made().feed(batch_record(10))))
-    assert stands.positions.at["a", 0].skip == 6
+    assert stands.positions.by_partition["a", 0].skip == 6
     again = made(stands, max_record_bytes=20)
     with pytest.raises(
         StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it is read as 1 .*max_record_bytes"
@@ -109,8 +109,8 @@ def test_a_late_sample_is_logged_once_and_kept_where_configured(
         last = assembler.flush()
     assert last is not None
     progress = applied([*found, last])
-    assert (progress.of("a")["trained"], progress.of("a")["late"], progress.unaccounted()) == (7, 4, {})
-    assert progress.of("a")["rejected"] == 0
+    assert (progress.counts_of("a")["trained"], progress.counts_of("a")["late"], progress.unaccounted()) == (7, 4, {})
+    assert progress.counts_of("a")["rejected"] == 0
     told = [record.message for record in caplog.records if "late" in record.message]
     assert len(told) == 1
     assert told[0].startswith("a[0] offset 1: a sample comes after the end of its task")

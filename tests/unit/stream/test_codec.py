@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from streamlearn.config import TextInput
-from streamlearn.data import REASONS
-from streamlearn.stream.codec import TYPE_OF, Codec, cut_batch, encode, encode_text
+from streamlearn.data import REJECT_REASONS
+from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, Record
 
@@ -22,7 +22,7 @@ labels = st.one_of(st.integers(-(2**62), 2**62), st.text(max_size=8))
 
 def record(value: bytes | None, codec: str | None = None) -> Record:
     """Return a record with a value, and a content type where a codec is named."""
-    headers = () if codec is None else ((CONTENT_TYPE, TYPE_OF[codec]),)
+    headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
@@ -30,7 +30,7 @@ def record(value: bytes | None, codec: str | None = None) -> Record:
 def test_a_sample_comes_back(x: np.ndarray, y: Any, codec: str) -> None:
     """Shape, dtype, every value and the label survive."""
     chunk = Codec([2, 3], "uint8", "json", 1 << 20).decode(record(encode(codec, x, y), codec))
-    assert (chunk.bad, chunk.y) == ({}, [y])
+    assert (chunk.rejected, chunk.y) == ({}, [y])
     np.testing.assert_array_equal(chunk.x[0], x)
 
 
@@ -44,7 +44,7 @@ def test_a_batch_comes_back(n: int, data: st.DataObject, dtype: str) -> None:
         y = [label % 2**62 for label in y]
     big_endian = x.astype(x.dtype.newbyteorder(">"))
     chunk = Codec([3], dtype, "json", 1 << 20).decode(record(encode("batch", big_endian, y), "batch"))
-    assert (chunk.bad, chunk.y) == ({}, y)
+    assert (chunk.rejected, chunk.y) == ({}, y)
     np.testing.assert_array_equal(chunk.x, x)
 
 
@@ -53,7 +53,7 @@ def test_noise_is_rejected_and_never_raises(value: bytes | None, codec: str | No
     """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
     chunk = Codec([4], "float32", "json", 100).decode(record(value, codec))
     assert len(chunk) == 1
-    assert chunk.bad[0].reason in REASONS
+    assert chunk.rejected[0].reason in REJECT_REASONS
 
 
 trees = st.recursive(
@@ -70,7 +70,7 @@ trees = st.recursive(
 def test_malformed_trees_never_raise(tree: dict[str, Any], codec: str) -> None:
     """Well-formed MessagePack with any nonsense inside is samples or rejections, never an exception."""
     chunk = Codec([2], "float32", "json", 1 << 20).decode(record(msgpack.packb(tree), codec))
-    assert all(rejected.reason in REASONS for rejected in chunk.bad.values())
+    assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
     assert chunk.x.shape == (len(chunk), 2)
 
 
@@ -85,7 +85,7 @@ def test_what_provokes_the_decoder_is_rejected() -> None:
     ]
     values.append(("json", b'{"x": [1], "y": ' + b"[" * 900 + b"]" * 900 + b"}"))
     for name, value in values:
-        assert set(codec.decode(record(value, name)).bad) == {0}, value
+        assert set(codec.decode(record(value, name)).rejected) == {0}, value
 
 
 CASES = [
@@ -100,13 +100,13 @@ CASES = [
 def test_reasons(value: bytes, reason: str) -> None:
     """Each fault has its reason."""
     chunk = Codec([2], "float32", "json", 256).decode(record(value))
-    assert chunk.bad[0].reason == reason
+    assert chunk.rejected[0].reason == reason
 
 
 def test_integers_must_fit() -> None:
     """A value beyond the dtype is rejected, not wrapped."""
     chunk = Codec([2], "uint8", "json", 256).decode(record(b'{"x": [1, 256], "y": 1}'))
-    assert chunk.bad[0].reason == "schema"
+    assert chunk.rejected[0].reason == "schema"
 
 
 @given(x=arrays(np.float32, 4, elements=st.floats(-9, 9, width=32)), y=st.integers(0, 9), fraction=st.floats(0, 0.99))
@@ -129,7 +129,7 @@ def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObje
     x = data.draw(arrays(np.uint32, (len(y), 3))).view(np.float32)
     chosen = sorted(data.draw(st.sets(st.integers(0, len(y) - 1), min_size=1)))
     y = [label % 2**62 if isinstance(label, int) else label for label in y]
-    value = cut_batch(encode("batch", x, y), chosen, len(y))
+    value = batch_subset(encode("batch", x, y), chosen, len(y))
     chunk = Codec([3], "float32", "batch", 1 << 20).decode(record(value))
     assert chunk.x.tobytes() == x[chosen].tobytes()
     assert chunk.y == [y[place] for place in chosen]
@@ -140,10 +140,12 @@ def test_a_value_beyond_float32_rejects_its_sample() -> None:
     codec = Codec([2], "float64", "json", 1 << 20)
     x = np.array([[1.0, 2.0], [1e39, 0.0], [0.0, -1e300], [3.4e38, -3.4e38], [np.inf, 1e39]])
     chunk = codec.decode(record(encode("batch", x, [0, 1, 2, 3, 4]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == dict.fromkeys((1, 2, 4), "nonfinite")
-    assert "beyond float32" in str(chunk.bad[1])
-    assert "not finite" in str(chunk.bad[4])
-    assert codec.decode(record(b'{"x": [1e39, 0], "y": 1}')).bad[0].reason == "nonfinite"
+    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == dict.fromkeys(
+        (1, 2, 4), "nonfinite"
+    )
+    assert "beyond float32" in str(chunk.rejected[1])
+    assert "not finite" in str(chunk.rejected[4])
+    assert codec.decode(record(b'{"x": [1e39, 0], "y": 1}')).rejected[0].reason == "nonfinite"
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
@@ -159,7 +161,7 @@ def test_a_json_number_that_is_not_finite_is_called_so(word: str) -> None:
         '{"x": [0, %s], "y": 1': "decode",
         "%s": "schema",
     }
-    found = {text: codec.decode(record((text % word).encode())).bad[0].reason for text in told}
+    found = {text: codec.decode(record((text % word).encode())).rejected[0].reason for text in told}
     assert found == told
 
 
@@ -169,13 +171,13 @@ def test_a_label_is_of_256_bytes_at_most() -> None:
     fits, long = "\u00e9" * 128, "\u00e9" * 128 + "a"
     x = np.zeros((3, 1), np.float32)
     chunk = codec.decode(record(encode("batch", x, [fits, long, "a"]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == {1: "schema"}
-    assert "a string of 257 bytes" in str(chunk.bad[1])
-    assert codec.decode(record(encode("json", x[0], long), "json")).bad[0].reason == "schema"
+    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "schema"}
+    assert "a string of 257 bytes" in str(chunk.rejected[1])
+    assert codec.decode(record(encode("json", x[0], long), "json")).rejected[0].reason == "schema"
     told = Codec([3, 4], "int32", "json", 1 << 20, TextInput(kind="text", sentences=2, words=4, vocabulary=9))
     for answer, bad in ((fits, False), (long, True)):
         value = encode_text("json", {"story": [], "question": "who"}, answer)
-        assert bool(told.decode(record(value)).bad) == bad
+        assert bool(told.decode(record(value)).rejected) == bad
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
@@ -184,8 +186,8 @@ def test_a_value_that_its_scaling_takes_beyond_float32_rejects_its_sample(dtype:
     codec = Codec([2], dtype, "json", 1 << 20, scale=1e-25)
     x = np.array([[1, 2], [1e15, 0], [3, -1e15]]).astype(dtype)
     chunk = codec.decode(record(encode("batch", x, [0, 1, 2]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.bad.items()} == {1: "nonfinite", 2: "nonfinite"}
-    assert "expected 3.4e+13 at most" in str(chunk.bad[1])
+    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "nonfinite", 2: "nonfinite"}
+    assert "expected 3.4e+13 at most" in str(chunk.rejected[1])
     with np.errstate(over="ignore"):
         fine = np.isfinite(x.astype(np.float32) / np.float32(1e-25)).all(axis=1)
     assert fine.tolist() == [True, False, False]

@@ -159,9 +159,9 @@ def test_a_damaged_batch_may_be_jumped_over_and_is_counted(flawed: tuple[World, 
     log.damaged[a, 0] = (2, 4)
     progress = Progress()
     stream = world.stream(topics=[a], batch_size=2, on_offset_out_of_range="earliest")
-    found = until(stream, lambda found: any(delivery.ends for delivery in found), progress)
+    found = until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     assert places(found) == [[0, 1], [4, 5]]
-    assert sum((delivery.found.gaps for delivery in found), Counter()) == {(a, "corrupt"): 2}
+    assert sum((delivery.observations.lost_offsets for delivery in found), Counter()) == {(a, "corrupt"): 2}
     assert progress.unaccounted() == {}
 
 
@@ -186,7 +186,7 @@ def test_damage_in_an_ended_task_stops_nothing(flawed: tuple[World, FlawedLog]) 
         world.send(a, float(place), 1)  # two of them damaged
     world.send(b, 1.0, 2)
     found = until(stream, lambda _: progress.totals()["trained"] == 4 and progress.totals()["late"] == 1, progress)
-    assert sum((delivery.found.gaps for delivery in found), Counter()) == {(a, "corrupt"): 2}
+    assert sum((delivery.observations.lost_offsets for delivery in found), Counter()) == {(a, "corrupt"): 2}
 
 
 @pytest.mark.parametrize("how", ["refused", "leaderless"])

@@ -13,11 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.config import TextInput
-from streamlearn.data import REASONS, Positions, Progress
-from streamlearn.stream.codec import TYPE_OF, Codec, encode_text
+from streamlearn.data import REJECT_REASONS, Positions, Progress
+from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, Record
-from streamlearn.stream.text import FIRST, MAX_LETTERS, PADDING, UNKNOWN, Vocabulary, fingerprint, parse, split
+from streamlearn.stream.text import (
+    FIRST_WORD_ID,
+    MAX_WORD_LENGTH,
+    PADDING_ID,
+    UNKNOWN_ID,
+    Vocabulary,
+    fingerprint,
+    parse_text,
+    split_words,
+)
 
 SENTENCES, WORDS = 3, 5
 CODEC = Codec(
@@ -31,7 +40,7 @@ rows = st.lists(st.lists(st.text("ab1", min_size=1, max_size=2), min_size=1, max
 
 def record(value: bytes, codec: str | None = None) -> Record:
     """Return a record with a value, and a content type where a codec is named."""
-    headers = () if codec is None else ((CONTENT_TYPE, TYPE_OF[codec]),)
+    headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
@@ -41,8 +50,8 @@ def test_a_text_comes_back(story: list[str], question: str, answer: str, codec: 
     """The question comes first, then the newest sentences, the newest first; the answer is one label as it is."""
     value = encode_text(codec, {"story": story, "question": question}, answer)
     chunk = CODEC.decode(record(value, codec))
-    assert (chunk.bad, chunk.y) == ({}, [answer])
-    assert chunk.text[0] == [split(question), *[split(sentence) for sentence in story[::-1][:SENTENCES]]]
+    assert (chunk.rejected, chunk.y) == ({}, [answer])
+    assert chunk.text[0] == [split_words(question), *[split_words(sentence) for sentence in story[::-1][:SENTENCES]]]
 
 
 trees = st.recursive(
@@ -57,15 +66,15 @@ trees = st.recursive(
 def test_malformed_texts_never_raise(tree: dict[str, Any], codec: str) -> None:
     """Well-formed MessagePack with any nonsense inside is one sample or one rejection, never an exception."""
     chunk = CODEC.decode(record(msgpack.packb(tree), codec))
-    assert all(rejected.reason in REASONS for rejected in chunk.bad.values())
+    assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
     assert (len(chunk), chunk.x.shape) == (1, (1, 1 + SENTENCES, WORDS))
-    assert set(chunk.bad) | set(chunk.text) == {0}
+    assert set(chunk.rejected) | set(chunk.text) == {0}
 
 
 @given(value=st.binary(max_size=100), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
 def test_noise_is_rejected_and_never_raises(value: bytes, codec: str | None) -> None:
     """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
-    assert CODEC.decode(record(value, codec)).bad[0].reason in REASONS
+    assert CODEC.decode(record(value, codec)).rejected[0].reason in REJECT_REASONS
 
 
 GOOD: dict[str, Any] = {"story": ["Mary went home."], "question": "Where is Mary?", "answer": "home"}
@@ -86,7 +95,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("change", "reason", "message"), CASES)
 def test_reasons(change: dict[str, Any], reason: str, message: str) -> None:
     """Each fault has its reason and one line that says what was expected."""
-    bad = CODEC.decode(record(orjson.dumps({**GOOD, **change}))).bad[0]
+    bad = CODEC.decode(record(orjson.dumps({**GOOD, **change}))).rejected[0]
     assert bad.reason == reason
     with pytest.raises(type(bad), match=message):
         raise bad
@@ -95,8 +104,13 @@ def test_reasons(change: dict[str, Any], reason: str, message: str) -> None:
 def test_what_is_old_or_empty_is_left_out() -> None:
     """Only the newest sentences count, and those with a word in them: an old one that is too long does no harm."""
     story = ["a b c d e f g", "one", "...", "Two!", "three-3"]
-    assert parse({"story": story, "question": "WHO?"}, SENTENCES, WORDS) == [["who"], ["three", "3"], ["two"], ["one"]]
-    assert parse({"story": [], "question": "who"}, SENTENCES, WORDS) == [["who"]]
+    assert parse_text({"story": story, "question": "WHO?"}, SENTENCES, WORDS) == [
+        ["who"],
+        ["three", "3"],
+        ["two"],
+        ["one"],
+    ]
+    assert parse_text({"story": [], "question": "who"}, SENTENCES, WORDS) == [["who"]]
 
 
 @given(texts=st.lists(rows, max_size=6), size=st.integers(1, 8), cut=st.integers(0, 6))
@@ -105,30 +119,32 @@ def test_ids_are_append_only(texts: list[list[list[str]]], size: int, cut: int) 
     words: list[str] = []
     whole = Vocabulary([], size)
     for text in texts:
-        words += whole.learn(text)
+        words += whole.add_words(text)
     assert len(words) == len(set(words)) <= size
     first = Vocabulary([], size)
-    known = [word for text in texts[:cut] for word in first.learn(text)]
+    known = [word for text in texts[:cut] for word in first.add_words(text)]
     second = Vocabulary(known, size)
     for text in texts[cut:]:
-        known += second.learn(text)
+        known += second.add_words(text)
     assert known == words
     for text in texts:
         x = whole.encode(text, (4, WORDS))
         np.testing.assert_array_equal(x, second.encode(text, (4, WORDS)))
         for row, ids in zip(text, x, strict=False):
-            expected = [FIRST + words.index(word) if word in words else UNKNOWN for word in row]
-            assert ids.tolist() == expected + [PADDING] * (WORDS - len(row))
+            expected = [FIRST_WORD_ID + words.index(word) if word in words else UNKNOWN_ID for word in row]
+            assert ids.tolist() == expected + [PADDING_ID] * (WORDS - len(row))
 
 
 def test_words_come_in_the_order_in_which_they_are_read() -> None:
     """The story from its oldest sentence that counts, then the question; what is absurdly long is never kept."""
-    text = parse({"story": ["Mary went.", "John " + "x" * (MAX_LETTERS + 1)], "question": "Where is Mary?"}, 3, 5)
+    text = parse_text(
+        {"story": ["Mary went.", "John " + "x" * (MAX_WORD_LENGTH + 1)], "question": "Where is Mary?"}, 3, 5
+    )
     vocabulary = Vocabulary([], 5)
-    assert vocabulary.learn(text) == ["mary", "went", "john", "where", "is"]
-    assert vocabulary.encode(text, (4, 5)).tolist()[:2] == [[5, 6, 2, 0, 0], [4, UNKNOWN, 0, 0, 0]]
+    assert vocabulary.add_words(text) == ["mary", "went", "john", "where", "is"]
+    assert vocabulary.encode(text, (4, 5)).tolist()[:2] == [[5, 6, 2, 0, 0], [4, UNKNOWN_ID, 0, 0, 0]]
     assert not vocabulary.full
-    assert vocabulary.learn([["new"]]) == []
+    assert vocabulary.add_words([["new"]]) == []
     assert vocabulary.full
 
 
@@ -144,9 +160,9 @@ def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: st
     hold_out, fates = HoldOut("value", fraction), set()
     for codec, tell in (("json", story), ("msgpack", [f"{sentence.upper()} ." for sentence in story])):
         chunk = CODEC.decode(record(encode_text(codec, {"story": tell, "question": question}, "a"), codec))
-        fates.add(hold_out.takes(chunk.value(0), chunk.y[0], None))
+        fates.add(hold_out.takes(chunk.hash_input(0), chunk.y[0], None))
         chunk.x[0] = 7
-        fates.add(hold_out.takes(chunk.value(0), chunk.y[0], None))
+        fates.add(hold_out.takes(chunk.hash_input(0), chunk.y[0], None))
     assert len(fates) == 1
 
 
@@ -161,14 +177,14 @@ def test_words_keep_their_marks() -> None:
         "می\u200cخواهم\u200c ": ["می\u200cخواهم"],  # noqa: RUF001 - Persian, with a joiner that keeps letters apart
         "\u0301 a_b don't x\u00b2 \u0663": ["a", "b", "don", "t", "x\u00b2", "\u0663"],
     }
-    words = {text: split(text) for text in told}
+    words = {text: split_words(text) for text in told}
     assert words == {text: [unicodedata.normalize("NFC", word) for word in some] for text, some in told.items()}
 
 
 @given(text=st.text())
 def test_equal_texts_have_equal_words(text: str) -> None:
     """Composed or decomposed, a text has the same words, so that its hold-out is the same."""
-    forms = [split(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")]
+    forms = [split_words(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")]
     assert forms[0] == forms[1]
     assert all(unicodedata.is_normalized("NFC", word) for word in forms[0])
 
@@ -176,17 +192,17 @@ def test_equal_texts_have_equal_words(text: str) -> None:
 @given(text=st.text(st.characters(max_codepoint=127)))
 def test_plain_text_has_the_words_of_version_1(text: str) -> None:
     """What has no marks is read as it always was."""
-    assert split(text) == split(text, 1)
+    assert split_words(text) == split_words(text, 1)
 
 
 def test_a_job_of_version_1_reads_as_it_began() -> None:
     """Words that were cut at their marks stay so for a job that began with them: its hold-out may not change."""
-    assert split("नमस्ते Cafe\u0301", 1) == ["नमस", "त", "cafe"]
+    assert split_words("नमस्ते Cafe\u0301", 1) == ["नमस", "त", "cafe"]
     old = Codec(CODEC.shape, "int32", "json", 1 << 16, CODEC.text, version=1)
     told = {"story": ["Cafe\u0301"], "question": "who"}
     value = encode_text("json", told, "me")
     assert (old.decode(record(value)).text[0][1], CODEC.decode(record(value)).text[0][1]) == (["cafe"], ["caf\u00e9"])
     tree = Progress().to_json()
-    assert Progress.from_json(tree, Positions()).codec == 2
+    assert Progress.from_json(tree, Positions()).codec_version == 2
     del tree["codec"]
-    assert Progress.from_json(tree, Positions()).codec == 1
+    assert Progress.from_json(tree, Positions()).codec_version == 1

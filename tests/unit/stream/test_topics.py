@@ -15,7 +15,7 @@ from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, Rules
 from streamlearn.stream.codec import Codec
-from streamlearn.stream.deadletter import DeadLetters
+from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
@@ -50,7 +50,7 @@ class Reading:
     def start(self, scenario: Scenario | None = None, **spec: Any) -> Stream:
         """Begin to read, from where the progress stands."""
         full = StreamSpec.model_validate({"batch_size": 4, **spec})
-        letters = DeadLetters(self.sink, "dlq")
+        letters = DeadLetterWriter(self.sink, "dlq")
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         rules = Rules(codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size)
         copied = Progress.from_json(self.progress.to_json(), self.progress.positions)
@@ -67,11 +67,11 @@ class Reading:
             if (delivery := self.stream.next(0.05)) is None:
                 continue
             self.found.append(delivery)
-            if delivery.begins is not None:
-                self.progress.tasks.append(delivery.begins)
-            self.progress.meet(delivery.found)
-            self.progress.apply(delivery, "trained")
-            if delivery.ends is not None:
+            if delivery.new_task is not None:
+                self.progress.tasks.append(delivery.new_task)
+            self.progress.register_labels(delivery.observations)
+            self.progress.advance(delivery, "trained")
+            if delivery.task_end_reason is not None:
                 self.progress.tasks[-1].state = "ended"
 
     def consumed(self) -> int:
@@ -136,12 +136,14 @@ def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
     stream.end_task("a")
     reading.until(lambda: bool(reading.progress.tasks) and reading.progress.tasks[0].state == "ended")
     assert [len(delivery.batch) for delivery in reading.found if delivery.batch is not None] == [4, 2]
-    assert [delivery.ends for delivery in reading.found if delivery.ends is not None] == ["command"]
-    assert reading.progress.tasks[0].ends == {0: 6}
+    assert [delivery.task_end_reason for delivery in reading.found if delivery.task_end_reason is not None] == [
+        "command"
+    ]
+    assert reading.progress.tasks[0].end_offsets == {0: 6}
     reading.publish("a", 3)
     reading.publish("b", 4)
     reading.until(lambda: reading.consumed() == 13)
-    assert (reading.progress.of("a")["late"], reading.progress.of("b")["trained"]) == (3, 4)
+    assert (reading.progress.counts_of("a")["late"], reading.progress.counts_of("b")["trained"]) == (3, 4)
     assert reading.progress.unaccounted() == {}
 
 
@@ -151,7 +153,7 @@ def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None
     stream = reading.start(topics=["a"])
     reading.until(lambda: stream.queued.total() == 2)
     stream.end_task("a")
-    reading.until(lambda: reading.progress.tasks[0].ends is not None)  # as far as a crash may let it come
+    reading.until(lambda: reading.progress.tasks[0].end_offsets is not None)  # as far as a crash may let it come
     stream.stop()
     reading.progress = Progress.from_json(
         json.loads(json.dumps(reading.progress.to_json())), reading.progress.positions
@@ -159,10 +161,10 @@ def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None
     reading.publish("a", 5)
     reading.start(topics=["a"])
     reading.until(lambda: reading.progress.tasks[0].state == "ended")
-    assert reading.found[-1].ends == "command"
+    assert reading.found[-1].task_end_reason == "command"
     assert reading.found[-1].batch is not None
     assert len(reading.found[-1].batch) == 2
-    reading.until(lambda: reading.progress.of("a")["late"] == 5)
+    reading.until(lambda: reading.progress.counts_of("a")["late"] == 5)
 
 
 def test_a_silent_task_that_only_a_marker_ends_is_told(
@@ -189,7 +191,7 @@ def test_a_domain_learns_topics_that_nobody_declared(reading: Reading) -> None:
     reading.start(Scenario("domain", "seen", [1, 0]), pattern="d.*")
     reading.until(lambda: reading.consumed() == 4)
     reading.publish("d2", 4)
-    reading.until(lambda: reading.progress.of("d2")["trained"] == 4)
+    reading.until(lambda: reading.progress.counts_of("d2")["trained"] == 4)
     assert [task.labels for task in reading.progress.tasks] == [[1, 0], [1, 0]]
     learned = [delivery.batch.y.tolist() for delivery in reading.found if delivery.batch is not None]
     assert learned == [[1] * 4] * 2
