@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streamlearn import configfile, producer, report
 from streamlearn.checkpoint import Store
 from streamlearn.data import StreamlearnError
+from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.service.client import Client
 
 if TYPE_CHECKING:
@@ -123,12 +124,12 @@ def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def _rows(state: Path) -> list[list[float | None]]:
-    """Return the rows of the accuracy matrix so far, from the daemon, or after its end from its last checkpoint."""
+    """Return the rows of the accuracy matrix so far: from the daemon, or from its last checkpoint when it has ended."""
     try:
-        matrix: list[list[float | None]] = Client(state, timeout=2).get("/status").get("matrix", [])
+        matrix: list[list[float | None]] = Client(state, timeout=2).get("/matrix")["matrix"]
     except StreamlearnError:
         found = Store(state).all()
-        matrix = found[0].read_json("status.json")["matrix"] if found else []
+        matrix = AccuracyMatrix.from_checkpoint(found[0]).matrix() if found else []
     return matrix
 
 

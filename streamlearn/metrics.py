@@ -180,7 +180,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "probe_failures": ("Evaluations that gave a value that is not finite.", ("task",)),
     "checkpoints": ("Attempts to save.", ("result", "trigger")),
     "checkpoint_corrupt": ("Checkpoints refused by verification.", ()),
-    "rollbacks": ("Returns to the newest checkpoint because update after update was not finite.", ()),
+    "rollbacks": (
+        "Returns to the newest checkpoint, because updates were not finite or past tasks lost more than `divergence.drop`.",
+        (),
+    ),
     "out_of_memory": (
         "Ends of the loop because host or device had no memory left. The process ends with it (75): few scrapes see it.",
         (),

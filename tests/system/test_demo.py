@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from streamlearn import demo
 from tests.system.test_daemon import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 
 def test_the_demo_shows_forgetting_and_its_cure(tmp_path: Path) -> None:
@@ -27,3 +30,16 @@ def test_the_demo_shows_forgetting_and_its_cure(tmp_path: Path) -> None:
     assert summary["default"]["average_forgetting"] < 0.3
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+def test_the_demo_asks_for_the_matrix_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above 50 tasks the status leaves the accuracy matrix out, so the rows come from /matrix."""
+
+    class ManyTasks:
+        def __init__(self, state: Path, timeout: float) -> None: ...
+
+        def get(self, path: str) -> dict[str, Any]:
+            return {"matrix": [[0.5]] if path == "/matrix" else None}
+
+    monkeypatch.setattr(demo, "Client", ManyTasks)
+    assert demo._rows(tmp_path) == [[0.5]]

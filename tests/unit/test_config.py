@@ -14,6 +14,7 @@ from streamlearn.config import Config, Sasl
 from streamlearn.configfile import load, schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
+from tests.support import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -770,6 +771,13 @@ def test_every_key_has_a_description() -> None:
     found = list(keys(tree, "")) + [pair for name, node in tree["$defs"].items() for pair in keys(node, name)]
     assert len(found) > 190
     assert [key for key, value in found if not value.get("description")] == []
+
+
+def test_every_key_is_in_the_document() -> None:
+    """docs/configure.md lists each key of the schema; `python -m tests.support.tables` writes the list."""
+    text = (ROOT / "docs" / "configure.md").read_text()
+    assert text == tables.with_tables("configure.md")
+    assert "| `divergence.slow_down` | `0.5` |" in text
 
 
 def test_schema_accepts_what_ships() -> None:
