@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.ingest import Nobody
+from benchmarks.ingest import NoCommands
 from streamlearn import configfile, loop, producer
 from streamlearn.checkpoint import Store
 from streamlearn.data import Progress
@@ -78,7 +78,7 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     stream = Stream(MemoryLog(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.process_time()
     stream.start()
-    loop.run(job, stream, Nobody())
+    loop.run(job, stream, NoCommands())
     stream.stop()
     assert job.progress.totals()["trained"] == job.progress.totals()["consumed"] - job.progress.totals()["held_out"]
     return {

@@ -34,7 +34,7 @@ SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
 TARGET = 0.8
 
 
-class Nobody:
+class NoCommands:
     """Asks nothing of the loop."""
 
     stopping = False
@@ -74,7 +74,7 @@ def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:
     stream = Stream(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.perf_counter()
     stream.start()
-    loop.run(job, stream, Nobody())
+    loop.run(job, stream, NoCommands())
     seconds = time.perf_counter() - begun
     stream.stop()
     assert job.progress.totals()["trained"] == samples

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from benchmarks.reproduce import page, runner
-from benchmarks.reproduce.book import Book
 from benchmarks.reproduce.cells import TABLES, TWO_TASKS
-from benchmarks.reproduce.runner import ROOT, Cell, Unrunnable
+from benchmarks.reproduce.result_file import ResultFile
+from benchmarks.reproduce.runner import ROOT, Cell, RecipeUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,15 +32,15 @@ KEPT, QUICK = ROOT / "benchmarks", ROOT / ".cache" / "reproduce-quick"
 TENTH = 0.1
 
 
-class Books:
+class ResultFiles:
     """The book of the tables and that of the demonstration, and what this version can run."""
 
     def __init__(self, directory: Path, tables: Sequence[Table] = TABLES) -> None:
         self.tables = tables
-        self.published = Book(directory / "reproduce.json")
-        self.shown = Book(directory / "two-tasks.json")
+        self.published = ResultFile(directory / "reproduce.json")
+        self.shown = ResultFile(directory / "two-tasks.json")
 
-    def of(self, cell: Cell) -> Book:
+    def of(self, cell: Cell) -> ResultFile:
         """Return the book that a cell belongs to."""
         return self.shown if cell.table is TWO_TASKS else self.published
 
@@ -76,23 +76,23 @@ class Books:
         return dict(finished), stale
 
 
-def plan(cells: Sequence[Cell], books: Books, *, again: bool) -> tuple[list[Cell], dict[tuple[str, str], str]]:
+def plan(cells: Sequence[Cell], books: ResultFiles, *, again: bool) -> tuple[list[Cell], dict[tuple[str, str], str]]:
     """Return the cells that are to be run, and why methods of tables cannot be."""
     todo: list[Cell] = []
     absent: dict[tuple[str, str], str] = {}
     for cell in cells:
         try:
             digest = cell.digest()
-        except Unrunnable as error:
+        except RecipeUnavailable as error:
             absent[cell.table.name, cell.row.method] = str(error)
         else:
-            if again or not books.of(cell).holds(cell.key, digest):
+            if again or not books.of(cell).has_result(cell.key, digest):
                 todo.append(cell)
     return todo, absent
 
 
-def carry_out(
-    todo: Sequence[Cell], books: Books, console: Console, *, jobs: int, device: str
+def run_cells(
+    todo: Sequence[Cell], books: ResultFiles, console: Console, *, jobs: int, device: str
 ) -> dict[str, BaseException]:
     """Run cells, and write each down as soon as it is finished; return what went wrong, by cell."""
     failed: dict[str, BaseException] = {}
@@ -112,7 +112,7 @@ def carry_out(
     return failed
 
 
-def project(cells: Sequence[Cell], books: Books) -> tuple[float, int]:
+def estimate_hours(cells: Sequence[Cell], books: ResultFiles) -> tuple[float, int]:
     """Return the CPU hours that cells take, by those of other seeds or scenarios, and of how many nothing is known."""
     known: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for book in (books.published, books.shown):
@@ -134,14 +134,14 @@ def main() -> None:
     options = _options()
     console = Console()
     scale = TENTH if options.quick else 1.0
-    books = Books(QUICK if options.quick else KEPT)
+    books = ResultFiles(QUICK if options.quick else KEPT)
     cells = books.cells(options.seeds, options.only, scale)
     if not cells:
         sys.exit(f"--only {options.only}: no cell has such a name; they are TABLE/METHOD/SCENARIO/SEED")
     todo, absent = plan(cells, books, again=options.again)
     for (table, method), why in absent.items():
         console.print(f"skipped: {table}/{method}: {why}", markup=False, highlight=False)
-    hours, unknown = project(todo, books)
+    hours, unknown = estimate_hours(todo, books)
     runnable = sum((cell.table.name, cell.row.method) not in absent for cell in cells)
     console.print(
         f"{runnable} cells, {runnable - len(todo)} of them finished; the rest takes about {hours:.1f} CPU hours"
@@ -153,7 +153,7 @@ def main() -> None:
         runner.quiet()
         begun = time.monotonic()
         try:
-            failed = carry_out(todo, books, console, jobs=options.jobs, device=options.device)
+            failed = run_cells(todo, books, console, jobs=options.jobs, device=options.device)
         except KeyboardInterrupt:
             sys.exit("stopped; what is finished is kept, and `make reproduce` goes on from there")
         console.print(f"{(time.monotonic() - begun) / 60:.0f} min", highlight=False)
@@ -201,7 +201,7 @@ def _side_by_side(
 def _digest(cell: Cell) -> str | None:
     try:
         return cell.digest()
-    except Unrunnable:
+    except RecipeUnavailable:
         return None
 
 

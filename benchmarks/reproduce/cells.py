@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.reproduce.streams import Course
+from benchmarks.reproduce.streams import Curriculum
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Row:
     strategy: Settings = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)  # laid over the table's
     by_scenario: Mapping[str, Settings] = field(default_factory=dict)  # laid over both
-    course: Course | None = None  # instead of the table's
+    curriculum: Curriculum | None = None  # instead of the table's
     files: tuple[str, ...] = ()  # strategy, model, learner and batch size come from the first of these that exists
     note: str = ""  # what differs from the publication, and why a figure falls short where it does
 
@@ -38,7 +38,7 @@ class Table:
     name: str
     title: str
     protocol: str
-    course: Course
+    curriculum: Curriculum
     settings: Settings
     rows: tuple[Row, ...]
     figures: tuple[str, ...] = ("average_accuracy",)
@@ -68,11 +68,11 @@ VAE = {"hidden": 400, "latent": 100, "lr": 1e-3, "average": None, "ratio": 1.0}
 MEMORY = {"budget": 1000, "selection": "balanced", "per_class": 100}
 TASK_SAMPLES = 12_700  # as many as the largest task has
 
-DRAWN = Course("drawn", samples=2000 * 128)
-IN_ORDER = Course("split", samples=2000 * 128)
+DRAWN = Curriculum("drawn", samples=2000 * 128)
+IN_ORDER = Curriculum("split", samples=2000 * 128)
 ORDER_NOTE = "The digits in order with all seeds, where theirs are drawn."
 
-HSU = Course("split", epochs=4)
+HSU = Curriculum("split", epochs=4)
 HSU_CLASS = {"scenario": {"active": "seen"}}  # their class-incremental head opens with the classes
 HSU_NOTE = (
     "Hsu et al. 2018: four epochs a task. They pad and normalise the images, and make the optimizer anew for each task."
@@ -118,21 +118,21 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             "generative replay",
             tdc(99.50, 95.6, 90.4),
             {"generative": {"variant": "vae", "targets": "hard", **VAE}},
-            course=IN_ORDER,
+            curriculum=IN_ORDER,
             note=ORDER_NOTE,
         ),
         Row(
             "generative, soft targets",
             tdc(99.61, 96.8, 91.8),
             {"generative": {"variant": "vae", "targets": "soft", "temperature": 2.0, **VAE}},
-            course=IN_ORDER,
+            curriculum=IN_ORDER,
             note=f"Published in their report of 2019, arXiv 1904.07734. {ORDER_NOTE}",
         ),
         Row(
             "brain-inspired replay",
             tdc(99.61, 97.3, 94.4),
             {"generative": {"variant": "brain-inspired", "targets": "soft", "temperature": 2.0, **VAE}},
-            course=IN_ORDER,
+            curriculum=IN_ORDER,
             note=ORDER_NOTE,
         ),
         Row(
@@ -157,7 +157,7 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
                 **strengths("mas", 2 * 1.0 / 2, 2 * 1e4 / 2, 0.0),
                 "class": HSU_CLASS | {"strategy": {"mas": {"strength": 2 * 1.0 / 10}}},
             },
-            course=HSU,
+            curriculum=HSU,
             note=f"{HSU_NOTE} Strengths converted from theirs (1, 1e4, 1): ours has the factor 1/2, and sums over the "
             "outputs where they average. Our importance is per sample, theirs that of a batch's mean.",
         ),
@@ -167,7 +167,7 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             {"gem": {"memory": 880, "margin": 0.5}, "er": {"budget": 4400, "ratio": 1.0}},
             optimizer("sgd", 0.01) | {"stream": {"batch_size": 64}},
             by_scenario={"class": HSU_CLASS},
-            course=HSU,
+            curriculum=HSU,
             note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one in a batch of 128: here "
             "`gem` + `er`, 64 new and 64 old samples an update (in the first task 64 new, where theirs are 128).",
         ),
@@ -188,7 +188,7 @@ ROTATIONS = Table(
 Lopez-Paz & Ranzato 2017: twenty tasks, each all ten digits turned by an angle of its own from 0 to 180 degrees; 1000 samples a
 task, once, in batches of 10; MLP 784-100-100-10, SGD. One head for all tasks. The probe of a task is MNIST's test set, turned.
 BWT divides by the number of tasks less one (their script divides by the number of tasks).""",
-    Course("rotations", count=20, distinct=1000),
+    Curriculum("rotations", count=20, distinct=1000),
     ROTATED,
     (
         Row(
@@ -223,7 +223,7 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"class": (83.0, 0.0)},
             {"naive": {}},
             optimizer("sgd", 0.1),
-            course=Course("shuffled", count=20, distinct=1000),
+            curriculum=Curriculum("shuffled", count=20, distinct=1000),
             note="All tasks' samples as one task in random order, evaluated on all test sets. Its rate is not published: "
             "ours is 0.1, that of GEM, chosen after 0.03 had given 81.0.",
         ),
@@ -237,7 +237,7 @@ ONLINE = Table(
     """
 Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400; published 79.3 ± 0.6 with a forgetting of
 19.5, their best variant 82.9. Ours is the default job: generative replay with synaptic intelligence and averaged weights.""",
-    Course("split", distinct=1000),
+    Curriculum("split", distinct=1000),
     HIDDEN,
     (
         Row(
@@ -249,7 +249,7 @@ Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400
             "default, all 60,000",
             {"class": (None, None)},
             files=("configs/mnist-split.yaml",),
-            course=Course("split"),
+            curriculum=Curriculum("split"),
             note="Nothing is published for this; a sketch before this project reached 94.5.",
         ),
     ),
@@ -294,7 +294,7 @@ The demonstration of Kirkpatrick et al. 2017: all ten digits, and then all ten d
 head of ten outputs (`domain`), MLP 784-400-400-10, Adam 1e-3, four epochs of each in batches of 128, no averaged weights. The
 line is the accuracy on the first task along the stream: it falls where the second is learned without any memory, and stays
 where the first is kept. The strengths were chosen by a few short runs; GEM runs with Adam here, as all others do.""",
-    Course("permuted", count=2, epochs=4),
+    Curriculum("permuted", count=2, epochs=4),
     SPLIT | {"probes": {"every": 40}},
     tuple(Row(name, {"domain": (None, None)}, strategy) for name, strategy in DEMONSTRATED.items()),
     figures=("average_accuracy", "average_forgetting"),

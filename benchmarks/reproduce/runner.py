@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from benchmarks.reproduce.cells import Row, Settings, Table
-    from benchmarks.reproduce.streams import Course
+    from benchmarks.reproduce.streams import Curriculum
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**9
@@ -48,7 +48,7 @@ FROM_FILE = ("strategy", "model", "learner", "scenario")
 SHAPING = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy", "learner", "probes")
 
 
-class Unrunnable(StreamlearnError):  # noqa: N818 - it says what this version cannot do
+class RecipeUnavailable(StreamlearnError):  # noqa: N818 - it says what this version cannot do
     """A cell's recipe is not there, or its parameters are not accepted."""
 
 
@@ -68,19 +68,19 @@ class Cell:
         return "/".join([self.table.name, self.row.method, self.scenario, str(self.seed)])
 
     @property
-    def course(self) -> Course:
+    def curriculum(self) -> Curriculum:
         """What it is taught."""
-        return self.row.course or self.table.course
+        return self.row.curriculum or self.table.curriculum
 
     def config(self, device: str = "cpu") -> Config:
-        """Return its configuration; raises `Unrunnable` where this version has no such recipe or parameter."""
+        """Return its configuration; raises `RecipeUnavailable` where this version has no such recipe or parameter."""
         tree = merged(self._protocol(), {**self.table.settings})
         tree = merged(merged(tree, self._own()), {"device": device, "seed": self.seed})
         try:
             return Config.model_validate(tree, context={"recipes": RECIPES})
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, details['loc']))}: {details['msg']}" for details in error.errors()]
-            raise Unrunnable("; ".join(lines)) from error
+            raise RecipeUnavailable("; ".join(lines)) from error
 
     def digest(self) -> str:
         """Return the SHA-256 of all that shapes its result. Where it runs, and how it is read, does not.
@@ -89,13 +89,13 @@ class Cell:
         """
         config = self.config()
         effective = config.effective()
-        shaping = {key: present(effective[key]) for key in SHAPING}
-        taught = {"course": asdict(self.course), "scale": self.scale, "batch_size": config.stream.batch_size}
+        shaping = {key: without_none(effective[key]) for key in SHAPING}
+        taught = {"course": asdict(self.curriculum), "scale": self.scale, "batch_size": config.stream.batch_size}
         return hashlib.sha256(json.dumps([shaping, taught], sort_keys=True).encode()).hexdigest()
 
     def _protocol(self) -> Settings:
-        topics = streams.topics(self.course)
-        declared = dict(zip(topics, streams.classes(self.course, self.seed), strict=True))
+        topics = streams.topics(self.curriculum)
+        declared = dict(zip(topics, streams.classes(self.curriculum, self.seed), strict=True))
         scenarios: dict[str, Settings] = {
             "class": {"kind": "class", "active": "all"},
             "domain": {"kind": "domain", "tasks": declared},
@@ -132,7 +132,7 @@ class Cell:
         return merged(own, self.row.by_scenario.get(self.scenario, {}))
 
 
-class Unsaved(Job):
+class JobWithoutCheckpoints(Job):
     """A job that writes no checkpoints: a cell that was cut off begins again."""
 
     def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
@@ -140,7 +140,7 @@ class Unsaved(Job):
         return Saving(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), collected=True)
 
 
-class Watch:
+class ProgressControl:
     """Asks nothing of the loop, and tells how far it is: the part of the batches that are learned."""
 
     stopping = False
@@ -162,10 +162,12 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     """Return what the book keeps of a cell, after running it."""
     config = cell.config(device)
     prepare(config.threads)
-    lessons = streams.lessons(cell.course, cell.seed)
-    totals = streams.sizes(cell.course, lessons, cell.scale)
-    store = streams.publish(cell.course, lessons, per_record=config.stream.batch_size, seed=cell.seed, scale=cell.scale)
-    job = Unsaved.make(config, Store(config.state_dir), Metrics())
+    task_data = streams.task_data(cell.curriculum, cell.seed)
+    totals = streams.sizes(cell.curriculum, task_data, cell.scale)
+    store = streams.publish(
+        cell.curriculum, task_data, per_record=config.stream.batch_size, seed=cell.seed, scale=cell.scale
+    )
+    job = JobWithoutCheckpoints.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
     stream = Stream(MemoryLog(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0)
@@ -173,7 +175,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     begun, used = time.perf_counter(), time.process_time()
     stream.start()
     try:
-        loop.run(job, stream, Watch(batches, progress))
+        loop.run(job, stream, ProgressControl(batches, progress))
     finally:
         stream.stop()
     seconds, used = time.perf_counter() - begun, time.process_time() - used
@@ -193,10 +195,10 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     }
 
 
-def present(tree: Any) -> Any:
+def without_none(tree: Any) -> Any:
     """Return a tree without the keys whose value is None."""
     if isinstance(tree, dict):
-        return {key: present(value) for key, value in tree.items() if value is not None}
+        return {key: without_none(value) for key, value in tree.items() if value is not None}
     return tree
 
 

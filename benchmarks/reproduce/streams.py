@@ -26,7 +26,7 @@ PROBES_PER_RECORD = 1000
 
 
 @dataclass(frozen=True)
-class Course:
+class Curriculum:
     """What is taught, in which order and how often."""
 
     tasks: str  # a key of TASKS
@@ -37,14 +37,14 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaskData:
     """A task's samples and its probe."""
 
     train: Samples
     probe: Samples
 
 
-class Repeated(Sequence[Record]):
+class RepeatedTopic(Sequence[Record]):
     """A topic's records: the probe's, then `total` samples, every epoch in a new order, then the marker.
 
     What a list of them would hold, but each record is encoded when it is asked for: 256,000 samples a task are 200 MB.
@@ -106,45 +106,49 @@ class Repeated(Sequence[Record]):
         return self._orders[epoch]
 
 
-def topics(course: Course) -> list[str]:
-    """Return the names of a course's tasks."""
-    return ["all"] if course.tasks == "shuffled" else [f"{course.tasks}-{n + 1}" for n in range(course.count)]
+def topics(curriculum: Curriculum) -> list[str]:
+    """Return the names of a curriculum's tasks."""
+    if curriculum.tasks == "shuffled":
+        return ["all"]
+    return [f"{curriculum.tasks}-{n + 1}" for n in range(curriculum.count)]
 
 
-def classes(course: Course, seed: int) -> list[list[int]]:
+def classes(curriculum: Curriculum, seed: int) -> list[list[int]]:
     """Return the digits of each task: two, in order or (`drawn`) by the seed, which 0 leaves in order; or all of them."""
-    if course.tasks not in {"split", "drawn"}:
-        return [list(range(DIGITS)) for _ in topics(course)]
+    if curriculum.tasks not in {"split", "drawn"}:
+        return [list(range(DIGITS)) for _ in topics(curriculum)]
     order = np.arange(DIGITS)
-    if course.tasks == "drawn" and seed:
+    if curriculum.tasks == "drawn" and seed:
         order = np.random.default_rng([seed, DIGITS]).permutation(DIGITS)
-    return [order[2 * n : 2 * n + 2].tolist() for n in range(course.count)]
+    return [order[2 * n : 2 * n + 2].tolist() for n in range(curriculum.count)]
 
 
-def sizes(course: Course, lessons: Sequence[Lesson], scale: float) -> list[int]:
+def sizes(curriculum: Curriculum, task_data: Sequence[TaskData], scale: float) -> list[int]:
     """Return how many samples of each task are taught; `scale` is the part of the work that is done at all."""
-    whole = [course.epochs * len(lesson.train) if course.samples is None else course.samples for lesson in lessons]
+    whole = [
+        curriculum.epochs * len(data.train) if curriculum.samples is None else curriculum.samples for data in task_data
+    ]
     return [max(1, round(scale * size)) for size in whole]
 
 
-def publish(course: Course, lessons: Sequence[Lesson], *, per_record: int, seed: int, scale: float) -> MemoryStore:
-    """Return topics in memory that hold the course."""
+def publish(
+    curriculum: Curriculum, task_data: Sequence[TaskData], *, per_record: int, seed: int, scale: float
+) -> MemoryStore:
+    """Return topics in memory that hold the curriculum."""
     store = MemoryStore()
-    totals = sizes(course, lessons, scale)
-    for number, (topic, lesson, total) in enumerate(zip(topics(course), lessons, totals, strict=True)):
-        nothing = Samples(lesson.train.x[:0], [])
-        producer.publish(
-            store, topic, nothing, PublishOptions(samples_per_record=PROBES_PER_RECORD), probe=lesson.probe
-        )
+    totals = sizes(curriculum, task_data, scale)
+    for number, (topic, data, total) in enumerate(zip(topics(curriculum), task_data, totals, strict=True)):
+        nothing = Samples(data.train.x[:0], [])
+        producer.publish(store, topic, nothing, PublishOptions(samples_per_record=PROBES_PER_RECORD), probe=data.probe)
         *head, marker = store.records[topic, 0]
-        records = Repeated(lesson.train, total=total, size=per_record, seed=(seed, number), head=head, tail=marker)
+        records = RepeatedTopic(data.train, total=total, size=per_record, seed=(seed, number), head=head, tail=marker)
         store.records[topic, 0] = cast("list[Record]", records)  # nothing more is appended to it
     return store
 
 
-def lessons(course: Course, seed: int) -> list[Lesson]:
-    """Return a course's tasks; which of their samples are used, and by which angles they are turned, is the seed's."""
-    return TASKS[course.tasks](course, seed)
+def task_data(curriculum: Curriculum, seed: int) -> list[TaskData]:
+    """Return a curriculum's tasks; which of their samples are used, and by which angles they are turned, is the seed's."""
+    return TASKS[curriculum.tasks](curriculum, seed)
 
 
 @cache
@@ -153,39 +157,39 @@ def mnist(split: str) -> Samples:
     return producer.read_samples(str(DATA / "mnist.npz"), split)
 
 
-def _split(course: Course, seed: int) -> list[Lesson]:
+def _split(curriculum: Curriculum, seed: int) -> list[TaskData]:
     """Two digits a task."""
     train, test = mnist("train"), mnist("test")
-    groups = classes(course, seed)
+    groups = classes(curriculum, seed)
     parts = zip(producer.split_by_classes(train, groups), producer.split_by_classes(test, groups), strict=True)
-    return [Lesson(_some(part, course.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
+    return [TaskData(_some(part, curriculum.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
 
 
-def _rotations(course: Course, seed: int) -> list[Lesson]:
+def _rotations(curriculum: Curriculum, seed: int) -> list[TaskData]:
     """All ten digits, turned: a task's angle is drawn from its own part of the half turn (Lopez-Paz & Ranzato 2017)."""
-    width = HALF_TURN / course.count
-    angles = [width * (n + np.random.default_rng([seed, n]).uniform()) for n in range(course.count)]
-    chosen = [_some(mnist("train"), course.distinct, seed, n) for n in range(course.count)]
+    width = HALF_TURN / curriculum.count
+    angles = [width * (n + np.random.default_rng([seed, n]).uniform()) for n in range(curriculum.count)]
+    chosen = [_some(mnist("train"), curriculum.distinct, seed, n) for n in range(curriculum.count)]
     return [
-        Lesson(Samples(producer.rotate_images(part.x, angle), part.y), _turned_test(angle))
+        TaskData(Samples(producer.rotate_images(part.x, angle), part.y), _turned_test(angle))
         for part, angle in zip(chosen, angles, strict=True)
     ]
 
 
-def _permuted(course: Course, seed: int) -> list[Lesson]:
+def _permuted(curriculum: Curriculum, seed: int) -> list[TaskData]:
     """All ten digits, their pixels in an order of each task's own, the first as they are (Kirkpatrick et al. 2017)."""
-    train = producer.make_permuted_tasks(mnist("train"), course.count, seed)
-    test = producer.make_permuted_tasks(mnist("test"), course.count, seed)
+    train = producer.make_permuted_tasks(mnist("train"), curriculum.count, seed)
+    test = producer.make_permuted_tasks(mnist("test"), curriculum.count, seed)
     return [
-        Lesson(_some(part, course.distinct, seed, n), probe)
+        TaskData(_some(part, curriculum.distinct, seed, n), probe)
         for n, (part, probe) in enumerate(zip(train, test, strict=True))
     ]
 
 
-def _shuffled(course: Course, seed: int) -> list[Lesson]:
+def _shuffled(curriculum: Curriculum, seed: int) -> list[TaskData]:
     """One task of all rotations together. Its probe holds all test sets, which are of one size: the mean is the same."""
-    parts = _rotations(course, seed)
-    return [Lesson(_joined([part.train for part in parts]), _joined([part.probe for part in parts]))]
+    parts = _rotations(curriculum, seed)
+    return [TaskData(_joined([part.train for part in parts]), _joined([part.probe for part in parts]))]
 
 
 def _turned_test(angle: float) -> Samples:
@@ -203,7 +207,7 @@ def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
     return samples.select(np.random.default_rng([seed, task]).permutation(len(samples))[:count])
 
 
-TASKS: dict[str, Callable[[Course, int], list[Lesson]]] = {
+TASKS: dict[str, Callable[[Curriculum, int], list[TaskData]]] = {
     "split": _split,
     "drawn": _split,
     "rotations": _rotations,

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reproduce.book import Book
+from benchmarks.reproduce.result_file import ResultFile
 
 ROOT = Path(__file__).parents[2]
-BOOK = ROOT / "tests" / "chaos" / "results.json"
+RESULTS = ROOT / "tests" / "chaos" / "results.json"
 FULL = (pytest.mark.chaos, pytest.mark.timeout(3600))  # of the form that `make chaos` runs and writes down
 
 
@@ -64,12 +64,12 @@ class Case:
         assert (lost, twice) == (0, 0), f"seed {self.seed}"
 
 
-def digest_of(item_file: Path, key: str) -> str:
+def result_digest(item_file: Path, key: str) -> str:
     """Return a digest of everything a result depends on: the program, the case and its numbers."""
     text = f"{code_digest()}\n{key}\n".encode() + item_file.read_bytes()
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def open_book() -> Book:
+def open_results() -> ResultFile:
     """Return the book of finished cases."""
-    return Book(BOOK)
+    return ResultFile(RESULTS)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chaos.case import Case, digest_of, open_book
+from tests.chaos.case import Case, open_results, result_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,15 +17,15 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Give a case. The full form is passed over where the book has it for this code, and written down when it ends well."""
     full = request.node.get_closest_marker("chaos") is not None
     key = f"{request.node.path.stem.removeprefix('test_')}/{request.node.name.removeprefix('test_')}"
-    digest, book = digest_of(request.node.path, key), open_book()
-    if full and book.holds(key, digest) and not request.config.getoption("--again"):
+    digest, book = result_digest(request.node.path, key), open_results()
+    if full and book.has_result(key, digest) and not request.config.getoption("--again"):
         pytest.skip("finished with this code; --again runs it anew")
     case = Case(key, request.config.getoption("--chaos-seed"))
     print(f"--chaos-seed {case.seed}")
     yield case
     assert case.entry is not None or request.node.stash.get(FAILED, False), "a case must report"
     if full and case.entry is not None and not request.node.stash.get(FAILED, False):
-        open_book().add(key, {"digest": digest, **case.entry})
+        open_results().add(key, {"digest": digest, **case.entry})
 
 
 FAILED = pytest.StashKey[bool]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from tests.chaos.case import ROOT, open_book
+from tests.chaos.case import ROOT, open_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -51,7 +51,7 @@ def page(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(PAGE.read_text(), open_book().entries))
+    PAGE.write_text(page(PAGE.read_text(), open_results().entries))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

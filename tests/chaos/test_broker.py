@@ -121,7 +121,7 @@ def stream_through(
         assert "Traceback" not in daemon.log.read_text()  # an outage is one line
     actual = Store(daemon.state).all()[0]
     expected = jobs.run_to_end(configured(directory / "undisturbed", source or address, 0.0, merge), SECONDS)
-    assert jobs.accounted(actual.read_json("status.json"))
+    assert jobs.all_accounted_for(actual.read_json("status.json"))
     if partitions == 1 or merge == "fixed":
         assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
     case.sometimes("struck with samples published and not learned", unlearned, max(1, strikes // 2))

@@ -108,7 +108,7 @@ def test_kills(case: Case, tmp_path: Path, strategy: dict[str, object], kills: i
         lost, twice = gaps(expected.read_json("status.json"), status)
         found[0] += lost
         found[1] += twice
-        assert jobs.accounted(status)
+        assert jobs.all_accounted_for(status)
         assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
 
     tried = killed_runs(case, tmp_path, kills, config, judge)

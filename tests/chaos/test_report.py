@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.chaos import report
-from tests.chaos.case import Case, open_book
+from tests.chaos.case import Case, open_results
 
 ENTRY = {
     "fault": "a",
@@ -31,7 +31,7 @@ def test_cases_of_a_fault_are_one_line() -> None:
 def test_the_page_shows_the_book() -> None:
     """What is published is what was tried."""
     text = report.PAGE.read_text()
-    assert report.page(text, open_book().entries) == text
+    assert report.page(text, open_results().entries) == text
 
 
 def test_a_case_cannot_pass_without_its_fault() -> None:

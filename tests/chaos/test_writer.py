@@ -118,7 +118,7 @@ class Writer:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
     """Give the configuration of a stopped daemon that has several checkpoints, and how it ends undisturbed."""
-    jobs.need(shutil.which("strace"), "strace")
+    jobs.require(shutil.which("strace"), "strace")
     directory = tmp_path_factory.mktemp("daemon")
     strategy = {"er": {"budget": 200}, "ewc": {}}
     over = {"checkpoint": {"every_batches": 2, "keep": 1000}, "stream": {"batch_size": 20}}

@@ -36,7 +36,7 @@ def test_it_goes_back_and_learns_more_slowly(tmp_path: Path) -> None:
     checkpoint = Store(daemon.state).all()[0]
     status = checkpoint.read_json("status.json")
     assert (status["samples"]["trained"], status["samples"]["skipped"]) == (1500, 0)
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
     assert checkpoint.read_json("state.json")["groups"]["learner"]["slowed"] == 1e-38**rollbacks
     assert all(bool(tensor.isfinite().all()) for tensor in jobs.tensors(checkpoint).values())
 
@@ -63,7 +63,7 @@ def test_it_may_go_on(tmp_path: Path) -> None:
     """With `then: skip` every sample is accounted for as skipped, as a single one would be."""
     status = jobs.run_to_end(diverging(tmp_path, then="skip")).read_json("status.json")
     assert status["samples"]["skipped"] > 0
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
 
 
 def test_it_goes_back_when_past_tasks_are_lost_at_once(tmp_path: Path) -> None:

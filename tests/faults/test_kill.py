@@ -53,7 +53,7 @@ def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, 
     killed_to_end(killed, 3, random.Random(SEED), 1.0)
     actual = jobs.run_to_end(killed)
     assert jobs.differences(expected, actual) == []
-    assert jobs.accounted(actual.read_json("status.json"))
+    assert jobs.all_accounted_for(actual.read_json("status.json"))
     assert actual.read_json("status.json")["samples"]["trained"] == 5 * 1000
 
 
@@ -91,4 +91,4 @@ def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
             assert "Traceback" not in daemon.log.read_text()  # an outage is one line
         actual = Store(daemon.state).all()[0]
     assert jobs.differences(expected, actual) == []
-    assert jobs.accounted(actual.read_json("status.json"))
+    assert jobs.all_accounted_for(actual.read_json("status.json"))

@@ -111,7 +111,7 @@ def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> No
             assert time.monotonic() - asked < GRACE
         kept = Store(daemon.state).all()[0].read_json("status.json")
     assert kept["samples"]["trained"] >= status["samples"]["trained"]
-    assert jobs.accounted(kept)
+    assert jobs.all_accounted_for(kept)
 
 
 def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ TOPICS = ["t1", "t2", "t3", "t4", "t5"]
 DEADLINE = 240
 
 
-def need(present: object, what: str) -> None:
+def require(present: object, what: str) -> None:
     """Fail where something is missing and CI is set; skip with one line otherwise."""
     if not present:
         if os.environ.get("CI"):
@@ -45,7 +45,7 @@ def need(present: object, what: str) -> None:
 def mnist() -> Path:
     """Return the MNIST file, or fail or skip."""
     path = DATA / "mnist.npz"
-    need(path.is_file(), str(path))
+    require(path.is_file(), str(path))
     return path
 
 
@@ -241,7 +241,7 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
     return found
 
 
-def accounted(status: Mapping[str, Any]) -> bool:
+def all_accounted_for(status: Mapping[str, Any]) -> bool:
     """Tell whether every consumed sample has exactly one outcome."""
     samples = dict(status["samples"])
     return bool(samples.pop("consumed") == sum(samples.values()) and status["unaccounted"] == {})

@@ -27,7 +27,7 @@ def python(version: str) -> str:
     complete = directory / ".complete"
     if not complete.exists():
         interpreter = _find(version)
-        jobs.need(interpreter, f"CPython {version} (python{version} on PATH, or one that uv finds)")
+        jobs.require(interpreter, f"CPython {version} (python{version} on PATH, or one that uv finds)")
         needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
         uv = _uv()
         if uv is not None:

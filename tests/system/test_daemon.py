@@ -118,7 +118,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
     for topic, partitions in status["positions"].items():
         for partition, offset in partitions.items():
             assert metrics["consumer_position_offset", (("partition", partition), ("topic", topic))] == offset
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
 
     report = cli("report", "--state", daemon.state, "--joint", daemon.state, "--output", tmp_path / "report")
     assert report.returncode == 0, report.stderr
@@ -290,7 +290,7 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
     assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
     status = actual.read_json("status.json")
     assert (status["samples"]["rejected"], status["samples"]["trained"]) == (50, 5000)
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
     assert len(dead_letters(tmp_path / "dirty" / "topics.sqlite")) == 50
 
 
@@ -406,4 +406,4 @@ def test_sigint_saves(tmp_path: Path) -> None:
         assert daemon.finish() == 0, daemon.tail()
         saved = Store(daemon.state).all()[0]
     assert saved.manifest["batches"] > 5
-    assert jobs.accounted(saved.read_json("status.json"))
+    assert jobs.all_accounted_for(saved.read_json("status.json"))

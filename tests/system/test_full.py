@@ -84,7 +84,7 @@ def test_the_default_remembers(undisturbed: Checkpoint) -> None:
     print(status["average_accuracy"], status["average_forgetting"])
     assert status["average_accuracy"] >= 0.955
     assert status["samples"]["trained"] == 60_000
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
 
 
 def test_naive_forgets(broker: KafkaBroker, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_five_kills_over_kafka_and_one_of_the_broker(
         assert daemon.finish(SECONDS) == 0, daemon.tail()
     actual = Store(daemon.state).all()[0]
     assert jobs.differences(undisturbed, actual) == []
-    assert jobs.accounted(actual.read_json("status.json"))
+    assert jobs.all_accounted_for(actual.read_json("status.json"))
 
 
 def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path
     killed_to_end(config, 5, random.Random(SEED), 50)
     actual = jobs.run_to_end(config, SECONDS)
     assert jobs.differences(undisturbed, actual) == []
-    assert jobs.accounted(actual.read_json("status.json"))
+    assert jobs.all_accounted_for(actual.read_json("status.json"))
 
 
 def test_one_percent_of_garbage(undisturbed: Checkpoint, tmp_path: Path) -> None:
@@ -136,6 +136,6 @@ def test_one_percent_of_garbage(undisturbed: Checkpoint, tmp_path: Path) -> None
     assert [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()] == []
     status = actual.read_json("status.json")
     assert 400 < status["samples"]["rejected"] < 700
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
     topics = cli("topics", "--embedded", tmp_path / "topics.sqlite", "--json")
     assert f'"end": {status["samples"]["rejected"]}' in topics.stdout

@@ -111,7 +111,7 @@ OF_OTHER_STRATEGIES = {"Free weights"}  # PackNet has them; unknown is absent
 
 def promtool(*arguments: str | Path) -> None:
     """Run promtool; fails with what it says."""
-    jobs.need(shutil.which("promtool"), "promtool (Debian: prometheus)")
+    jobs.require(shutil.which("promtool"), "promtool (Debian: prometheus)")
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -293,7 +293,7 @@ def test_figures_of_the_current_task_are_of_it_alone() -> None:
 
 def test_runbooks_are_at_an_absolute_address(tmp_path: Path) -> None:
     """A real Prometheus serves the runbooks where its alerts say that they are."""
-    jobs.need(shutil.which("prometheus"), "prometheus")
+    jobs.require(shutil.which("prometheus"), "prometheus")
     urls = {
         rule["annotations"]["runbook_url"]
         for group in yaml.safe_load(RULES.read_text())["groups"]
@@ -444,7 +444,7 @@ def test_stored_samples_have_a_bounded_number_of_series() -> None:
 
 def test_every_panel_is_answered(tmp_path: Path) -> None:
     """A real Prometheus that scrapes the real daemon answers every query of every panel with finite values."""
-    jobs.need(shutil.which("prometheus"), "prometheus")
+    jobs.require(shutil.which("prometheus"), "prometheus")
     config = jobs.write_config(tmp_path / "job", stream={"on_finished": "wait", "batch_size": 20})
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: status["state"] == "running")

@@ -32,7 +32,7 @@ KEYS: dict[str, Any] = {
 def write_lines(directory: Path) -> None:
     """Write a few lines of two tasks of bAbI."""
     path = jobs.DATA / "babi_en.jsonl.gz"
-    jobs.need(path.is_file(), str(path))
+    jobs.require(path.is_file(), str(path))
     chosen: dict[tuple[int, str], list[dict[str, Any]]] = {}
     with gzip.open(path, "rt") as file:
         for line in map(json.loads, file):
@@ -68,7 +68,7 @@ def test_text_is_learned_and_used(tmp_path: Path) -> None:
     status = whole.read_json("status.json")
     model = whole.read_json("model.json")
     assert status["samples"]["trained"] == len(TASKS) * TRAIN
-    assert jobs.accounted(status)
+    assert jobs.all_accounted_for(status)
     assert len(status["labels"]) == 10
     assert model["vocabulary"] == whole.read_json("state.json")["progress"]["vocabulary"]
     assert model["input"]["shape"] == [13, 8]

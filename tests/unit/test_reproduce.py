@@ -15,12 +15,12 @@ from rich.console import Console
 
 from benchmarks.reproduce import __main__ as tool
 from benchmarks.reproduce import cells, page, runner, streams
-from benchmarks.reproduce.book import Book
 from benchmarks.reproduce.cells import Row, Table
-from benchmarks.reproduce.streams import Course
+from benchmarks.reproduce.result_file import ResultFile
+from benchmarks.reproduce.streams import Curriculum
 from streamlearn.producer import Samples
 from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
-from tests.support.jobs import DATA, need
+from tests.support.jobs import DATA, require
 
 SIZE = 7  # samples in a record
 PIXELS = np.arange(20 * 4, dtype=np.uint8).reshape(20, 2, 2)
@@ -28,7 +28,7 @@ TINY = Table(
     "tiny",
     "Tiny",
     "\nTwo tasks.",
-    Course("tiny", count=2, epochs=3),
+    Curriculum("tiny", count=2, epochs=3),
     {"input": {"shape": [2, 2]}, "model": {"hidden": [4]}, "stream": {"batch_size": SIZE}}
     | cells.optimizer("sgd", 0.1),
     (
@@ -43,23 +43,23 @@ TINY = Table(
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Teach two tasks of twenty samples instead of MNIST."""
 
-    def lesson(task: int) -> streams.Lesson:
+    def lesson(task: int) -> streams.TaskData:
         train = Samples(PIXELS, [2 * task + n % 2 for n in range(20)])
-        return streams.Lesson(train, train.select(np.arange(5)))
+        return streams.TaskData(train, train.select(np.arange(5)))
 
-    def tasks(course: Course, seed: int) -> list[streams.Lesson]:
+    def tasks(curriculum: Curriculum, seed: int) -> list[streams.TaskData]:
         del seed
-        return [lesson(number) for number in range(course.count)]
+        return [lesson(number) for number in range(curriculum.count)]
 
     monkeypatch.setitem(streams.TASKS, "tiny", tasks)
 
 
-def topic(total: int) -> streams.Repeated:
+def topic(total: int) -> streams.RepeatedTopic:
     """Return a topic of the twenty samples, repeated."""
-    course = Course("tiny", count=1, samples=total)
-    store = streams.publish(course, streams.lessons(course, 0), per_record=SIZE, seed=3, scale=1.0)
+    curriculum = Curriculum("tiny", count=1, samples=total)
+    store = streams.publish(curriculum, streams.task_data(curriculum, 0), per_record=SIZE, seed=3, scale=1.0)
     records = store.records["tiny-1", 0]
-    assert isinstance(records, streams.Repeated)
+    assert isinstance(records, streams.RepeatedTopic)
     return records
 
 
@@ -100,18 +100,18 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
 
 def test_digits_are_drawn_with_every_seed_but_the_first() -> None:
     """A task's two digits are the seed's, every digit is in one task, and seed 0 leaves them in order."""
-    course = Course("drawn")
+    curriculum = Curriculum("drawn")
     in_order = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    drawn = [streams.classes(course, seed) for seed in range(4)]
-    assert drawn[0] == in_order == streams.classes(Course("split"), 3)
+    drawn = [streams.classes(curriculum, seed) for seed in range(4)]
+    assert drawn[0] == in_order == streams.classes(Curriculum("split"), 3)
     assert [sorted(digit for pair in pairs for digit in pair) for pairs in drawn] == 4 * [list(range(10))]
     assert len({str(pairs) for pairs in drawn}) == 4
-    assert streams.classes(course, 3) == drawn[3]
+    assert streams.classes(curriculum, 3) == drawn[3]
 
 
 def test_an_optional_key_of_a_later_version_makes_no_cell_stale() -> None:
     """The digest is of what is present: a key that is absent here is one that this version may not have known."""
-    assert runner.present({"a": 1, "b": None, "c": {"d": None, "e": [None]}}) == {"a": 1, "c": {"e": [None]}}
+    assert runner.without_none({"a": 1, "b": None, "c": {"d": None, "e": [None]}}) == {"a": 1, "c": {"e": [None]}}
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,22 +128,22 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
 
     def reproduce(table: Table, *, pattern: str = "", again: bool = False) -> dict[tuple[str, str], str]:
         ran.clear()
-        books = tool.Books(tmp_path, (table,))
+        books = tool.ResultFiles(tmp_path, (table,))
         todo, absent = tool.plan(books.cells(None, pattern, 1.0), books, again=again)
-        assert tool.carry_out(todo, books, console, jobs=1, device="cpu") == {}
+        assert tool.run_cells(todo, books, console, jobs=1, device="cpu") == {}
         return absent
 
     absent = reproduce(TINY)
     assert ran == ["tiny/naive/class/0", "tiny/naive/task/0"]
     assert "no such recipe" in absent["tiny", "none yet"]
-    entry = Book(tmp_path / "reproduce.json").entries["tiny/naive/class/0"]
+    entry = ResultFile(tmp_path / "reproduce.json").entries["tiny/naive/class/0"]
     assert (entry["samples"], entry["steps"], len(entry["last"])) == (2 * 60, 2 * 9, 2)
     reproduce(TINY)
     assert ran == []
     reproduce(TINY, pattern="NAIVE/task", again=True)
     assert ran == ["tiny/naive/task/0"]
     faster = Table(**{**vars(TINY), "settings": TINY.settings | cells.optimizer("sgd", 0.2)})
-    _, stale = tool.Books(tmp_path, (faster,)).finished(1.0)
+    _, stale = tool.ResultFiles(tmp_path, (faster,)).finished(1.0)
     assert stale == 2
     reproduce(faster, pattern="class")
     assert ran == ["tiny/naive/class/0"]
@@ -159,9 +159,9 @@ def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
         return really(cell, *rest)
 
     monkeypatch.setattr(runner, "run", run)
-    books = tool.Books(tmp_path, (TINY,))
+    books = tool.ResultFiles(tmp_path, (TINY,))
     todo, _ = tool.plan(books.cells(1, "", 0.5), books, again=False)
-    failed = tool.carry_out(todo, books, Console(quiet=True), jobs=1, device="cpu")
+    failed = tool.run_cells(todo, books, Console(quiet=True), jobs=1, device="cpu")
     assert list(failed) == ["tiny/naive/class/0"]
     assert list(books.published.entries) == ["tiny/naive/task/0"]
     assert books.published.entries["tiny/naive/task/0"]["samples"] == 2 * 30
@@ -211,7 +211,7 @@ def test_less_forgetting_is_better() -> None:
 
 def test_every_cell_of_this_version_is_sound() -> None:
     """Each cell has a configuration, or a reason that names what is missing: a recipe, or one of its parameters."""
-    books = tool.Books(Path("/nowhere"))
+    books = tool.ResultFiles(Path("/nowhere"))
     todo, absent = tool.plan(books.cells(1, "", 1.0), books, again=False)
     assert {cell.row.method for cell in todo} >= {"naive", "joint", "EWC", "SI", "generative replay"}
     assert all(reason.startswith("strategy") for reason in absent.values()), absent
@@ -221,10 +221,10 @@ def test_every_cell_of_this_version_is_sound() -> None:
 @pytest.mark.slow
 def test_cells_run_side_by_side(tmp_path: Path) -> None:
     """A cell reaches a process of its own and its figures come back, although nothing of this process is there."""
-    books = tool.Books(tmp_path)
+    books = tool.ResultFiles(tmp_path)
     (cell,) = books.cells(1, "two-tasks/sequential", 0.0)  # one sample a task
-    need((DATA / "mnist.npz").is_file(), "mnist.npz")
-    assert tool.carry_out([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
+    require((DATA / "mnist.npz").is_file(), "mnist.npz")
+    assert tool.run_cells([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
     assert books.shown.entries[cell.key]["samples"] == 2
 
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Book:
+class ResultFile:
     """Entries by cell. An entry counts as long as its digest is that of the cell's configuration."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def holds(self, key: str, digest: str) -> bool:
+    def has_result(self, key: str, digest: str) -> bool:
         """Tell whether a cell is finished under this configuration."""
         return self.entries.get(key, {}).get("digest") == digest
 
