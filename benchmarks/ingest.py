@@ -11,7 +11,7 @@ import numpy as np
 
 from streamlearn import configfile, loop, producer
 from streamlearn.checkpoint import Store
-from streamlearn.config import Config, Kafka
+from streamlearn.config import Config, KafkaConfig
 from streamlearn.data import Progress
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
@@ -98,7 +98,7 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with KafkaBroker(directory / "kafka") as broker:
-            kafka = Kafka.model_validate({"bootstrap_servers": broker.address})
+            kafka = KafkaConfig.model_validate({"bootstrap_servers": broker.address})
             sink = KafkaSink(kafka)
             rates["kafka, batched"] = measure(KafkaLog(kafka, "bench"), sink, "k", SAMPLES, "batch")
             rates["kafka, single (msgpack)"] = measure(KafkaLog(kafka, "bench"), sink, "k1", SINGLE, "msgpack")

@@ -12,13 +12,13 @@ from torch.nn import functional
 from streamlearn.tensors import seeded
 
 if TYPE_CHECKING:
-    from streamlearn.config import Augment
+    from streamlearn.config import AugmentConfig
 
 
 class Distortion:
     """Distorts each image of a batch by an affine map of its own, bilinear, zero outside; draws from its own seeded stream."""
 
-    def __init__(self, spec: Augment, seed: int, device: torch.device) -> None:
+    def __init__(self, spec: AugmentConfig, seed: int, device: torch.device) -> None:
         self.spec = spec
         self.generator = seeded(seed, "augment", device)
 

@@ -100,7 +100,7 @@ class RecipeSchema(Protocol):
     def parameters(self) -> type[BaseModel]:
         """A model made from the recipe's signature."""
 
-    def defaults(self, spec: Input | TextInput) -> dict[str, Any]:
+    def defaults(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
         """Return the parameters whose defaults depend on the input, with their values."""
 
     def refusals(self, config: Config, name: str) -> Iterator[str]:
@@ -161,7 +161,7 @@ class Section(BaseModel):
             raise ValidationError.from_exception_data(cls.__name__, [_told(details) for details in errors]) from error
 
 
-class Sasl(Section):
+class SaslConfig(Section):
     """Credentials; a password or client secret comes from the environment or a file, never from the YAML."""
 
     mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = Field(
@@ -239,7 +239,7 @@ class Sasl(Section):
         return text
 
 
-class Kafka(Section):
+class KafkaConfig(Section):
     """How to reach the brokers; security keys are named as kafka-python names them."""
 
     bootstrap_servers: list[str] = Field(
@@ -266,7 +266,7 @@ class Kafka(Section):
     ssl_check_hostname: bool = Field(
         default=True, description="refuse a broker whose certificate is for another host name"
     )
-    sasl: Sasl | None = None
+    sasl: SaslConfig | None = None
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
         "read_committed",
         description="records of transactions: those that are committed, or all at once, also those that are aborted later",
@@ -304,13 +304,13 @@ class Kafka(Section):
             )
 
 
-class Embedded(Section):
+class EmbeddedConfig(Section):
     """Topics in one SQLite file, for trying everything with nothing installed."""
 
     path: Path = Field(Path("state/topics.sqlite"), description="the file; it is created if it does not exist")
 
 
-class Queue(Section):
+class QueueConfig(Section):
     """Bounds on what the reader may have waiting for the learner."""
 
     samples: Whole = Field(
@@ -319,7 +319,7 @@ class Queue(Section):
     megabytes: float = Field(256.0, gt=0, description="their size at most, in megabytes (10^6 bytes)")
 
 
-class TaskEnd(Section):
+class TaskEndConfig(Section):
     """The rule that ends a task when no marker does: exactly one of these."""
 
     next_topic: bool = Field(
@@ -337,7 +337,7 @@ class TaskEnd(Section):
             yield "", "exactly one of next_topic, records: N, idle: SECONDS is accepted"
 
 
-class DeadLetter(Section):
+class DeadLetterConfig(Section):
     """Where samples that cannot be used go."""
 
     topic: Topic | None = Field(None, description="default: <name>.dlq")
@@ -349,7 +349,7 @@ class DeadLetter(Section):
     )
 
 
-class Stream(Section):
+class StreamConfig(Section):
     """Which topics are tasks, in which order, and when a task ends."""
 
     source: Literal["kafka", "embedded"] | None = Field(None, description="default: kafka where configured")
@@ -359,7 +359,7 @@ class Stream(Section):
         "name",
         description="pattern: topics by name, with digits compared as numbers, or by the time of their first record",
     )
-    task_end: TaskEnd = TaskEnd(next_topic=True)
+    task_end: TaskEndConfig = TaskEndConfig(next_topic=True)
     on_finished: Literal["wait", "exit"] = Field(
         "wait", description="after the last task: wait for more, or end the daemon with 0"
     )
@@ -382,8 +382,8 @@ class Stream(Section):
         description="where unread records are gone: stop reading, go on at the earliest or latest record, or end the daemon",
     )
     startup_timeout: Seconds | None = Field(None, description="seconds to wait for a broker; default: for ever")
-    queue: Queue = Queue()
-    dead_letter: DeadLetter = DeadLetter()
+    queue: QueueConfig = QueueConfig()
+    dead_letter: DeadLetterConfig = DeadLetterConfig()
 
     @field_validator("task_end", mode="before")
     @classmethod
@@ -417,7 +417,7 @@ class Stream(Section):
             yield "topics", "a topic is listed twice"
 
 
-class Encoder(Section):
+class EncoderConfig(Section):
     """A module of yours that never learns: the model and every strategy see its features, and a generator replays those."""
 
     name: str = Field(description="package.module:function, called with input.shape")
@@ -431,7 +431,7 @@ class Encoder(Section):
         return value
 
 
-class Input(Section):
+class InputConfig(Section):
     """What `x` is: its shape and dtype as it arrives, and the division that scales it for the model."""
 
     kind: Literal["numbers"] = Field("numbers", description="numbers (the default) or text")
@@ -440,7 +440,7 @@ class Input(Section):
         "float32", description="dtype of a sample's numbers, as they arrive"
     )
     scale: float = Field(1.0, ge=1e-30, le=1e30, description="the model, or the encoder, sees x / scale")
-    encoder: Encoder | None = Field(None, description="stands before the model, and is frozen")
+    encoder: EncoderConfig | None = Field(None, description="stands before the model, and is frozen")
 
     @field_validator("encoder", mode="before")
     @classmethod
@@ -459,7 +459,7 @@ class Input(Section):
         return value
 
 
-class TextInput(Section):
+class TextInputConfig(Section):
     """A story, a question about it, and its answer as the label: the model sees `[1 + sentences, words]` token ids."""
 
     kind: Literal["text"] = Field(description="numbers (the default) or text")
@@ -487,7 +487,7 @@ class TextInput(Section):
         return 1.0
 
 
-class ScenarioSpec(Section):
+class ScenarioConfig(Section):
     """Which outputs compete for a sample: those of its task, those of its domain, or every class seen so far."""
 
     kind: Literal["task", "domain", "class"] = Field(
@@ -498,7 +498,7 @@ class ScenarioSpec(Section):
     tasks: dict[str, list[Label]] = Field(default_factory=dict, description="declared classes of each task, by topic")
 
 
-class Holdout(Section):
+class HoldoutConfig(Section):
     """Which samples are kept for the probes and never trained on."""
 
     by: Literal["value", "key"] = Field(
@@ -511,7 +511,7 @@ class Holdout(Section):
     max: Whole | None = Field(1000, ge=1, description="samples of a task's probe; null: no bound")
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """The solver's optimizer; always the fused kernel."""
 
     name: Literal["adam", "sgd", "adamw"] = Field("adam", description="the update rule")
@@ -525,7 +525,7 @@ class Optimizer(Section):
     )
 
 
-class Augment(Section):
+class AugmentConfig(Section):
     """How far images are distorted at random before the solver sees them: new ones and replayed ones alike."""
 
     shift: float = Field(0.0, ge=0, allow_inf_nan=False, description="pixels, up to, in each direction")
@@ -533,20 +533,20 @@ class Augment(Section):
     zoom: float = Field(0.0, ge=0, lt=1, description="up to so much larger or smaller, each axis by itself")
 
 
-class LearnerSpec(Section):
+class LearnerConfig(Section):
     """How a batch is learned."""
 
     updates_per_batch: Whole = Field(10, ge=1, description="gradient steps on each batch")
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerConfig = OptimizerConfig()
     average: float | None = Field(0.998, gt=0, lt=1, description="decay of the weights' moving average; null: none")
     max_norm: float | None = Field(None, gt=0, description="clip the gradient's norm")
-    augment: Augment | None = Field(None, description="images only: distort them at random, at every update anew")
+    augment: AugmentConfig | None = Field(None, description="images only: distort them at random, at every update anew")
 
 
 BELONGS = {"mlp": ("hidden",), "resnet": ("width",), "memnet": ("embedding", "hops", "heads")}
 
 
-class Model(Section):
+class ModelConfig(Section):
     """`mlp`, `resnet`, `memnet` (of text), or `package.module:function` with parameters of its own under `options`."""
 
     name: str = Field("mlp", description="mlp, resnet, memnet (of text), or package.module:function of your own")
@@ -566,19 +566,19 @@ class Model(Section):
 
     def ignored(self) -> Iterator[str]:
         """Give the keys that say something, and are of another model."""
-        for key, default in Model.model_fields.items():
+        for key, default in ModelConfig.model_fields.items():
             own = ("name", *BELONGS.get(self.name, ("options",)))
             if key not in own and getattr(self, key) != default.get_default(call_default_factory=True):
                 yield key
 
 
-class Memory(Section):
+class MemoryConfig(Section):
     """A bound on the samples that are kept: the reservoir of the current task, and the memories of past ones."""
 
     max_bytes: NumBytes = Field(2 << 30, description="bytes at most, of all samples that are kept together")
 
 
-class Probes(Section):
+class ProbesConfig(Section):
     """When held-out samples are evaluated."""
 
     every: Whole = Field(20, ge=1, description="batches between evaluations")
@@ -588,7 +588,7 @@ class Probes(Section):
     minimum: Whole = Field(20, ge=1, description="samples from which on the open task's probe is shown")
 
 
-class Checkpoints(Section):
+class CheckpointConfig(Section):
     """When the state is saved, besides at every task's end and at the stop."""
 
     every_batches: Whole | None = Field(None, ge=1, description="batches between checkpoints; null: the clock alone")
@@ -600,7 +600,7 @@ class Checkpoints(Section):
     )
 
 
-class Divergence(Section):
+class DivergenceConfig(Section):
     """What is done when update after update is not finite, or past tasks are lost at once; single updates are dropped."""
 
     after: Whole = Field(10, ge=1, description="batches in a row without one finite update")
@@ -619,7 +619,7 @@ class Divergence(Section):
     )
 
 
-class Service(Section):
+class ServiceConfig(Section):
     """The read-only HTTP listener."""
 
     host: str = Field(
@@ -631,7 +631,7 @@ class Service(Section):
     )
 
 
-class Log(Section):
+class LogConfig(Section):
     """What is logged, and how."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
@@ -670,31 +670,31 @@ class Config(Section):
     shutdown_grace: Seconds = Field(
         25.0, description="seconds to finish the batch and save at a stop; the process then ends with 1"
     )
-    input: Input | TextInput
+    input: InputConfig | TextInputConfig
     classes: list[Label] | Int = Field(description="the labels, or how many there may be")
     grow_head: bool = Field(
         default=False,
         description="give a label beyond the number of classes an output of its own, instead of rejecting it",
     )
-    scenario: ScenarioSpec = ScenarioSpec()
-    stream: Stream
-    kafka: Kafka | None = None
-    embedded: Embedded = Embedded()
-    holdout: Holdout = Holdout()
-    model: Model = Model()
+    scenario: ScenarioConfig = ScenarioConfig()
+    stream: StreamConfig
+    kafka: KafkaConfig | None = None
+    embedded: EmbeddedConfig = EmbeddedConfig()
+    holdout: HoldoutConfig = HoldoutConfig()
+    model: ModelConfig = ModelConfig()
     strategy: dict[str, dict[str, Any]] = Field({"generative": {}, "si": {}}, validate_default=True)
-    learner: LearnerSpec = LearnerSpec()
-    memory: Memory = Memory()
-    probes: Probes = Probes()
-    checkpoint: Checkpoints = Checkpoints()
-    divergence: Divergence = Divergence()
-    service: Service = Service()
-    log: Log = Log()
+    learner: LearnerConfig = LearnerConfig()
+    memory: MemoryConfig = MemoryConfig()
+    probes: ProbesConfig = ProbesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    service: ServiceConfig = ServiceConfig()
+    log: LogConfig = LogConfig()
 
     @field_validator("input", mode="before")
     @classmethod
     def _input(cls, value: Any) -> Any:
-        if isinstance(value, (Input, TextInput)):
+        if isinstance(value, (InputConfig, TextInputConfig)):
             return value
         if not isinstance(value, dict):
             raise PydanticCustomError("input", "expected keys and values: shape and others, or kind: text and others")
@@ -781,7 +781,7 @@ class Config(Section):
             yield "stream.dead_letter.topic", why
 
     def _augments_images(self) -> Rule:
-        images = isinstance(self.input, Input) and len(self.input.shape) in {2, 3}
+        images = isinstance(self.input, InputConfig) and len(self.input.shape) in {2, 3}
         if self.learner.augment is not None and not images:
             text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not"
             yield "learner.augment", f"{text} {self.input.shape}"
@@ -792,21 +792,21 @@ class Config(Section):
             )
 
     def _model_fits_input(self) -> Rule:
-        name, text = self.model.name, isinstance(self.input, TextInput)
+        name, text = self.model.name, isinstance(self.input, TextInputConfig)
         if text and name in {"mlp", "resnet"}:
             yield "model", f"model {name} sees numbers, and input is text; accepted: memnet, package.module:function"
         if name == "memnet" and not text:
             yield "model", "model memnet sees text: it needs input with kind: text"
 
     def _strategy_fits_input(self) -> Rule:
-        if isinstance(self.input, TextInput) and "generative" in self.strategy:
+        if isinstance(self.input, TextInputConfig) and "generative" in self.strategy:
             why = (
                 "strategy generative replays what a VAE of numbers makes, and it cannot make the token ids of a text; "
             )
             yield "strategy", why + "er and joint replay stored samples of any kind"
 
     def _codec_fits_input(self) -> Rule:
-        if isinstance(self.input, TextInput) and self.stream.codec == "batch":
+        if isinstance(self.input, TextInputConfig) and self.stream.codec == "batch":
             yield "stream.codec", "stream.codec batch holds numbers, and input is text: use json or msgpack"
 
     @property
@@ -841,7 +841,7 @@ class Config(Section):
                 f"strategy {' + '.join(self.strategy)}: protects nothing until a task has ended, and the only topic, "
                 f"{topics[0]}, ends by a marker alone; stream.task_end records: N or idle: SECONDS would end it"
             )
-        integers = self.input.dtype.startswith(("int", "uint")) and isinstance(self.input, Input)
+        integers = self.input.dtype.startswith(("int", "uint")) and isinstance(self.input, InputConfig)
         if integers and self.input.scale == 1 and self.strategy.get("generative", {}).get("likelihood") == "bernoulli":
             found.append(
                 f"input.scale is 1 for dtype {self.input.dtype}: generative replays values from 0 to 1 (likelihood bernoulli); "
@@ -907,8 +907,8 @@ def _as_recipes(value: Any) -> dict[str, Any]:
     raise PydanticCustomError("strategy", "expected a recipe's name, a list of names, or names with parameters")
 
 
-def _check_input(value: dict[str, Any]) -> Input | TextInput:
-    kinds: dict[Any, type[Input | TextInput]] = {"numbers": Input, "text": TextInput}
+def _check_input(value: dict[str, Any]) -> InputConfig | TextInputConfig:
+    kinds: dict[Any, type[InputConfig | TextInputConfig]] = {"numbers": InputConfig, "text": TextInputConfig}
     kind = value.get("kind", "numbers")
     if not isinstance(kind, str) or kind not in kinds:
         message = PydanticCustomError("kind", "accepted: {kinds}", {"kinds": ", ".join(kinds)})
@@ -928,7 +928,7 @@ def _told(details: ErrorDetails, model: type[BaseModel] | None = None) -> InitEr
 
 
 def _check_strategy(
-    chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema], spec: Input | TextInput | None
+    chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema], spec: InputConfig | TextInputConfig | None
 ) -> dict[str, dict[str, Any]]:
     errors: list[InitErrorDetails] = []
     complete: dict[str, dict[str, Any]] = {}

@@ -77,10 +77,10 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
     }
     for key, word in (("model", {"type": "string"}), ("scenario", {"enum": ["task", "domain", "class"]})):
         tree["properties"][key] = {"anyOf": [tree["properties"][key], word]}
-    stream = tree["$defs"]["Stream"]["properties"]
+    stream = tree["$defs"]["StreamConfig"]["properties"]
     stream["task_end"] = {"anyOf": [stream["task_end"], {"const": "next_topic"}]}
-    tree["$defs"]["Input"]["properties"]["encoder"]["anyOf"].append({"type": "string"})
-    kafka = tree["$defs"]["Kafka"]["properties"]
+    tree["$defs"]["InputConfig"]["properties"]["encoder"]["anyOf"].append({"type": "string"})
+    kafka = tree["$defs"]["KafkaConfig"]["properties"]
     servers = kafka["bootstrap_servers"]
     kafka["bootstrap_servers"] = {"description": servers["description"], "anyOf": [servers, {"type": "string"}]}
     for section in (tree, *tree["$defs"].values()):  # a key whose value is a section means what the section does

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.augment import Distortion
-from streamlearn.config import TextInput
+from streamlearn.config import TextInputConfig
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
 from streamlearn.models import registry
@@ -47,7 +47,7 @@ from streamlearn.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from streamlearn.config import Config, LearnerSpec
+    from streamlearn.config import Config, LearnerConfig
     from streamlearn.data import Label, Task
     from streamlearn.scenario import Scenario
     from streamlearn.strategies.parts import Network, Part, State, Strategy
@@ -83,7 +83,7 @@ class Learner:
     def __init__(
         self,
         strategy: Strategy,
-        spec: LearnerSpec,
+        spec: LearnerConfig,
         world: World,
         scenario: Scenario,
         *,
@@ -664,7 +664,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     """
     device = choose_device(config.device)
     spec = config.model.model_dump()
-    vocabulary = config.input.vocabulary if isinstance(config.input, TextInput) else None
+    vocabulary = config.input.vocabulary if isinstance(config.input, TextInputConfig) else None
 
     encoder, shape = None, tuple(config.input.shape)
     if config.input.encoder is not None:

@@ -66,8 +66,8 @@ class _State(_Lenient):
 class ModelDescription(_Lenient):
     """What `model.json` says, with types that are checked: shapes are integers, names are those of functions."""
 
-    model: config.Model
-    input: config.Input | config.TextInput
+    model: config.ModelConfig
+    input: config.InputConfig | config.TextInputConfig
     vocabulary: list[str]
     codec: Literal[1, 2] = 1  # older checkpoints have none
     seed: Count
@@ -86,7 +86,7 @@ class ModelDescription(_Lenient):
         where = f"{checkpoint.path / 'model.json'}"
         try:
             tree = checkpoint.read_json("model.json")
-            known = config.TextInput if tree["input"]["kind"] == "text" else config.Input
+            known = config.TextInputConfig if tree["input"]["kind"] == "text" else config.InputConfig
             tree["input"] = {key: value for key, value in tree["input"].items() if key in known.model_fields}
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -136,7 +136,7 @@ class Model:
         self.description = ModelDescription.read(checkpoint)
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
-        self.text = isinstance(tree.input, config.TextInput)
+        self.text = isinstance(tree.input, config.TextInputConfig)
         cpu = torch.device("cpu")
         encoder, self.shape = None, tuple(tree.input.shape)
         if tree.input.encoder is not None:
@@ -182,7 +182,7 @@ class Model:
 
     def _build(self, spec: Mapping[str, Any]) -> Network:
         tree, cpu = self.description, torch.device("cpu")
-        vocabulary = tree.input.vocabulary if isinstance(tree.input, config.TextInput) else None
+        vocabulary = tree.input.vocabulary if isinstance(tree.input, config.TextInputConfig) else None
 
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
             return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
@@ -259,7 +259,7 @@ class Model:
 
     def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description
-        assert isinstance(tree.input, config.TextInput)
+        assert isinstance(tree.input, config.TextInputConfig)
         known = Vocabulary(tree.vocabulary, tree.input.vocabulary)
         found = np.zeros((len(x), *tree.input.shape), tree.input.dtype)
         rejected = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.tensors import prepare
 from tests.support.kafka_broker import KafkaBroker
 
@@ -59,6 +59,6 @@ def bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def kafka(bootstrap: str) -> Kafka:
+def kafka(bootstrap: str) -> KafkaConfig:
     """Say how to reach it."""
-    return Kafka.model_validate({"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1})
+    return KafkaConfig.model_validate({"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1})

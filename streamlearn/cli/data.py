@@ -274,7 +274,7 @@ def _open(
 ) -> tuple[Log, Sink]:
     quiet_kafka()
     if servers is not None:
-        from streamlearn.config import SERVER, Kafka
+        from streamlearn.config import SERVER, KafkaConfig
 
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
             raise StreamlearnError(
@@ -282,7 +282,7 @@ def _open(
             )
         from streamlearn.stream.kafka import KafkaLog, KafkaSink
 
-        kafka = Kafka.model_validate({"bootstrap_servers": servers})
+        kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
         return KafkaLog(kafka, "streamlearn.cli"), KafkaSink(kafka)
     if embedded is not None:
         from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.config import Holdout
+    from streamlearn.config import HoldoutConfig
     from streamlearn.data import Label, Task
 
 EARLY_SAMPLES = 1000  # of an open task, without a single one that was trained
@@ -23,7 +23,7 @@ NAMED = 5  # classes that a warning names
 CoverageWarning = tuple[str, str]  # its kind, and the line for people
 
 
-def task_warnings(task: Task, rule: Holdout) -> Iterator[CoverageWarning]:
+def task_warnings(task: Task, rule: HoldoutConfig) -> Iterator[CoverageWarning]:
     """Give what the counts of a task say, open or ended: nothing was trained, or nothing was held out."""
     counts, ended = task.counts, task.state == "ended"
     trained, held_out = counts["trained"], counts["held_out"]
@@ -40,7 +40,7 @@ def task_warnings(task: Task, rule: Holdout) -> Iterator[CoverageWarning]:
 
 
 def probe_warnings(
-    x: Tensor, y: Tensor, trained: Mapping[int, Label] | None, rule: Holdout
+    x: Tensor, y: Tensor, trained: Mapping[int, Label] | None, rule: HoldoutConfig
 ) -> Iterator[CoverageWarning]:
     """Give what a sealed probe, `x [n, ...]` and `y [n]`, lacks; `trained` are the task's labels by output, where known."""
     held_out = set(y.unique().tolist()) if trained is not None else set()

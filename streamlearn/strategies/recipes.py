@@ -18,7 +18,7 @@ from streamlearn.strategies.parameters import describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from streamlearn.config import Config, Input, TextInput
+    from streamlearn.config import Config, InputConfig, TextInputConfig
     from streamlearn.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.parts import Network, Strategy, World
@@ -311,7 +311,7 @@ def _likelihood(config: Config, name: str) -> Iterator[str]:
         yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
 
 
-def _of_features(spec: Input | TextInput) -> dict[str, Any]:
+def _of_features(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
     """Return the likelihood of what an encoder makes: features, which nothing bounds."""
     return {"likelihood": "gaussian"} if spec.encoder is not None else {}
 
@@ -359,14 +359,14 @@ class Recipe:
     slots: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     alone: str | None = None  # why nothing is combined with it
-    chosen: Callable[[Input | TextInput], dict[str, Any]] | None = None  # defaults that depend on the input
+    chosen: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = None  # defaults that depend on the input
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
         """A model of the function's keyword parameters."""
         return signature_model(self.build)
 
-    def defaults(self, spec: Input | TextInput) -> dict[str, Any]:
+    def defaults(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
         """Return the defaults that are others for this input than the signature's."""
         return {} if self.chosen is None else self.chosen(spec)
 

@@ -19,7 +19,7 @@ import msgpack
 import numpy as np
 import orjson
 
-from streamlearn.config import TextInput
+from streamlearn.config import TextInputConfig
 from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse_text
@@ -71,7 +71,7 @@ class Codec:
         dtype: str,
         default: str,
         max_record_bytes: int,
-        text: TextInput | None = None,
+        text: TextInputConfig | None = None,
         version: int = CODEC_VERSION,
         *,
         scale: float = 1.0,
@@ -88,7 +88,7 @@ class Codec:
     @classmethod
     def from_config(cls, config: Config, version: int = CODEC_VERSION) -> Codec:
         """Return the codec that a configuration describes, in the version that a job began with."""
-        text = config.input if isinstance(config.input, TextInput) else None
+        text = config.input if isinstance(config.input, TextInputConfig) else None
         spec = config.stream
         shape, dtype, scale = config.input.shape, config.input.dtype, config.input.scale
         return cls(shape, dtype, spec.codec, spec.max_record_bytes, text, version, scale=scale)
@@ -141,7 +141,7 @@ class Codec:
         self._check(chunk)
         return chunk
 
-    def _text(self, text: TextInput, tree: dict[str, Any], record: Record) -> Chunk:
+    def _text(self, text: TextInputConfig, tree: dict[str, Any], record: Record) -> Chunk:
         if tree["codec"] == "batch":
             raise Rejected("schema", "a batch record holds numbers; expected JSON or MessagePack of a text")
         answer = tree.get("answer")

@@ -24,7 +24,7 @@ from streamlearn.stream.log import BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from streamlearn.config import Kafka
+    from streamlearn.config import KafkaConfig
 
 BOOTSTRAP_MS = 5000
 REQUEST_MS = 10_000
@@ -59,7 +59,7 @@ def _draw_apart() -> None:
             module.random = JITTER  # type: ignore[attr-defined]  # modules have any attributes
 
 
-def client_settings(kafka: Kafka) -> dict[str, Any]:
+def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
     """Return the connection settings that consumer, producer and admin client share; raises `StreamlearnError` (77)."""
     _draw_apart()
     settings: dict[str, Any] = {
@@ -84,7 +84,7 @@ def client_settings(kafka: Kafka) -> dict[str, Any]:
     return settings
 
 
-def _trust(kafka: Kafka) -> ssl.SSLContext:
+def _trust(kafka: KafkaConfig) -> ssl.SSLContext:
     """Return whom we trust and who we are, read once: the client would read it at every attempt."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -26,7 +26,7 @@ from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from streamlearn.config import Kafka
+    from streamlearn.config import KafkaConfig
     from streamlearn.data import Partition
 
 MAX_POLL_RECORDS = 2000
@@ -80,7 +80,7 @@ def told(error: kafka_errors.KafkaError) -> StreamlearnError:
 class KafkaLog:
     """One reader. kafka-python's consumer is not thread safe: the reader thread alone calls this."""
 
-    def __init__(self, kafka: Kafka, group: str, max_record_bytes: int = 0) -> None:
+    def __init__(self, kafka: KafkaConfig, group: str, max_record_bytes: int = 0) -> None:
         self.kafka = kafka
         self.group = group
         self.cluster_id: str | None = None
@@ -275,7 +275,7 @@ def _record(found: Any) -> Record:
 class KafkaSink:
     """A writer: acks from all replicas, idempotent; `flush` tells of every record that was not acknowledged."""
 
-    def __init__(self, kafka: Kafka) -> None:
+    def __init__(self, kafka: KafkaConfig) -> None:
         self.kafka = kafka
         self._admin: Any = None
         self._producer: Any = None

@@ -16,7 +16,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from streamlearn.config import Sasl
+    from streamlearn.config import SaslConfig
 
 TIMEOUT_SECONDS = 5.0
 FOREVER_SECONDS = 1e9  # an integer of JSON may be larger than any float
@@ -30,7 +30,7 @@ ERROR = re.compile(r"[a-z_]{1,64}")
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the package has no types
     """Gives the same token to every connection, from any thread, until most of its lifetime is over."""
 
-    def __init__(self, sasl: Sasl) -> None:
+    def __init__(self, sasl: SaslConfig) -> None:
         super().__init__()
         self.sasl = sasl
         self._lock = threading.Lock()
@@ -91,6 +91,6 @@ def _object(answer: httpx.Response) -> dict[str, Any]:
 
 
 @cache
-def token_provider(sasl: Sasl) -> ClientCredentials:
+def token_provider(sasl: SaslConfig) -> ClientCredentials:
     """Return the one provider of this process for these settings."""
     return ClientCredentials(sasl)

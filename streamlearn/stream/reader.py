@@ -21,7 +21,7 @@ from streamlearn.stream.merge import Merge
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from streamlearn.config import Stream as StreamSpec
+    from streamlearn.config import StreamConfig
     from streamlearn.data import Partition, Position
     from streamlearn.stream.assembler import Assembler
     from streamlearn.stream.deadletter import DeadLetterWriter
@@ -78,7 +78,7 @@ class Stream:
         self,
         source: Log,
         assembler: Assembler,
-        spec: StreamSpec,
+        spec: StreamConfig,
         dead_letters: DeadLetterWriter,
         group: str,
         refresh_seconds: float = 10.0,

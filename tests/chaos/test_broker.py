@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn.checkpoint import Store
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.kafka import KafkaSink
@@ -38,7 +38,7 @@ class Publisher:
 
     def __init__(self, address: str, partitions: int, copies: int) -> None:
         kafka = {"bootstrap_servers": address.split(","), "replication_factor": copies}
-        self.sink = KafkaSink(Kafka.model_validate(kafka))
+        self.sink = KafkaSink(KafkaConfig.model_validate(kafka))
         self.partitions = partitions
         self.acknowledged = 0
         self._finish = threading.Event()

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from kafka import KafkaAdminClient
 
-from streamlearn.config import Kafka, TextInput
-from streamlearn.config import Stream as StreamSpec
+from streamlearn.config import KafkaConfig, StreamConfig, TextInputConfig
 from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, Rules
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
 SECONDS = 30
-TEXT = TextInput(kind="text", sentences=2, words=4, vocabulary=8)
+TEXT = TextInputConfig(kind="text", sentences=2, words=4, vocabulary=8)
 
 
 @dataclass
@@ -103,13 +102,13 @@ class World:
         *,
         fraction: float = 0.0,
         classes: Any = 10,
-        text: TextInput | None = None,
+        text: TextInputConfig | None = None,
         scenario: Scenario | None = None,
         sink: Any = None,
         **spec: Any,
     ) -> Stream:
         """Return a started stream."""
-        full = StreamSpec.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
+        full = StreamConfig.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
         dead = DeadLetterWriter(sink or self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         if text is not None:
@@ -152,7 +151,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
         path = tmp_path / "topics.sqlite"
         made = World(lambda: EmbeddedLog(path), EmbeddedSink(path), prefix)
     else:
-        kafka: Kafka = request.getfixturevalue("kafka")
+        kafka: KafkaConfig = request.getfixturevalue("kafka")
         made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
     yield made
     for stream in made.streams:

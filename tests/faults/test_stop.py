@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from streamlearn.checkpoint import Store
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.daemon import Desk, learn
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
@@ -100,7 +100,7 @@ def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> No
     """What was learned before the broker went is saved, in time, though no position can be reported."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
-        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 200)
         sink.close()
         with jobs.Daemon(config) as daemon:

@@ -12,7 +12,7 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.checkpoint import Checkpoint, Store
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.kafka import KafkaSink
 from streamlearn.stream.log import CONTENT_TYPE, Sink
@@ -60,7 +60,7 @@ def publish(sink: Sink, *, garbage: bool = False) -> None:
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
     """Give a broker of this module's own, which may be killed."""
     with KafkaBroker(tmp_path_factory.mktemp("kafka")) as started:
-        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": started.address}))
+        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": started.address}))
         publish(sink)
         sink.close()
         yield started

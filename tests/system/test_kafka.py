@@ -14,7 +14,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.data import Position, Progress, StreamlearnError
 from streamlearn.stream import batches, reader
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
@@ -34,7 +34,7 @@ SECONDS = 30
 
 
 @pytest.fixture
-def world(kafka: Kafka) -> Iterator[World]:
+def world(kafka: KafkaConfig) -> Iterator[World]:
     """Give a broker's topics with a prefix of their own."""
     prefix = f"k{uuid.uuid4().hex[:8]}"
     made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
@@ -45,7 +45,7 @@ def world(kafka: Kafka) -> Iterator[World]:
 
 
 @pytest.fixture
-def admin(kafka: Kafka) -> Iterator[KafkaAdminClient]:
+def admin(kafka: KafkaConfig) -> Iterator[KafkaAdminClient]:
     """Give an operator's client."""
     client = KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     yield client
@@ -105,7 +105,7 @@ def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
     assert stream.next(1.0) is None
 
 
-def add_partitions(world: World, admin: KafkaAdminClient, kafka: Kafka, name: str, count: int) -> None:
+def add_partitions(world: World, admin: KafkaAdminClient, kafka: KafkaConfig, name: str, count: int) -> None:
     """Give a topic more partitions, `count` in all, which the world's writer knows at once."""
     admin.create_partitions({name: count})
     deadline = time.monotonic() + SECONDS
@@ -116,7 +116,7 @@ def add_partitions(world: World, admin: KafkaAdminClient, kafka: Kafka, name: st
     world.sink = KafkaSink(kafka)  # the other would learn of them after minutes
 
 
-def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: Kafka) -> None:
+def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: KafkaConfig) -> None:
     """A partition that is added while its topic is being learned is read from its beginning, and its marker is waited for."""
     stream, progress, name = begun(world)
     add_partitions(world, admin, kafka, name, 3)
@@ -132,7 +132,7 @@ def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka:
 
 @pytest.mark.parametrize("how", ["next_topic", "marker", "idle"])
 def test_a_partition_that_was_just_added_belongs_to_the_task(
-    world: World, admin: KafkaAdminClient, kafka: Kafka, how: str
+    world: World, admin: KafkaAdminClient, kafka: KafkaConfig, how: str
 ) -> None:
     """Topics are asked for anew before a task ends, so what a new partition holds by then is learned, and not late."""
     rule: dict[str, Any] = {"task_end": {"idle": 2.0}} if how == "idle" else {}
@@ -159,7 +159,7 @@ def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
     """Restarted on an empty directory and filled anew, its topics are others: nothing is learned twice, or passed over."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
-        sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 100, markers=False)
         sink.close()
         with jobs.Daemon(config) as daemon:
@@ -168,7 +168,7 @@ def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
             shutil.rmtree(broker.directory)
             broker.start()
             daemon.until(lambda status: "is gone" in (status.get("problem") or ""))
-            sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+            sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
             jobs.publish(sink, 200, markers=False)
             sink.close()
             status = daemon.until(lambda status: "deleted and created again" in (status.get("problem") or ""))
@@ -221,7 +221,7 @@ def test_lost_records_may_end_the_daemon(world: World, admin: KafkaAdminClient) 
         until(stream, lambda _: False)
 
 
-def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, kafka: Kafka) -> None:
+def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, kafka: KafkaConfig) -> None:
     """What a transaction aborted is not learned, and its offsets do not keep a task from reaching its end."""
     name = world.topic("a", [0, 1], marker=False)
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
@@ -242,7 +242,7 @@ def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, k
     assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason] == ["next_topic", "marker"]
 
 
-def transactional(kafka: Kafka, name: str) -> KafkaProducer:
+def transactional(kafka: KafkaConfig, name: str) -> KafkaProducer:
     """Return a producer of transactions."""
     made = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
     made.init_transactions()
@@ -250,7 +250,7 @@ def transactional(kafka: Kafka, name: str) -> KafkaProducer:
 
 
 def test_what_lies_behind_an_open_transaction_is_not_late(
-    world: World, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+    world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task's end takes in every acknowledged record; it is reached when the transaction before them has ended."""
     monkeypatch.setattr(reader, "HELD_BACK_SECONDS", 0.0)
@@ -275,7 +275,7 @@ def test_what_lies_behind_an_open_transaction_is_not_late(
     assert progress.totals()["late"] == 0
 
 
-def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: Kafka) -> None:
+def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: KafkaConfig) -> None:
     """A record that may yet be aborted ends no task."""
     stream, progress, name = begun(world, task_end="next_topic")
     stream.spec.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]  # there is a list
@@ -291,7 +291,7 @@ def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafk
     assert [delivery.task_end_reason for delivery in ended if delivery.task_end_reason] == ["next_topic"]
 
 
-def test_transactions_leave_no_lag(world: World, kafka: Kafka) -> None:
+def test_transactions_leave_no_lag(world: World, kafka: KafkaConfig) -> None:
     """Commit markers and aborted records take offsets, and are not records that wait: both alerts look at these figures."""
     name = world.topic("a", [], marker=False)
     producer = transactional(kafka, name)
@@ -323,7 +323,7 @@ def test_lag_counts_from_what_the_log_still_holds(world: World, admin: KafkaAdmi
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
 def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
-    world: World, kafka: Kafka, codec: str, caplog: pytest.LogCaptureFixture
+    world: World, kafka: KafkaConfig, codec: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A batch that would fill the memory is one rejected sample with its letter; what is before and after it is learned."""
     name = world.topic("a", [0, 1], marker=False)
@@ -348,7 +348,7 @@ def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
 
 
 def test_a_large_batch_of_many_records_is_counted_whole(
-    world: World, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+    world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The offsets that the one rejected sample stands for are counted as never seen."""
     monkeypatch.setattr(batches.Batch, "limit", 1000)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.kafka import KafkaSink
@@ -74,7 +74,7 @@ def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Reject
     config = jobs.write_config(tmp_path, **over)
     sink: Sink = EmbeddedSink(tmp_path / "topics.sqlite")
     if request.param == "kafka":
-        sink = KafkaSink(Kafka.model_validate(over["kafka"]))
+        sink = KafkaSink(KafkaConfig.model_validate(over["kafka"]))
     none = cli("dlq", "list", config)
     assert (none.returncode, none.stdout, one_line(none)) == (0, "", f"no dead letters in topic {dead}")
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from streamlearn.checkpoint import Store
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from tests.support import jobs
 from tests.support.secure_broker import SecureBroker, make_authority
@@ -49,7 +49,7 @@ class Job:
         self.directory = directory
         prefix = f"s{uuid.uuid4().hex[:8]}"
         self.topic, self.letters, self.group = f"{prefix}-t", f"{prefix}-dlq", f"{prefix}-g"
-        self.sink = KafkaSink(Kafka.model_validate({"bootstrap_servers": broker.address}))
+        self.sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         for name in (self.topic, self.letters):
             self.sink.create_topic(name, 1)
         for number in range(SAMPLES):
@@ -89,10 +89,10 @@ class Job:
             "metadata_refresh_seconds": 1,
         }
 
-    def kafka(self, **over: Any) -> Kafka:
+    def kafka(self, **over: Any) -> KafkaConfig:
         """Return the same for a client of this process, the password with it."""
         sasl = {"username": USER, "password": PASSWORD}
-        return Kafka.model_validate({**self.settings(), "sasl": sasl, **over})
+        return KafkaConfig.model_validate({**self.settings(), "sasl": sasl, **over})
 
     def config(self, **kafka: Any) -> Path:
         """Write the configuration."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from streamlearn.config import Config, Sasl
+from streamlearn.config import Config, SaslConfig
 from streamlearn.configfile import load, schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
@@ -703,7 +703,7 @@ def test_a_section_is_expected_in_plain_words(tmp_path: Path, value: object) -> 
 def test_a_password_file_may_not_be_empty(tmp_path: Path) -> None:
     """An empty secret is a mistake, told before a broker refuses it."""
     (tmp_path / "secret").write_text("\n")
-    sasl = Sasl(username="me", password_file=tmp_path / "secret")
+    sasl = SaslConfig(username="me", password_file=tmp_path / "secret")
     with pytest.raises(StreamlearnError, match="secret is empty"):
         sasl.secret()
 

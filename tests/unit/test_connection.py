@@ -12,7 +12,7 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka import errors as kafka_errors
 
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream import connection
 from streamlearn.stream.log import BrokerUnavailable
@@ -31,7 +31,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(**over: Any) -> dict[str, Any]:
     """Return the settings of a client."""
-    return connection.client_settings(Kafka.model_validate({"bootstrap_servers": "localhost:1", **over}))
+    return connection.client_settings(KafkaConfig.model_validate({"bootstrap_servers": "localhost:1", **over}))
 
 
 def test_a_broker_that_is_not_there_leaves_nothing_behind() -> None:
@@ -66,7 +66,7 @@ def test_who_hangs_up_is_asked_about() -> None:
 
 @pytest.mark.kafka
 @pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
-def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: Kafka, protocol: str) -> None:
+def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: KafkaConfig, protocol: str) -> None:
     """It hangs up on a TLS greeting without a word; that it answers without TLS shows what is wrong, and ends with 78."""
     over: dict[str, Any] = {"bootstrap_servers": kafka.bootstrap_servers, "security_protocol": protocol}
     if protocol == "SASL_SSL":

@@ -17,7 +17,7 @@ import torch
 from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import figures, read_status
-from streamlearn.config import Config, Divergence
+from streamlearn.config import Config, DivergenceConfig
 from streamlearn.daemon import Desk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -214,7 +214,7 @@ def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.
         job.evaluate()
     assert job.torn
     for over in ({"drop": None}, {"drop": 0.2, "then": "skip"}):
-        monkeypatch.setattr(job, "config", job.config.model_copy(update={"divergence": Divergence(**over)}))
+        monkeypatch.setattr(job, "config", job.config.model_copy(update={"divergence": DivergenceConfig(**over)}))
         job.evaluate(look=True)
 
 

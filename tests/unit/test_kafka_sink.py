@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kafka import errors as kafka_errors
 
-from streamlearn.config import Kafka
+from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaSink
 from streamlearn.stream.log import CUT, BrokerUnavailable
@@ -74,7 +74,7 @@ class Sink(KafkaSink):
 
 def sink(*failures: Exception) -> tuple[KafkaSink, Producer]:
     """Return a sink whose producer fails so."""
-    made, producer = Sink(Kafka.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
+    made, producer = Sink(KafkaConfig.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
     made._admin, made._producer = object(), producer
     return made, producer
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.config import Sasl
+from streamlearn.config import SaslConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream import oauth
 from streamlearn.stream.log import BrokerUnavailable
@@ -22,7 +22,7 @@ SECRET = "s3cr3t-canary"
 def provider(url: str, **over: Any) -> oauth.ClientCredentials:
     """Return a provider with a cache of its own."""
     base = {"mechanism": "OAUTHBEARER", "token_url": url, "client_id": "trainer", "client_secret": SECRET}
-    return oauth.ClientCredentials(Sasl.model_validate({**base, **over}))
+    return oauth.ClientCredentials(SaslConfig.model_validate({**base, **over}))
 
 
 class Clock:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from streamlearn import patterns
-from streamlearn.config import Stream
+from streamlearn.config import StreamConfig
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from streamlearn.config import Stream
 def test_a_pattern_matches_the_whole_name(pattern: str, name: str) -> None:
     """As `re.fullmatch` does, look-ahead and alternatives included."""
     expected = re.fullmatch(pattern, name) is not None
-    assert patterns.matches(pattern, name) is Stream(pattern=pattern).reads(name) is expected
+    assert patterns.matches(pattern, name) is StreamConfig(pattern=pattern).reads(name) is expected
 
 
 def test_a_name_that_makes_a_pattern_backtrack_is_left_out(
@@ -38,11 +38,11 @@ def test_a_name_that_makes_a_pattern_backtrack_is_left_out(
     thread.start()
     name = "a" * 200 + "_\x1b[2J"
     begun = turns
-    assert not Stream(pattern="(a|aa)+").reads(name)
+    assert not StreamConfig(pattern="(a|aa)+").reads(name)
     assert turns > begun
     ended.set()
     thread.join()
-    assert not Stream(pattern="(a|aa)+").reads(name)
+    assert not StreamConfig(pattern="(a|aa)+").reads(name)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("stream.pattern (a|aa)+ backtracks for more than 0 s on topic aaaa")
     assert "\x1b" not in line

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MEETINGS = """
 import os, random, signal, sys, threading, time
-from streamlearn.config import Stream as Spec
+from streamlearn.config import StreamConfig
 from streamlearn.service.signals import call_on_stop
 from streamlearn.stream.reader import Stream
 
-stream = Stream(None, None, Spec(topics=["a"]), None, "group")
+stream = Stream(None, None, StreamConfig(topics=["a"]), None, "group")
 heard = threading.Semaphore(0)
 
 def stop():

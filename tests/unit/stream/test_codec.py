@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from streamlearn.config import TextInput
+from streamlearn.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
 from streamlearn.stream.holdout import HoldOut
@@ -174,7 +174,7 @@ def test_a_label_is_of_256_bytes_at_most() -> None:
     assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "schema"}
     assert "a string of 257 bytes" in str(chunk.rejected[1])
     assert codec.decode(record(encode("json", x[0], long), "json")).rejected[0].reason == "schema"
-    told = Codec([3, 4], "int32", "json", 1 << 20, TextInput(kind="text", sentences=2, words=4, vocabulary=9))
+    told = Codec([3, 4], "int32", "json", 1 << 20, TextInputConfig(kind="text", sentences=2, words=4, vocabulary=9))
     for answer, bad in ((fits, False), (long, True)):
         value = encode_text("json", {"story": [], "question": "who"}, answer)
         assert bool(told.decode(record(value)).rejected) == bad

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.config import TextInput
+from streamlearn.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS, Positions, Progress
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut
@@ -31,7 +31,7 @@ from streamlearn.stream.text import (
 SENTENCES, WORDS = 3, 5
 CODEC = Codec(
     [1 + SENTENCES, WORDS], "int32", "json", 1 << 16,
-    TextInput(kind="text", sentences=SENTENCES, words=WORDS, vocabulary=9),
+    TextInputConfig(kind="text", sentences=SENTENCES, words=WORDS, vocabulary=9),
 )  # fmt: skip
 
 sentences = st.lists(st.text("ab1Ä", min_size=1, max_size=3), min_size=1, max_size=WORDS).map(" ".join)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.config import Stream as StreamSpec
+from streamlearn.config import StreamConfig
 from streamlearn.data import Delivery, Progress
 from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
@@ -49,7 +49,7 @@ class Reading:
 
     def start(self, scenario: Scenario | None = None, **spec: Any) -> Stream:
         """Begin to read, from where the progress stands."""
-        full = StreamSpec.model_validate({"batch_size": 4, **spec})
+        full = StreamConfig.model_validate({"batch_size": 4, **spec})
         letters = DeadLetterWriter(self.sink, "dlq")
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         rules = Rules(codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size)
