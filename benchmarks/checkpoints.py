@@ -63,7 +63,7 @@ def throughput() -> dict[str, Any]:
                     job.save(stream, "interval")
                 while time.perf_counter() < until:
                     job.learner.learn(batch)
-                    job.collect(stream)
+                    job.finish_save(stream)
                     count += 1
                 learned.append(count)
             ratios.append(learned[1] / learned[0])
@@ -86,7 +86,7 @@ def pause(label: str, width: int) -> dict[str, Any]:
             pauses.append(time.perf_counter() - begun)
             assert saving.written is not None
             writes.append(saving.written.result()[2])
-            job.finish_saves(stream)
+            job.wait_for_saves(stream)
         assert job.checkpoint is not None
         entry = {
             "value": round(1000 * statistics.median(pauses), 1),

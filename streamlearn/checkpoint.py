@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Content = bytes | Callable[[], bytes] | None
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # 2: files of several members, and the accuracy matrix apart
 MANIFEST = "MANIFEST.json"
@@ -42,14 +42,14 @@ NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
 TAG = re.compile(r"(?!latest$|ckpt-|\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAG_FILE = "tag-"  # a checkpoint that has a tag has an empty file of this name followed by the tag
-OWN = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
+OWN_KEYS = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
 MAX_MANIFEST_BYTES = 16 << 20
 SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
 COPY_BYTES = 1 << 20  # read and written at once where a file is copied
 SYNC_THREADS = 32  # files of a checkpoint that are synced at the same time
 
 
-class Broken(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
+class BrokenCheckpoint(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
     """A checkpoint that verification refuses."""
 
 
@@ -104,16 +104,16 @@ class Checkpoint:
         }
 
     def read(self, name: str) -> bytes:
-        """Return a file's content; raises `Broken` where it does not match the manifest."""
+        """Return a file's content; raises `BrokenCheckpoint` where it does not match the manifest."""
         entry = self.manifest["files"].get(name)
         if entry is None:
-            raise Broken(f"{self.path}: has no {name}", code=74)
+            raise BrokenCheckpoint(f"{self.path}: has no {name}", code=74)
         try:
             content = read_plain_file(self.path / name, entry["size"])
         except OSError as error:
-            raise Broken(f"{self.path / name}: {error.strerror}", code=74) from error
+            raise BrokenCheckpoint(f"{self.path / name}: {error.strerror}", code=74) from error
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise Broken(f"{self.path / name}: does not match its hash in {MANIFEST}", code=74)
+            raise BrokenCheckpoint(f"{self.path / name}: does not match its hash in {MANIFEST}", code=74)
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Checkpoint:
         return tree
 
     def verify(self) -> None:
-        """Read every file; raises `Broken` at the first that does not match."""
+        """Read every file; raises `BrokenCheckpoint` at the first that does not match."""
         for name in self.manifest["files"]:
             self.read(name)
 
@@ -175,8 +175,8 @@ class Store:
     def find(self, name: str, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
         """Return a checkpoint by id, number or tag, or as `latest` the newest whose manifest and `files` are sound.
 
-        So must be those `optional` files that it has. Raises `Broken` where the one that is named is, and `StreamlearnError` if
-        there is none, or a later version wrote it.
+        The `optional` files must be sound too, if the checkpoint has them. Raises `BrokenCheckpoint` if the checkpoint that
+        is named is broken, and `StreamlearnError` if there is none or a later version wrote it.
         """
         paths = self.paths()
         for path in paths:
@@ -185,10 +185,10 @@ class Store:
                     checkpoint = _load(path)
                     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
                         checkpoint.read(file)
-                except Broken as error:
+                except BrokenCheckpoint as error:
                     if name != "latest":
                         raise
-                    log.warning("%s; falling back to the one before it", error)
+                    logger.warning("%s; falling back to the one before it", error)
                 else:
                     return checkpoint
         known = ", ".join(path.name for path in paths[:5]) or "none"
@@ -209,10 +209,10 @@ class Store:
             try:
                 checkpoint = _load(path)
                 checkpoint.verify()
-            except Broken as error:
+            except BrokenCheckpoint as error:
                 broken += 1
                 self.corrupt += 1
-                log.error("%s; falling back to the one before it", error)  # noqa: TRY400 - the line says all there is
+                logger.error("%s; falling back to the one before it", error)  # noqa: TRY400 - the line says all there is
                 path.rename(self.root / f".corrupt-{path.name}")
             else:
                 return checkpoint
@@ -237,7 +237,7 @@ class Store:
         try:
             self.prune()
         except OSError as error:  # the new one is durable: an old one too many is no failure
-            log.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
+            logger.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return checkpoint
 
     def _save(
@@ -288,8 +288,8 @@ class Store:
             if older.id < checkpoint.origin:
                 try:
                     older.verify()
-                except Broken as error:
-                    log.warning("%s; not to be gone back to", error)
+                except BrokenCheckpoint as error:
+                    logger.warning("%s; not to be gone back to", error)
                 else:
                     return older
         return None
@@ -298,7 +298,7 @@ class Store:
         """Make a copy of an older checkpoint the newest; nothing is rewound in place, and nothing is removed."""
         old = self.find(name)
         old.verify()
-        info = {key: value for key, value in old.manifest.items() if key not in OWN}
+        info = {key: value for key, value in old.manifest.items() if key not in OWN_KEYS}
         files = {file: partial(old.read, file) for file in old.manifest["files"]}
         return self._save(files, {**info, "restored_from": old.origin}, old.num_bytes)
 
@@ -473,7 +473,7 @@ class Store:
             sync(_copy(parent.path / name, directory / name, entry["sha256"]))
             if not self.copies:
                 self.copies = True
-                log.warning(
+                logger.warning(
                     "%s: files cannot be linked here (%s): each checkpoint gets its own copies, and needs more room and time",
                     self.root,
                     error.strerror or error,
@@ -530,14 +530,14 @@ def _check_format(path: Path) -> None:
         )
 
 
-def at(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
     """Return the checkpoint in a directory of any name, with these files verified.
 
-    Raises `Broken` where the manifest or a file is not sound, `StreamlearnError` (78) of a later format.
+    Raises `BrokenCheckpoint` where the manifest or a file is not sound, `StreamlearnError` (78) of a later format.
     """
     _check_format(path)
     if (checkpoint := _parse(path, named=False)) is None:
-        raise Broken(
+        raise BrokenCheckpoint(
             f"{path / MANIFEST}: cannot be read: a checkpoint's directory holds it beside the model's files", code=74
         )
     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
@@ -546,10 +546,13 @@ def at(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Return a checkpoint; raises `Broken` where its manifest cannot be read, `StreamlearnError` (78) of a later format."""
+    """Return the checkpoint in a directory.
+
+    Raises `BrokenCheckpoint` if its manifest cannot be read, `StreamlearnError` (78) if its format is a later one.
+    """
     _check_format(path)
     if (checkpoint := _parse(path)) is None:
-        raise Broken(f"{path / MANIFEST}: cannot be read", code=74)
+        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read", code=74)
     return checkpoint
 
 

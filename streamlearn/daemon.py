@@ -20,11 +20,10 @@ from streamlearn import __version__
 from streamlearn.checkpoint import Store
 from streamlearn.data import Progress, StreamlearnError, format_outcomes, is_out_of_memory
 from streamlearn.metrics import Metrics
-from streamlearn.service.api import COMMANDS, read_only
-from streamlearn.service.api import control as control_routes
+from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import Server, bind_control, bind_tcp
 from streamlearn.service.signals import call_on_stop, ignore_stop_signals
-from streamlearn.service.statedir import Lock, locked, note_end, take_over
+from streamlearn.service.statedir import Lock, locked, record_clean_end, record_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,11 +31,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.config import Config
-    from streamlearn.job import Diverged, Job, Saving
+    from streamlearn.job import Diverged, Job, PendingSave
     from streamlearn.stream.log import Log, Sink
     from streamlearn.stream.reader import Stream
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 0.1
 PUBLISH_SHARE = 0.05  # of the loop's time at most: with thousands of tasks the status is made less often
@@ -54,7 +53,7 @@ class Request:
     answer: Future[dict[str, Any]] = field(default_factory=Future)
 
 
-class Desk:
+class ControlDesk:
     """Where people's requests and the loop meet: the loop's `Control`, and the routes' `Backend`.
 
     Other threads put requests into a queue. The loop applies them in order between two turns, so no request can undo
@@ -70,16 +69,16 @@ class Desk:
         self.servers: list[Server] = []
         self._requests: deque[Request] = deque()
         self._ended = False  # the loop will apply no further request
-        self._awaited: list[tuple[Request, Saving]] = []
-        self._ending: list[tuple[Request, int]] = []  # and the task's index
-        self._bell = threading.Event()
+        self._save_requests: list[tuple[Request, PendingSave]] = []
+        self._task_end_requests: list[tuple[Request, int]] = []  # and the task's index
+        self._wake_event = threading.Event()
         self._wake_stream: Callable[[], None] = lambda: None
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._matrix: Callable[[], list[list[float | None]]] = list
         self._published = 0.0
-        self._pause = PUBLISH_SECONDS  # until the next time
-        self._turned = time.monotonic()
+        self._publish_interval = PUBLISH_SECONDS  # until the next time
+        self._last_turn = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
         for command in COMMANDS:
@@ -89,53 +88,53 @@ class Desk:
     # -- for the loop
 
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
-        self._turned = time.monotonic()
+        self._last_turn = time.monotonic()
         self._wake_stream = stream.wake
         job.state = self._state()
         self._answer_saves()
-        self._answer_ends(job, stream)
+        self._answer_task_ends(job, stream)
         while self._requests:
             self._apply(self._requests.popleft(), job, stream)
         if dead := [server for server in self.servers if not server.alive]:
             raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
-        if idle or time.monotonic() - self._published >= self._pause:
+        if idle or time.monotonic() - self._published >= self._publish_interval:
             self.publish(job, stream)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Show that the loop goes on, though it waits."""
-        self._turned = time.monotonic()
+        self._last_turn = time.monotonic()
 
-    def refuse(self) -> None:
+    def refuse_requests(self) -> None:
         """Refuse the requests that came too late, now and from now on."""
         self._ended = True
         self._answer_saves()
-        for request, _ in self._ending:
+        for request, _ in self._task_end_requests:
             request.answer.set_exception(StreamlearnError("the daemon is ending, and the task has not ended", code=75))
-        self._ending.clear()
+        self._task_end_requests.clear()
         while self._requests:
             with suppress(IndexError):  # another thread was faster
                 self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is ending", code=75))
 
     def wait(self, seconds: float) -> None:
-        self._bell.wait(seconds)
-        self._bell.clear()
+        self._wake_event.wait(seconds)
+        self._wake_event.clear()
 
     def publish(self, job: Job, stream: Stream) -> None:
         """Show where the job stands."""
         begun = time.monotonic()
         self._checks = self._check(job, stream)
         ready = all(check["ok"] for check in self._checks.values())
-        job.publish(stream)
+        job.record_gauges(stream)
         self.metrics.record_state(job.state, ready=ready)
         self._status = {**job.status(stream), "ready": ready}
         self._matrix = job.matrix.matrix
         self._published = time.monotonic()
-        self._pause = max(PUBLISH_SECONDS, (self._published - begun) / PUBLISH_SHARE)
+        self._publish_interval = max(PUBLISH_SECONDS, (self._published - begun) / PUBLISH_SHARE)
         if ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
 
-    def when_ready(self, call: Callable[[], None]) -> None:
+    def call_when_ready(self, call: Callable[[], None]) -> None:
         """Have something called once, when every readiness condition first holds."""
         self._on_ready = call
 
@@ -147,11 +146,11 @@ class Desk:
                     self._save(request, job, stream)
                     return
                 case "end_task":
-                    self._ending.append((request, self._end_task(job, stream)))
+                    self._task_end_requests.append((request, self._end_task(job, stream)))
                     return
                 case "pause":
                     self.paused = True
-                    self._give_up_ends()
+                    self._refuse_task_ends()
                 case "resume":
                     self.paused = False
                     stream.acknowledge()
@@ -159,7 +158,7 @@ class Desk:
             self.publish(job, stream)
         except StreamlearnError as error:  # refused; the loop goes on
             request.answer.set_exception(error)
-            if job.torn:  # it has diverged, which was seen when it should be saved
+            if job.mid_delivery:  # it has diverged, which was seen when it should be saved
                 raise
             return
         request.answer.set_result({"state": job.state})
@@ -169,9 +168,9 @@ class Desk:
         tag = request.arguments.get("tag")
         if tag is not None:
             job.store.check_tag(tag)
-            if any(other.arguments.get("tag") == tag for other, _ in self._awaited):
+            if any(other.arguments.get("tag") == tag for other, _ in self._save_requests):
                 raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
-        self._awaited.append((request, job.save(stream, "manual", tag)))
+        self._save_requests.append((request, job.save(stream, "manual", tag)))
 
     def _end_task(self, job: Job, stream: Stream) -> int:
         """Have the open task end where it was read up to; return its index."""
@@ -183,27 +182,27 @@ class Desk:
         stream.end_task(task.name)
         return task.index
 
-    def _answer_ends(self, job: Job, stream: Stream) -> None:
+    def _answer_task_ends(self, job: Job, stream: Stream) -> None:
         """Answer those who asked for a task's end, once it has ended."""
-        for request, index in list(self._ending):
+        for request, index in list(self._task_end_requests):
             tasks = job.progress.tasks
             if index < len(tasks) and tasks[index].state == "ended":
-                self._ending.remove((request, index))
+                self._task_end_requests.remove((request, index))
                 request.answer.set_result({"task": tasks[index].name, "state": "ended"})
             elif index < len(tasks):
                 stream.end_task(tasks[index].name)  # another stream may have begun, after a rollback
 
-    def _give_up_ends(self) -> None:
+    def _refuse_task_ends(self) -> None:
         """Answer those who wait for a task's end: while learning is paused, it does not come."""
-        for request, _ in self._ending:
+        for request, _ in self._task_end_requests:
             line = "learning was paused before the task had ended: it ends after `streamlearn resume`"
             request.answer.set_exception(StreamlearnError(line, code=75))
-        self._ending.clear()
+        self._task_end_requests.clear()
 
     def _answer_saves(self) -> None:
         """Answer those who asked for a checkpoint, once it is durable or could not be written."""
-        for request, saving in [pair for pair in self._awaited if pair[1].collected]:
-            self._awaited.remove((request, saving))
+        for request, saving in [pair for pair in self._save_requests if pair[1].finished]:
+            self._save_requests.remove((request, saving))
             tag = request.arguments.get("tag")
             if saving.checkpoint is None:
                 request.answer.set_exception(
@@ -223,7 +222,7 @@ class Desk:
         """Have the loop end after the batch it is at, and hold it to its grace period."""
         if not self.stopping:
             self.stopping = True
-            threading.Thread(target=self._hold_to_grace, name="grace", daemon=True).start()
+            threading.Thread(target=self._enforce_grace_period, name="grace", daemon=True).start()
         self._wake()
 
     def status(self) -> dict[str, Any]:
@@ -233,7 +232,7 @@ class Desk:
         return self._matrix()
 
     def liveness(self) -> tuple[bool, dict[str, Any]]:
-        age = time.monotonic() - self._turned
+        age = time.monotonic() - self._last_turn
         return age < self.config.service.liveness_timeout, {"seconds_since_last_turn": round(age, 3)}
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
@@ -264,7 +263,7 @@ class Desk:
         request = Request(name, arguments)
         self._requests.append(request)
         if self._ended:
-            self.refuse()
+            self.refuse_requests()
         self._wake()
         try:
             return request.answer.result(timeout=COMMAND_SECONDS)
@@ -272,7 +271,7 @@ class Desk:
             raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
 
     def _wake(self) -> None:
-        self._bell.set()
+        self._wake_event.set()
         self._wake_stream()
 
     def _state(self) -> str:
@@ -289,11 +288,11 @@ class Desk:
             "not_draining": {"ok": not self.stopping},
         }
 
-    def _hold_to_grace(self) -> None:
+    def _enforce_grace_period(self) -> None:
         """End the process when the grace period is over, even where the log's reader takes no further line."""
         time.sleep(self.config.shutdown_grace)
         line = "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint"
-        writing = threading.Thread(target=log.error, args=(line, self.config.shutdown_grace), daemon=True)
+        writing = threading.Thread(target=logger.error, args=(line, self.config.shutdown_grace), daemon=True)
         writing.start()
         writing.join(LAST_LINE_SECONDS)
         os._exit(1)
@@ -302,16 +301,16 @@ class Desk:
 def run(
     config: Config,
     *,
-    tell: Callable[[dict[str, Any]], None] = lambda _: None,
-    watch: Callable[[Desk], AbstractContextManager[None]] | None = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+    live_view: Callable[[ControlDesk], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Learn until stopped; returns after the last checkpoint is durable.
 
-    `tell` is called with `{"event": "running" | "ready", ...}`; `watch` makes a context in which the loop runs.
+    `on_event` is called with `{"event": "running" | "ready", ...}`; `live_view` makes a context in which the loop runs.
     Raises `StreamlearnError` whose code is the process's exit code.
     """
     metrics = Metrics()
-    desk = Desk(config, metrics)
+    desk = ControlDesk(config, metrics)
     with ExitStack() as stack:
         lock = stack.enter_context(locked(config.state_dir))
         call_on_stop(desk.stop)
@@ -319,12 +318,12 @@ def run(
         socket_, path = bind_control(config.state_dir)
         stack.callback(remove_socket, path, lock)
         host, port = listener.getsockname()[:2]
-        desk.servers = [Server(read_only(desk), listener, "http"), Server(control_routes(desk), socket_, "control")]
+        desk.servers = [Server(read_only_app(desk), listener, "http"), Server(control_app(desk), socket_, "control")]
         for server in desk.servers:
             server.start()
             stack.callback(server.stop)
         http = f"http://{host}:{port}"
-        cause = take_over(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
+        cause = record_process(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
 
         # torch is imported only now: lock, ports and sockets are quick to refuse
         from streamlearn.tensors import prepare
@@ -339,25 +338,25 @@ def run(
         )
         job = Job.make(config, store, metrics)
         job.restore()
-        announce(job, cause)
-        desk.when_ready(lambda: tell({"event": "ready", "pid": os.getpid(), "http": http}))
-        tell({"event": "running", "pid": os.getpid(), "http": http})
-        log.info("learning from %s on %s; metrics on %s/metrics", config.source, job.learner.context.device, http)
-        if watch is not None:
-            stack.enter_context(watch(desk))
-        stack.callback(desk.refuse)
+        record_versions(job, cause)
+        desk.call_when_ready(lambda: on_event({"event": "ready", "pid": os.getpid(), "http": http}))
+        on_event({"event": "running", "pid": os.getpid(), "http": http})
+        logger.info("learning from %s on %s; metrics on %s/metrics", config.source, job.learner.context.device, http)
+        if live_view is not None:
+            stack.enter_context(live_view(desk))
+        stack.callback(desk.refuse_requests)
         while (diverged := learn_from(job, desk)) is not None:
             metrics.record_state("restoring", ready=False)
             job = job.roll_back(diverged)
-        end_well(config.state_dir)
+        try_record_clean_end(config.state_dir)
         ignore_stop_signals()
 
 
-def learn_from(job: Job, desk: Desk) -> Diverged | None:
+def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
     """Learn from where a job stands until it is told to stop; return what it diverged with, where it did."""
     from streamlearn.job import Diverged
 
-    stream = make_stream(job)
+    stream = make_stream_reader(job)
     stream.start()
     try:
         learn(job, stream, desk)
@@ -368,7 +367,7 @@ def learn_from(job: Job, desk: Desk) -> Diverged | None:
     return None
 
 
-def learn(job: Job, stream: Stream, desk: Desk) -> None:
+def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
     """Run the loop; save what was learned however it ends, and check that every sample is accounted for."""
     from streamlearn import loop
 
@@ -384,18 +383,18 @@ def learn(job: Job, stream: Stream, desk: Desk) -> None:
         job.state = "draining"
         desk.publish(job, stream)
         for _ in range(2):  # again, where what was being written already could not be saved
-            if job.progress.positions != job.covered and not job.torn:
+            if job.progress.positions != job.snapshot_positions and not job.mid_delivery:
                 diverged = save_last(job, stream)
-            job.finish_saves(stream, desk.beat)
+            job.wait_for_saves(stream, desk.heartbeat)
         if missing := job.progress.unaccounted():
-            log.error("samples unaccounted for: %s", missing)
+            logger.error("samples unaccounted for: %s", missing)
         for line in format_outcomes(job.status(None)["topics"]):
-            log.info("audit: %s", line)
-        log.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
+            logger.info("audit: %s", line)
+        logger.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
         desk.publish(job, stream)
     if diverged is not None:
         raise diverged
-    if job.progress.positions != job.saved:
+    if job.progress.positions != job.saved_positions:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
         raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
     totals = job.progress.totals()
@@ -413,12 +412,12 @@ def save_last(job: Job, stream: Stream) -> Diverged | None:
     try:
         job.save(stream, "shutdown")
     except Diverged as error:
-        log.warning("%s: what was learned since the last checkpoint is not saved", error)
+        logger.warning("%s: what was learned since the last checkpoint is not saved", error)
         return error
     return None
 
 
-def make_stream(job: Job) -> Stream:
+def make_stream_reader(job: Job) -> Stream:
     """Return the stream that a job reads, from where it stands; the reader gets a copy of the progress."""
     from streamlearn.stream.assembler import Assembler, Rules
     from streamlearn.stream.codec import Codec
@@ -455,7 +454,7 @@ def open_log(config: Config) -> tuple[Log, Sink]:
     return EmbeddedLog(config.embedded.path), EmbeddedSink(config.embedded.path)
 
 
-def announce(job: Job, cause: str) -> None:
+def record_versions(job: Job, cause: str) -> None:
     """Show versions and configuration in the metrics."""
     versions = {
         "version": __version__,
@@ -479,9 +478,9 @@ def remove_socket(path: Path, lock: Lock) -> None:
         path.unlink()
 
 
-def end_well(state_dir: Path) -> None:
+def try_record_clean_end(state_dir: Path) -> None:
     """Note that this process ended as it should; a full disk costs only the note."""
     try:
-        note_end(state_dir)
+        record_clean_end(state_dir)
     except StreamlearnError as error:
-        log.warning("this stop will be taken for a crash: %s", error)
+        logger.warning("this stop will be taken for a crash: %s", error)

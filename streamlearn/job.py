@@ -41,15 +41,17 @@ if TYPE_CHECKING:
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import Stream
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-LATER = {"strategy.agem.epsilon"}  # parameters that checkpoints of earlier versions lack, and whose state is the same
-MAX_SHOWN_TASKS = 50  # whose matrix is in the status; each evaluation and each checkpoint would copy a larger one
-WAIT_SECONDS = 0.5  # between two signs of life while a checkpoint is waited for
-REPLAY_WORKS = (
+PARAMETERS_ADDED_LATER = {"strategy.agem.epsilon"}
+"""Parameters added after format 1. A checkpoint without them is still compatible."""
+
+MAX_MATRIX_TASKS = 50  # whose matrix is in the status; each evaluation and each checkpoint would copy a larger one
+HEARTBEAT_SECONDS = 0.5  # between two signs of life while a checkpoint is waited for
+MIN_REPLAY_AGREEMENT = (
     0.75  # mean agreement: 1.00 on digits, where replay protects; 0.3 to 0.5 on photographs, where it does not
 )
-RECOVERED = 10  # times as many batches as make a divergence: after so many it is not the same one any more
+RECOVERY_FACTOR = 10  # times as many batches as make a divergence: after so many it is not the same one any more
 
 
 class Diverged(StreamlearnError):  # noqa: N818 - it says what training has done
@@ -70,14 +72,14 @@ class Snapshot:
 
 
 @dataclass
-class Saving:
+class PendingSave:
     """A checkpoint that is being written beside the loop, or waits for that."""
 
     trigger: str
     snapshot: Snapshot
     tags: list[str] = field(default_factory=list)
     written: Future[tuple[Checkpoint, int | None, float]] | None = None  # None while it waits
-    collected: bool = False
+    finished: bool = False
     checkpoint: Checkpoint | None = None  # once it is collected, if it is durable
 
 
@@ -94,20 +96,22 @@ class Job:
     matrix: AccuracyMatrix = field(default_factory=AccuracyMatrix)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Checkpoint | None = None
-    restored: Checkpoint | None = None  # the one that it began from
-    saved: Positions = field(default_factory=Positions)  # those of the newest checkpoint
-    newest: dict[str, float] = field(default_factory=dict)  # timestamp of the newest applied record, by topic
+    restored_checkpoint: Checkpoint | None = None  # the one that it began from
+    saved_positions: Positions = field(default_factory=Positions)  # those of the newest checkpoint
+    newest_timestamps: dict[str, float] = field(
+        default_factory=dict
+    )  # timestamp of the newest applied record, by topic
     state: str = "starting"
     started: float = field(default_factory=time.time)
-    dropped: int = 0  # batches in a row without a finite update
+    batches_without_update: int = 0  # batches in a row without a finite update
     rollbacks: int = 0  # in a row, before this job began
-    torn: bool = False  # in the middle of a delivery: model and positions do not belong together
-    saving: Saving | None = None  # the checkpoint that is being written
-    waiting: Saving | None = None  # the one after it
+    mid_delivery: bool = False  # in the middle of a delivery: model and positions do not belong together
+    current_save: PendingSave | None = None  # the checkpoint that is being written
+    next_save: PendingSave | None = None  # the one after it
     save_failed: float | None = None  # when a save last failed, monotonic
-    evaluated: float | None = None  # when an evaluation last gave a figure, Unix seconds
-    _concerns: set[tuple[int, str]] = field(default_factory=set)  # that were logged, by task
-    _recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
+    last_evaluated: float | None = None  # when an evaluation last gave a figure, Unix seconds
+    _logged_warnings: set[tuple[int, str]] = field(default_factory=set)  # that were logged, by task
+    _last_recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
     _evaluated_at: float = field(default_factory=time.monotonic)
     _evaluated_batches: int = 0
     _evaluation_seconds: float = 0.0  # that the last evaluation took
@@ -130,16 +134,16 @@ class Job:
 
     # -- divergence
 
-    def note(self, stats: LearnStats) -> None:
+    def check_divergence(self, stats: LearnStats) -> None:
         """Count batches without a finite update; raises `Diverged` when the configuration says that there were enough."""
         if not stats.steps:
             return  # no sample of the batch could be used, which says nothing about training
-        self.dropped = 0 if stats.applied else self.dropped + 1
+        self.batches_without_update = 0 if stats.applied else self.batches_without_update + 1
         spec = self.config.divergence
-        if self.dropped >= spec.after and spec.then != "skip":
-            raise Diverged(f"no update of the last {self.dropped} batches was finite")
+        if self.batches_without_update >= spec.after and spec.then != "skip":
+            raise Diverged(f"no update of the last {self.batches_without_update} batches was finite")
 
-    def note_drop(self, accuracies: Mapping[int, float]) -> None:
+    def check_accuracy_drop(self, accuracies: Mapping[int, float]) -> None:
         """Compare past tasks with the last evaluation; raises `Diverged` where their mean fell by more than it may."""
         spec, known = self.config.divergence, self.matrix.latest_accuracy
         past = [task for task in self.matrix.ended_tasks if task in known and task in accuracies]
@@ -151,9 +155,9 @@ class Job:
         batches = self.learner.batches - self._evaluated_batches
         message = f"accuracy on past tasks fell from {before:.1%} to {after:.1%} within {batches} batches"
         if spec.then == "skip":
-            log.warning("%s", message)
+            logger.warning("%s", message)
             return
-        self.torn = True  # what was learned since must not be saved
+        self.mid_delivery = True  # what was learned since must not be saved
         raise Diverged(message)
 
     def roll_back(self, error: Diverged) -> Job:
@@ -162,21 +166,21 @@ class Job:
         Where training diverges again soon, that checkpoint may be what is wrong: then to the one before it.
         """
         spec = self.config.divergence
-        recovered = self.learner.batches - self._restored_batches >= RECOVERED * spec.after
+        recovered = self.learner.batches - self._restored_batches >= RECOVERY_FACTOR * spec.after
         rollbacks = 1 if recovered else self.rollbacks + 1
         if spec.then == "stop" or rollbacks > spec.attempts:
             what = "" if spec.then == "stop" else f" after {rollbacks - 1} rollbacks"
             raise Diverged(f"{error}{what}: lower learner.optimizer.lr, or see what the stream holds") from error
         if (
-            rollbacks > 1 and self.restored is not None
+            rollbacks > 1 and self.restored_checkpoint is not None
         ):  # where none is older, to it again: nothing since is to be trusted
-            self.store.restore((self.store.before(self.restored) or self.restored).id)
+            self.store.restore((self.store.before(self.restored_checkpoint) or self.restored_checkpoint).id)
         job = Job.make(self.config, self.store, self.metrics)
         job.rollbacks, job.started = rollbacks, self.started
         job.restore()
         job.learner.reduce_lr(spec.slow_down**rollbacks)
         where = job.checkpoint.origin if job.checkpoint is not None else "the beginning"
-        log.error("%s: back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
+        logger.error("%s: back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
         self.metrics.count("rollbacks", 1)
         return job
 
@@ -192,41 +196,41 @@ class Job:
             return False
         return time.monotonic() - self._evaluated_at >= max(0.0 if idle else spec, 10 * self._evaluation_seconds)
 
-    def evaluate(self, after: int | None = None, *, look: bool = False) -> None:
+    def evaluate(self, after: int | None = None, *, live: bool = False) -> None:
         """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix.
 
-        With `look` not even that: for an evaluation at a moment that the clock chooses, and not the records.
+        With `live` not even that: for an evaluation at a moment that the clock chooses, and not the records.
         """
         begun = time.perf_counter()
         results = self.probes.evaluate(self.learner, self.config.probes.minimum)
         for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
             del results[task]  # the accuracy of a model that is not finite means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
-        self.note_drop({task: accuracy for task, (accuracy, _) in results.items()})
+        self.check_accuracy_drop({task: accuracy for task, (accuracy, _) in results.items()})
         if after is not None and self.learner.measures_transfer and (probe := self.probes.samples(after)) is not None:
             before, _ = self.learner.evaluate(*probe, after, self.learner.task_start_params)
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial_params)
             self.matrix.transfer_inputs[after] = (before, untrained)
         sizes = self.probes.sizes
         if results:  # else it gave no figure: the last one that did stays the last
-            self.evaluated = time.time()
+            self.last_evaluated = time.time()
         self._evaluated_at = time.monotonic()
         self._evaluated_batches = self.learner.batches
-        if look:
+        if live:
             self.matrix.record_live(results)
         else:
             self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
-            self._recorded = self.evaluated if results else self._recorded
+            self._last_recorded = self.last_evaluated if results else self._last_recorded
         self._evaluation_seconds = time.perf_counter() - begun
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
-        self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.evaluated)
+        self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.last_evaluated)
 
     @property
     def batches_since_evaluation(self) -> int | None:
         """How many batches the weights are ahead of the figures of probes; None where there are none."""
         return self.learner.batches - self._evaluated_batches if self.matrix.latest_accuracy else None
 
-    def take_held_out(self, task: Task | None, held_out: Sequence[HeldOut]) -> None:
+    def add_held_out(self, task: Task | None, held_out: Sequence[HeldOut]) -> None:
         """Offer a delivery's held-out samples to the probes."""
         self.probes.resolve_names(self.progress)
         self.probes.add(held_out)
@@ -247,27 +251,27 @@ class Job:
             declared = self.scenario.kind == "domain"  # labels that may never come
             found += probe_warnings(*probe, None if declared else trained, self.config.holdout)
         for kind, text in found:
-            if (task.index, kind) not in self._concerns:
-                self._concerns.add((task.index, kind))
-                log.warning("task %s: %s", task.name, text, extra={"task": task.name})
+            if (task.index, kind) not in self._logged_warnings:
+                self._logged_warnings.add((task.index, kind))
+                logger.warning("task %s: %s", task.name, text, extra={"task": task.name})
 
-    def show_parts(self) -> None:
+    def record_strategy(self) -> None:
         """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
         gauges, strategy = self.metrics.gauges, self.learner.strategy
         network = strategy.network.figures()
         gauges.set("network_parameters", network["parameters"])
         gauges.set("network_free_weights_ratio", network.get("free_ratio"))
         gauges.set("importance_norm", strategy.penalty.figures().get("norm"))
-        self.metrics.record_agreement(self._agreement())
+        self.metrics.record_agreement(self._replay_agreement())
 
     def check_replay(self) -> None:
         """Warn where what is replayed is not what it should be: then it protects nothing, and nothing else says so."""
-        agreement = self._agreement()
+        agreement = self._replay_agreement()
         mean = sum(agreement.values()) / max(1, len(agreement))
-        if not agreement or mean >= REPLAY_WORKS:
+        if not agreement or mean >= MIN_REPLAY_AGREEMENT:
             return
         worst = sorted(agreement.items(), key=lambda item: item[1])[:3]
-        log.warning(
+        logger.warning(
             "replay does not work well here: %.0f %% of what is generated is taken for its class (%s): what past tasks "
             "taught will be lost. Ways out: strategy er or derpp, which store samples, or an input.encoder whose "
             "features are easier to generate",
@@ -275,7 +279,7 @@ class Job:
             ", ".join(f"{label} of {task}: {ratio:.0%}" for (task, label), ratio in worst),
         )
 
-    def _agreement(self) -> dict[tuple[str, str], float]:
+    def _replay_agreement(self) -> dict[tuple[str, str], float]:
         """Return how well a generator replays each class, by the names of task and label."""
         return {
             (self.progress.tasks[task].name, str(self.learner.output_labels[task][output])): ratio
@@ -287,9 +291,10 @@ class Job:
     def checkpoint_due(self) -> bool:
         """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
         spec = self.config.checkpoint
-        if self.saving is not None or self.progress.positions == self.saved or not self.progress.positions.by_partition:
+        positions = self.progress.positions
+        if self.current_save is not None or positions == self.saved_positions or not positions.by_partition:
             return False
-        if self.dropped:  # perhaps nothing to go back to
+        if self.batches_without_update:  # perhaps nothing to go back to
             return False
         waited = time.monotonic() - self._saved_at
         if self.save_failed is not None and time.monotonic() - self.save_failed < (spec.every_seconds or 30.0):
@@ -297,8 +302,8 @@ class Job:
         by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
-    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
-        """Copy everything and have it written beside the loop, which pauses for the copy alone; `collect` sees it end.
+    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> PendingSave:
+        """Copy everything and have it written beside the loop, which pauses for the copy alone; `finish_save` sees it end.
 
         One checkpoint is written at a time. While it is, one more may wait, and a newer copy takes the place of the one that
         waits: it holds everything that the other would have held. Whoever asked for that one gets the newer one. So learning
@@ -308,70 +313,70 @@ class Job:
         to could hold lost weights; raises `Diverged` then, and nothing is saved.
         """
         if self.config.divergence.drop is not None and self.learner.batches != self._evaluated_batches:
-            self.evaluate(look=True)
+            self.evaluate(live=True)
         begun = time.perf_counter()
         snapshot = self._snapshot()
         seconds = self.metrics.histograms["checkpoint_duration_seconds"]
         seconds.labels("snapshot").observe(time.perf_counter() - begun)
-        if self.saving is None:
-            self.saving = Saving(trigger, snapshot)
-        elif self.waiting is None:
-            self.waiting = Saving(trigger, snapshot)
+        if self.current_save is None:
+            self.current_save = PendingSave(trigger, snapshot)
+        elif self.next_save is None:
+            self.next_save = PendingSave(trigger, snapshot)
         else:
-            self.waiting.trigger, self.waiting.snapshot = trigger, snapshot
-        saving = self.waiting or self.saving
+            self.next_save.trigger, self.next_save.snapshot = trigger, snapshot
+        saving = self.next_save or self.current_save
         if tag is not None:
             saving.tags.append(tag)
         self._write_next(stream)
         return saving
 
-    def collect(self, stream: Stream, *, seconds: float = 0.0) -> None:
+    def finish_save(self, stream: Stream, *, seconds: float = 0.0) -> None:
         """Take over what became of the checkpoint that is being written, if it is done within `seconds`; begin the next one.
 
         That it could not be written is logged and counted, and training goes on; any other failure is raised, and so is the
         loss of the state directory.
         """
-        saving = self.saving
+        saving = self.current_save
         if saving is None or saving.written is None or not wait([saving.written], seconds).done:
             return
-        self.saving, self.waiting = self.waiting, None
-        saving.collected = True
+        self.current_save, self.next_save = self.next_save, None
+        saving.finished = True
         try:
             checkpoint, kept, took = saving.written.result()
         except LockLost:
             raise
         except StreamlearnError as error:
-            log.error("checkpoint failed: %s", error, extra={"trigger": saving.trigger})  # noqa: TRY400 - the line says all
+            logger.error("checkpoint failed: %s", error, extra={"trigger": saving.trigger})  # noqa: TRY400 - the line says all
             self.metrics.count("checkpoints", 1, "failure", saving.trigger)
             self.metrics.count("errors", 1, "checkpoint", type(error).__name__)
             self.save_failed = time.monotonic()
         else:
             self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(took)
             self.metrics.count("checkpoints", 1, "success", saving.trigger)
-            self._follow(checkpoint, saving.snapshot)
+            self._set_newest_checkpoint(checkpoint, saving.snapshot)
             self.metrics.gauges.set("checkpoints_kept", kept)
             saving.checkpoint = checkpoint
             stream.report(saving.snapshot.positions)
             extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
-            log.info("saved %s", checkpoint.id, extra=extra)
+            logger.info("saved %s", checkpoint.id, extra=extra)
         self._write_next(stream)
 
-    def finish_saves(self, stream: Stream, beat: Callable[[], None] = lambda: None) -> None:
-        """Return when nothing is being written any more; `beat` is called meanwhile, so that a watcher sees it go on."""
-        while self.saving is not None:
-            beat()
+    def wait_for_saves(self, stream: Stream, heartbeat: Callable[[], None] = lambda: None) -> None:
+        """Return when nothing is being written any more; `heartbeat` is called meanwhile, so that a watcher sees it go on."""
+        while self.current_save is not None:
+            heartbeat()
             self._write_next(stream)  # where the loop ended before it could
-            self.collect(stream, seconds=WAIT_SECONDS)
+            self.finish_save(stream, seconds=HEARTBEAT_SECONDS)
 
     @property
-    def covered(self) -> Positions:
+    def snapshot_positions(self) -> Positions:
         """The positions of the newest copy, whether it is durable, being written or waiting."""
-        newest = self.waiting or self.saving
-        return self.saved if newest is None else newest.snapshot.positions
+        newest = self.next_save or self.current_save
+        return self.saved_positions if newest is None else newest.snapshot.positions
 
     def _write_next(self, stream: Stream) -> None:
         """Begin to write the checkpoint whose turn it is, unless that has begun."""
-        if (saving := self.saving) is not None and saving.written is None:
+        if (saving := self.current_save) is not None and saving.written is None:
             saving.written = self._writer.submit(self._write, stream, saving.snapshot, saving.tags)
 
     def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, int | None, float]:
@@ -401,7 +406,7 @@ class Job:
             self._show_restored()
             return False
         try:
-            self._load(checkpoint)
+            self._load_checkpoint(checkpoint)
         except StreamlearnError:
             raise
         except Exception as error:
@@ -409,18 +414,20 @@ class Job:
                 raise
             # its hashes are right and its content is not: no version of this program wrote it
             raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
-        self._follow(checkpoint)
+        self._set_newest_checkpoint(checkpoint)
         self._parent = checkpoint.id
         self.metrics.gauges.set("checkpoints_kept", self.store.count())
-        self.restored, self._restored_batches = checkpoint, self.learner.batches
-        self.evaluated = self._recorded = checkpoint.manifest.get("evaluated")  # unknown of an earlier version
+        self.restored_checkpoint, self._restored_batches = checkpoint, self.learner.batches
+        self.last_evaluated = self._last_recorded = checkpoint.manifest.get(
+            "evaluated"
+        )  # unknown of an earlier version
         self._evaluated_batches = self.matrix.batches
         self._show_restored()
         here = environment(self.config)
         if (there := checkpoint.manifest["environment"]) != here:
             changed = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
-            log.warning("going on in another environment, so not bit-equal: %s", changed)
-        log.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
+            logger.warning("going on in another environment, so not bit-equal: %s", changed)
+        logger.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
 
     def _show_restored(self) -> None:
@@ -430,12 +437,12 @@ class Job:
             self.metrics.start_from(key, int(sizes.get(key, 0)))
         for key, total in counts.items():
             self.metrics.start_from(key, total)
-        self.show_parts()
-        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.evaluated)
+        self.record_strategy()
+        self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.last_evaluated)
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take over the state that a checkpoint holds."""
-        self._check_fit(checkpoint)
+        self._check_compatible(checkpoint)
         files = {
             name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
             for name in checkpoint.manifest["files"]
@@ -472,7 +479,7 @@ class Job:
             "tasks_ended": sum(task.state == "ended" for task in self.progress.tasks),
             "ending": any(task.state != "ended" and task.end_offsets is not None for task in self.progress.tasks),
             "average_accuracy": self.matrix.average_accuracy,
-            "evaluated": self._recorded,
+            "evaluated": self._last_recorded,
             "config_sha256": self.config.digest(),
             "shaping": self.config.shaping(),
             "environment": environment(self.config),
@@ -487,17 +494,17 @@ class Job:
             time.monotonic(),
         )
 
-    def _check_fit(self, checkpoint: Checkpoint) -> None:
+    def _check_compatible(self, checkpoint: Checkpoint) -> None:
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
         if "stream.source" not in theirs:  # of an earlier version: its status says where it read
             theirs = {
                 **theirs,
                 "stream.source": checkpoint.read_json("status.json").get("source", ours["stream.source"]),
             }
-        for key in sorted(LATER & set(ours) - set(theirs)):
+        for key in sorted(PARAMETERS_ADDED_LATER & set(ours) - set(theirs)):
             recipe, _, parameter = key.rpartition(".")
             if any(known.startswith(f"{recipe}.") for known in theirs):
-                log.warning(
+                logger.warning(
                     "%s was written by a version without %s of %s: %s from here on",
                     checkpoint.id,
                     parameter,
@@ -519,10 +526,10 @@ class Job:
                 code=78,
             )
 
-    def _follow(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:
+    def _set_newest_checkpoint(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:
         """Take a checkpoint for the newest: one that was just written, or the one that was just restored."""
         self.checkpoint = checkpoint
-        self.saved = self.progress.positions if snapshot is None else snapshot.positions
+        self.saved_positions = self.progress.positions if snapshot is None else snapshot.positions
         self.save_failed = None
         self._saved_at = time.monotonic() if snapshot is None else snapshot.taken
         self._saved_batches = self.learner.batches if snapshot is None else snapshot.batches
@@ -600,11 +607,11 @@ class Job:
             "labels": self.scenario.labels_in_output_order(self.progress.labels),
             "tasks": [self._describe_task(task, sizes.get(task.index, 0)) for task in self.progress.tasks],
             "evaluated": None
-            if self.evaluated is None
-            else datetime.fromtimestamp(self.evaluated, UTC).isoformat(timespec="seconds"),
+            if self.last_evaluated is None
+            else datetime.fromtimestamp(self.last_evaluated, UTC).isoformat(timespec="seconds"),
             "batches_since_evaluation": self.batches_since_evaluation,
             # it grows with the square of the tasks: above a bound only `/matrix` and `status --json` have it
-            "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_SHOWN_TASKS else None,
+            "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_MATRIX_TASKS else None,
             **self.matrix.metrics(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
@@ -628,10 +635,10 @@ class Job:
             },
         }
 
-    def publish(self, stream: Stream) -> None:
+    def record_gauges(self, stream: Stream) -> None:
         """Bring all gauges up to date."""
         metrics, now = self.metrics, time.time()
-        committed = {p: position.offset for p, position in self.saved.by_partition.items()}
+        committed = {p: position.offset for p, position in self.saved_positions.by_partition.items()}
         metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
         metrics.gauges.set("train_batch_queue_capacity_samples", self.config.stream.queue.samples)
         names = {task.index: task.name for task in self.progress.tasks}
@@ -643,7 +650,8 @@ class Job:
         for (topic, _), count in stream.status.lag(self.progress.positions.by_partition).items():
             behind[topic] += count
         # a producer's clock may be ahead of ours
-        ages = {(t,): (max(0.0, now - self.newest[t]) if n else 0.0) for t, n in behind.items() if t in self.newest}
+        known = self.newest_timestamps
+        ages = {(t,): (max(0.0, now - known[t]) if n else 0.0) for t, n in behind.items() if t in known}
         metrics.gauges.replace("consumer_lag_seconds", ages)
         try:
             free = shutil.disk_usage(self.config.state_dir).free

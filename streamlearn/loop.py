@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from streamlearn.job import Job
     from streamlearn.stream.reader import Stream
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
@@ -39,9 +39,9 @@ def run(job: Job, stream: Stream, control: Control) -> None:
             control.wait(POLL_SECONDS)
         elif (delivery := stream.next(POLL_SECONDS)) is not None:
             turn(job, stream, delivery)
-        job.collect(stream)
+        job.finish_save(stream)
         if job.evaluation_due(idle=delivery is None):
-            job.evaluate(look=True)
+            job.evaluate(live=True)
         if job.checkpoint_due():
             job.save(stream, "interval")
         control.serve(job, stream, idle=delivery is None)
@@ -53,10 +53,10 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     if delivery.new_task is not None:
         learner.begin_task(delivery.new_task)  # first: where the strategy has no room for it, nothing has changed
         progress.tasks.append(delivery.new_task)
-        job.show_parts()
-        log.info("task %s begins", delivery.new_task.name, extra={"task": delivery.new_task.name})
+        job.record_strategy()
+        logger.info("task %s begins", delivery.new_task.name, extra={"task": delivery.new_task.name})
 
-    job.torn = True  # what fails from here on leaves nothing that may be saved
+    job.mid_delivery = True  # what fails from here on leaves nothing that may be saved
     progress.register_labels(delivery.observations)
     if delivery.new_task is not None or delivery.observations.new_labels:
         learner.set_active_outputs(progress.tasks, progress.labels)
@@ -67,16 +67,18 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         stats = learner.learn(delivery.batch)
         job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - begun)
         if stats.applied < stats.steps:
-            log.warning("%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps)
+            logger.warning(
+                "%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps
+            )
         if stats.unusable:
-            log.warning("%d samples have features that are not finite, and were skipped", stats.unusable)
-        job.note(stats)
+            logger.warning("%d samples have features that are not finite, and were skipped", stats.unusable)
+        job.check_divergence(stats)
 
     outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
     progress.advance(delivery, outcome, unusable)
-    job.take_held_out(task, delivery.observations.held_out)
+    job.add_held_out(task, delivery.observations.held_out)
     if task is not None and delivery.newest_timestamp is not None:
-        job.newest[task.name] = delivery.newest_timestamp
+        job.newest_timestamps[task.name] = delivery.newest_timestamp
     job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
 
     if delivery.end_offsets is not None:
@@ -89,7 +91,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
 
     if delivery.task_end_reason is not None and task is not None:
         task.state = "refining"
-        log.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
+        logger.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
         stream.splice(learner.refine())  # usually no batches, then the delivery that consolidates
 
     if delivery.ends_refinement and task is not None:
@@ -97,12 +99,12 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         task.state = "ended"
         job.seal_probe(task)
         job.evaluate(after=task.index)
-        job.show_parts()
+        job.record_strategy()
         job.check_replay()
         if learner.strategy.penalty.figures():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
         job.save(stream, "task_end")
-        log.info(
+        logger.info(
             "accuracy %s, forgetting %s",
             _figure(job.matrix.average_accuracy),
             _figure(job.matrix.average_forgetting),
@@ -110,7 +112,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         )
     elif stats is not None and stats.samples and learner.batches % job.config.probes.every == 0:
         job.evaluate()
-    job.torn = False
+    job.mid_delivery = False
 
 
 def _figure(value: float | None) -> str:

@@ -23,7 +23,7 @@ from streamlearn import loop
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
 from streamlearn.data import Positions, Progress, StreamlearnError
-from streamlearn.job import Job, Saving, Snapshot
+from streamlearn.job import Job, PendingSave, Snapshot
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, Rules
@@ -135,9 +135,9 @@ class Cell:
 class JobWithoutCheckpoints(Job):
     """A job that writes no checkpoints: a cell that was cut off begins again."""
 
-    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> Saving:
+    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> PendingSave:
         del stream, tag
-        return Saving(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), collected=True)
+        return PendingSave(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), finished=True)
 
 
 class ProgressControl:

@@ -10,7 +10,7 @@ import typer
 
 from streamlearn import __version__
 from streamlearn.cli import checkpoints, data, letters, lifecycle, reports, settings, tasks
-from streamlearn.cli.common import JsonOption, explain, print_error, print_json, say
+from streamlearn.cli.common import JsonOption, print_error, print_json, print_line, to_streamlearn_error
 
 app = typer.Typer(
     name="streamlearn",
@@ -25,7 +25,7 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and end, where asked."""
     if value:
-        say(f"streamlearn {__version__}")
+        print_line(f"streamlearn {__version__}")
         raise typer.Exit
 
 
@@ -54,7 +54,7 @@ def version_command(json_: JsonOption = False) -> None:
         print_json(versions)
     else:
         for name, number in versions.items():
-            say(f"{name} {number}")
+            print_line(f"{name} {number}")
 
 
 lifecycle.add_to(app)
@@ -69,7 +69,7 @@ app.add_typer(settings.app, name="config")
 def main() -> None:
     """Run the command line; an expected failure is one line and an exit code."""
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("STREAMLEARN_DEBUG"))
-    open_closed_streams()
+    replace_closed_streams()
     try:
         app()
     except Exception as error:
@@ -80,12 +80,12 @@ def main() -> None:
             sys.exit(0)
         if debug:
             raise
-        failure = explain(error)
+        failure = to_streamlearn_error(error)
         print_error(f"streamlearn: {failure}")
         sys.exit(failure.code)
 
 
-def open_closed_streams() -> None:
+def replace_closed_streams() -> None:
     """Stand in for what the caller closed (`>&-`): else a file or socket opened later takes its number, and its output."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

@@ -6,8 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from streamlearn.checkpoint import Broken, Store
-from streamlearn.cli.common import JsonOption, StateOption, find_state, megabytes, percent, print_error, print_json, say
+from streamlearn.checkpoint import BrokenCheckpoint, Store
+from streamlearn.cli.common import (
+    JsonOption,
+    StateOption,
+    find_state_dir,
+    format_megabytes,
+    format_percent,
+    print_error,
+    print_json,
+    print_line,
+)
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import is_locked, locked
@@ -27,23 +36,23 @@ def create(
     ] = None,
 ) -> None:
     """Have the daemon save now; returns when the checkpoint is durable. Without a tag, retention removes it in its turn."""
-    found = Client(find_state(state), timeout=COMMAND_SECONDS).command(
+    found = Client(find_state_dir(state), timeout=COMMAND_SECONDS).command(
         "checkpoint", **({} if tag is None else {"tag": tag})
     )
     if json_:
         print_json(found)
     else:
-        say(found["id"])
+        print_line(found["id"])
 
 
 @app.command("list")
 def list_(state: StateOption = None, json_: JsonOption = False) -> None:
     """List the checkpoints, newest first."""
-    store, rows = Store(find_state(state)), []
+    store, rows = Store(find_state_dir(state)), []
     for path in store.paths():
         try:
             found = store.find(path.name)
-        except Broken as error:
+        except BrokenCheckpoint as error:
             print_error(f"{path.name}: broken: {error}")
         except StreamlearnError as error:
             print_error(f"{path.name}: {error}")
@@ -53,31 +62,31 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
     if json_:
         print_json(rows)
         return
-    say(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9} {'TAGS'}")
+    print_line(f"{'ID':<18} {'CREATED':<25} {'STEP':>9} {'SIZE':>10} {'ACCURACY':>9} {'TAGS'}")
     for row in rows:
-        accuracy = percent(row["average_accuracy"])
-        line = f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {megabytes(row['bytes']):>10} {accuracy:>9}"
-        say(f"{line} {', '.join(row['tags'])}".rstrip())
+        accuracy = format_percent(row["average_accuracy"])
+        line = f"{row['id']:<18} {row['created'][:19]:<25} {row['step']:>9} {format_megabytes(row['bytes']):>10} {accuracy:>9}"
+        print_line(f"{line} {', '.join(row['tags'])}".rstrip())
 
 
 @app.command()
 def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOption = False) -> None:
     """Show a checkpoint: where the stream stood, what the accuracy was, and its files."""
-    found = Store(find_state(state)).find(id_, "offsets.json")
+    found = Store(find_state_dir(state)).find(id_, "offsets.json")
     tree = {**dict(found.manifest), "tags": found.tags, "positions": found.read_json("offsets.json")}
     if json_:
         print_json(tree)
         return
     for key in ("id", "parent", "created", "step", "batches", "version"):
-        say(f"{key:<10} {tree[key]}")
-    say(f"{'accuracy':<10} {percent(tree['average_accuracy'])}")
+        print_line(f"{key:<10} {tree[key]}")
+    print_line(f"{'accuracy':<10} {format_percent(tree['average_accuracy'])}")
     for tag in tree["tags"]:
-        say(f"{'tag':<10} {tag}")
+        print_line(f"{'tag':<10} {tag}")
     for topic, entry in tree["positions"]["topics"].items():
         for partition, position in entry["partitions"].items():
-            say(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
+            print_line(f"{'position':<10} {topic}[{partition}] offset {position['offset']} skip {position['skip']}")
     for name, entry in tree["files"].items():
-        say(f"{'file':<10} {name} {entry['size']} bytes")
+        print_line(f"{'file':<10} {name} {entry['size']} bytes")
 
 
 @app.command()
@@ -87,7 +96,7 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="Verify every checkpoint.")] = False,
 ) -> None:
     """Compare every file with its hash; 74 where one does not match."""
-    store = Store(find_state(state))
+    store = Store(find_state_dir(state))
     names = [path.name for path in store.paths()]
     if not everything:
         names = [id_] if id_ not in {None, "latest"} else names[:1] or ["latest"]
@@ -96,8 +105,8 @@ def verify(
         try:
             checkpoint = store.find(name)
             checkpoint.verify()
-            say(f"{checkpoint.id}: sound")
-        except Broken as error:
+            print_line(f"{checkpoint.id}: sound")
+        except BrokenCheckpoint as error:
             broken += 1
             print_error(f"{name}: broken: {error}")
     if broken:
@@ -107,7 +116,7 @@ def verify(
 @app.command()
 def restore(id_: IdArgument, state: StateOption = None) -> None:
     """Make an older checkpoint the newest, as a new one; the daemon must be stopped, and goes on from there."""
-    directory = find_state(state)
+    directory = find_state_dir(state)
     if is_locked(directory):
         raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)
     Store(directory).find(id_)  # before the lock, which would make a directory that is not there
@@ -115,32 +124,32 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
         store = Store(directory)
         before = next(iter(store.all()), None)
         restored = store.restore(id_)
-    say(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
+    print_line(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
     if before is not None:
         old, new = (c.read_json("status.json")["positions"] for c in (before, restored))
         for topic, partitions in old.items():
             for partition, offset in partitions.items():
                 again = offset - new.get(topic, {}).get(partition, 0)
                 if again:
-                    say(f"{topic}[{partition}]: {again} records will be learned again")
+                    print_line(f"{topic}[{partition}]: {again} records will be learned again")
 
 
 @app.command()
 def tag(id_: IdArgument, tag: TagArgument, state: StateOption = None) -> None:
     """Give a checkpoint a name: it is kept until it is removed or untagged, and every ID may be this name."""
-    say(f"{Store(find_state(state)).tag(id_, tag).id} has the tag {tag}")
+    print_line(f"{Store(find_state_dir(state)).tag(id_, tag).id} has the tag {tag}")
 
 
 @app.command()
 def untag(tag: TagArgument, state: StateOption = None) -> None:
     """Take a name off its checkpoint; retention removes that one in its turn."""
-    say(f"{Store(find_state(state)).untag(tag)} no longer has the tag {tag}")
+    print_line(f"{Store(find_state_dir(state)).untag(tag)} no longer has the tag {tag}")
 
 
 @app.command()
 def remove(id_: IdArgument, state: StateOption = None) -> None:
     """Remove a checkpoint, whatever tags it has; never the newest."""
-    say(f"{Store(find_state(state)).remove(id_).id} removed")
+    print_line(f"{Store(find_state_dir(state)).remove(id_).id} removed")
 
 
 @app.command()
@@ -157,5 +166,5 @@ def prune(
     if task_ends != "all" and not (task_ends.isascii() and task_ends.isdigit()):
         raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number, or all", code=2)
     ends: int | Literal["all"] = "all" if task_ends == "all" else int(task_ends)
-    for checkpoint in Store(find_state(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
-        say(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")
+    for checkpoint in Store(find_state_dir(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
+        print_line(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")

@@ -40,7 +40,7 @@ def load_config(path: Path, *, warn: bool = False) -> Config:
     return config
 
 
-def find_state(state: Path | None) -> Path:
+def find_state_dir(state: Path | None) -> Path:
     """Return the state directory that a command is about; raises `StreamlearnError` (2) when nothing names one."""
     if state is not None:
         return state
@@ -52,7 +52,7 @@ def find_state(state: Path | None) -> Path:
     )
 
 
-def explain(error: Exception) -> StreamlearnError:
+def to_streamlearn_error(error: Exception) -> StreamlearnError:
     """Return any failure as one line and an exit code."""
     if isinstance(error, StreamlearnError):
         return error
@@ -63,7 +63,7 @@ def explain(error: Exception) -> StreamlearnError:
     return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
 
 
-def say(line: object) -> None:
+def print_line(line: object) -> None:
     """Print a line on stdout, as a terminal may show it."""
     typer.echo(printable(str(line)))
 
@@ -78,11 +78,11 @@ def print_error(line: str) -> None:
     sys.stderr.write(printable_lines(line) + "\n")
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """Return a ratio for people; a dash where it is undefined."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def megabytes(num_bytes: int) -> str:
+def format_megabytes(num_bytes: int) -> str:
     """Return a size for people."""
     return f"{num_bytes / 1e6:.1f} MB"

@@ -13,12 +13,12 @@ import typer
 from streamlearn.cli.common import (
     JsonOption,
     StateOption,
-    find_state,
+    find_state_dir,
+    format_percent,
     load_config,
-    percent,
     print_error,
     print_json,
-    say,
+    print_line,
 )
 from streamlearn.data import TOPIC_NAME, StreamlearnError
 from streamlearn.logs import printable, quiet_kafka
@@ -79,9 +79,9 @@ def topics(
     if json_:
         print_json(rows)
         return
-    say(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
+    print_line(f"{'TOPIC':<32} {'PARTITIONS':>10} {'OFFSETS':>10}")
     for name, partitions in rows.items():
-        say(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
+        print_line(f"{name:<32} {len(partitions):>10} {sum(p['end'] - p['begin'] for p in partitions.values()):>10}")
     if loaded is not None and (missing := [name for name in loaded.stream.topics or () if name not in rows]):
         print_error(f"of stream.topics there {'is' if len(missing) == 1 else 'are'} not yet: {', '.join(missing)}")
 
@@ -183,7 +183,9 @@ def produce(
                     probe=probes[index] if probes else None,
                     progress=advance(name, len(chosen)),
                 )
-                say(f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else ""))
+                print_line(
+                    f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else "")
+                )
     finally:
         sink.close()
 
@@ -210,7 +212,7 @@ def predict(
 ) -> None:
     """Predict with a saved model, from its model.safetensors, model.json and encoder (where there is one) alone."""
     from streamlearn import producer
-    from streamlearn.checkpoint import Store, at
+    from streamlearn.checkpoint import Store, open_checkpoint
     from streamlearn.predict import Model, accuracy
 
     def own(kind: str) -> tuple[str, Mapping[str, Any] | None] | None:
@@ -229,9 +231,9 @@ def predict(
     if classes is not None:
         samples = producer.split_by_classes(samples, producer.resolve_groups(samples, [_labels(classes)]))[0]
     if "/" in checkpoint:  # so that a directory is never taken for an id
-        found = at(Path(checkpoint), *Model.FILES, optional=Model.OPTIONAL)
+        found = open_checkpoint(Path(checkpoint), *Model.FILES, optional=Model.OPTIONAL)
     else:
-        where = find_state(state) if config is None or state is not None else load_config(config).state_dir
+        where = find_state_dir(state) if config is None or state is not None else load_config(config).state_dir
         try:
             found = Store(where).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL)
         except StreamlearnError as error:
@@ -247,10 +249,10 @@ def predict(
         sure = [None if n in done.rejected else round(float(p), 6) for n, p in enumerate(done.probabilities)]
         print_json({**tree, "rejected": rejected, "predictions": done.labels, "probabilities": sure})
     elif samples.y:
-        say(f"accuracy {percent(tree['accuracy'])} on {len(done.labels) - len(rejected)} samples")
+        print_line(f"accuracy {format_percent(tree['accuracy'])} on {len(done.labels) - len(rejected)} samples")
     else:
         for label in done.labels:
-            say("" if label is None else label)
+            print_line("" if label is None else label)
     if rejected:
         first = rejected[0]
         why = f"{len(rejected)} of {len(done.labels)} samples are rejected, first sample {first['sample']} ({first['reason']})"

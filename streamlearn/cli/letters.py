@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, say
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
 from streamlearn.cli.lifecycle import STOPPED, read_status
 from streamlearn.data import StreamlearnError
 from streamlearn.logs import printable, quiet_kafka
@@ -61,13 +61,13 @@ def list_(
         mark = "replayed  " if letter.replayed else ""
         message = printable(letter.message)
         when, why = _clock(letter.rejected, "seconds").removesuffix("+00:00"), printable(letter.reason)
-        say(f"{letter.key}  {when}  {why}  {mark}{message}")
+        print_line(f"{letter.key}  {when}  {why}  {mark}{message}")
     if not found.letters:
         print_error(f"no dead letters in topic {dead}")
     for (name, why), count in counts:
-        say(f"{name}: {count} {printable(why)}")
+        print_line(f"{name}: {count} {printable(why)}")
     if hidden:
-        say(f"{hidden} more were replayed (--all shows them)")
+        print_line(f"{hidden} more were replayed (--all shows them)")
     _report_skipped(found.skipped, dead)
 
 
@@ -101,17 +101,17 @@ def show(
         sys.stdout.buffer.write(content)
         return
     for name, shown in _tree(letter).items():
-        say(f"{name:<10} {printable(str(shown))}")
+        print_line(f"{name:<10} {printable(str(shown))}")
     for name, data in letters.original_headers(record):
-        say(f"{'header':<10} {printable(name)}: {_text(data)}")
+        print_line(f"{'header':<10} {printable(name)}: {_text(data)}")
     if (own := letters.original_key(record)) is not None:
-        say(f"{'record key':<10} {_text(own)}")
+        print_line(f"{'record key':<10} {_text(own)}")
     if carrier is None:
-        say(f"{'value':<10} gone: it was in letter {letter.value_key}")
+        print_line(f"{'value':<10} gone: it was in letter {letter.value_key}")
     elif carrier.value is None:
-        say(f"{'value':<10} none: a tombstone")
+        print_line(f"{'value':<10} none: a tombstone")
     else:
-        say(f"{'value':<10} {len(content)} bytes: {_text(content[:200])}")
+        print_line(f"{'value':<10} {len(content)} bytes: {_text(content[:200])}")
 
 
 @app.command()
@@ -149,7 +149,7 @@ def replay(
         if refused := len(matching) - len(chosen):
             print_error(f"{refused} letters were sent {max_attempts} times already (--max-attempts)")
         if not chosen:
-            say("nothing to send")
+            print_line("nothing to send")
             return
         partitions, unwritable = letters.target_partitions(sink, dead, chosen, to)
         if not partitions:
@@ -230,9 +230,9 @@ def _matching(found: list[Letter], topic: str | None, reason: str | None) -> lis
 def _tell(how: str, chosen: list[Letter], to: str | None) -> None:
     counts = Counter(to or letter.topic for letter in chosen)
     for name, count in sorted(counts.items()):
-        say(f"{count} samples {how} to {name}")
+        print_line(f"{count} samples {how} to {name}")
     if not chosen:
-        say(f"0 samples {how}")
+        print_line(f"0 samples {how}")
 
 
 def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:

@@ -19,18 +19,25 @@ from streamlearn.cli.common import (
     ConfigArgument,
     JsonOption,
     StateOption,
-    explain,
-    find_state,
+    find_state_dir,
+    format_megabytes,
+    format_percent,
     load_config,
-    megabytes,
-    percent,
     print_json,
-    say,
+    print_line,
+    to_streamlearn_error,
 )
 from streamlearn.data import StreamlearnError, format_outcomes
 from streamlearn.logs import printable, printable_lines
 from streamlearn.service.client import COMMAND_SECONDS, Client
-from streamlearn.service.statedir import ended_well, held, is_locked, open_log, read_hints, send_signal
+from streamlearn.service.statedir import (
+    already_running,
+    ended_cleanly,
+    is_locked,
+    open_daemon_log,
+    read_process_record,
+    send_signal,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,9 +71,9 @@ def run(
 
         logs.set_up(loaded.log.level, loaded.log.format)
         live = sys.stdout.isatty() and not quiet and ready_fd is None
-        daemon.run(loaded, tell=tell, watch=_live_table if live else None)
+        daemon.run(loaded, on_event=tell, live_view=_live_table if live else None)
     except Exception as error:
-        failure = explain(error)
+        failure = to_streamlearn_error(error)
         tell({"event": "failed", "error": str(failure), "code": failure.code})
         raise
     finally:
@@ -82,8 +89,8 @@ def start(
     """Learn in the background; returns when the daemon runs, or with its error and exit code."""
     loaded = load_config(config, warn=True)
     if is_locked(loaded.state_dir):
-        raise held(loaded.state_dir)
-    log_file = open_log(loaded.state_dir)
+        raise already_running(loaded.state_dir)
+    log_file = open_daemon_log(loaded.state_dir)
     reading, writing = os.pipe()
     # `-m` puts the working directory first on the import path; with `-P` the child's path is this process's own
     safe = [] if sys.path[:1] in ([""], [str(Path.cwd())]) else ["-P"]
@@ -105,7 +112,7 @@ def start(
         child.wait(ENDING_SECONDS)
         raise StreamlearnError(event["error"], code=event["code"])
     child.returncode = 0  # it is no longer ours to wait for
-    say(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
+    print_line(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
 
 
 def why_not_ready(directory: Path) -> str:
@@ -128,11 +135,11 @@ def stop(
     ] = False,
 ) -> None:
     """Save a last checkpoint and end the daemon; returns when the state directory is free."""
-    directory = find_state(state)
+    directory = find_state_dir(state)
     if not is_locked(directory):
-        say("not running")
+        print_line("not running")
         return
-    hints = read_hints(directory)
+    hints = read_process_record(directory)
     try:
         Client(directory, timeout=min(timeout, 10)).command("stop")
     except StreamlearnError:
@@ -149,19 +156,19 @@ def stop(
             deadline = time.monotonic() + 10
             force, forced = False, True
         time.sleep(0.05)
-    if not forced and not ended_well(directory):
+    if not forced and not ended_cleanly(directory):
         raise StreamlearnError("it ended, and not as it should: its log says why, and what was not saved", code=74)
-    say("stopped")
+    print_line("stopped")
 
 
 def pause(state: StateOption = None) -> None:
     """Stop learning, but stay: metrics, status and checkpoints go on. A restart does not keep it."""
-    say(Client(find_state(state), timeout=COMMAND_SECONDS).command("pause")["state"])
+    print_line(Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("pause")["state"])
 
 
 def resume(state: StateOption = None) -> None:
     """Go on learning."""
-    say(Client(find_state(state), timeout=COMMAND_SECONDS).command("resume")["state"])
+    print_line(Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("resume")["state"])
 
 
 def status(
@@ -172,7 +179,7 @@ def status(
     ] = False,
 ) -> None:
     """Show what is learned and what was forgotten; without a daemon (exit code 3), as of the last checkpoint."""
-    directory = find_state(state)
+    directory = find_state_dir(state)
     if watch:
         _watch(directory, json_)
         return
@@ -215,19 +222,19 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
 
 def print_plain(tree: dict[str, Any]) -> None:
     """Print a status without decoration."""
-    say(headline(tree))
+    print_line(headline(tree))
     if tree.get("problem"):
-        say(f"problem: {tree['problem']}")
+        print_line(f"problem: {tree['problem']}")
     for task in tree.get("tasks", []):
         probe = task["probe"]
-        say(
+        print_line(
             f"{task['name']:<20} {task['state']:<9} samples {task['samples']['consumed']:>7}  "
-            f"accuracy {percent(probe['accuracy']):>7}  best {percent(probe['best']):>7}  "
-            f"forgetting {percent(probe['forgetting']):>7}"
+            f"accuracy {format_percent(probe['accuracy']):>7}  best {format_percent(probe['best']):>7}  "
+            f"forgetting {format_percent(probe['forgetting']):>7}"
         )
     if "samples" in tree:
-        for line in figures(tree).split("\n"):
-            say(line)
+        for line in format_summary(tree).split("\n"):
+            print_line(line)
 
 
 def headline(tree: dict[str, Any]) -> str:
@@ -237,7 +244,7 @@ def headline(tree: dict[str, Any]) -> str:
     return f"{tree['name']}: {tree['state']}{pid}" + "".join(f", {part}" for part in known)
 
 
-def figures(tree: dict[str, Any]) -> str:
+def format_summary(tree: dict[str, Any]) -> str:
     """Return the lines of figures below the tasks."""
     counts = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in tree["samples"].items())
     lag = "-"
@@ -247,13 +254,16 @@ def figures(tree: dict[str, Any]) -> str:
     held = sum(count for partitions in tree.get("held_back", {}).values() for count in partitions.values())
     behind = f"; {held} offsets behind open transactions" if held else ""
     saved = tree["checkpoint"]
-    last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {megabytes(saved['bytes'])}"
+    last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {format_megabytes(saved['bytes'])}"
     age = tree.get("batches_since_evaluation")
-    forward = percent(tree["forward_transfer"]) + (f" (measured {age} batches ago)" if age else "")
+    forward = format_percent(tree["forward_transfer"]) + (f" (measured {age} batches ago)" if age else "")
     audited = "".join(f"{printable(line)}\n" for line in format_outcomes(tree["topics"]))
+    accuracy, forgetting, backward = (
+        format_percent(tree[key]) for key in ("average_accuracy", "average_forgetting", "backward_transfer")
+    )
     return (
-        f"average accuracy {percent(tree['average_accuracy'])}, average forgetting {percent(tree['average_forgetting'])}, "
-        f"backward transfer {percent(tree['backward_transfer'])}, forward transfer {forward}\n"
+        f"average accuracy {accuracy}, average forgetting {forgetting}, backward transfer {backward}, "
+        f"forward transfer {forward}\n"
         f"samples: {counts}; lag {lag}{behind}{waiting}\n{audited}checkpoint: {last}"
     )
 
@@ -268,7 +278,7 @@ def render(tree: dict[str, Any]) -> Table:
 
     table = Table(
         title=text(headline(tree)),
-        caption=Text(printable_lines(figures(tree))) if "samples" in tree else None,
+        caption=Text(printable_lines(format_summary(tree))) if "samples" in tree else None,
         title_justify="left",
         caption_justify="left",
     )
@@ -279,7 +289,7 @@ def render(tree: dict[str, Any]) -> Table:
         probe = task["probe"]
         table.add_row(
             text(task["name"]), task["state"], str(task["samples"]["consumed"]), str(probe["size"]),
-            percent(probe["accuracy"]), percent(probe["best"]), percent(probe["forgetting"]),
+            format_percent(probe["accuracy"]), format_percent(probe["best"]), format_percent(probe["forgetting"]),
         )  # fmt: skip
     if tree.get("problem"):
         table.add_section()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from streamlearn.cli.common import StateOption, find_state, say
+from streamlearn.cli.common import StateOption, find_state_dir, print_line
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,8 +31,10 @@ def report(
     def curves(directory: Path, name: str) -> Curves:
         return Curves.of(Store(directory).find(name, "status.json", "state.json"))
 
-    page = write(output, [curves(find_state(state), checkpoint)], None if joint is None else curves(joint, "latest"))
-    say(str(page))
+    page = write(
+        output, [curves(find_state_dir(state), checkpoint)], None if joint is None else curves(joint, "latest")
+    )
+    print_line(str(page))
 
 
 def demo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, say
+from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
 
 app = typer.Typer(help="Check a configuration, show the values in force, or the JSON Schema.", no_args_is_help=True)
 
@@ -14,7 +14,7 @@ def check(config: ConfigArgument) -> None:
     """Print every error with its key, value and what is accepted; 78 where there is one."""
     if (absent := load_config(config, warn=True).absent_secret()) is not None:
         print_error(f"warning: {absent}")
-    say(f"{config}: fine")
+    print_line(f"{config}: fine")
 
 
 @app.command()
@@ -27,7 +27,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
         from streamlearn.configfile import dump
 
         for line in dump(tree).splitlines():
-            say(line)
+            print_line(line)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from streamlearn.cli.common import JsonOption, StateOption, find_state, print_json, say
+from streamlearn.cli.common import JsonOption, StateOption, find_state_dir, print_json, print_line
 from streamlearn.service.client import COMMAND_SECONDS, Client
 
 app = typer.Typer(help="End the open task.", no_args_is_help=True)
@@ -21,8 +21,8 @@ def end(state: StateOption = None, json_: JsonOption = False) -> None:
 
     What comes later in its topic is late. Where no task is open, that is said and the exit code is 1.
     """
-    found = Client(find_state(state), timeout=COMMAND_SECONDS).command("end_task")
+    found = Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("end_task")
     if json_:
         print_json(found)
     else:
-        say(f"task {found['task']} has ended")
+        print_line(f"task {found['task']} has ended")

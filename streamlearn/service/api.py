@@ -19,7 +19,7 @@ from streamlearn.data import StreamlearnError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 COMMANDS = ("pause", "resume", "stop", "checkpoint", "end_task")
 MAX_BODY_BYTES = 1 << 20
@@ -48,12 +48,12 @@ class Backend(Protocol):
         """Do what was asked and return once it is done; raises `StreamlearnError`."""
 
 
-def read_only(backend: Backend) -> Starlette:
+def read_only_app(backend: Backend) -> Starlette:
     """Return the application for scraping and health checks."""
     return Starlette(routes=_reading(backend), middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
 
 
-def control(backend: Backend) -> Starlette:
+def control_app(backend: Backend) -> Starlette:
     """Return the application for the owner's Unix socket."""
 
     async def command(request: Request) -> Response:
@@ -74,7 +74,7 @@ def control(backend: Backend) -> Starlette:
             return JSONResponse({"error": f"not JSON: {error}"}, status_code=400)
         if not isinstance(arguments, dict):
             return JSONResponse({"error": f"expected an object, got {type(arguments).__name__}"}, status_code=400)
-        log.info("control: %s", name, extra={"command": name})
+        logger.info("control: %s", name, extra={"command": name})
         try:
             return JSONResponse(await run_in_threadpool(backend.command, name, arguments))
         except StreamlearnError as error:

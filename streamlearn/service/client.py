@@ -8,7 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from streamlearn.data import StreamlearnError
-from streamlearn.service.statedir import is_locked, read_hints
+from streamlearn.service.statedir import is_locked, read_process_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ class Client:
     def _ask(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if not is_locked(self.state_dir):
             raise StreamlearnError(f"{self.state_dir}: not running", code=3)
-        hints = read_hints(self.state_dir)
+        hints = read_process_record(self.state_dir)
         if hints is None:
             raise StreamlearnError(f"{self.state_dir}: the daemon is only starting", code=75)
         connection = _UnixConnection(hints.socket, self.timeout)

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-NO_SOCKETS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # of a file system that has none: SMB, exFAT, many FUSE mounts
+SOCKETS_UNSUPPORTED = {
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+}  # of a file system that has none: SMB, exFAT, many FUSE mounts
 MAX_SOCKET_PATH = 107  # bytes, Linux
 TIMEOUT_SECONDS = 5  # for a whole request, and for an idle connection
 ANSWER_SECONDS = 10  # for a client to take its answer
@@ -54,9 +58,9 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
         return _bind(path), path
     except OSError as error:
         elsewhere = _socket_path_elsewhere(state_dir)
-        if error.errno not in NO_SOCKETS or path == elsewhere:
+        if error.errno not in SOCKETS_UNSUPPORTED or path == elsewhere:
             raise StreamlearnError.from_os_error(error, path) from error
-        log.info("%s: no socket can lie there (%s); it lies at %s", path, error.strerror, elsewhere)
+        logger.info("%s: no socket can lie there (%s); it lies at %s", path, error.strerror, elsewhere)
     try:
         return _bind(elsewhere), elsewhere
     except OSError as error:
@@ -100,7 +104,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
-class Protocol(H11Protocol):
+class TimedConnection(H11Protocol):
     """One connection that cannot hold a place for ever.
 
     A request, idleness before it included, has to be whole within a time limit, however its bytes are spread; an answer
@@ -115,18 +119,20 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self._follow()
-        alive = [each for each in self.connections if isinstance(each, Protocol) and not each.transport.is_closing()]
+        self._restart_timer()
+        alive = [
+            each for each in self.connections if isinstance(each, TimedConnection) and not each.transport.is_closing()
+        ]
         if len(alive) > MAX_CONNECTIONS:
             min(alive, key=lambda each: (each._is_busy, each._since)).transport.abort()  # noqa: SLF001 - our own class
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._follow()
+        self._restart_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._follow(answered=1)
+        self._restart_timer(answered=1)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -139,7 +145,7 @@ class Protocol(H11Protocol):
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and not (cycle.response_complete or cycle.more_body)
 
-    def _follow(self, answered: int = 0) -> None:
+    def _restart_timer(self, answered: int = 0) -> None:
         """Begin the time limit of a phase when the connection enters it; further bytes do not prolong it."""
         before = self._phase or (0, True)
         if before == (phase := (before[0] + answered, self._is_busy)):
@@ -158,7 +164,7 @@ class Server:
         self.listener = listener
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", server_header=False,
-            http=Protocol, ws="none", backlog=BACKLOG,
+            http=TimedConnection, ws="none", backlog=BACKLOG,
             timeout_keep_alive=TIMEOUT_SECONDS, timeout_graceful_shutdown=TIMEOUT_SECONDS,
             h11_max_incomplete_event_size=16 << 10,
         )  # fmt: skip

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOCK = "LOCK"
-HINTS = "daemon.json"
+PROCESS_FILE = "daemon.json"
 LOCK_SECONDS = 0.5  # a `status` holds the lock for a moment, to see whether it is held
-MAX_HINTS_BYTES = 64 << 10
+MAX_PROCESS_FILE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Hints:
+class ProcessRecord:
     """What `daemon.json` says of the process that holds a state directory; true only while its lock is held."""
 
     pid: int
@@ -54,7 +54,7 @@ class Lock:
         self.path = state_dir / LOCK
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
-            prepare(state_dir)
+            prepare_state_dir(state_dir)
             try:
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             except OSError as error:
@@ -65,7 +65,7 @@ class Lock:
             except (BlockingIOError, LockLost) as error:  # the second where it was removed between the two lines before
                 os.close(self._descriptor)
                 if time.monotonic() > deadline:
-                    raise held(state_dir) from error
+                    raise already_running(state_dir) from error
                 time.sleep(0.05)
             except OSError as error:  # such as ENOLCK of a network file system
                 os.close(self._descriptor)
@@ -109,7 +109,7 @@ def locked(state_dir: Path) -> Iterator[Lock]:
         lock.close()
 
 
-def prepare(state_dir: Path) -> None:
+def prepare_state_dir(state_dir: Path) -> None:
     """Make a state directory where there is none; refuse (77) one where another user can put files."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -137,9 +137,9 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
-def open_log(state_dir: Path) -> int:
+def open_daemon_log(state_dir: Path) -> int:
     """Return a descriptor of `daemon.log`, at its end; raises `StreamlearnError`."""
-    prepare(state_dir)
+    prepare_state_dir(state_dir)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     try:
         return os.open(state_dir / "daemon.log", flags, 0o600)
@@ -158,33 +158,33 @@ def process_start_time(pid: int) -> int | None:
         return None
 
 
-def read_hints(state_dir: Path) -> Hints | None:
+def read_process_record(state_dir: Path) -> ProcessRecord | None:
     """Return the hints in a state directory, or None where there are none that make sense."""
-    tree = _read(state_dir / HINTS)
+    tree = _read(state_dir / PROCESS_FILE)
     pid, start_time = tree.get("pid"), tree.get("start_time")
     socket, http = tree.get("socket"), tree.get("http")
     if not (isinstance(pid, int) and pid > 1 and isinstance(start_time, int)):
         return None
     if not (isinstance(socket, str) and isinstance(http, str)):
         return None
-    return Hints(pid, start_time, Path(socket), http)
+    return ProcessRecord(pid, start_time, Path(socket), http)
 
 
-def ended_well(state_dir: Path) -> bool:
+def ended_cleanly(state_dir: Path) -> bool:
     """Tell whether the last daemon of a state directory noted that it ended as it should, everything saved."""
-    return "ended" in _read(state_dir / HINTS)
+    return "ended" in _read(state_dir / PROCESS_FILE)
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in a small JSON file, empty where it is none. A link, a pipe or a long file is none."""
     try:
-        tree = json.loads(read_plain_file(path, MAX_HINTS_BYTES))
+        tree = json.loads(read_plain_file(path, MAX_PROCESS_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 
 
-def write_hints(path: Path, tree: dict[str, Any]) -> None:
+def write_process_record(path: Path, tree: dict[str, Any]) -> None:
     """Write a small JSON file so that a reader sees the old or the new one; raises `StreamlearnError` (74 or 77)."""
     temporary = path.with_suffix(".tmp")
     try:
@@ -197,17 +197,17 @@ def write_hints(path: Path, tree: dict[str, Any]) -> None:
         raise StreamlearnError.from_os_error(error, path) from error
 
 
-def take_over(state_dir: Path, tree: dict[str, Any]) -> str:
+def record_process(state_dir: Path, tree: dict[str, Any]) -> str:
     """Write down who holds the state directory; return how its last holder ended: first, clean or crash."""
-    before = _read(state_dir / HINTS)
+    before = _read(state_dir / PROCESS_FILE)
     process = {"pid": os.getpid(), "start_time": process_start_time(os.getpid())}
-    write_hints(state_dir / HINTS, {**process, **tree})
+    write_process_record(state_dir / PROCESS_FILE, {**process, **tree})
     return "first" if not before else "clean" if "ended" in before else "crash"
 
 
-def note_end(state_dir: Path) -> None:
+def record_clean_end(state_dir: Path) -> None:
     """Note that this process ended as it should; raises `StreamlearnError` where that cannot be written."""
-    write_hints(state_dir / HINTS, {**_read(state_dir / HINTS), "ended": time.time()})
+    write_process_record(state_dir / PROCESS_FILE, {**_read(state_dir / PROCESS_FILE), "ended": time.time()})
 
 
 def is_locked(state_dir: Path) -> bool:
@@ -235,14 +235,14 @@ def _cannot_be_locked(path: Path, error: OSError) -> StreamlearnError:
     return StreamlearnError(f"{path}: cannot be locked: {error.strerror or error}", code=74)
 
 
-def held(state_dir: Path) -> StreamlearnError:
+def already_running(state_dir: Path) -> StreamlearnError:
     """Return the refusal (73) of a second daemon, which names the first where that is known."""
-    hints = read_hints(state_dir)
+    hints = read_process_record(state_dir)
     who = f"process {hints.pid}" if hints is not None and hints.is_alive else "its LOCK is held"
     return StreamlearnError(f"{state_dir}: another daemon runs here ({who})", code=73)
 
 
-def send_signal(state_dir: Path, hints: Hints, number: signal.Signals) -> None:
+def send_signal(state_dir: Path, hints: ProcessRecord, number: signal.Signals) -> None:
     """Send a signal to the daemon that hints name, if it still runs; raises `StreamlearnError` (77) for another process.
 
     Whoever can write into the directory can name any process. So it must belong to the owner of `LOCK` and be a
@@ -263,7 +263,8 @@ def send_signal(state_dir: Path, hints: Hints, number: signal.Signals) -> None:
             return
         if not (is_daemon and owned):
             raise StreamlearnError(
-                f"{state_dir / HINTS}: names process {hints.pid}, which is no daemon of this directory: it gets no signal",
+                f"{state_dir / PROCESS_FILE}: names process {hints.pid}, which is no daemon of this directory: "
+                "it gets no signal",
                 code=77,
             )
         signal.pidfd_send_signal(descriptor, number)

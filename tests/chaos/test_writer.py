@@ -28,11 +28,11 @@ ERRORS = {
 WRITER = """
 import json, sys
 from pathlib import Path
-from streamlearn.checkpoint import OWN, Store
+from streamlearn.checkpoint import OWN_KEYS, Store
 from streamlearn.data import StreamlearnError
 state, source, parent, attempts = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 manifest = json.loads((source / "MANIFEST.json").read_bytes())
-info = {k: v for k, v in manifest.items() if k not in OWN}
+info = {k: v for k, v in manifest.items() if k not in OWN_KEYS}
 linked = {n for n, e in json.loads((parent / "MANIFEST.json").read_bytes())["files"].items() if n.count(".") > 1}
 files = {n: None if n in linked else (source / n).read_bytes() for n in manifest["files"]}
 store = Store(state, keep=1, hourly=0)

@@ -87,7 +87,7 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
         for each in store.records[topic, 0]:
             for delivery in assembler.feed(each):
                 apply(job, stream, delivery)
-    job.finish_saves(stream)  # type: ignore[arg-type]  # all that it asks of a stream
+    job.wait_for_saves(stream)  # type: ignore[arg-type]  # all that it asks of a stream
     return job
 
 

@@ -234,7 +234,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
     sink.close()
     config = Config.model_validate(tree, context={"recipes": RECIPES})
     job = Job.make(config, Store(config.state_dir), Metrics())
-    stream = daemon.make_stream(job)
+    stream = daemon.make_stream_reader(job)
     stream.start()
     try:
         loop.run(job, stream, Unattended())

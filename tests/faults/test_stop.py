@@ -15,11 +15,11 @@ from torch import nn
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import KafkaConfig
-from streamlearn.daemon import Desk, learn
+from streamlearn.daemon import ControlDesk, learn
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.models.mlp import MLP
-from streamlearn.service.api import read_only
+from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.kafka import KafkaSink
 from tests.support import jobs
@@ -155,8 +155,8 @@ def test_a_log_that_breaks_ends_the_daemon(tmp_path: Path) -> None:
 def test_a_listener_that_dies_ends_the_loop(tmp_path: Path) -> None:
     """Without its listeners a daemon would be half alive: the next turn of the loop raises."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
-    server = Server(read_only(desk), bind_tcp("127.0.0.1", 0), "http")
+    desk = ControlDesk(job.config, Metrics())
+    server = Server(read_only_app(desk), bind_tcp("127.0.0.1", 0), "http")
     desk.servers = [server]
     server.start()
     desk.serve(job, stream, idle=True)
@@ -179,9 +179,9 @@ def from_python(*_: object) -> None:
 def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: object) -> None:
     """An update that there is no room for may have changed half of the model: the newest checkpoint stays in force."""
     job, stream = made(tmp_path)
-    job.torn = True
+    job.mid_delivery = True
     monkeypatch.setattr("streamlearn.loop.run", fail)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
         learn(job, stream, desk)
     assert caught.value.code == 75

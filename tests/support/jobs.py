@@ -18,7 +18,7 @@ from streamlearn import producer, state
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
-from streamlearn.service.statedir import read_hints
+from streamlearn.service.statedir import read_process_record
 from streamlearn.stream.embedded import EmbeddedSink
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any] | None:
         """Return its status, or None while it does not answer."""
-        hints = read_hints(self.state)
+        hints = read_process_record(self.state)
         if hints is None or hints.pid != self.process.pid:
             return None
         try:
@@ -179,7 +179,7 @@ class Daemon:
     @property
     def http(self) -> str:
         """The address of its read-only listener."""
-        hints = read_hints(self.state)
+        hints = read_process_record(self.state)
         assert hints is not None
         return hints.http
 

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streamlearn import producer
 from streamlearn.checkpoint import Store
 from streamlearn.service.client import Client
-from streamlearn.service.statedir import read_hints
+from streamlearn.service.statedir import read_process_record
 from streamlearn.stream.embedded import EmbeddedSink
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from tests.support import jobs
@@ -208,7 +208,7 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
         assert Client(state).get("/status")["batches"] == held["batches"]
         mode = stat.S_IMODE((state / "run" / "control.sock").stat().st_mode)
         assert (mode, stat.S_IMODE(state.stat().st_mode)) == (0o600, 0o700)
-        hints = read_hints(state)
+        hints = read_process_record(state)
         assert hints is not None
         assert get(f"{hints.http}/readyz")[0] == 200
         assert get(f"{hints.http}/healthz")[0] == 200

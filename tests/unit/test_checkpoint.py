@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from streamlearn.checkpoint import MANIFEST, Broken, Checkpoint, Store, _digest
+from streamlearn.checkpoint import MANIFEST, BrokenCheckpoint, Checkpoint, Store, _digest
 from streamlearn.cli.checkpoints import app
 from streamlearn.data import StreamlearnError
 
@@ -441,7 +441,7 @@ def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
     assert store.find("latest").id == flipped.id
     assert store.find("latest", "state.json").id == good.id
     for name in ("3", garbled.id):
-        with pytest.raises(Broken, match=r"3/MANIFEST\.json: cannot be read"):
+        with pytest.raises(BrokenCheckpoint, match=r"3/MANIFEST\.json: cannot be read"):
             store.find(name)
     (good.path / "state.json").write_bytes(b"?")
     with pytest.raises(StreamlearnError, match="no sound checkpoint is left"):
@@ -468,7 +468,7 @@ def test_names_that_leave_the_directory_are_refused(tmp_path: Path) -> None:
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:
     """A missing name is an error that says so."""
-    with pytest.raises(Broken, match=r"has no other\.json"):
+    with pytest.raises(BrokenCheckpoint, match=r"has no other\.json"):
         save(Store(tmp_path)).read("other.json")
     with pytest.raises(StreamlearnError, match="no checkpoint 9; there are: ckpt-000000000001"):
         Store(tmp_path).find("9")

@@ -12,7 +12,7 @@ import torch
 
 from streamlearn import configfile, state
 from streamlearn.checkpoint import FORMAT, MANIFEST, Store
-from streamlearn.daemon import make_stream
+from streamlearn.daemon import make_stream_reader
 from streamlearn.data import Batch, StreamlearnError
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.job import Job
@@ -116,6 +116,6 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
 def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
     """The reader of a restored job reads as the version did that began it."""
     job = restored(tmp_path, next(path for path in GOLDEN if path.name == "default"))
-    stream = make_stream(job)
+    stream = make_stream_reader(job)
     assert stream.assembler.rules.codec.version == 1
     assert job.describe_model()["codec"] == 1

@@ -16,12 +16,12 @@ import torch
 
 from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
-from streamlearn.cli.lifecycle import figures, read_status
+from streamlearn.cli.lifecycle import format_summary, read_status
 from streamlearn.config import Config, DivergenceConfig
-from streamlearn.daemon import Desk, Request, learn
+from streamlearn.daemon import ControlDesk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
-from streamlearn.job import REPLAY_WORKS, Diverged, Job
+from streamlearn.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
@@ -60,8 +60,8 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     for away in (None, stream):
         status = job.status(away)
         assert status["lag"] is None
-        assert "lag -" in figures(status)
-    assert "lag -; waiting for topic a" in figures(status)
+        assert "lag -" in format_summary(status)
+    assert "lag -; waiting for topic a" in format_summary(status)
     stream.status.connected = True
     stream.status.ends = {("a", 0): 10}
     status = job.status(stream)
@@ -69,8 +69,8 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     assert status["topics"] == {}
     job.progress.counts_by_topic["a"] = Counter(consumed=3, trained=2, rejected=1)
     told = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
-    assert told in figures(job.status(stream)).splitlines()
-    assert (status["waiting_for"], "lag 7 records; waiting for topic a" in figures(status)) == ("a", True)
+    assert told in format_summary(job.status(stream)).splitlines()
+    assert (status["waiting_for"], "lag 7 records; waiting for topic a" in format_summary(status)) == ("a", True)
 
 
 def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
         job.learner.params[0].add_(1)
     job.progress.positions = Positions({("a", 0): Position(4)})
     job.progress.labels.append(1)
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     assert saving.checkpoint is not None
-    assert job.saved == Positions({("a", 0): Position(3)})
+    assert job.saved_positions == Positions({("a", 0): Position(3)})
     assert saving.checkpoint.read_json("state.json")["progress"]["labels"] == []
     assert job.restore()
     assert torch.equal(job.learner.params[0], before)
@@ -95,12 +95,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog:
     """Training goes on, the next attempt is not at once, and the one before it stays in force."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     job.store.root = tmp_path / "file" / "checkpoints"
     (tmp_path / "file").write_text("")
     saving = job.save(stream, "interval")
-    job.finish_saves(stream)
-    assert (saving.collected, saving.checkpoint) == (True, None)
+    job.wait_for_saves(stream)
+    assert (saving.finished, saving.checkpoint) == (True, None)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be made: Not a directory"
     ]
@@ -114,7 +114,7 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
     for _ in range(2):
         job.learner.step += 1
         job.save(stream, "manual")
-        job.finish_saves(stream)
+        job.wait_for_saves(stream)
     rate, gone_to = job.learner.optimizer.lr, []
     for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
@@ -142,7 +142,7 @@ def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 61)
     assert job.evaluation_due()
     before = job.matrix.state_dict()
-    job.evaluate(look=True)
+    job.evaluate(live=True)
     assert (job.evaluation_due(), job.matrix.state_dict()) == (False, before)
     job.learner.batches += 1
     monkeypatch.setattr(job, "_evaluated_at", job._evaluated_at - 61)
@@ -163,7 +163,7 @@ def test_replay_that_does_not_work_is_told(
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     for dog, warned in ((0.6, False), (0.4, True)):
         monkeypatch.setattr(job.learner.strategy.replay, "agreement", lambda dog=dog: {(0, 0): 1.0, (0, 1): dog})
-        job.show_parts()
+        job.record_strategy()
         job.check_replay()
         assert (
             f'streamlearn_replay_agreement_ratio{{label="dog",task="t1"}} {dog}' in job.metrics.expose("")[0].decode()
@@ -183,17 +183,17 @@ def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
     job.learner.batches += 3
     assert (job.evaluation_due(), job.evaluation_due(idle=True)) == (False, True)
     job.matrix.latest_accuracy = {0: 0.5}
-    job.publish(stream)
+    job.record_gauges(stream)
     status = job.status(None)
     assert status["batches_since_evaluation"] == 3
     assert "streamlearn_probe_age_batches 3.0" in job.metrics.expose("")[0].decode()
-    assert "(measured 3 batches ago)" in figures(status)
-    job.evaluate(look=True)
+    assert "(measured 3 batches ago)" in format_summary(status)
+    job.evaluate(live=True)
     job.matrix.latest_accuracy = {0: 0.5}
-    job.publish(stream)
+    job.record_gauges(stream)
     assert not job.evaluation_due(idle=True)
     assert job.status(None)["batches_since_evaluation"] == 0
-    assert "batches ago" not in figures(job.status(None))
+    assert "batches ago" not in format_summary(job.status(None))
     assert "streamlearn_probe_age_batches 0.0" in job.metrics.expose("")[0].decode()
 
 
@@ -207,15 +207,15 @@ def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.
     job.evaluate(after=1)
     found.update({0: (0.75, 0.1), 1: (0.55, 0.1), 2: (0.1, 0.1)})  # each by 15 points, and the open one by 80
     job.learner.batches += 1
-    job.evaluate(look=True)
+    job.evaluate(live=True)
     found.update({0: (0.3, 0.1)})
     job.learner.batches += 2
     with pytest.raises(Diverged, match=r"past tasks fell from 65\.0% to 42\.5% within 2 batches"):
         job.evaluate()
-    assert job.torn
+    assert job.mid_delivery
     for over in ({"drop": None}, {"drop": 0.2, "then": "skip"}):
         monkeypatch.setattr(job, "config", job.config.model_copy(update={"divergence": DivergenceConfig(**over)}))
-        job.evaluate(look=True)
+        job.evaluate(live=True)
 
 
 def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, Stream]:
@@ -238,10 +238,10 @@ def test_what_is_saved_was_evaluated_where_a_drop_counts(
     job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         job.save(stream, trigger)
-    assert (job.torn, job.store.all()) == (True, [])
+    assert (job.mid_delivery, job.store.all()) == (True, [])
     job, stream = lost(tmp_path, monkeypatch)
     job.save(stream, trigger)
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     assert len(job.store.all()) == 1
 
 
@@ -253,13 +253,13 @@ def test_a_delivery_that_is_saved_was_evaluated_where_a_drop_counts(
     job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         loop.turn(job, stream, Delivery(end_offsets={0: 3}) if end == "task end" else Delivery(forgives_below={0: 3}))
-    assert (job.torn, job.store.all()) == (True, [])
+    assert (job.mid_delivery, job.store.all()) == (True, [])
 
 
 def test_a_stop_does_not_save_what_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a drop counts, the last checkpoint is evaluated first too; a command that asks for one gets the same answer."""
     job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     desk.stopping = True
     with pytest.raises(Diverged, match="past tasks fell from"):
         learn(job, stream, desk)
@@ -294,7 +294,7 @@ def test_a_batch_of_which_nothing_is_usable_is_not_evaluated(tmp_path: Path, mon
 def test_the_warning_and_the_alert_on_replay_agree() -> None:
     """What the daemon warns of at a task's end is what StreamlearnReplayPoor fires at."""
     rules = (Path(__file__).parents[2] / "deploy" / "prometheus" / "streamlearn.rules.yml").read_text()
-    assert re.findall(r"\(streamlearn_replay_agreement_ratio\) < ([0-9.]+)", rules) == [str(REPLAY_WORKS)]
+    assert re.findall(r"\(streamlearn_replay_agreement_ratio\) < ([0-9.]+)", rules) == [str(MIN_REPLAY_AGREEMENT)]
 
 
 def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     job.evaluate()
     monkeypatch.setattr(time, "time", lambda: 2000.0)
-    job.evaluate(look=True)
+    job.evaluate(live=True)
     assert evaluated(job) == ["2000.0"]
     monkeypatch.setattr(time, "time", lambda: 3000.0)
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: {})
@@ -343,7 +343,7 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
     assert evaluated(job) == ["2000.0"]  # this one gave no figure
     monkeypatch.undo()
     job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     again = Job.make(job.config, job.store, Metrics())
     again.restore()
     assert evaluated(again) == ["1000.0"]
@@ -375,7 +375,7 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     """Another strategy is one line whatever its parameters; labels that cannot be added come with the way to add them."""
     job, stream = made(tmp_path, **before)
     job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     other, _ = made(tmp_path, **(before | now))
     with pytest.raises(StreamlearnError) as caught:
         other.restore()
@@ -418,9 +418,9 @@ def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
     move(job, 6)
     job.progress.tasks[0].state = "ended"
     ended = job.save(stream, "task_end")
-    assert (job.checkpoint, first.collected, job.covered) == (None, False, job.progress.positions)
+    assert (job.checkpoint, first.finished, job.snapshot_positions) == (None, False, job.progress.positions)
     held.open.set()
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     assert [checkpoint.manifest["parent"] for checkpoint in job.store.all()] == ["ckpt-000000000001", None]
     assert first.checkpoint is not None
     assert first.checkpoint.read_json("offsets.json")["topics"]["a"]["partitions"]["0"]["offset"] == 3
@@ -431,13 +431,13 @@ def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
     # what was decided of the task's end stands in every checkpoint that holds anything learned after it
     saved = job.checkpoint.read_json("state.json")["progress"]["tasks"]
     assert [(task["ends"], task["state"]) for task in saved] == [({"0": 5}, "ended")]
-    assert job.saved == job.progress.positions
+    assert job.saved_positions == job.progress.positions
 
 
 def test_a_stop_waits_for_one_checkpoint_more_at_most(tmp_path: Path) -> None:
     """The copy that waits is overtaken by the last one; meanwhile the loop shows that it lives; all is saved."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     held = Held(job)
     job.save(stream, "interval")
     move(job, 4)
@@ -450,12 +450,12 @@ def test_a_stop_waits_for_one_checkpoint_more_at_most(tmp_path: Path) -> None:
         if len(beats) == 2:
             held.open.set()
 
-    desk.beat = beat  # type: ignore[method-assign]
+    desk.heartbeat = beat  # type: ignore[method-assign]
     desk.stopping = True
     learn(job, stream, desk)
     assert len(beats) >= 2
     assert len(job.store.all()) == 2
-    assert job.saved == Positions({("a", 0): Position(5)})
+    assert job.saved_positions == Positions({("a", 0): Position(5)})
 
 
 def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,10 +471,10 @@ def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(job.store, "save", fail_once)
     job.save(stream, "interval")
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     desk.stopping = True
     learn(job, stream, desk)
-    assert job.saved == Positions({("a", 0): Position(3)})
+    assert job.saved_positions == Positions({("a", 0): Position(3)})
 
 
 def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
         if number == 2:
             job.store.restore("1")
         saving = job.save(stream, "manual")
-        job.finish_saves(stream)
+        job.wait_for_saves(stream)
         assert saving.checkpoint is not None
         inodes.append((saving.checkpoint.path / "probes.sealed.0.safetensors").stat().st_ino)
     assert inodes[0] == inodes[1] != inodes[2]
@@ -513,7 +513,7 @@ def test_status_and_checkpoint_cost_what_there_are_tasks(tmp_path: Path) -> None
     Above a bound the matrix is not part of the status: it is asked for by itself.
     """
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     costs, sizes = [], []
     for count in (60, 240):
         ended_tasks(job, count)
@@ -522,7 +522,7 @@ def test_status_and_checkpoint_cost_what_there_are_tasks(tmp_path: Path) -> None
         assert (status["matrix"], len(status["tasks"])) == (None, count)
         move(job, 3 + count)
         saving = job.save(stream, "task_end")
-        job.finish_saves(stream)
+        job.wait_for_saves(stream)
         assert saving.checkpoint is not None
         files = saving.checkpoint.manifest["files"]
         assert len(files) < 30

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from streamlearn import state
-from streamlearn.checkpoint import Checkpoint, Store, at
+from streamlearn.checkpoint import Checkpoint, Store, open_checkpoint
 from streamlearn.cli.app import app
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry
@@ -125,7 +125,7 @@ def test_outputs_that_are_not_finite_are_no_prediction(tmp_path: Path) -> None:
 def test_checkpoints_of_earlier_versions_are_used() -> None:
     """A description without what came later still says enough."""
     for path in sorted(GOLDEN.glob("*/checkpoints/ckpt-*")):
-        done = Model(at(path, *Model.FILES)).predict(np.zeros((2, 4), np.float32))
+        done = Model(open_checkpoint(path, *Model.FILES)).predict(np.zeros((2, 4), np.float32))
         assert len(done.labels) == 2
         assert done.rejected == {}
 

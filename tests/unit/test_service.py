@@ -14,13 +14,13 @@ import pytest
 
 from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import why_not_ready
-from streamlearn.daemon import Desk, Request
+from streamlearn.daemon import ControlDesk, Request
 from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
 from streamlearn.service import server
-from streamlearn.service.api import COMMANDS, control, read_only
+from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
-from streamlearn.service.statedir import locked, take_over
+from streamlearn.service.statedir import locked, record_process
 from tests.unit.test_job import Held, made
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def http(tmp_path: Path) -> Iterator[Server]:
     """Give a read-only listener."""
     job, _ = made(tmp_path)
-    http = Server(read_only(Desk(job.config, Metrics())), bind_tcp("127.0.0.1", 0), "http")
+    http = Server(read_only_app(ControlDesk(job.config, Metrics())), bind_tcp("127.0.0.1", 0), "http")
     http.start()
     yield http
     http.stop()
@@ -110,7 +110,7 @@ def test_a_request_that_never_gets_whole_is_given_up(address: str, monkeypatch: 
 def test_an_answer_that_nobody_takes_is_given_up(http: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that asks and does not read ties up its connection for a while, not for ever."""
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(Desk, "status", lambda _: {"long": "x" * (64 << 20)})
+    monkeypatch.setattr(ControlDesk, "status", lambda _: {"long": "x" * (64 << 20)})
     with connected(address, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n") as client:
         state = http._server.server_state
         while state.total_requests == 0 or state.connections:
@@ -122,7 +122,7 @@ def test_an_answer_that_nobody_takes_is_given_up(http: Server, address: str, mon
     assert taken < 64 << 20
 
 
-def ask(desk: Desk, *names: str) -> list[Future[dict[str, Any]]]:
+def ask(desk: ControlDesk, *names: str) -> list[Future[dict[str, Any]]]:
     """Ask for commands in this order, each from a thread of its own; return when the desk has them all."""
     answers: list[Future[dict[str, Any]]] = []
     for number, name in enumerate(names, 1):
@@ -146,7 +146,7 @@ def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypa
     job, stream = made(tmp_path)
     acknowledged = []
     monkeypatch.setattr(stream, "acknowledge", lambda: acknowledged.append(job.state))
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     answers = ask(desk, "pause", "resume", "pause")
     assert (desk.paused, acknowledged) == (False, [])  # nothing is done before the loop has its turn
     desk.serve(job, stream, idle=False)
@@ -158,7 +158,7 @@ def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypa
 def test_the_answer_to_pause_is_what_status_says(tmp_path: Path) -> None:
     """Whoever has the answer `paused` reads `paused` in the status, however seldom the loop publishes."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     desk.serve(job, stream, idle=True)
     for name, state in (("pause", "paused"), ("resume", "running")):
         (answer,) = ask(desk, name)
@@ -171,9 +171,9 @@ def test_the_answer_to_pause_is_what_status_says(tmp_path: Path) -> None:
 def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> None:
     """The loop has ended: nobody would apply it, so the answer is 75 at once."""
     job, _ = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     (early,) = ask(desk, "pause")
-    desk.refuse()
+    desk.refuse_requests()
     with pytest.raises(StreamlearnError, match="the daemon is ending"):
         early.result(10)
     with pytest.raises(StreamlearnError, match="the daemon is ending") as caught:
@@ -186,7 +186,7 @@ def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     job, stream = made(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(stream, "end_task", asked.append)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
 
     def told(answer: Future[dict[str, Any]]) -> str:
         desk.serve(job, stream, idle=True)
@@ -214,7 +214,7 @@ def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch
     job, stream = made(tmp_path)
     monkeypatch.setattr(stream, "end_task", lambda _: None)
     job.progress.tasks.append(Task(0, "a"))
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     ended, paused = ask(desk, "end_task", "pause")
     desk.serve(job, stream, idle=True)
     refusal = ended.exception(timeout=30)
@@ -229,15 +229,15 @@ def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch
 def test_who_asked_for_a_tag_that_was_given_away_is_told(tmp_path: Path) -> None:
     """The checkpoint is saved, and the answer says that it has no tag."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     held = Held(job)
     desk._requests.append(request := Request("checkpoint", {"tag": "mine"}))
     desk.serve(job, stream, idle=True)
     Store(tmp_path).tag("1", "mine")
     held.open.set()
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     desk.serve(job, stream, idle=True)
     assert "without the tag mine" in str(request.answer.exception(timeout=30))
 
@@ -249,10 +249,10 @@ def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
     job, stream = made(tmp_path)
     monkeypatch.setattr(stream, "end_task", lambda _: None)
     job.progress.tasks.append(Task(0, "a"))
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     [answer] = ask(desk, "end_task")
     desk.serve(job, stream, idle=True)
-    desk.refuse()
+    desk.refuse_requests()
     refusal = answer.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
     assert refusal.code == 75
@@ -261,16 +261,16 @@ def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
 def test_a_start_that_was_not_ready_in_time_says_why(tmp_path: Path) -> None:
     """The stream's problem, the state and the conditions that fail; before the daemon answers, that, and where its log is."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     stream.status.problem = "no broker answers"
     with locked(tmp_path):
         assert why_not_ready(tmp_path) == (
             f"{tmp_path}: the daemon is only starting; see {tmp_path / 'daemon.log'}"
         )  # fmt: skip
         listener, path = bind_control(tmp_path)
-        control_server = Server(control(desk), listener, "control")
+        control_server = Server(control_app(desk), listener, "control")
         control_server.start()
-        take_over(tmp_path, {"socket": str(path), "http": ""})
+        record_process(tmp_path, {"socket": str(path), "http": ""})
         assert why_not_ready(tmp_path) == "starting, not ok: restored"
         desk.serve(job, stream, idle=True)
         assert why_not_ready(tmp_path) == "no broker answers (running, not ok: broker, stream)"

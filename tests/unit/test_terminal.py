@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import streamlearn
-from streamlearn.cli.common import print_error, say
+from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.lifecycle import print_plain, render
 from streamlearn.data import OUTCOMES
 from streamlearn.logs import TextFormatter
@@ -62,7 +62,7 @@ def test_a_status_shows_what_came_as_it_is(
 
 def test_lines_errors_and_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     """What commands print goes one way, errors another, the log of a terminal a third; a message has the lines it means."""
-    say(HOSTILE)
+    print_line(HOSTILE)
     print_error(f"streamlearn: a: {HOSTILE}")
     captured = capsys.readouterr()
     assert captured.out == f"{SHOWN}\n"

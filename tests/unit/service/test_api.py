@@ -13,10 +13,10 @@ import pytest
 
 from streamlearn.cli.lifecycle import read_status
 from streamlearn.data import StreamlearnError
-from streamlearn.service.api import MAX_BODY_BYTES, Backend, control
+from streamlearn.service.api import MAX_BODY_BYTES, Backend, control_app
 from streamlearn.service.client import _UnixConnection
 from streamlearn.service.server import Server, bind_control
-from streamlearn.service.statedir import locked, take_over
+from streamlearn.service.statedir import locked, record_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Nobody:
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give a control socket that is listened to."""
     listener, path = bind_control(tmp_path_factory.mktemp("state"))
-    server = Server(control(cast("Backend", Nobody())), listener, "control")
+    server = Server(control_app(cast("Backend", Nobody())), listener, "control")
     server.start()
     while True:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -120,8 +120,8 @@ def test_a_large_matrix_is_asked_for_by_itself(tmp_path: Path) -> None:
     """`/status` is small, `/matrix` has the matrix, and what `status --json` prints has both."""
     with locked(tmp_path):
         listener, path = bind_control(tmp_path)
-        take_over(tmp_path, {"socket": str(path), "http": ""})
-        server = Server(control(cast("Backend", Large())), listener, "control")
+        record_process(tmp_path, {"socket": str(path), "http": ""})
+        server = Server(control_app(cast("Backend", Large())), listener, "control")
         server.start()
         try:
             assert read_status(tmp_path)["matrix"] is None

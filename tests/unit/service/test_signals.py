@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.daemon import Desk
+from streamlearn.daemon import ControlDesk
 from streamlearn.data import Delivery
 from streamlearn.metrics import Metrics
 from tests.unit.test_job import made
@@ -79,13 +79,13 @@ def output(script: str, *before: str) -> str:
 def test_a_handler_that_outlasts_the_deadline_does_not_lengthen_a_wait(tmp_path: Path, where: str) -> None:
     """A signal comes before a wait's deadline and its handler returns after it: the wait ends all the same."""
     job, stream = made(tmp_path)
-    desk = Desk(job.config, Metrics())
+    desk = ControlDesk(job.config, Metrics())
     waits: dict[str, Callable[[float], object]] = {"next": stream.next, "wait": desk.wait}
     before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.3))
 
     def end_both() -> None:
         stream._put(Delivery())
-        desk._bell.set()
+        desk._wake_event.set()
 
     rescue = threading.Timer(20, end_both)
     rescue.start()

@@ -20,16 +20,16 @@ from streamlearn.cli import lifecycle
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import (
-    Hints,
     Lock,
+    ProcessRecord,
     is_locked,
     locked,
-    note_end,
-    open_log,
+    open_daemon_log,
     process_start_time,
-    read_hints,
+    read_process_record,
+    record_clean_end,
     send_signal,
-    write_hints,
+    write_process_record,
 )
 from tests.unit.test_job import made
 
@@ -47,7 +47,7 @@ def refusal(state_dir: Path) -> StreamlearnError:
     with pytest.raises(StreamlearnError) as caught, locked(state_dir):
         pass
     with pytest.raises(StreamlearnError) as logged:
-        os.close(open_log(state_dir))
+        os.close(open_daemon_log(state_dir))
     assert str(logged.value) == str(caught.value)
     return caught.value
 
@@ -92,11 +92,11 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
     state_dir = tmp_path / "state"
     state_dir.mkdir(mode=0o700)
     (state_dir / name).symlink_to(victim)
-    assert read_hints(state_dir) is None
+    assert read_process_record(state_dir) is None
     with suppress(StreamlearnError):  # refused, or the link itself is replaced: both are right
-        write_hints(state_dir / "daemon.json", {"pid": 1})
+        write_process_record(state_dir / "daemon.json", {"pid": 1})
     with suppress(StreamlearnError):
-        os.close(open_log(state_dir))
+        os.close(open_daemon_log(state_dir))
     with suppress(StreamlearnError), locked(state_dir):
         pass
     assert (json.loads(victim.read_text()), victim.stat().st_mode & 0o777) == (hints, 0o644)
@@ -112,7 +112,7 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
 def test_hints_that_make_no_sense_are_none(tmp_path: Path, text: str) -> None:
     """No number of a process that was not written by a daemon is ever used."""
     (tmp_path / "daemon.json").write_text(text)
-    assert read_hints(tmp_path) is None
+    assert read_process_record(tmp_path) is None
 
 
 def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as innocent:
         start_time = process_start_time(innocent.pid)
         assert start_time is not None
-        hints = Hints(innocent.pid, start_time, tmp_path / "none", "")
+        hints = ProcessRecord(innocent.pid, start_time, tmp_path / "none", "")
         with pytest.raises(StreamlearnError, match="is no daemon of this directory: it gets no signal") as caught:
             send_signal(tmp_path, hints, signal.SIGTERM)
         assert (caught.value.code, innocent.poll()) == (77, None)
@@ -155,20 +155,20 @@ def test_a_daemon_that_ends_by_itself_is_stopped(
     with subprocess.Popen(["sleep", "60"]) as process:
         start_time = process_start_time(process.pid)
         tree = {"pid": process.pid, "start_time": start_time, "socket": "s", "http": "h"}
-        write_hints(tmp_path / "daemon.json", tree)
+        write_process_record(tmp_path / "daemon.json", tree)
 
         def end(*_: object) -> Any:
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             if when != "unreaped":
                 process.wait()
-            note_end(tmp_path)
+            record_clean_end(tmp_path)
             lock.close()
             raise StreamlearnError("the daemon does not answer", code=75)
 
         monkeypatch.setattr(Client, "command", end)
         if when == "signalled":
-            monkeypatch.setattr(Hints, "is_alive", True)
+            monkeypatch.setattr(ProcessRecord, "is_alive", True)
         lifecycle.stop(tmp_path, timeout=10)
     assert capsys.readouterr().out == "stopped\n"
 
@@ -181,13 +181,13 @@ def test_who_has_lost_the_directory_saves_nothing_there(tmp_path: Path, how: str
     with locked(state_dir) as lock:
         job.store = Store(state_dir, before_write=lock.check)
         job.save(stream, "manual")
-        job.finish_saves(stream)
+        job.wait_for_saves(stream)
         assert len(job.store.all()) == 1
         shutil.rmtree(state_dir)
         second = Lock(state_dir) if how == "replaced" else None
         job.save(stream, "manual")
         with pytest.raises(LockLost, match=how) as caught:
-            job.finish_saves(stream)
+            job.wait_for_saves(stream)
         assert caught.value.code == code
         assert not (state_dir / "checkpoints").exists()
         if second is not None:
@@ -198,7 +198,7 @@ def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, mon
     """EIO where the loop looks for the newest one: training goes on, the save fails, and the next one succeeds."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
 
     def fail(_: object) -> Any:
         raise OSError(5, "Input/output error", str(job.store.root))
@@ -206,10 +206,10 @@ def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, mon
     with monkeypatch.context() as broken:
         broken.setattr(Store, "paths", fail)
         job.save(stream, "manual")
-        job.finish_saves(stream)
-        assert job.saving is None
+        job.wait_for_saves(stream)
+        assert job.current_save is None
     failed, job.save_failed = job.save_failed, None
     assert failed is not None
     saving = job.save(stream, "manual")
-    job.finish_saves(stream)
+    job.wait_for_saves(stream)
     assert saving.checkpoint is not None
