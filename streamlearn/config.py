@@ -863,7 +863,7 @@ class Config(Section):
             found.append("kafka.sasl.token_url is http: the client's secret and the token travel without encryption")
         return found
 
-    def absent_secret(self) -> str | None:
+    def unreadable_secret(self) -> str | None:
         """Return why the secret cannot be read here, or None: it may be where the daemon will run."""
         try:
             if self.kafka is not None and self.kafka.sasl is not None:

@@ -436,9 +436,9 @@ def make_stream_reader(job: Job) -> Stream:
     )  # fmt: skip
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
     refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0
-    job.metrics.know(spec.topics or [])
+    job.metrics.declare_topics(spec.topics or [])
     for key in ("dead letters", "dead letter failures"):  # these dead letters have sent none yet
-        job.metrics.start_from(key, 0)
+        job.metrics.set_baseline(key, 0)
     return Stream(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
 
 
@@ -468,7 +468,7 @@ def record_versions(job: Job, cause: str) -> None:
         "strategy": " + ".join(job.config.strategy),
         "config_sha256": job.config.digest(),
     }
-    job.metrics.announce(versions, model, job.started, cause)
+    job.metrics.record_start(versions, model, job.started, cause)
 
 
 def remove_socket(path: Path, lock: Lock) -> None:

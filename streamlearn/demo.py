@@ -69,7 +69,9 @@ def run(output: Path) -> None:
             if process.poll() is None:
                 process.terminate()
                 process.wait(30)
-    curves = [report.Curves.of(Store(work / "state" / name).all()[0], f"{name}: {RUNS[name][0]}") for name in RUNS]
+    curves = [
+        report.Run.from_checkpoint(Store(work / "state" / name).all()[0], f"{name}: {RUNS[name][0]}") for name in RUNS
+    ]
     report.write(output, curves)
     report.write_json(output / "summary.json", {name: report.summary(c) for name, c in zip(RUNS, curves, strict=True)})
     _conclude(output, curves, time.monotonic() - begun)
@@ -133,7 +135,7 @@ def _rows(state: Path) -> list[list[float | None]]:
     return matrix
 
 
-def _conclude(output: Path, curves: Sequence[report.Curves], seconds: float) -> None:
+def _conclude(output: Path, curves: Sequence[report.Run], seconds: float) -> None:
     print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")
     for curve in curves:
         accuracy, lost = curve.status["average_accuracy"], curve.status["average_forgetting"]

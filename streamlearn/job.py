@@ -401,7 +401,7 @@ class Job:
         before = self.store.corrupt
         checkpoint = self.store.newest_sound()
         self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
-        self.metrics.forget_training()
+        self.metrics.clear_training_gauges()
         if checkpoint is None:
             self._show_restored()
             return False
@@ -434,9 +434,9 @@ class Job:
         """Show what the state says, and let the counters of this process begin where the learner's own totals stand."""
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
-            self.metrics.start_from(key, int(sizes.get(key, 0)))
+            self.metrics.set_baseline(key, int(sizes.get(key, 0)))
         for key, total in counts.items():
-            self.metrics.start_from(key, total)
+            self.metrics.set_baseline(key, total)
         self.record_strategy()
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.last_evaluated)
 
@@ -644,8 +644,8 @@ class Job:
         names = {task.index: task.name for task in self.progress.tasks}
         metrics.record_memory(self.learner.strategy.sizes(), names)
         metrics.record_constraint(self.learner.strategy.constraint.counts())
-        metrics.catch_up("dlq_records", "dead letters", stream.dead_letters.sent, "success")
-        metrics.catch_up("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
+        metrics.add_increase("dlq_records", "dead letters", stream.dead_letters.sent, "success")
+        metrics.add_increase("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
         behind = Counter[str]()
         for (topic, _), count in stream.status.lag(self.progress.positions.by_partition).items():
             behind[topic] += count

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 PREFIX = "streamlearn_"
 STATES = ("starting", "restoring", "running", "paused", "draining")
-TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
-SOURCES = ("marker", "next_topic", "count", "idle", "command")  # of a task's end
-CAUSES = ("first", "clean", "crash")  # of a start
-GAPS = ("retention", "corrupt", "oversize")  # why offsets are skipped
-MAX_CHILDREN = 100  # tasks, or topics, that get labels of their own
+SAVE_TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
+TASK_END_SOURCES = ("marker", "next_topic", "count", "idle", "command")  # of a task's end
+START_CAUSES = ("first", "clean", "crash")  # of a start
+SKIP_REASONS = ("retention", "corrupt", "oversize")  # why offsets are skipped
+MAX_LABEL_VALUES = 100  # tasks, or topics, that get labels of their own
 MAX_MATRIX_TASKS = 50
 LOSS_SMOOTHING = 0.9
 
@@ -273,12 +273,12 @@ class Metrics:
         results = ("success", "failure")
         folded = [name for name, (_, labels) in COUNTERS.items() if {"topic", "task"} & set(labels)]
         closed: dict[str, Iterable[tuple[str, ...]]] = {
-            "checkpoints": product(results, TRIGGERS),
+            "checkpoints": product(results, SAVE_TRIGGERS),
             "dlq_records": product(results),
             "metrics_labels_dropped": product(folded),
-            "restarts": product(CAUSES),
+            "restarts": product(START_CAUSES),
             "samples_skipped": product(("nonfinite",)),
-            "task_boundaries": product(SOURCES),
+            "task_boundaries": product(TASK_END_SOURCES),
             "train_steps_skipped": product(("nonfinite", "nonfinite_generator")),
         }
         for name, children in closed.items():
@@ -300,21 +300,21 @@ class Metrics:
         if amount:
             counter.inc(amount)
 
-    def announce(self, versions: Mapping[str, str], model: Mapping[str, str], started: float, cause: str) -> None:
+    def record_start(self, versions: Mapping[str, str], model: Mapping[str, str], started: float, cause: str) -> None:
         """Say what runs, since when, and how the process before it ended."""
         Info(PREFIX + "build", "Versions of what runs.", registry=self.registry).info(dict(versions))
         Info(PREFIX + "model", "What is learned, and how.", registry=self.registry).info(dict(model))
         self.gauges.set("start_timestamp_seconds", started)
         self.count("restarts", 1, cause)
 
-    def forget_training(self) -> None:
+    def clear_training_gauges(self) -> None:
         """Show nothing of what was learned from here on: it is not in the state that is restored now."""
         self._smoothed.clear()
         for name in ("train_loss", "train_prequential_accuracy_ratio", "train_gradient_norm"):
             self.gauges.replace(name, {})
         self.gauges.set("importance_last_update_timestamp_seconds", None)
 
-    def know(self, topics: Iterable[str]) -> None:
+    def declare_topics(self, topics: Iterable[str]) -> None:
         """Let the counters of topics exist at 0, so that a scrape can see their first increase.
 
         In the order given: where there are too many topics, the first ones have series of their own.
@@ -327,18 +327,18 @@ class Metrics:
                 self.count(name, 0, topic)
             for reason in REJECT_REASONS:
                 self.count("samples_rejected", 0, topic, reason)
-            for reason in GAPS:
+            for reason in SKIP_REASONS:
                 self.count("records_skipped_offsets", 0, topic, reason)
             for name in ("samples_trained", "samples_held_out", "train_steps", "probe_failures"):
                 self.count(name, 0, topic)
 
-    def know_partitions(self, partitions: Iterable[Partition]) -> None:
+    def declare_partitions(self, partitions: Iterable[Partition]) -> None:
         """Do the same for partitions that the reader has found, whose topics no configuration may have named."""
         for place in partitions:
             if place in self._declared:
                 continue
             self._declared.add(place)
-            self.know([place[0]])
+            self.declare_topics([place[0]])
             self.count("records_consumed", 0, place[0], str(place[1]))
 
     def record_delivery(self, delivery: Delivery, stats: LearnStats | None, task: str, now: float) -> None:
@@ -401,7 +401,7 @@ class Metrics:
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int
     ) -> None:
         """Show where the reader and the applied positions stand."""
-        self.know_partitions(status.ends)
+        self.declare_partitions(status.ends)
         applied = {p: position.offset for p, position in progress.positions.by_partition.items()}
         shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
         lag = status.lag(progress.positions.by_partition)
@@ -432,7 +432,7 @@ class Metrics:
         for name, key in (("replay_samples_drawn", "drawn"), ("replay_samples_evicted", "evicted")):
             value = sizes.get(key)
             if isinstance(value, int):
-                self.catch_up(name, key, value)
+                self.add_increase(name, key, value)
 
     def record_agreement(self, agreement: Mapping[tuple[str, str], float]) -> None:
         """Show how well a generator replays each class of each task."""
@@ -443,14 +443,14 @@ class Metrics:
         """Count the steps that a constraint changed."""
         for name, key in (("constraint_projections", "projected"), ("constraint_solver_failures", "failed")):
             if key in counts:
-                self.catch_up(name, key, counts[key])
+                self.add_increase(name, key, counts[key])
 
-    def catch_up(self, name: str, key: str, total: int, *labels: str) -> None:
+    def add_increase(self, name: str, key: str, total: int, *labels: str) -> None:
         """Add to a counter what a running total has gained since it was last looked at."""
         self.count(name, max(0, total - self._seen[key]), *labels)
         self._seen[key] = total
 
-    def start_from(self, key: str, total: int) -> None:
+    def set_baseline(self, key: str, total: int) -> None:
         """Say that a running total that was restored from state does not count in this process."""
         self._seen[key] = total
 
@@ -471,7 +471,7 @@ class Metrics:
         known = self._known.get(kind)
         if known is None:
             return True
-        if value not in known and len(known) < MAX_CHILDREN:
+        if value not in known and len(known) < MAX_LABEL_VALUES:
             known.add(value)
         return value in known
 

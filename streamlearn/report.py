@@ -70,7 +70,7 @@ $details
 
 
 @dataclass(frozen=True)
-class Curves:
+class Run:
     """A run as a report shows it."""
 
     name: str
@@ -79,7 +79,7 @@ class Curves:
     checkpoint: Mapping[str, Any] = field(default_factory=dict)  # the manifest of the one that it was read from
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, name: str | None = None) -> Curves:
+    def from_checkpoint(cls, checkpoint: Checkpoint, name: str | None = None) -> Run:
         """Return what a checkpoint knows of its run."""
         status = checkpoint.read_json("status.json")
         matrix = AccuracyMatrix.from_checkpoint(checkpoint)
@@ -102,13 +102,13 @@ class Curves:
         return names
 
 
-def intransigence(run: Curves, joint: Curves) -> dict[str, float]:
+def intransigence(run: Run, joint: Run) -> dict[str, float]:
     """Return a*_k - R[k, k] by task, what a joint run knew of it when it ended and this run did not (Chaudhry et al. 2018)."""
     own, best = run.learned(), joint.learned()
     return {name: best[name] - own[name] for name in own if name in best}
 
 
-def write(output: Path, runs: Sequence[Curves], joint: Curves | None = None) -> Path:
+def write(output: Path, runs: Sequence[Run], joint: Run | None = None) -> Path:
     """Write `report.html`, `accuracy.png`, `matrix.png` and `forgetting.png`; return the page's path.
 
     `joint`: a run of the same tasks by joint training, to which what each task reached is compared.
@@ -125,13 +125,13 @@ def write(output: Path, runs: Sequence[Curves], joint: Curves | None = None) -> 
     return page
 
 
-def summary(run: Curves) -> dict[str, Any]:
+def summary(run: Run) -> dict[str, Any]:
     """Return a run's figures."""
     keys = ("average_accuracy", "average_forgetting", "backward_transfer", "forward_transfer", "matrix")
     return {key: run.status[key] for key in keys}
 
 
-def _drawn(runs: Sequence[Curves]) -> dict[str, bytes]:
+def _drawn(runs: Sequence[Run]) -> dict[str, bytes]:
     """Return the pictures as PNG. Names are shown as they are: no `$` in them begins a formula."""
     try:
         import matplotlib as mpl
@@ -157,17 +157,17 @@ def _subplots(count: int, width: float, height: float, beside: float = 0.0) -> t
     return figure, list(axes[0])
 
 
-def _size(runs: Sequence[Curves]) -> int:
+def _size(runs: Sequence[Run]) -> int:
     """Return how many tasks the longest run has."""
     return max(len(run.status["tasks"]) for run in runs)
 
 
-def _many(runs: Sequence[Curves]) -> bool:
+def _many(runs: Sequence[Run]) -> bool:
     """Tell whether there are too many tasks for each to have a name in a picture."""
     return _size(runs) > MANY
 
 
-def _accuracy(runs: Sequence[Curves]) -> Figure:
+def _accuracy(runs: Sequence[Run]) -> Figure:
     many = _many(runs)
     height = 3.8 if many else max(3.8, 0.6 + 0.19 * _size(runs))
     figure, axes = _subplots(len(runs), 5.2, height, 0.0 if many else 2.2)  # where the tasks' names stand
@@ -186,7 +186,7 @@ def _accuracy(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def _lines(ax: Axes, run: Curves) -> None:
+def _lines(ax: Axes, run: Run) -> None:
     """Draw a line with a name for each task."""
     for index, name in enumerate(run.tasks):
         points = [(samples, row[index]) for _, samples, row in run.history if index in row]
@@ -202,7 +202,7 @@ def _lines(ax: Axes, run: Curves) -> None:
         line.set_label("\u200b" + _short(name))  # a legend leaves out what begins with an underscore
 
 
-def _many_lines(ax: Axes, run: Curves) -> None:
+def _many_lines(ax: Axes, run: Run) -> None:
     """Draw thin lines, a colour from the first task to the last, and the mean over the tasks seen."""
     import numpy as np
     from matplotlib.collections import LineCollection
@@ -223,7 +223,7 @@ def _many_lines(ax: Axes, run: Curves) -> None:
     ax.figure.colorbar(lines, ax=ax, label="task, by number (black: mean)")
 
 
-def _matrix(runs: Sequence[Curves]) -> Figure:
+def _matrix(runs: Sequence[Run]) -> Figure:
     import numpy as np
 
     many = _many(runs)
@@ -249,7 +249,7 @@ def _matrix(runs: Sequence[Curves]) -> Figure:
     return figure
 
 
-def _forgetting(runs: Sequence[Curves]) -> Figure:
+def _forgetting(runs: Sequence[Run]) -> Figure:
     many, count = _many(runs), _size(runs)
     figure, (ax,) = _subplots(1, 6.5, 3.4 if many else max(2.4, 1.2 + 0.24 * count * max(1, len(runs) / 2)))
     width = 0.8 / len(runs)
@@ -300,7 +300,7 @@ def _title(text: str) -> str:
     return textwrap.fill(_plain(text), MAX_LETTERS, max_lines=2, placeholder="\N{HORIZONTAL ELLIPSIS}")
 
 
-def _page(runs: Sequence[Curves], pictures: dict[str, bytes], joint: Curves | None) -> str:
+def _page(runs: Sequence[Run], pictures: dict[str, bytes], joint: Run | None) -> str:
     images = {
         name: f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
         for name, data in pictures.items()
@@ -333,7 +333,7 @@ def _text(text: str) -> str:
     return html.escape(_plain(text))
 
 
-def _facts(run: Curves) -> str:
+def _facts(run: Run) -> str:
     """Return what was learned when, and by which configuration."""
     status, manifest = run.status, run.checkpoint
     facts = {
@@ -354,7 +354,7 @@ def _facts(run: Curves) -> str:
     return f"<dl>{known}</dl>{details}"
 
 
-def _task_table(run: Curves, joint: Curves | None) -> str:
+def _task_table(run: Run, joint: Run | None) -> str:
     rows, missed = [], {} if joint is None else intransigence(run, joint)
     for name, task in zip(run.tasks, run.status["tasks"], strict=True):
         probe = task["probe"]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from streamlearn import __version__
-from streamlearn.cli import checkpoints, data, letters, lifecycle, reports, settings, tasks
+from streamlearn.cli import checkpoints, config, data, letters, lifecycle, reports, tasks
 from streamlearn.cli.common import JsonOption, print_error, print_json, print_line, to_streamlearn_error
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ reports.add_to(app)
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(letters.app, name="dlq")
 app.add_typer(tasks.app, name="task")
-app.add_typer(settings.app, name="config")
+app.add_typer(config.app, name="config")
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ def report(
 ) -> None:
     """Write an HTML page and pictures: what was learned, and what was forgotten."""
     from streamlearn.checkpoint import Store
-    from streamlearn.report import Curves, write
+    from streamlearn.report import Run, write
 
-    def curves(directory: Path, name: str) -> Curves:
-        return Curves.of(Store(directory).find(name, "status.json", "state.json"))
+    def curves(directory: Path, name: str) -> Run:
+        return Run.from_checkpoint(Store(directory).find(name, "status.json", "state.json"))
 
     page = write(
         output, [curves(find_state_dir(state), checkpoint)], None if joint is None else curves(joint, "latest")

@@ -23,16 +23,16 @@ import yaml
 from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
 from streamlearn.learner import LearnStats
 from streamlearn.metrics import (
-    CAUSES,
     COUNTERS,
-    GAPS,
     GAUGES,
     HISTOGRAMS,
-    MAX_CHILDREN,
+    MAX_LABEL_VALUES,
     PREFIX,
-    SOURCES,
+    SAVE_TRIGGERS,
+    SKIP_REASONS,
+    START_CAUSES,
     STATES,
-    TRIGGERS,
+    TASK_END_SOURCES,
     Metrics,
 )
 from streamlearn.service.api import COMMANDS
@@ -257,7 +257,7 @@ def test_what_never_was_is_missed(tmp_path: Path) -> None:
 def test_counters_of_topics_exist_at_zero() -> None:
     """Named by the configuration or found by a pattern, a topic's counters are there before they grow."""
     metrics = Metrics()
-    metrics.know(["named"])
+    metrics.declare_topics(["named"])
     status = StreamStatus(ends={("found", 1): 10})
     metrics.record_stream(status, Progress(), {}, 0)
     text = metrics.expose("")[0].decode()
@@ -271,7 +271,7 @@ def test_counters_of_topics_exist_at_zero() -> None:
         ):
             assert f"streamlearn_{name}_total{{{labels}}} 0.0" in "\n".join(map(ordered, text.splitlines()))
     assert 'streamlearn_records_consumed_total{partition="1",topic="found"} 0.0' in map(ordered, text.splitlines())
-    metrics.know(f"t{number}" for number in range(500))
+    metrics.declare_topics(f"t{number}" for number in range(500))
     assert 'streamlearn_metrics_labels_dropped_total{metric="samples_late"} 0.0' in metrics.expose("")[0].decode()
 
 
@@ -391,21 +391,21 @@ def test_closed_sets_are_complete() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text()
     known = {
         "`reason` of a rejection": REJECT_REASONS,
-        "`trigger`": TRIGGERS,
+        "`trigger`": SAVE_TRIGGERS,
         "`state`": STATES,
-        "`source` of a task's end": SOURCES,
-        "`cause` of a start": CAUSES,
+        "`source` of a task's end": TASK_END_SOURCES,
+        "`cause` of a start": START_CAUSES,
         "`command` of a control request": COMMANDS,
-        "`reason` of skipped offsets": GAPS,
+        "`reason` of skipped offsets": SKIP_REASONS,
     }
     for what, values in known.items():
         assert f"{what} ({', '.join(values)})" in text
     code = "".join(path.read_text() for path in (ROOT / "streamlearn" / "stream").glob("*.py"))
     sources = set(re.findall(r"\.end\(\"(\w+)\"\)", code)) | set(re.findall(r"\.close\(\w+, \"(\w+)\"\)", code))
-    assert {"count", "marker"} < sources <= set(SOURCES)
-    assert set(re.findall(r"\.lost\([^\n]*, \"(\w+)\"\)", code)) <= set(GAPS)
+    assert {"count", "marker"} < sources <= set(TASK_END_SOURCES)
+    assert set(re.findall(r"\.lost\([^\n]*, \"(\w+)\"\)", code)) <= set(SKIP_REASONS)
     shown = Metrics().expose("")[0].decode()
-    for source in SOURCES:
+    for source in TASK_END_SOURCES:
         assert f'streamlearn_task_boundaries_total{{source="{source}"}} 0.0' in shown
 
 
@@ -434,12 +434,12 @@ def test_cardinality_is_bounded() -> None:
 
 def test_stored_samples_have_a_bounded_number_of_series() -> None:
     """Past a hundred tasks the gauge of stored samples leaves the later ones out."""
-    metrics, count = Metrics(), MAX_CHILDREN + 50
+    metrics, count = Metrics(), MAX_LABEL_VALUES + 50
     metrics.record_memory({"samples": dict.fromkeys(range(count), 3)}, {n: f"t{n}" for n in range(count)})
     shown = re.findall(
         r'^streamlearn_replay_buffer_samples{task="(\w+)"} 3.0', metrics.expose("")[0].decode(), re.MULTILINE
     )
-    assert shown == [f"t{n}" for n in range(MAX_CHILDREN)]
+    assert shown == [f"t{n}" for n in range(MAX_LABEL_VALUES)]
 
 
 def test_every_panel_is_answered(tmp_path: Path) -> None:
@@ -544,10 +544,10 @@ def test_deployed_configuration_is_valid() -> None:
 def test_of_too_many_topics_the_first_have_series() -> None:
     """Topics take their series in the order in which they are learned; which ones are shown is not left to chance."""
     metrics = Metrics()
-    names = [f"t{number:03d}" for number in range(3 * MAX_CHILDREN)]
-    metrics.know(names)
-    metrics.know_partitions((name, 0) for name in names)
+    names = [f"t{number:03d}" for number in range(3 * MAX_LABEL_VALUES)]
+    metrics.declare_topics(names)
+    metrics.declare_partitions((name, 0) for name in names)
     text = metrics.expose("text/plain")[0].decode()
     for name in ("streamlearn_samples_consumed_total", "streamlearn_records_consumed_total"):
         shown = re.findall(rf'^{name}{{.*?topic="(\w+)"', text, re.MULTILINE)
-        assert sorted(shown) == names[:MAX_CHILDREN]
+        assert sorted(shown) == names[:MAX_LABEL_VALUES]

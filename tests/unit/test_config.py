@@ -678,10 +678,10 @@ def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
     sasl = {**OAUTH, "client_secret_file": str(path)}
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
     config = written(tmp_path, {**TWO, "kafka": kafka})
-    assert config.absent_secret() == f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
+    assert config.unreadable_secret() == f"kafka.sasl.client_secret_file: [Errno 2] No such file or directory: '{path}'"
     assert config.warnings(RECIPES) == []
     path.write_text("12345")
-    assert config.absent_secret() is None
+    assert config.unreadable_secret() is None
 
 
 @pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL"])

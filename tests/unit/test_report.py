@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.report import MANY, Curves, _accuracy, _forgetting, _matrix, _title, intransigence, write
+from streamlearn.report import MANY, Run, _accuracy, _forgetting, _matrix, _title, intransigence, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 PNG = b"\x89PNG"
 
 
-def curves(names: list[str], matrix: list[list[float | None]]) -> Curves:
+def curves(names: list[str], matrix: list[list[float | None]]) -> Run:
     """Return a run with these tasks and this accuracy matrix."""
     status: dict[str, Any] = {"tasks": [{"name": name} for name in names], "matrix": matrix}
-    return Curves("run", status, [])
+    return Run("run", status, [])
 
 
 def test_intransigence_is_what_a_joint_run_knew_better() -> None:
@@ -30,7 +30,7 @@ def test_intransigence_is_what_a_joint_run_knew_better() -> None:
     assert intransigence(run, joint) == pytest.approx({"a": -0.05, "b": 0.2})
 
 
-def learned(names: list[str], labels: list[object], evaluations: int = 5) -> Curves:
+def learned(names: list[str], labels: list[object], evaluations: int = 5) -> Run:
     """Return a run that has ended, each task a tenth of a point worse than when it was learned for each later one."""
     count = len(names)
     matrix = [[0.9 - (i - j) / 1000 if j <= i else None for j in range(count)] for i in range(count)]
@@ -62,7 +62,7 @@ def learned(names: list[str], labels: list[object], evaluations: int = 5) -> Cur
         "config_sha256": "ab" * 32,
         "shaping": {"model.name": "mlp", "strategy.er.budget": 500},
     }
-    return Curves("er", status, history, manifest)
+    return Run("er", status, history, manifest)
 
 
 def test_a_report_says_what_when_and_how(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_any_label_can_be_shown(tmp_path: Path, label: str) -> None:
     assert len(drawn_legend(run)) == 3
 
 
-def drawn_legend(run: Curves) -> list[Text]:
+def drawn_legend(run: Run) -> list[Text]:
     """Return what the legend of the curves names."""
     legend = _accuracy([run]).axes[0].get_legend()
     assert legend is not None

@@ -12,7 +12,7 @@ app = typer.Typer(help="Check a configuration, show the values in force, or the 
 @app.command()
 def check(config: ConfigArgument) -> None:
     """Print every error with its key, value and what is accepted; 78 where there is one."""
-    if (absent := load_config(config, warn=True).absent_secret()) is not None:
+    if (absent := load_config(config, warn=True).unreadable_secret()) is not None:
         print_error(f"warning: {absent}")
     print_line(f"{config}: fine")
 
