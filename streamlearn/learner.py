@@ -15,7 +15,7 @@ from torch.nn import functional
 from streamlearn.augment import Distortion
 from streamlearn.config import TextInputConfig
 from streamlearn.data import Batch, Delivery, StreamlearnError
-from streamlearn.memory import ALL, Immutable, Reservoir, place_in_class
+from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
 from streamlearn.models.model_check import ModelCheck
@@ -550,7 +550,7 @@ class Learner:
         if part.samples_needed != ALL and part.samples_needed < len(y):  # another part asked for more
             order = torch.randperm(len(y), generator=seeded(self.context.seed, f"closing-{self.task}"))
             if part.samples_balanced:
-                order = order[place_in_class(y[order]).argsort(stable=True)]
+                order = order[rank_in_class(y[order]).argsort(stable=True)]
             x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
         return Closing(
             self.task, x, y, self.params, self.strategy.network.module, self.active_outputs,

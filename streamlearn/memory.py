@@ -1,4 +1,4 @@
-"""Samples kept: a reservoir of the current task, and an episodic memory of past ones. Both keep the dtype they arrived in."""
+"""Stores samples: a reservoir for the current task, an episodic memory for past tasks. Both keep the dtype of the input."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from streamlearn.data import Label, StreamlearnError
 from streamlearn.tensors import seeded
 
 State = dict[str, Any]
-StoredSamples = dict[str, Tensor]  # values of stored samples, each [n, ...]
-Classes = Sequence[Mapping[int, Label]]  # of each task: the label of each output
+StoredSamples = dict[str, Tensor]  # name of a value -> the values of n samples, [n, ...]
+Classes = Sequence[Mapping[int, Label]]  # for each task: output -> label
 
 ALL = -1
-"""A number of samples that stands for every one."""
+"""As a number of samples: all of them, without a limit."""
 
 
 class Immutable(dict[str, Tensor]):
-    """Tensors that never change under this name: a checkpoint links them to the previous one instead of writing them."""
+    """Tensors that never change under this name: a checkpoint links their file from the previous one and writes nothing."""
 
 
 class Reservoir:
-    """A uniform sample of the current task (Vitter 1985, algorithm R), of `capacity` samples, or `ALL`.
+    """Keeps a uniform random sample of the current task (Vitter 1985, algorithm R): `capacity` samples, or `ALL`.
 
-    `balanced`: uniform within each class, and the classes as equal as what has come allows (Chrysakis & Moens 2020, algorithm
-    1). Kept on the host, where two insertions into one place have an order.
+    With `balanced` it samples uniformly within each class, and keeps the class sizes as equal as the stream allows
+    (Chrysakis & Moens 2020, algorithm 1). The samples stay on the host, where the order of two writes to one index is
+    defined.
     """
 
     def __init__(self, capacity: int, max_bytes: int, seed: int, *, balanced: bool = False) -> None:
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.balanced = balanced
-        self._met: Counter[int] = Counter()  # samples seen of each class, where balanced
-        self._full: set[int] = set()  # classes that were the largest once
-        self._places: dict[int, list[int]] = {}  # where the samples of each class are, once all places are taken
+        self._seen_by_class: Counter[int] = Counter()  # samples offered of each class, if balanced
+        self._once_largest: set[int] = set()  # classes that have been the largest at some time
+        self._indices: dict[int, list[int]] = {}  # class -> indices of its samples; filled when the reservoir is full
         self.seen = 0
-        self.sealed = False
+        self.sealed = False  # a sealed reservoir accepts no further samples
         self._size = 0
         self._x = torch.empty(0)
         self._y = torch.empty(0, dtype=torch.int64)
@@ -52,97 +53,104 @@ class Reservoir:
 
     @property
     def x(self) -> Tensor:
-        """The samples, `[n, ...]`, as they arrived."""
+        """The stored samples, `[n, ...]`, unscaled."""
         return self._x[: self._size]
 
     @property
     def y(self) -> Tensor:
-        """Their output indices, `[n]`."""
+        """The output index of each stored sample, `[n]`."""
         return self._y[: self._size]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Offer samples; ignored while sealed. Raises `StreamlearnError` when `ALL` no longer fits `max_bytes`."""
+        """Offer samples. A sealed reservoir ignores them. Raises `StreamlearnError` when `ALL` samples exceed `max_bytes`."""
         if self.capacity == 0 or self.sealed:
             return
         room = len(y) if self.capacity == ALL else max(0, min(self.capacity - self._size, len(y)))
         if room > 0:
             self._append(x[:room], y[:room])
         rest = torch.arange(room, len(y))
-        # of two insertions into one place the later stays; written together, their order would be undefined
+        # a dict keeps the later of two writes to one index; one indexed assignment would leave their order undefined
         if self.balanced:
-            self._met.update(y[:room].tolist())
-            taken = self._balance(room, y[room:].tolist())
+            self._seen_by_class.update(y[:room].tolist())
+            replaced = self._replace_balanced(room, y[room:].tolist())
         else:
             draws = torch.rand(len(rest), generator=self._generator, dtype=torch.float64)
-            places = (draws * (self.seen + rest + 1)).long().tolist()
-            taken = {place: room + number for number, place in enumerate(places) if place < self.capacity}
+            indices = (draws * (self.seen + rest + 1)).long().tolist()
+            replaced = {index: room + number for number, index in enumerate(indices) if index < self.capacity}
         self.seen += len(y)
-        if taken:
-            into, index = torch.tensor(list(taken)), torch.tensor(list(taken.values()))
-            self._x[into], self._y[into] = x[index], y[index]
+        if replaced:
+            target, source = torch.tensor(list(replaced)), torch.tensor(list(replaced.values()))
+            self._x[target], self._y[target] = x[source], y[source]
 
     def clear(self) -> None:
-        """Forget the task; the stream of random numbers goes on."""
+        """Remove all samples and accept new ones. The random generator keeps its state."""
         self.seen = self._size = 0
         self.sealed = False
-        self._met.clear()
-        self._full.clear()
-        self._places = {}
+        self._seen_by_class.clear()
+        self._once_largest.clear()
+        self._indices = {}
         self._x, self._y = torch.empty(0), torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> State:
+        """Return the state as tensors and JSON values."""
         return {
             "x": self.x,
             "y": self.y,
             "seen": self.seen,
             "sealed": self.sealed,
-            "met": {str(label): count for label, count in self._met.items()},
-            "full": sorted(self._full),
+            "met": {str(label): count for label, count in self._seen_by_class.items()},
+            "full": sorted(self._once_largest),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: State) -> None:
+        """Restore what `state_dict` returned."""
         self._x, self._y = state["x"].clone(), state["y"].clone()
-        self._met = Counter({int(label): count for label, count in state.get("met", {}).items()})
-        self._full = set(state.get("full", []))
-        if self.balanced and "met" not in state:  # of a version whose reservoirs were uniform: what it saw is estimated
-            self._met = Counter(self._y.tolist())
+        self._seen_by_class = Counter({int(label): count for label, count in state.get("met", {}).items()})
+        self._once_largest = set(state.get("full", []))
+        if self.balanced and "met" not in state:  # an older version: estimate what it has seen of each class
+            self._seen_by_class = Counter(self._y.tolist())
             if state["seen"] > len(self._y):
-                self._full = set(self._met)
-                self._met = Counter({y: round(n * state["seen"] / len(self._y)) for y, n in self._met.items()})
-        self._places = {}
+                self._once_largest = set(self._seen_by_class)
+                self._seen_by_class = Counter(
+                    {y: round(n * state["seen"] / len(self._y)) for y, n in self._seen_by_class.items()}
+                )
+        self._indices = {}
         self._size = len(self._y)
         self.seen, self.sealed = state["seen"], state["sealed"]
         self._generator.set_state(state["generator"])
 
-    def _balance(self, first: int, labels: Sequence[int]) -> dict[int, int]:
-        """Return which of the samples from number `first` on go into which places, all of which are taken."""
+    def _replace_balanced(self, first: int, labels: Sequence[int]) -> dict[int, int]:
+        """Choose which stored samples of a full reservoir are replaced; return {stored index: number of the new sample}.
+
+        `labels` are the classes of the new samples, which are numbered from `first` on.
+        """
         if not labels:
             return {}
-        if not (places := self._places):
-            for place, label in enumerate(self.y.tolist()):
-                places.setdefault(label, []).append(place)
-        largest = self._largest()
+        if not (indices := self._indices):
+            for index, label in enumerate(self.y.tolist()):
+                indices.setdefault(label, []).append(index)
+        largest = self._update_largest()
         draws = torch.rand(len(labels), 2, generator=self._generator, dtype=torch.float64).tolist()
-        taken = {}
+        replaced = {}
         for number, (label, (chance, where)) in enumerate(zip(labels, draws, strict=True), first):
-            self._met[label] += 1
-            if label not in self._full:  # it grows, and the largest shrinks
-                place = places[largest].pop(int(where * len(places[largest])))
-                bisect.insort(places.setdefault(label, []), place)  # in order, as after a restart
-                largest = self._largest()
-            elif chance * self._met[label] <= len(places[label]):
-                place = places[label][int(where * len(places[label]))]
+            self._seen_by_class[label] += 1
+            if label not in self._once_largest:  # this class takes a place from the largest one
+                index = indices[largest].pop(int(where * len(indices[largest])))
+                bisect.insort(indices.setdefault(label, []), index)  # sorted, as they are after a restart
+                largest = self._update_largest()
+            elif chance * self._seen_by_class[label] <= len(indices[label]):
+                index = indices[label][int(where * len(indices[label]))]
             else:
                 continue
-            taken[place] = number
-        return taken
+            replaced[index] = number
+        return replaced
 
-    def _largest(self) -> int:
-        """Return the class that has the most places, and note all that have as many."""
-        most = max(map(len, self._places.values()))
-        largest = [label for label, rows in self._places.items() if len(rows) == most]
-        self._full.update(largest)
+    def _update_largest(self) -> int:
+        """Record the classes that have the most samples now; return the smallest of these."""
+        most = max(map(len, self._indices.values()))
+        largest = [label for label, rows in self._indices.items() if len(rows) == most]
+        self._once_largest.update(largest)
         return min(largest)
 
     def _append(self, x: Tensor, y: Tensor) -> None:
@@ -154,8 +162,8 @@ class Reservoir:
             per_sample = x[0].numel() * x.element_size()
             if needed * per_sample > self.max_bytes:
                 raise StreamlearnError(
-                    f"memory.max_bytes: {self.max_bytes} bytes hold {self.max_bytes // per_sample} samples of the current "
-                    f"task, and the strategy needs more"
+                    f"memory.max_bytes: {self.max_bytes} bytes hold only {self.max_bytes // per_sample} samples of the current "
+                    f"task, and the strategy needs more; raise memory.max_bytes"
                 )
             grown_x = torch.empty((size, *x.shape[1:]), dtype=x.dtype)
             grown_y = torch.empty(size, dtype=torch.int64)
@@ -167,11 +175,12 @@ class Reservoir:
 
 
 class EpisodicMemory:
-    """Samples of past tasks, at most `budget` in all (or `ALL`) and `max_bytes`; drawn by index, at a cost that does not grow.
+    """Stores samples of past tasks: at most `budget` samples (or `ALL`) and `max_bytes`.
 
-    `balanced` shares the budget equally over the classes (a class is a label, in however many tasks it came), at most
-    `per_class` each, and a class's part over its tasks; otherwise the tasks share it, and within a task every sample is as
-    likely to be kept. Where one has fewer than its share, the others have more.
+    With `balanced` all classes get an equal share of the budget, at most `per_class` samples each, and a class divides its
+    share equally over the tasks that it came in (a class is a label, in however many tasks it came). Otherwise all tasks
+    get an equal share, and every sample of a task is equally likely to be kept. What a class or task does not need of its
+    share goes to the others. The cost of a draw does not depend on the number of tasks.
     """
 
     def __init__(
@@ -183,24 +192,23 @@ class EpisodicMemory:
         self.per_class = per_class
         self.drawn = 0
         self.evicted = 0
-        self.samples_by_task: dict[int, StoredSamples] = {}  # by task
-        self._all: StoredSamples = {}  # every slot's samples, one after the other, with their tasks
+        self.samples_by_task: dict[int, StoredSamples] = {}
+        self._all: StoredSamples = {}  # the samples of all tasks, concatenated, and their tasks
         self._generator = seeded(seed, "memory")
 
     def __len__(self) -> int:
-        return sum(len(slot["y"]) for slot in self.samples_by_task.values())
+        return sum(len(samples["y"]) for samples in self.samples_by_task.values())
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the stored samples."""
-        return sum(num_bytes_of(slot) for slot in self.samples_by_task.values())
+        """Size of the stored samples in bytes."""
+        return sum(num_bytes_of(samples) for samples in self.samples_by_task.values())
 
     def store(self, task: int, x: Tensor, y: Tensor, classes: Classes = (), **more: Tensor) -> None:
-        """Keep a finished task's samples in random order, and cut every slot to its new share.
+        """Store an ended task's samples in random order, and reduce every task to its new share.
 
-        `x [n, ...]`, `y [n]`, and more values for each sample, `[n, ...]`, all on the host. `classes` gives the label of
-        each output of each task; without it an output is a class. Raises `StreamlearnError` when `ALL` samples no longer
-        fit `max_bytes`.
+        `x [n, ...]`, `y [n]` and the further values, `[n, ...]` each, are on the host. `classes` maps the outputs of each
+        task to labels; without it every output is a class. Raises `StreamlearnError` when `ALL` samples exceed `max_bytes`.
         """
         if not len(y):
             return
@@ -210,22 +218,23 @@ class EpisodicMemory:
         if self.budget == ALL:
             if len(self) > affordable:
                 raise StreamlearnError(
-                    f"memory.max_bytes: {self.max_bytes} bytes hold {affordable} samples; the strategy has {len(self)} to keep"
+                    f"memory.max_bytes: {self.max_bytes} bytes hold only {affordable} samples, and the strategy must keep "
+                    f"{len(self)}; raise memory.max_bytes"
                 )
         else:
             self._share(min(self.budget, affordable), classes)
         self._gather()
 
     def draw(self, count: int) -> StoredSamples:
-        """Return `count` stored samples with replacement, each equally likely: `x`, `y`, their `task`, and whatever more."""
+        """Draw `count` stored samples uniformly, with replacement: their `x`, `y`, `task`, and the further values stored."""
         chosen = torch.randint(len(self._all["y"]), (count,), generator=self._generator)
         self.drawn += count
         return {name: value[chosen] for name, value in self._all.items()}
 
     def usage(self) -> dict[str, Any]:
-        """Return what metrics show: samples by task, capacity (None: no bound), bytes, drawn and evicted."""
+        """Return the numbers for metrics: samples by task, capacity (None: no limit), bytes, drawn and evicted samples."""
         return {
-            "samples": {task: len(slot["y"]) for task, slot in self.samples_by_task.items()},
+            "samples": {task: len(samples["y"]) for task, samples in self.samples_by_task.items()},
             "capacity": self.budget if self.budget > 0 else None,
             "bytes": self.num_bytes,
             "drawn": self.drawn,
@@ -233,50 +242,56 @@ class EpisodicMemory:
         }
 
     def widen(self, name: str, size: int, value: float) -> None:
-        """Give stored values `[n, c]` of this name `size` columns, the new ones filled with `value`."""
-        for slot in self.samples_by_task.values():
-            slot[name] = functional.pad(slot[name], (0, size - slot[name].shape[1]), value=value)
+        """Widen the stored values `[n, c]` of this name to `size` columns; fill the new columns with `value`."""
+        for samples in self.samples_by_task.values():
+            samples[name] = functional.pad(samples[name], (0, size - samples[name].shape[1]), value=value)
         self._gather()
 
     def state_dict(self) -> State:
-        # a name for each content: a slot that was cut, or whose values got wider, is another file
-        named = {f"{task}-{len(slot['y'])}-{num_bytes_of(slot)}": slot for task, slot in self.samples_by_task.items()}
-        slots = {name: Immutable(slot) for name, slot in named.items()}
+        """Return the state as tensors and JSON values."""
+        # the name says how many samples and bytes: a task whose samples were evicted or widened gets another file
+        slots = {
+            f"{task}-{len(samples['y'])}-{num_bytes_of(samples)}": Immutable(samples)
+            for task, samples in self.samples_by_task.items()
+        }
         return {"slots": slots, "drawn": self.drawn, "evicted": self.evicted, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: State) -> None:
-        slots = {int(name.split("-")[0]): dict(slot) for name, slot in state["slots"].items()}
-        self.samples_by_task = dict(sorted(slots.items()))  # as they were stored, or a draw would mean another sample
+        """Restore what `state_dict` returned."""
+        by_task = {int(name.split("-")[0]): dict(samples) for name, samples in state["slots"].items()}
+        self.samples_by_task = dict(sorted(by_task.items()))  # the order decides which sample a draw returns
         self.drawn, self.evicted = state["drawn"], state["evicted"]
         self._generator.set_state(state["generator"])
         self._gather()
 
     def _share(self, room: int, classes: Classes) -> None:
-        """Cut every slot to its share of `room` samples: the first of its random order.
+        """Reduce every task to its share of `room` samples: the first ones of its random order.
 
-        Balanced, the classes share the room equally, and the tasks in which a class came share its part; else the tasks
-        share the room. What a small one leaves goes to the others; where there is not one sample for each, the newest
-        have one.
+        A group is a class if `balanced`, else a task. All groups get an equal share; what one does not need goes to the
+        others. If `room` is smaller than the number of groups, only the newest groups keep a sample.
         """
-        groups: dict[Label, dict[tuple[int, int], Tensor]] = {}  # of a class, or a task: its rows in each task's slot
-        for task, slot in sorted(self.samples_by_task.items()):
-            for output in slot["y"].unique().tolist() if self.balanced else [0]:
-                rows = slot["y"] == output if self.balanced else torch.ones(len(slot["y"]), dtype=torch.bool)
+        groups: dict[Label, dict[tuple[int, int], Tensor]] = {}  # group -> (task, output) -> mask of its samples there
+        for task, samples in sorted(self.samples_by_task.items()):
+            for output in samples["y"].unique().tolist() if self.balanced else [0]:
+                rows = samples["y"] == output if self.balanced else torch.ones(len(samples["y"]), dtype=torch.bool)
                 name = (classes[task].get(output, output) if classes else output) if self.balanced else task
-                # what came in a newer task goes behind: the oldest are the first to have none
+                # a group that comes in a newer task moves to the end: the oldest groups are the first to lose all samples
                 groups[name] = {**groups.pop(name, {}), (task, output): rows}
         most = self.per_class or room
-        sizes = {name: {place: int(rows.sum()) for place, rows in group.items()} for name, group in groups.items()}
+        sizes = {name: {key: int(rows.sum()) for key, rows in group.items()} for name, group in groups.items()}
         share = min(fair_share([min(sum(size.values()), most) for size in sizes.values()], room), most)
-        poor = list(groups)[: len(groups) - room] if share == 0 else []
-        kept = {task: torch.zeros(len(slot["y"]), dtype=torch.bool) for task, slot in self.samples_by_task.items()}
+        dropped = list(groups)[: len(groups) - room] if share == 0 else []
+        kept = {
+            task: torch.zeros(len(samples["y"]), dtype=torch.bool) for task, samples in self.samples_by_task.items()
+        }
         for name, group in groups.items():
-            quotas = split_fairly(sizes[name], 0 if name in poor else max(share, 1))
+            quotas = split_fairly(sizes[name], 0 if name in dropped else max(share, 1))
             for (task, output), rows in group.items():
                 kept[task] |= rows & (rows.cumsum(0) <= quotas[task, output])
-        self._cut(kept)
+        self._evict(kept)
 
-    def _cut(self, kept: dict[int, Tensor]) -> None:
+    def _evict(self, kept: dict[int, Tensor]) -> None:
+        """Remove the samples that are not in the masks `kept`, `[n]` for each task."""
         for task, mask in kept.items():
             if not bool(mask.all()):
                 self.evicted += int((~mask).sum())
@@ -285,35 +300,35 @@ class EpisodicMemory:
                 }
 
     def _gather(self) -> None:
-        """Lay all slots end to end, so that a draw is one index, however many tasks there are; slots become views of it."""
+        """Concatenate the samples of all tasks, so that one index chooses a sample; each task's samples become views."""
         self._all = {}
         if not self.samples_by_task:
             return
-        sizes = [len(slot["y"]) for slot in self.samples_by_task.values()]
+        sizes = [len(samples["y"]) for samples in self.samples_by_task.values()]
         for name in next(iter(self.samples_by_task.values())):
-            values = [slot[name] for slot in self.samples_by_task.values()]
+            values = [samples[name] for samples in self.samples_by_task.values()]
             self._all[name] = joined = torch.cat(values)
-            for slot, part in zip(self.samples_by_task.values(), joined.split(sizes), strict=True):
-                slot[name] = part
+            for samples, part in zip(self.samples_by_task.values(), joined.split(sizes), strict=True):
+                samples[name] = part
         self._all["task"] = torch.repeat_interleave(torch.tensor(list(self.samples_by_task)), torch.tensor(sizes))
 
 
-def num_bytes_of(slot: StoredSamples) -> int:
-    """Return the bytes of stored samples."""
-    return sum(value.nbytes for value in slot.values())
+def num_bytes_of(samples: StoredSamples) -> int:
+    """Return the size of stored samples in bytes."""
+    return sum(value.nbytes for value in samples.values())
 
 
-def place_in_class(y: Tensor) -> Tensor:
-    """Return each sample's place among those of its class, `[n]`, from 0."""
-    place = torch.empty_like(y)
+def rank_in_class(y: Tensor) -> Tensor:
+    """Return each sample's rank among the samples of its class in `y [n]`, from 0: `[n]`."""
+    rank = torch.empty_like(y)
     for label in y.unique().tolist():
         rows = y == label
-        place[rows] = torch.arange(int(rows.sum()))
-    return place
+        rank[rows] = torch.arange(int(rows.sum()))
+    return rank
 
 
 def fair_share(sizes: Sequence[int], room: int) -> int:
-    """Return the largest share for which all, each cut to it, fit into `room`."""
+    """Return the largest share for which the sum of all `min(size, share)` is at most `room`."""
     for number, size in enumerate(sorted(sizes)):
         share = room // (len(sizes) - number)
         if size > share:
@@ -323,7 +338,7 @@ def fair_share(sizes: Sequence[int], room: int) -> int:
 
 
 def split_fairly(sizes: Mapping[tuple[int, int], int], room: int) -> dict[tuple[int, int], int]:
-    """Return how many each may keep, at most `room` in all and as equal as they can be; the last have what is left over."""
+    """Return how many samples each key keeps: as equal as possible, at most `room` in total; the last get the remainder."""
     share = fair_share(list(sizes.values()), room)
     parts = {key: min(size, share) for key, size in sizes.items()}
     left = room - sum(parts.values())

@@ -1,7 +1,7 @@
-"""Uses a saved model: reads `model.json`, `model.safetensors` and the encoder's file, where there is one, and nothing else.
+"""Loads a saved model and predicts. Reads only `model.json`, `model.safetensors` and, if there is one, the encoder's file.
 
-A checkpoint may come from somebody else, so nothing that it says is believed: files must match their hashes, `model.json` is
-validated, and of code only what the user names is imported.
+A checkpoint may come from somebody else, so its content is not trusted: files must match their hashes, `model.json` is
+validated, and no code is imported unless the user names it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from streamlearn.strategies.parts import Network
 
 CHUNK = 512
-NO_FEATURES = Rejected("nonfinite", "the encoder's features of x are not finite")
+NO_FEATURES = Rejected("nonfinite", "the encoder's features for x are not finite")
 NO_OUTPUTS = Rejected("nonfinite", "the model's outputs for x are not finite")
 
 UserCode = Callable[[str], tuple[str, Mapping[str, Any] | None] | None]
-"""What the user says about `model` or `encoder`: the name of its function, and where a configuration says so, its options."""
+"""Returns, for "model" or "encoder", the function that the user names and, if a configuration has them, its options."""
 
 Count = Annotated[int, Field(strict=True, ge=0, le=(1 << 31) - 1)]
 
@@ -57,19 +57,19 @@ class _Task(_Lenient):
 
 
 class _State(_Lenient):
-    """Of the module and the encoder: what is no tensor."""
+    """The state of the model and the encoder that is not tensors."""
 
     model: dict[str, Any] = {}
     encoder: dict[str, Any] = {}
 
 
 class ModelDescription(_Lenient):
-    """What `model.json` says, with types that are checked: shapes are integers, names are those of functions."""
+    """The content of `model.json`, validated."""
 
     model: config.ModelConfig
     input: config.InputConfig | config.TextInputConfig
     vocabulary: list[str]
-    codec: Literal[1, 2] = 1  # older checkpoints have none
+    codec: Literal[1, 2] = 1  # older checkpoints have no version: theirs is 1
     seed: Count
     num_outputs: Count
     scenario: Literal["class", "domain", "task"]
@@ -82,42 +82,41 @@ class ModelDescription(_Lenient):
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> ModelDescription:
-        """Return a checkpoint's description; raises `StreamlearnError` (78) where it makes no sense."""
+        """Read a checkpoint's `model.json`. Raises `StreamlearnError` (78) if it is not valid."""
         where = f"{checkpoint.path / 'model.json'}"
         try:
             tree = checkpoint.read_json("model.json")
-            known = config.TextInputConfig if tree["input"]["kind"] == "text" else config.InputConfig
-            tree["input"] = {key: value for key, value in tree["input"].items() if key in known.model_fields}
+            section = config.TextInputConfig if tree["input"]["kind"] == "text" else config.InputConfig
+            tree["input"] = {key: value for key, value in tree["input"].items() if key in section.model_fields}
             return cls.model_validate(tree)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(
-                str(key) for key in first["loc"] if "[" not in str(key)
-            )  # names of validators have brackets
-            raise StreamlearnError(f"{where}: makes no sense: {place}: {first['msg']!s:.200}", code=78) from error
+            # pydantic's names of validators contain a bracket
+            place = ".".join(str(key) for key in first["loc"] if "[" not in str(key))
+            raise StreamlearnError(f"{where}: not valid: {place}: {first['msg']!s:.200}", code=78) from error
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise StreamlearnError(f"{where}: makes no sense: {error!r:.200}", code=78) from error
+            raise StreamlearnError(f"{where}: not valid: {error!r:.200}", code=78) from error
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
-        """Check what must hold between fields, and the strategy's parameters."""
+    def _check_together(self) -> Self:
+        """Check the rules that involve several fields, and the strategy's parameters."""
         outputs = [*(self.outputs or []), *(output for task in self.tasks.values() for output in task.outputs)]
         if any(output >= self.num_outputs for output in outputs):
-            raise ValueError("an output is beyond num_outputs")
+            raise ValueError("an output is not below num_outputs")
         if any(int(value) > max(1, len(self.tasks)) for value in self.network.values()):
             raise ValueError("network: more columns than tasks")
         for name, parameters in self.strategy.items():
             if name not in RECIPES:
-                raise ValueError(f"no such strategy: {name!r:.80}")
+                raise ValueError(f"unknown strategy: {name!r:.80}")
             self.strategy[name] = RECIPES[name].parameters.model_validate(parameters).model_dump()
         return self
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most likely label of each sample, its probability, and by index the samples that a stream would reject.
+    """The most likely label of each sample, its probability, and the samples that a stream would reject, by index.
 
-    A rejected sample has the label None and the probability NaN.
+    A rejected sample has label None and probability NaN.
     """
 
     labels: list[Label | None]
@@ -126,12 +125,12 @@ class Predictions:
 
 
 class Model:
-    """A model as it was saved, with its labels."""
+    """A model and its labels, loaded from a checkpoint."""
 
     FILES = ("model.json", "model.safetensors")
     OPTIONAL = ("encoder.frozen.safetensors",)
 
-    def __init__(self, checkpoint: Checkpoint, own: UserCode = lambda _: None) -> None:
+    def __init__(self, checkpoint: Checkpoint, user_code: UserCode = lambda _: None) -> None:
         self.checkpoint = checkpoint
         self.description = ModelDescription.read(checkpoint)
         prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
@@ -140,14 +139,14 @@ class Model:
         cpu = torch.device("cpu")
         encoder, self.shape = None, tuple(tree.input.shape)
         if tree.input.encoder is not None:
-            spec = self._own(tree.input.encoder.model_dump(), "encoder", own)
+            spec = self._allowed_spec(tree.input.encoder.model_dump(), "encoder", user_code)
             encoder = Encoder.build(spec, self.shape, tree.seed, cpu)
             frozen = self._tensors("encoder.frozen.safetensors")
             encoder.load(state.join_tensors(frozen, tree.state.encoder))
             self.shape = encoder.shape
         self.scale = scaling(tree.input.scale, cpu, names=self.text, encoder=encoder)
         self.features = encoder is not None
-        self.network = self._build(self._own(tree.model.model_dump(), "model", own))
+        self.network = self._build(self._allowed_spec(tree.model.model_dump(), "model", user_code))
         self.network.load_state_dict(tree.network)
         try:
             weights = state.join_tensors(self._tensors("model.safetensors"), tree.state.model)
@@ -161,21 +160,21 @@ class Model:
             ) from error
         self.network.module.eval()
 
-    def _own(self, spec: dict[str, Any], kind: str, own: UserCode) -> dict[str, Any]:
-        """Return how a model or encoder is built; raises `StreamlearnError` (78) for code that the user has not named."""
+    def _allowed_spec(self, spec: dict[str, Any], kind: str, user_code: UserCode) -> dict[str, Any]:
+        """Return the section for building it. Raises `StreamlearnError` (78) if the user has not named its code."""
         name = spec["name"]
         if ":" not in name:
             return spec
-        said = own(kind)
-        if said is None:
+        named = user_code(kind)
+        if named is None:
             raise StreamlearnError(
-                f"{self.checkpoint.path}: its {kind} is {name}, and no code is imported because a checkpoint names it; "
-                f"if it is yours, give --{kind} {name}, or --config and the job's configuration",
+                f"{self.checkpoint.path}: its {kind} is {name}, and code that only a checkpoint names is not imported; "
+                f"if it is yours, give --{kind} {name}, or --config with the job's configuration",
                 code=78,
             )
-        if said[0] != name:
-            raise StreamlearnError(f"{self.checkpoint.path}: its {kind} is {name}, and you named {said[0]}", code=78)
-        return spec if said[1] is None else {**spec, "options": dict(said[1])}
+        if named[0] != name:
+            raise StreamlearnError(f"{self.checkpoint.path}: its {kind} is {name}, and you named {named[0]}", code=78)
+        return spec if named[1] is None else {**spec, "options": dict(named[1])}
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         return state.from_bytes(str(self.checkpoint.path / name), self.checkpoint.read(name))
@@ -191,11 +190,11 @@ class Model:
         return network_of(tree.strategy, world)
 
     def outputs(self, task: str | None) -> list[int]:
-        """Return the outputs that compete; raises `StreamlearnError` (2) where the scenario needs a task."""
+        """Return the active outputs. Raises `StreamlearnError` (2) if the scenario needs a task and none is given."""
         tree = self.description
         if tree.outputs is not None:
             return list(tree.outputs)
-        if tree.scenario == "class":  # of an earlier version, or without a task
+        if tree.scenario == "class":  # an older checkpoint, or no task yet
             return sorted({output for entry in tree.tasks.values() for output in entry.outputs})
         return list(self._task(task).outputs)
 
@@ -206,14 +205,14 @@ class Model:
     def _task(self, name: str | None) -> _Task:
         tasks = self.description.tasks
         if name not in tasks:
-            raise StreamlearnError(f"this model needs --task, one of: {', '.join(tasks)}", code=2)
+            raise StreamlearnError(f"this model needs --task; accepted: {', '.join(tasks)}", code=2)
         return tasks[name]
 
     @torch.no_grad()
     def predict(self, x: np.ndarray, task: str | None = None) -> Predictions:
-        """Predict the labels of `x [n, ...]`, as it would arrive in a record.
+        """Predict the labels of `x [n, ...]`, in the form that a record would have.
 
-        Raises `StreamlearnError` where the samples have another shape, or are of another kind.
+        Raises `StreamlearnError` if the samples have another shape, or are text where numbers are expected or vice versa.
         """
         tree = self.description
         if (x.dtype == object) != self.text:
@@ -226,21 +225,21 @@ class Model:
         inactive = torch.ones(tree.num_outputs, dtype=torch.bool)
         inactive[outputs] = False
         tasks = list(tree.tasks)
-        place = tasks.index(task) if task in tasks else 0  # without a task, none is needed
+        task_index = tasks.index(task) if task in tasks else 0  # without a task, the model needs none
         accepted = [index for index in range(len(x)) if index not in rejected]
-        found: list[Label | None] = [None] * len(x)
+        predicted: list[Label | None] = [None] * len(x)
         probabilities = np.full(len(x), np.nan, np.float32)
-        with global_seed(tree.seed):  # a model may draw when it answers, too
+        with global_seed(tree.seed):  # a model may draw random numbers in evaluation mode, too
             for rows in (accepted[start : start + CHUNK] for start in range(0, len(accepted), CHUNK)):
-                for row, answer in zip(rows, self._answers(x[rows], place, inactive), strict=True):
+                for row, answer in zip(rows, self._answers(x[rows], task_index, inactive), strict=True):
                     if isinstance(answer, Rejected):
                         rejected[row] = answer
                     else:
-                        found[row], probabilities[row] = labels[answer[0]], answer[1]
-        return Predictions(found, probabilities, dict(sorted(rejected.items())))
+                        predicted[row], probabilities[row] = labels[answer[0]], answer[1]
+        return Predictions(predicted, probabilities, dict(sorted(rejected.items())))
 
     def _answers(self, x: np.ndarray, task: int, inactive: torch.Tensor) -> list[tuple[int, float] | Rejected]:
-        """Return each sample's most likely output and its probability, or why there is none."""
+        """Return each sample's most likely output and its probability, or why it is rejected."""
         seen = self.scale(torch.from_numpy(x))
         usable = finite_rows(seen) if self.features else torch.ones(len(x), dtype=torch.bool)
         answers: list[tuple[int, float] | Rejected] = [NO_FEATURES] * len(x)
@@ -260,8 +259,8 @@ class Model:
     def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description
         assert isinstance(tree.input, config.TextInputConfig)
-        known = Vocabulary(tree.vocabulary, tree.input.vocabulary)
-        found = np.zeros((len(x), *tree.input.shape), tree.input.dtype)
+        vocabulary = Vocabulary(tree.vocabulary, tree.input.vocabulary)
+        ids = np.zeros((len(x), *tree.input.shape), tree.input.dtype)
         rejected = {}
         for number, text in enumerate(x):
             try:
@@ -269,11 +268,11 @@ class Model:
             except Rejected as error:
                 rejected[number] = error
             else:
-                found[number] = known.encode(rows, tree.input.shape)
-        return found, rejected
+                ids[number] = vocabulary.encode(rows, tree.input.shape)
+        return ids, rejected
 
 
 def accuracy(predicted: Sequence[Label | None], y: Sequence[Label]) -> float | None:
-    """Return the share of predictions that are right, of samples that are not rejected; None where there is none."""
+    """Return the share of correct predictions among the samples that are not rejected; None if all are rejected."""
     pairs = [(a, b) for a, b in zip(predicted, y, strict=True) if a is not None]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else None

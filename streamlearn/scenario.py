@@ -1,4 +1,4 @@
-"""Scenarios: which output a label has, and which outputs compete for a sample (task-, domain-, class-incremental)."""
+"""Maps labels to outputs, and says which outputs are active for a sample (task-, domain- and class-incremental)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Labels to outputs and masks over outputs (van de Ven et al. 2022: three types of incremental learning).
+    """The output of each label, and the active outputs of each task: three types of incremental learning.
 
-    `classes`: every label in output order, or the number of outputs, taken in order of first appearance.
-    `declared`: the classes of each task by name; in a domain scenario their order gives the output. A domain scenario that
-    declares none has all classes in every task, and new tasks may come.
+    They are those of van de Ven et al. 2022. Only active outputs take part in the softmax. `classes` is the list of all
+    labels in output order, or the number of outputs: labels then get outputs in order of first appearance. `declared` has
+    the classes of each task by task name; in a domain scenario their order gives the output. A domain scenario without
+    declared classes has all classes in every task, and accepts new tasks.
     """
 
     kind: str
@@ -39,31 +40,31 @@ class Scenario:
 
     @property
     def shares_mask(self) -> bool:
-        """Whether the same outputs compete in every task."""
+        """Whether all tasks have the same active outputs."""
         return self.kind == "class"
 
     @property
     def outputs_by_appearance(self) -> bool:
-        """Whether labels take outputs in the order in which training meets them."""
+        """Whether labels get outputs in the order in which training first sees them."""
         return self.kind != "domain" and isinstance(self.classes, int)
 
     def declared_classes(self, task: str) -> Sequence[Label] | None:
-        """Return the classes that are declared for a task, or None where any may come, or none is known."""
+        """Return the classes declared for a task; None if any class may come, or if no declaration is known."""
         if self.kind == "domain" and not self.declared and not isinstance(self.classes, int):
             return self.classes
         return self.declared.get(task)
 
     def num_outputs(self, labels: Sequence[Label]) -> int:
-        """Return the outputs a model needs, given the labels met so far."""
+        """Return how many outputs the model needs for the labels seen so far."""
         if self.kind == "domain" and self.declared:
             return max(len(known) for known in self.declared.values())
         size = self.classes if isinstance(self.classes, int) else len(self.classes)
         return max(size, len(labels)) if self.grow else size
 
     def output(self, label: Label, task: str, labels: Sequence[Label]) -> int | None:
-        """Return the output of a label met in `task`, or None if it has none; `labels` are those met so far.
+        """Return the output of a label in a task, or None if it has none. `labels` are the labels seen so far.
 
-        A label that is not among `labels` gets the next free output; the caller appends it.
+        A label that is not in `labels` gets the next free output; then the caller must append it to `labels`.
         """
         known = self.declared_classes(task)
         if known is not None and label not in known:
@@ -77,9 +78,9 @@ class Scenario:
         return len(labels) if self.grow or len(labels) < self.classes else None
 
     def active_outputs(self, task: Task, labels: Sequence[Label], start: int = 0) -> list[int | None]:
-        """Return the outputs that compete for a sample of `task`, given all labels met so far, without the first `start`.
+        """Return the active outputs of a task for the labels seen so far, without the first `start` of them.
 
-        New labels add outputs at the end. So a caller that counts what it got pays only for what is new.
+        New labels add outputs at the end, so a caller that counts the outputs it already has asks only for the new ones.
         """
         if self.kind == "domain":
             return list(range(start, len(self.declared_classes(task.name) or ())))
@@ -92,21 +93,21 @@ class Scenario:
         return [known.index(label) for label in labels[start:]]
 
     def outputs_are_final(self, task: Task, labels: Sequence[Label]) -> bool:
-        """Tell whether the outputs that compete in `task` stay as they are, but for labels that are not met yet.
+        """Return whether the active outputs of a task can only be extended, and none of them can change.
 
-        A class that was declared and not met stands at the next free output, which another label may take.
+        A declared class that was not seen yet counts as the next free output, which another label may still get.
         """
         if self.kind != "task" or not isinstance(self.classes, int):
             return True
         return all(label in labels for label in self.declared.get(task.name, ()))
 
     def active_mask(self, task: Task, labels: Sequence[Label]) -> list[bool]:
-        """Return which outputs compete for a sample of `task`, given all labels met so far: `[C]`."""
+        """Return a mask over the outputs, `[C]`: the active outputs of a task for the labels seen so far."""
         outputs = set(self.active_outputs(task, labels))
         return [n in outputs for n in range(self.num_outputs(labels))]
 
     def labels_in_output_order(self, labels: Sequence[Label]) -> list[Label]:
-        """Return the labels in output order, as far as they are known; an empty list where outputs differ by task."""
+        """Return the known labels in output order; an empty list in a domain scenario, where an output has a label per task."""
         if self.kind == "domain":
             return []
         return list(labels) if isinstance(self.classes, int) else list(self.classes)

@@ -1,11 +1,11 @@
-"""State to files and back: tensors to safetensors, everything else to JSON. Nothing is ever pickled.
+"""Converts state to files and back: tensors to safetensors files, everything else to JSON. Nothing is ever pickled.
 
-A state is a tree of dicts, by group: `{"model": {...}, "replay": {...}}`. The tensors of a group go to
-`<group>.safetensors`, their place in the tree joined by `/`; an `Immutable` part has a file of its own, named by its
-place, so that the next checkpoint can link it. Where a dict holds many of them, neighbours share files, see `_blocks`.
-The rest of the tree is JSON, and has every dict of the tree: so a name that holds a `/` is not taken for a place. What JSON
-cannot hold (a tuple, bytes, a number that is not finite) and tensors of other types than safetensors has become a dict with
-one key that begins with `$`.
+A state is a tree of dicts with one subtree per group: `{"model": {...}, "replay": {...}}`. The tensors of a group are
+stored in `<group>.safetensors`, under their path in the tree, joined by `/`. An `Immutable` dict is stored in a file of its
+own, named by its path, so that the next checkpoint can link the file. When a dict has many of them, neighbours share a file:
+see `_split_into_blocks`. The rest of the tree is stored as JSON and contains every dict of the tree, so that a key with a
+`/` is not mistaken for a path. Values that JSON cannot represent (tuples, bytes, numbers that are not finite), and tensors
+of dtypes that safetensors cannot represent, are stored as a dict with one key that begins with `$`.
 """
 
 from __future__ import annotations
@@ -31,31 +31,33 @@ SUFFIX = ".safetensors"
 TAG = "$"
 BLOCK = "block-"
 BLOCK_BASE = 4
-BLOCK_BYTES = 64 << 20  # the largest file that is written anew for the sake of fewer files
+BLOCK_BYTES = 64 << 20  # files are merged into a larger one only up to this size
 STORED = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
-"""Types of tensors that a safetensors file can hold; all others are stored as their bytes."""
+"""Dtypes that a safetensors file supports; tensors of all other dtypes are stored as their bytes."""
 
 Tree = dict[str, Any]
 
 
 def pack(groups: Mapping[str, Tree]) -> tuple[dict[str, dict[str, Tensor]], Tree, set[str]]:
-    """Return the tensors by file name, the rest of the tree, and the names of files that never change."""
+    """Return the tensors by file name, the rest of the tree, and the names of the files that never change."""
     files: dict[str, dict[str, Tensor]] = {}
     immutable: set[str] = set()
     rest: Tree = {}
     for group, tree in groups.items():
-        rest[group] = _strip(_plain(tree), group, "", files, immutable)
+        rest[group] = _extract_tensors(_encode(tree), group, "", files, immutable)
     families: dict[str, list[str]] = {}
     for name in immutable:
         families.setdefault(name.removesuffix(SUFFIX).rpartition(".")[0], []).append(name)
     for family, names in families.items():
         names.sort(key=natural_key)
-        for members in _blocks(names, [sum(value.nbytes for value in files[name].values()) for name in names]):
+        for members in _split_into_blocks(
+            names, [sum(value.nbytes for value in files[name].values()) for name in names]
+        ):
             if len(members) > 1:
-                block, tensors = _joined(family, members, files)
+                block, tensors = _merge_files(family, members, files)
                 files[block] = tensors
                 immutable -= set(members)
                 immutable.add(block)
@@ -63,49 +65,49 @@ def pack(groups: Mapping[str, Tree]) -> tuple[dict[str, dict[str, Tensor]], Tree
 
 
 def unpack(files: Mapping[str, Mapping[str, Tensor]], rest: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Return the groups that `pack` took apart; `rest` is taken over."""
+    """Return the groups that were given to `pack`. Modifies `rest`."""
     groups = dict(rest)
     for name, tensors in files.items():
-        group, *place = name.removesuffix(SUFFIX).split(".")
-        if place:
+        group, *path = name.removesuffix(SUFFIX).split(".")
+        if path:
             tree = groups[group]
-            for key in place[:-1]:
+            for key in path[:-1]:
                 tree = tree.setdefault(key, {})
-            if place[-1].startswith(BLOCK):
+            if path[-1].startswith(BLOCK):
                 for key, tensor in tensors.items():
                     member, _, inner = key.partition("/")
                     tree.setdefault(member, Immutable())[inner] = tensor
             else:
-                tree[place[-1]] = Immutable(tensors)
+                tree[path[-1]] = Immutable(tensors)
             continue
         for key, tensor in tensors.items():
             _insert(groups[group], key, tensor)
-    return {group: _restored(tree) for group, tree in groups.items()}
+    return {group: _decode(tree) for group, tree in groups.items()}
 
 
 def split_tensors(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tree]:
-    """Return a tree's tensors by their place, and the rest of it, which JSON can hold."""
+    """Return the tensors of a tree by their path, and the rest of the tree, which JSON can represent."""
     files: dict[str, dict[str, Tensor]] = {}
-    rest = _strip(_plain(tree), "", "", files, set())
+    rest = _extract_tensors(_encode(tree), "", "", files, set())
     return files.get(SUFFIX, {}), rest
 
 
 def join_tensors(tensors: Mapping[str, Tensor], rest: Tree) -> Tree:
-    """Return the tree that `split_tensors` took apart; `rest` is taken over."""
+    """Return the tree that was given to `split_tensors`. Modifies `rest`."""
     for key, tensor in tensors.items():
         _insert(rest, key, tensor)
-    tree: Tree = _restored(rest)
+    tree: Tree = _decode(rest)
     return tree
 
 
 def round_trip(tree: Mapping[str, Any]) -> Tree:
-    """Return a tree as it comes back from a checkpoint; raises whatever it fails with."""
+    """Return a tree as a checkpoint would restore it. Raises whatever saving or loading it raises."""
     tensors, rest = split_tensors(tree)
     return join_tensors(from_bytes("", to_bytes(host_copies(tensors))), json.loads(json.dumps(rest, allow_nan=False)))
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Tell whether two values of a state are the same, bit by bit."""
+    """Return whether two values of a state are equal bit by bit."""
     if isinstance(one, Tensor):
         if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
@@ -119,7 +121,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the host, each with a storage of its own: views of one cannot be told apart in a file."""
+    """Return copies on the host that share no storage: safetensors refuses tensors that share one."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -127,24 +129,24 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return a safetensors file's content, of tensors on the host that share no storage."""
+    """Return the content of a safetensors file. The tensors must be on the host and share no storage."""
     return save(dict(tensors))
 
 
 def from_bytes(name: str, content: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; raises `StreamlearnError` naming it when it is not one."""
+    """Return the tensors of a safetensors file. Raises `StreamlearnError` (74) with its name if the content is not valid."""
     try:
         return load(content)
     except SafetensorError as error:
         raise StreamlearnError(f"{name}: not a safetensors file: {error}", code=74) from error
 
 
-def _blocks(names: Sequence[str], sizes: Sequence[int]) -> Iterator[Sequence[str]]:
-    """Give the members of each file, in order: n of them need about 3 log n files, and each is written log n times.
+def _split_into_blocks(names: Sequence[str], sizes: Sequence[int]) -> Iterator[Sequence[str]]:
+    """Yield the members of each file, in order. n members need about 3 log n files; each member is written log n times.
 
-    A file holds 1, 4, 16 ... members, and begins at a multiple of that: four full ones become one, as in a log-structured
-    store. What stands where depends on the members alone, so two runs of the same stream have the same files. Members only
-    come at the end, so most files stay as they are from one checkpoint to the next, and are linked.
+    A file has 1, 4, 16 ... members and begins at a multiple of that number: four full files are merged into one, as in a
+    log-structured store. The split depends on the members alone, so two runs of the same stream have the same files. New
+    members come only at the end, so most files do not change from one checkpoint to the next, and are linked.
     """
     start = 0
     while start < len(names):
@@ -159,8 +161,10 @@ def _blocks(names: Sequence[str], sizes: Sequence[int]) -> Iterator[Sequence[str
         start += count
 
 
-def _joined(family: str, members: Sequence[str], files: dict[str, dict[str, Tensor]]) -> tuple[str, dict[str, Tensor]]:
-    """Take the files of members away; return the one in their place, named by what it holds."""
+def _merge_files(
+    family: str, members: Sequence[str], files: dict[str, dict[str, Tensor]]
+) -> tuple[str, dict[str, Tensor]]:
+    """Remove the members from `files`; return the merged file's name, which has a hash of the members, and its tensors."""
     digest = hashlib.sha256("\n".join(members).encode()).hexdigest()[:16]
     tensors = {}
     for name in members:
@@ -169,10 +173,12 @@ def _joined(family: str, members: Sequence[str], files: dict[str, dict[str, Tens
     return f"{family}.{BLOCK}{digest}{SUFFIX}", tensors
 
 
-def _strip(tree: Mapping[str, Any], group: str, prefix: str, files: dict[str, Any], immutable: set[str]) -> Tree:
+def _extract_tensors(
+    tree: Mapping[str, Any], group: str, prefix: str, files: dict[str, Any], immutable: set[str]
+) -> Tree:
     rest: Tree = {}
     for key, found in tree.items():
-        value = _plain(found)
+        value = _encode(found)
         if isinstance(value, Tensor):
             files.setdefault(f"{group}{SUFFIX}", {})[prefix + key] = value
         elif isinstance(value, Immutable):
@@ -180,33 +186,35 @@ def _strip(tree: Mapping[str, Any], group: str, prefix: str, files: dict[str, An
             files[name] = value
             immutable.add(name)
         elif isinstance(value, dict):
-            rest[key] = _strip(value, group, f"{prefix}{key}/", files, immutable)
+            rest[key] = _extract_tensors(value, group, f"{prefix}{key}/", files, immutable)
         else:
             rest[key] = value
     return rest
 
 
-def _insert(tree: Tree, place: str, tensor: Tensor) -> None:
-    """Put a tensor into a tree that has all dicts already: what is no dict's name belongs to the tensor's."""
-    end = place.find("/")
+def _insert(tree: Tree, path: str, tensor: Tensor) -> None:
+    """Put a tensor into a tree that has all its dicts. A part of the path that names no dict belongs to the tensor's key."""
+    end = path.find("/")
     while end != -1:
-        below = tree.get(place[:end])
-        if isinstance(below, dict) and not isinstance(below, Immutable):
-            tree, place, end = below, place[end + 1 :], -1
-        end = place.find("/", end + 1)
-    tree[place] = tensor
+        child = tree.get(path[:end])
+        if isinstance(child, dict) and not isinstance(child, Immutable):
+            tree, path, end = child, path[end + 1 :], -1
+        end = path.find("/", end + 1)
+    tree[path] = tensor
 
 
-def _plain(value: Any) -> Any:
-    """Return a tensor, an `Immutable`, a dict with string keys, or what JSON can hold; raises `TypeError` for all else."""
+def _encode(value: Any) -> Any:
+    """Return a value as a tensor, an `Immutable`, a dict with string keys, or JSON. Raises `TypeError` if it cannot."""
     if isinstance(value, Tensor):
-        return _plain_tensor(value)
+        return _encode_tensor(value)
     if isinstance(value, Immutable) or _is_json(value):
         return value
     if isinstance(value, float):
         return {f"{TAG}float": repr(value)}
     if isinstance(value, dict):
-        return value if _is_clear(value) else {f"{TAG}dict": {"keys": list(value), "values": list(value.values())}}
+        return (
+            value if _has_plain_keys(value) else {f"{TAG}dict": {"keys": list(value), "values": list(value.values())}}
+        )
     if isinstance(value, bytes):
         return {f"{TAG}bytes": base64.b64encode(value).decode()}
     if type(value) in SEQUENCES.values():
@@ -216,15 +224,15 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _is_clear(tree: Mapping[Any, Any]) -> bool:
-    """Tell whether all names are strings, none looks like a tag, and none like a place below another, as `a/b` beside `a`."""
+def _has_plain_keys(tree: Mapping[Any, Any]) -> bool:
+    """Return whether all keys are strings, none looks like a tag, and none like a path below another (`a/b` beside `a`)."""
     if not all(isinstance(key, str) and not key.startswith(TAG) for key in tree):
         return False
     slashed = [key for key in tree if "/" in key]
     return not any(key != other and key.startswith(f"{other}/") for key in slashed for other in tree)
 
 
-def _plain_tensor(value: Tensor) -> Any:
+def _encode_tensor(value: Tensor) -> Any:
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         raise TypeError(f"a tensor of layout {value.layout} and type {value.dtype}; expected a dense one")
     if value.dtype in STORED:
@@ -237,18 +245,18 @@ SEQUENCES: dict[str, type] = {f"{TAG}{kind.__name__}": kind for kind in (list, t
 
 
 def _is_json(value: Any) -> bool:
-    """Tell whether JSON can hold a value, or a list of them, as it is."""
+    """Return whether JSON can represent a value, or a list of such values, without encoding."""
     if isinstance(value, list):
         return all(map(_is_json, value))
     return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _restored(tree: Any) -> Any:
-    """Return a tree in which `_plain` is undone."""
+def _decode(tree: Any) -> Any:
+    """Return a tree with all values of `_encode` decoded."""
     if not isinstance(tree, dict) or isinstance(tree, Immutable):
         return tree
     for key, value in tree.items():
-        tree[key] = _restored(value)
+        tree[key] = _decode(value)
     if len(tree) != 1:
         return tree
     ((tag, value),) = tree.items()
@@ -267,6 +275,6 @@ def _restored(tree: Any) -> Any:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """Return a tensor's bytes, in C order."""
+    """Return a tensor's bytes in C order, as uint8."""
     flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""The accuracy matrix and the figures made of it. What is undefined is None, never 0."""
+"""The accuracy matrix and its metrics. An undefined metric is None, never 0."""
 
 from __future__ import annotations
 
@@ -12,41 +12,47 @@ if TYPE_CHECKING:
 
     from streamlearn.checkpoint import Checkpoint
 
-HISTORY = 2000
+HISTORY = 2000  # evaluations kept for curves
 WINDOW = 10
-"""Evaluations in a row within which a drop counts as one: WF^10 of De Lange et al. 2023."""
+"""Number of consecutive evaluations over which a drop is measured: WF^10 of De Lange et al. 2023."""
 FILE = "matrix.safetensors"
 TYPES = {"f": "F32", "q": "I64"}
 
 
 class AccuracyMatrix:
-    """`R[i, j]`: accuracy on the probe of task j after task i was learned; and the newest evaluation, at any time.
+    """`R[i, j]` is the accuracy on the probe of task j after task i ended. Also keeps the latest evaluation.
 
-    Live figures take the newest evaluation as the last row. Lopez-Paz & Ranzato 2017 (ACC, BWT, FWT), Chaudhry et al. 2018
-    (forgetting) and De Lange et al. 2023 (min-ACC, WC-ACC, WF, over every evaluation and not only tasks' ends), on k tasks.
+    The metrics use the latest evaluation as the last row, k tasks in all: ACC, BWT and FWT of Lopez-Paz & Ranzato 2017,
+    forgetting of Chaudhry et al. 2018, and min-ACC, WC-ACC and WF of De Lange et al. 2023, which cover every evaluation
+    and not only the ends of tasks.
 
-    What figures need is kept a number a task, so that an evaluation costs what there are tasks. The rows themselves and the
-    history are float32: they grow with the square of the tasks.
+    The metrics need only a few numbers per task, so the cost of an evaluation is linear in the number of tasks. Rows and
+    history are float32, because their size is quadratic in it.
     """
 
     def __init__(self) -> None:
-        self.latest_accuracy: dict[int, float] = {}  # the newest evaluation
+        self.latest_accuracy: dict[int, float] = {}  # latest evaluation: task -> accuracy
         self.latest_loss: dict[int, float] = {}
-        self._recorded: tuple[dict[int, float], dict[int, float]] = ({}, {})  # accuracy and loss of the newest in state
-        self.transfer_inputs: dict[int, tuple[float, float]] = {}  # task -> accuracy before it began, and untrained
-        self.rows: dict[int, array[float]] = {}  # after a task's end; NaN where nothing was measured
-        self._history: list[tuple[int, int, array[float]]] = []  # batches, samples trained, accuracy by task
-        self._sizes: dict[int, int] = {}  # samples of each probe when its task ended
-        self._learned: dict[int, float] = {}  # R[j, j]
-        self._highest: dict[int, float] = {}  # in any row
-        self._before: dict[int, float] = {}  # in any row but the last
-        self._last: tuple[int, dict[int, float]] = (-1, {})  # the last row and its task
-        self._lowest: dict[int, float] = {}  # since the task ended
-        self._window: dict[int, list[float]] = {}  # the newest evaluations
-        self._drops: dict[int, float] = {}  # the largest within a window, ever
-        self._newest = -1  # the last task begun that has figures
-        self._ends_now = False  # whether the last row is the newest evaluation itself, which a maximum must leave out
-        self._metrics: dict[str, float | None] | None = None
+        self._recorded: tuple[dict[int, float], dict[int, float]] = (
+            {},
+            {},
+        )  # accuracy and loss of the latest saved evaluation
+        self.transfer_inputs: dict[
+            int, tuple[float, float]
+        ] = {}  # task -> accuracy at its start, and of the untrained model
+        self.rows: dict[int, array[float]] = {}  # task -> row at its end; NaN where nothing was measured
+        self._history: list[tuple[int, int, array[float]]] = []  # batches, trained samples, accuracy by task
+        self._sizes: dict[int, int] = {}  # task -> samples in its probe when the task ended
+        self._at_end: dict[int, float] = {}  # task j -> R[j, j]
+        self._highest: dict[int, float] = {}  # task -> highest accuracy in all rows
+        self._highest_before_last: dict[int, float] = {}  # the same without the last row
+        self._last_row: tuple[int, dict[int, float]] = (-1, {})  # task of the last row, and the row
+        self._lowest: dict[int, float] = {}  # task -> lowest accuracy since it ended
+        self._window: dict[int, list[float]] = {}  # task -> accuracy at the last WINDOW evaluations
+        self._largest_drop: dict[int, float] = {}  # task -> largest drop within any window
+        self._newest = -1  # newest task that was evaluated
+        self._latest_is_last_row = False  # then a maximum over earlier rows must leave the last row out
+        self._metrics: dict[str, float | None] | None = None  # cache, until the next evaluation
 
     def record(
         self,
@@ -56,13 +62,13 @@ class AccuracyMatrix:
         after: int | None,
         sizes: Mapping[int, int] | None = None,
     ) -> None:
-        """Take an evaluation: accuracy and loss by task; `after` names the task that has just ended.
+        """Record an evaluation: accuracy and loss by task. `after` is the task that has just ended, if one has.
 
-        `sizes`: samples of each probe, with which an accuracy can be read from a float32 without any loss.
+        `sizes` has the number of samples of each probe; with it, accuracies are restored exactly from float32.
         """
         self.record_live(results)
         self._recorded = self.latest_accuracy, self.latest_loss
-        self._follow(self.latest_accuracy, self.rows)
+        self._update_extremes(self.latest_accuracy, self.rows)
         row = _packed(self.latest_accuracy)
         if after is not None:
             if sizes is not None:
@@ -71,45 +77,45 @@ class AccuracyMatrix:
         self._history.append((batches, trained, row))
         if len(self._history) > HISTORY:  # keep the shape of the curves, not every point
             self._history = self._history[::2] + ([self._history[-1]] if len(self._history) % 2 == 0 else [])
-        self._compare()
+        self._update_derived()
 
     def record_live(self, results: Mapping[int, tuple[float, float]]) -> None:
-        """Take an evaluation whose moment the clock chose: it is shown, and leaves no trace in the state.
+        """Show an evaluation that the clock triggered. It does not become part of the saved state.
 
         Otherwise the same records would not give the same state, bit for bit.
         """
         self.latest_accuracy = {task: accuracy for task, (accuracy, _) in results.items()}
         # the loss of a single outlier can overflow
         self.latest_loss = {task: loss for task, (_, loss) in results.items() if math.isfinite(loss)}
-        self._compare()
+        self._update_derived()
 
     @property
     def ended_tasks(self) -> list[int]:
-        """Tasks whose row is written, in order."""
+        """Tasks that have a row, in order."""
         return sorted(self.rows)
 
     @property
     def history(self) -> list[tuple[int, int, dict[int, float]]]:
-        """Evaluations in order: batches, samples trained, accuracy by task (float32)."""
+        """Evaluations in order: batches, trained samples, accuracy by task (float32)."""
         return [(batches, trained, _unpacked(row)) for batches, trained, row in self._history]
 
     @property
     def batches(self) -> int:
-        """How many batches had been learned at the newest evaluation that is part of the state."""
+        """Batches learned at the latest evaluation that is part of the state."""
         return self._history[-1][0] if self._history else 0
 
     def row(self, task: int) -> dict[int, float]:
-        """Return the row after a task's end: accuracy by task."""
+        """Return the row of an ended task: accuracy by task."""
         return {j: self._exact(j, value) for j, value in _unpacked(self.rows[task]).items()}
 
     def accuracy_at_end(self, task: int) -> float | None:
-        """Return R[j, j]: a task's accuracy when it ended."""
-        return self._learned.get(task)
+        """Return R[j, j]: a task's accuracy when it ended; None if it was not measured."""
+        return self._at_end.get(task)
 
     def matrix(self) -> list[list[float | None]]:
-        """Return R as a square list of rows, tasks by index; cells that were not measured are None.
+        """Return R as a square list of rows by task index; cells that were not measured are None.
 
-        May be called from any thread: rows are only added, and never changed.
+        Any thread may call this: rows are added and never changed.
         """
         rows = dict(list(self.rows.items()))
         size = max([*(i + 1 for i in rows), *(len(row) for row in rows.values())], default=0)
@@ -120,17 +126,17 @@ class AccuracyMatrix:
         return found
 
     def best_accuracy(self, task: int) -> float | None:
-        """Return the best accuracy on a task's probe at its own end, at the end of a later task, or now.
+        """Return the highest accuracy on a task's probe since the task ended: at ends of tasks, or now.
 
-        None before the task has ended: until then its probe grows, and figures of different samples do not compare. So
-        this less the accuracy now is the task's forgetting, or 0 where that is negative.
+        None before the task has ended: until then its probe grows, and accuracies on different samples are not comparable.
+        This minus the latest accuracy is the task's forgetting, or 0 if the forgetting is negative.
         """
         if task not in self.rows:
             return None
         return max((row[task] for row in (self._highest, self.latest_accuracy) if task in row), default=None)
 
     def metrics(self) -> dict[str, float | None]:
-        """Return every figure that is one number, by name."""
+        """Return every scalar metric by name."""
         if self._metrics is None:
             self._metrics = {
                 "average_accuracy": self.average_accuracy,
@@ -147,34 +153,34 @@ class AccuracyMatrix:
 
     @property
     def average_accuracy(self) -> float | None:
-        """ACC = 1/k * sum_j R[k, j], over tasks seen that have a probe."""
+        """ACC = 1/k * sum_j R[k, j], over the tasks that have a probe."""
         return _mean(list(self.latest_accuracy.values()))
 
     @property
     def learning_accuracy(self) -> float | None:
-        """Return the mean of R[j, j]: how well each task was known when it ended."""
-        return _mean(list(self._learned.values()))
+        """Return the mean of R[j, j]: the accuracy on each task when it ended."""
+        return _mean(list(self._at_end.values()))
 
     @property
     def backward_transfer(self) -> float | None:
         """BWT = 1/(k-1) * sum_{j<k} (R[k, j] - R[j, j])."""
-        return _mean([self.latest_accuracy[j] - self._learned[j] for j in self._earlier() if j in self._learned])
+        return _mean([self.latest_accuracy[j] - self._at_end[j] for j in self._earlier() if j in self._at_end])
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT = 1/(k-1) * sum_{j>1} (R[j-1, j] - b[j]), b the random initialisation."""
+        """FWT = 1/(k-1) * sum_{j>1} (R[j-1, j] - b[j]); b is the accuracy of the untrained model."""
         return _mean([before - untrained for task, (before, untrained) in self.transfer_inputs.items() if task > 0])
 
     def forgetting(self, task: int) -> float | None:
-        """f_j = max_{l<k} R[l, j] - R[k, j]; negative where a task got better. None before a later task was learned."""
+        """f_j = max_{l<k} R[l, j] - R[k, j]; negative if the task improved. None until a later task is evaluated."""
         if not self._is_earlier(task):
             return None
-        earlier = (self._before if self._ends_now else self._highest).get(task)
+        earlier = (self._highest_before_last if self._latest_is_last_row else self._highest).get(task)
         return None if earlier is None else earlier - self.latest_accuracy[task]
 
     @property
     def average_forgetting(self) -> float | None:
-        """Return the mean of `forgetting` over the tasks before the newest."""
+        """Return the mean of `forgetting` over all tasks before the newest."""
         return _mean(self._forgotten())
 
     @property
@@ -184,12 +190,12 @@ class AccuracyMatrix:
 
     @property
     def windowed_forgetting(self) -> float | None:
-        """WF: mean over tasks of the largest drop of accuracy, ever, within `WINDOW` evaluations in a row."""
-        return _mean([self._drops[task] for task in self.latest_accuracy if task in self._drops])
+        """WF: mean over tasks of the largest drop of accuracy within any `WINDOW` consecutive evaluations."""
+        return _mean([self._largest_drop[task] for task in self.latest_accuracy if task in self._largest_drop])
 
     @property
     def min_accuracy(self) -> float | None:
-        """min-ACC: mean over the tasks before the newest of the lowest accuracy at any evaluation after the task's end."""
+        """min-ACC: mean, over all tasks before the newest, of the lowest accuracy at any evaluation after the task ended."""
         return _mean([self._lowest[task] for task in self._earlier() if task in self._lowest])
 
     @property
@@ -202,59 +208,59 @@ class AccuracyMatrix:
         return newest / k + (1 - 1 / k) * lowest
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a JSON tree; `table` returns the rest."""
+        """Return the small part of the state as a JSON tree. `table` returns the large part."""
         return {
             "now": _named(self._recorded[0]),
             "loss": _named(self._recorded[1]),
             "sizes": {str(task): size for task, size in self._sizes.items()},
-            "learned": _named(self._learned),
+            "learned": _named(self._at_end),
             "highest": _named(self._highest),
-            "before": _named(self._before),
-            "last": [self._last[0], _named(self._last[1])],
+            "before": _named(self._highest_before_last),
+            "last": [self._last_row[0], _named(self._last_row[1])],
             "lowest": _named(self._lowest),
             "window": {str(task): list(values) for task, values in self._window.items()},
-            "drops": _named(self._drops),
+            "drops": _named(self._largest_drop),
             "transfer": {str(task): list(pair) for task, pair in self.transfer_inputs.items()},
         }
 
     def table(self) -> bytes:
-        """Return rows and history as a safetensors file: float32, end to end, and where each begins."""
+        """Return rows and history as a safetensors file: float32, concatenated, with the length of each."""
         at = [number for batches, trained, _ in self._history for number in (batches, trained)]
         history = [row for *_, row in self._history]
         return _safetensors(
             {
-                "rows": _joined(self.rows.values()),
+                "rows": _concatenated(self.rows.values()),
                 "row_tasks": array("q", self.rows),
                 "row_lengths": array("q", map(len, self.rows.values())),
-                "history": _joined(history),
+                "history": _concatenated(history),
                 "history_at": array("q", at),
                 "history_lengths": array("q", map(len, history)),
             }
         )
 
     def load_state_dict(self, state: Mapping[str, Any], table: bytes | None) -> None:
-        """Take over what `state_dict` and `table` of a run returned; earlier versions had no table. For a new matrix."""
+        """Restore what `state_dict` and `table` returned, into a new matrix. `table` is None in checkpoints of format 1."""
         self._recorded = self.latest_accuracy, self.latest_loss = _numbered(state["now"]), _numbered(state["loss"])
         self.transfer_inputs = {int(task): (pair[0], pair[1]) for task, pair in state["transfer"].items()}
-        self._lowest, self._drops = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))
+        self._lowest, self._largest_drop = (_numbered(state.get(key, {})) for key in ("lowest", "drops"))
         self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
         self._sizes = {int(task): size for task, size in state["sizes"].items()}
         if table is None:
             self._load_trees(state)
         else:
             kept = (_numbered(state[key]) for key in ("learned", "highest", "before"))
-            self._learned, self._highest, self._before = kept
-            self._last = state["last"][0], _numbered(state["last"][1])
+            self._at_end, self._highest, self._highest_before_last = kept
+            self._last_row = state["last"][0], _numbered(state["last"][1])
             found = _read_safetensors(table)
-            self.rows = dict(zip(found["row_tasks"], _cut(found["rows"], found["row_lengths"]), strict=True))
+            self.rows = dict(zip(found["row_tasks"], _split(found["rows"], found["row_lengths"]), strict=True))
             at = found["history_at"]
-            rows = _cut(found["history"], found["history_lengths"])
+            rows = _split(found["history"], found["history_lengths"])
             self._history = list(zip(at[::2], at[1::2], rows, strict=True))
-        self._compare()
+        self._update_derived()
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> AccuracyMatrix:
-        """Return what a checkpoint holds."""
+        """Return the matrix that a checkpoint contains."""
         found = cls()
         tree = checkpoint.read_json("state.json")["matrix"]
         if FILE in checkpoint.manifest["files"]:
@@ -265,53 +271,53 @@ class AccuracyMatrix:
         return found
 
     def _load_trees(self, state: Mapping[str, Any]) -> None:
-        """Take over rows and history of an earlier version, which kept them as trees."""
+        """Restore rows and history of a checkpoint of format 1, which has them as JSON."""
         rows = {int(i): _numbered(row) for i, row in state["rows"].items()}
         for task, row in sorted(rows.items()):
             self._add_row(task, row, _packed(row))
         history = [(batches, trained, _numbered(row)) for batches, trained, row in state["history"]]
         self._history = [(batches, trained, _packed(row)) for batches, trained, row in history]
-        if "lowest" not in state:  # of a version that had none: from what it kept of every evaluation
+        if "lowest" not in state:  # an older version did not save these: compute them from its history
             ended: set[int] = set()
             for _, _, row in history:
-                self._follow(row, ended)
+                self._update_extremes(row, ended)
                 ended |= {task for task, last in rows.items() if last == row}
 
     def _add_row(self, task: int, row: Mapping[int, float], packed: array[float]) -> None:
-        """Write a task's row, and keep the maxima over all rows so far."""
-        self._before = dict(self._highest)
+        """Add a task's row, and update the maxima over all rows."""
+        self._highest_before_last = dict(self._highest)
         for j, accuracy in row.items():
             self._highest[j] = max(accuracy, self._highest.get(j, accuracy))
-        self._last = task, dict(row)
+        self._last_row = task, dict(row)
         self.rows[task] = packed
         if task in row:
-            self._learned[task] = row[task]
+            self._at_end[task] = row[task]
 
-    def _compare(self) -> None:
-        """Note what all figures of the newest evaluation need."""
+    def _update_derived(self) -> None:
+        """Update what all metrics of the latest evaluation use, and drop the cached metrics."""
         self._newest = max([*self.latest_accuracy, *self.rows], default=-1)
-        self._ends_now = self._last[0] == self._newest and self._last[1] == self.latest_accuracy
+        self._latest_is_last_row = self._last_row[0] == self._newest and self._last_row[1] == self.latest_accuracy
         self._metrics = None
 
     def _exact(self, task: int, stored: float) -> float:
-        """Return the accuracy that was rounded to float32: a number of right answers over the probe's size."""
+        """Return the exact accuracy of one rounded to float32: an integer number of hits over the probe's size."""
         size = self._sizes.get(task)
         return round(stored * size) / size if size else stored
 
-    def _follow(self, now: Mapping[int, float], ended: Container[int]) -> None:
-        """Note what an evaluation says of accuracies between the ends of tasks."""
+    def _update_extremes(self, now: Mapping[int, float], ended: Container[int]) -> None:
+        """Update lowest accuracies, windows and largest drops with an evaluation."""
         for task, accuracy in now.items():
             if task in ended:
                 self._lowest[task] = min(accuracy, self._lowest.get(task, accuracy))
             window = self._window[task] = [*self._window.get(task, []), accuracy][-WINDOW:]
-            self._drops[task] = max(max(window) - accuracy, self._drops.get(task, 0.0))
+            self._largest_drop[task] = max(max(window) - accuracy, self._largest_drop.get(task, 0.0))
 
     def _forgotten(self) -> list[float]:
         found = [self.forgetting(task) for task in self._earlier()]
         return [value for value in found if value is not None]
 
     def _is_earlier(self, task: int) -> bool:
-        """Tell whether a task came before the newest, and its accuracy is known now and was when it ended."""
+        """Return whether a task precedes the newest one, has a row, and is in the latest evaluation."""
         return task < self._newest and task in self.latest_accuracy and task in self.rows
 
     def _earlier(self) -> list[int]:
@@ -331,7 +337,7 @@ def _numbered(row: Mapping[str, float]) -> dict[int, float]:
 
 
 def _packed(row: Mapping[int, float]) -> array[float]:
-    """Return accuracies as float32 by task; NaN where there is none."""
+    """Return accuracies by task as float32; NaN where there is none."""
     return array("f", [row.get(task, math.nan) for task in range(max(row, default=-1) + 1)])
 
 
@@ -339,14 +345,14 @@ def _unpacked(row: Sequence[float]) -> dict[int, float]:
     return {task: value for task, value in enumerate(row) if value == value}  # noqa: PLR0124 - NaN is not itself
 
 
-def _joined(rows: Iterable[array[float]]) -> array[float]:
+def _concatenated(rows: Iterable[array[float]]) -> array[float]:
     joined = array("f")
     for row in rows:
         joined.extend(row)
     return joined
 
 
-def _cut(values: array[float], lengths: Iterable[int]) -> list[array[float]]:
+def _split(values: array[float], lengths: Iterable[int]) -> list[array[float]]:
     rows, start = [], 0
     for length in lengths:
         rows.append(values[start : start + length])
@@ -355,19 +361,19 @@ def _cut(values: array[float], lengths: Iterable[int]) -> list[array[float]]:
 
 
 def _safetensors(tensors: Mapping[str, array[Any]]) -> bytes:
-    """Return a safetensors file of one-dimensional tensors. Asking commands read it, and import no torch."""
+    """Return a safetensors file of one-dimensional tensors. Written by hand, because `status` and `report` import no torch."""
     header: dict[str, Any] = {}
     end = 0
     for name, values in tensors.items():
         start, end = end, end + len(values) * values.itemsize
         header[name] = {"dtype": TYPES[values.typecode], "shape": [len(values)], "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # align the tensors to 8 bytes
     return b"".join([len(text).to_bytes(8, "little"), text, *(values.tobytes() for values in tensors.values())])
 
 
 def _read_safetensors(content: bytes) -> dict[str, array[Any]]:
-    """Return the tensors of a file that `_safetensors` made."""
+    """Return the tensors of a file that `_safetensors` wrote."""
     begin = 8 + int.from_bytes(content[:8], "little")
     codes = {dtype: code for code, dtype in TYPES.items()}
     found = {}

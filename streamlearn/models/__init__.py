@@ -1,1 +1,1 @@
-"""Networks: functions from a shape and a number of outputs to a module. None keeps batch statistics."""
+"""Networks, each built from an input shape and a number of outputs. None of the built-in networks has batch statistics."""

@@ -1,7 +1,7 @@
 """The generator of brain-inspired replay: van de Ven, Siegelmann & Tolias 2020, "Brain-inspired replay for continual learning".
 
-It has no encoder of its own: the solver's last hidden layer is read (replay through feedback). Every class has a prior of its
-own, and switches a part of the decoder's hidden units off (gating by internal context).
+It has no encoder of its own: it reads the solver's last hidden layer (replay through feedback). Every class has its own prior,
+and switches off a part of the decoder's hidden units (gating by internal context).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Feedback(nn.Module):
-    """Codes from the solver's features `[B, features]`, normal priors by class, and a decoder gated by class.
+    """Codes from the solver's features `[B, features]`, a normal prior per class, and a decoder gated by class.
 
-    `gated` is the share of hidden units that a class switches off; which ones depends on its number and `seed` alone.
+    `gated` is the share of hidden units that a class switches off. The class number and `seed` alone decide which ones.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Feedback(nn.Module):
         self.register_buffer("gates", self._gates(num_classes), persistent=False)
 
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return the decoder's output before its nonlinearity, `[B, prod(shape)]`."""
+        """Return the decoder's output before its nonlinearity, `[B, prod(shape)]`, for `z [B, latent]` and `y [B]`."""
         gates = self.get_buffer("gates")[:, y]
         h = functional.relu(self.decode_in(z)) * gates[0]
         out: Tensor = self.decode_out(functional.relu(self.decode_hidden(h)) * gates[1])
@@ -64,7 +64,7 @@ class Feedback(nn.Module):
         return observed(self.decode(z, y), self.likelihood).reshape(-1, *self.input_shape)
 
     def loss(self, features: Tensor, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
-        """Return each sample's negative evidence lower bound in nats, `[B]`, the divergence being from its class's prior."""
+        """Return each sample's negative evidence lower bound in nats, `[B]`; the divergence is from the prior of its class."""
         mean, log_variance = self.encode_out(features).chunk(2, dim=1)
         log_variance = bounded(log_variance)
         out = self.decode(mean + torch.exp(0.5 * log_variance) * noise, y)
@@ -75,7 +75,7 @@ class Feedback(nn.Module):
 
     @torch.no_grad()
     def grow(self, num_classes: int) -> None:
-        """Make room for more classes, whose priors begin at standard normal."""
+        """Add classes, up to `num_classes`; their priors begin as standard normal."""
         for name in ("prior_mean", "prior_log_variance"):
             old = getattr(self, name)
             grown = torch.zeros(num_classes, self.latent, device=old.device)
@@ -84,7 +84,7 @@ class Feedback(nn.Module):
         self.gates = self._gates(num_classes).to(self.prior_mean.device)
 
     def _gates(self, num_classes: int) -> Tensor:
-        """Return `[2, classes, hidden]`, 0 where a class switches a unit of a hidden layer off; a row for each class alone."""
+        """Return `[2, classes, hidden]`: 0 where a class switches off a unit of a hidden layer. Rows are independent."""
         hidden = self.decode_hidden.in_features
         generator = torch.Generator()
         rows = []

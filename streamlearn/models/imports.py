@@ -1,4 +1,4 @@
-"""Finds what a user has named: one rule for every command."""
+"""Imports functions that a user names. All commands use the same search path."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """Return what `package.module:function` names; raises what its import raises.
+    """Return the function that `package.module:function` names. Raises whatever the import raises.
 
-    The module is looked for as Python does it (installed packages, `PYTHONPATH`), and last in the working directory. A
-    console script does not look there, and `python -m` does, so without this `run` and `start` would differ.
+    Python's search path (installed packages, `PYTHONPATH`) comes first, the working directory last. A console script
+    does not search the working directory, and `python -m` does, so without this `run` and `start` would differ.
     """
     module, _, function = name.partition(":")
     here = str(Path.cwd())
@@ -25,9 +25,9 @@ def import_function(name: str) -> Callable[..., Any]:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, and one that it imports is not
+            raise  # the module exists; one that it imports does not
         raise ModuleNotFoundError(
-            f"{error}: it is looked for among installed packages, on PYTHONPATH, and last in the working directory {here}",
+            f"{error}: not found in installed packages, on PYTHONPATH, or in the working directory {here}",
             name=error.name,
         ) from error
     return found

@@ -3,8 +3,8 @@
 a sentence      m_i = sum_j l_j * E x_ij + T_i     position encoding l, temporal encoding T by distance to the question
 a hop           p = softmax(m K u), o = V sum_i p_i m_i, u <- norm(u + o + relu(W [u, o]))
 
-The paper's position encoding, l_jk = (1 - j/J) - (k/d) (1 - 2j/J), is a sum of two products of a weight by place and
-a scale by dimension, so that a sentence is two weighted bags of words, which cost no tensor of `[B, R, W, d]` but one.
+The paper's position encoding, l_jk = (1 - j/J) - (k/d) (1 - 2j/J), is a sum of two products of a weight by position and a
+scale by dimension. So a sentence is computed from two weighted bags of words, with only one tensor of `[B, R, W, d]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIRST_WORD = 2  # 0 is padding, 1 an unknown word
 
 
 class Hop(nn.Module):
-    """One look at the story with what is known so far: `state [B, d]`, `rows [B, R, d]`, `empty [B, 1, R]`."""
+    """Attends to the story once: `state [B, d]`, sentences `rows [B, R, d]`, mask of empty sentences `empty [B, 1, R]`."""
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
@@ -34,16 +34,16 @@ class Hop(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(self, state: Tensor, rows: Tensor, empty: Tensor) -> Tensor:
-        asked = self.key(state).unflatten(1, (self.heads, -1))  # the keys of all rows would cost far more
-        scores = (asked @ rows.transpose(1, 2)) / math.sqrt(rows.shape[2])
+        query = self.key(state).unflatten(1, (self.heads, -1))  # cheaper than computing keys for all rows
+        scores = (query @ rows.transpose(1, 2)) / math.sqrt(rows.shape[2])
         attention = scores.masked_fill(empty, -torch.inf).softmax(2)
-        found = self.value((attention @ rows).flatten(1))
-        mixed: Tensor = self.norm(state + found + functional.relu(self.mix(torch.cat([state, found], 1))))
+        read = self.value((attention @ rows).flatten(1))
+        mixed: Tensor = self.norm(state + read + functional.relu(self.mix(torch.cat([state, read], 1))))
         return mixed
 
 
 class MemNet(nn.Module):
-    """Hops of attention over a story; `x [B, 1 + sentences, words]` token ids, the question first, logits `[B, C]`."""
+    """Attends to a story in several hops. `x [B, 1 + sentences, words]`: token ids, the question first; logits `[B, C]`."""
 
     def __init__(
         self, input_shape: Sequence[int], num_outputs: int, *, vocabulary: int, embedding: int, hops: int, heads: int
@@ -67,7 +67,7 @@ class MemNet(nn.Module):
         bags = (self.place * present) @ self.words(x)  # [B, R, 2, d]
         sentences = (bags * self.depth).sum(2)
         state = self.norm(sentences[:, 0])
-        rows = sentences + self.time  # the question among them: there is always a row to attend to
+        rows = sentences + self.time  # includes the question, so there is always a row to attend to
         empty = ~present[:, None, :, 0, 0]
         for hop in self.hops:
             state = hop(state, rows, empty)

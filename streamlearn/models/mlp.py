@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them; `x [B, ...]` is flattened, logits are `[B, C]`."""
+    """Linear layers with ReLU between them. `x [B, ...]` is flattened; logits are `[B, C]`."""
 
     def __init__(self, input_shape: Sequence[int], num_outputs: int, hidden: Sequence[int]) -> None:
         super().__init__()

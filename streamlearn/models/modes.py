@@ -1,4 +1,4 @@
-"""How a module runs: in evaluation mode for a while, and with random numbers that belong to one learner."""
+"""Context managers that put a module into evaluation mode, or control the random generators that it uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMPY_SEEDS = 1 << 32
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and afterwards each of its parts back into its own: an author may freeze some."""
+    """Put a module into evaluation mode, and restore the mode of each submodule afterwards: the user may have frozen some."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -31,9 +31,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def samples_are_independent(module: nn.Module) -> bool:
-    """Tell whether in evaluation mode no sample's output depends on the others of its batch.
+    """Return whether, in evaluation mode, a sample's output does not depend on the other samples of its batch.
 
-    A batch normalisation that keeps no running statistics takes those of the batch, in every mode.
+    A batch normalisation without running statistics uses those of the batch in every mode.
     """
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001 - torch has no other name for all of them
     return all(part.running_mean is not None for part in norms)
@@ -41,10 +41,10 @@ def samples_are_independent(module: nn.Module) -> bool:
 
 @contextmanager
 def differentiable_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, but so that gradients can be taken of every part.
+    """Put a module into evaluation mode, such that gradients of all its parameters can be computed.
 
-    cuDNN has no backward pass for recurrent layers in evaluation mode. They stay in training mode, without dropout, which
-    computes the same outputs.
+    cuDNN has no backward pass for recurrent layers in evaluation mode. They stay in training mode without dropout, which
+    gives the same outputs.
     """
     recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
     dropouts = [part.dropout for part in recurrent]
@@ -59,7 +59,7 @@ def differentiable_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def flatten_recurrent(module: nn.Module) -> None:
-    """Lay the weights of recurrent layers into one block of memory again, as cuDNN needs it; a copy does not keep the block."""
+    """Put the weights of recurrent layers into one block of memory, as cuDNN expects: deepcopy does not keep the block."""
     for part in module.modules():
         if isinstance(part, nn.RNNBase):
             part.flatten_parameters()
@@ -67,9 +67,9 @@ def flatten_recurrent(module: nn.Module) -> None:
 
 @contextmanager
 def global_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, `numpy.random` and `random` for a while; afterwards they go on as before."""
+    """Seed the global generators of torch, `numpy.random` and `random`, and restore their states afterwards."""
     with torch.random.fork_rng(devices=[]):
-        python, numpy = random.getstate(), _lend_numpy(np.random.MT19937())
+        python, numpy = random.getstate(), _swap_numpy_generator(np.random.MT19937())
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % NUMPY_SEEDS)  # noqa: NPY002 - the generator that a user's model may draw from
@@ -77,13 +77,14 @@ def global_seed(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
-            _lend_numpy(numpy)
+            _swap_numpy_generator(numpy)
 
 
 class LayerRng:
-    """What a model draws by itself, as dropout does: global generators, seeded and saved as one learner's own.
+    """The random state of the layers of one model, for example of dropout: seeded, saved and restored with the learner.
 
-    These are the generators of torch and, where the model or an encoder is a user's `own`, of `numpy.random` and `random`.
+    Layers draw from global generators, so this state is swapped into them: into those of torch and, with `own` (the model or
+    the encoder is the user's), also into those of `numpy.random` and `random`.
     """
 
     def __init__(self, seed: int, device: torch.device, *, own: bool = True) -> None:
@@ -100,10 +101,10 @@ class LayerRng:
 
     @contextmanager
     def in_use(self, *, keep: bool = True) -> Iterator[None]:
-        """Let layers draw from here, and give the process back its own state; what was drawn counts only where it is kept."""
+        """Swap this state into the global generators, and out again afterwards. Without `keep` it does not advance."""
         spare = not keep and "numpy" in self._states
         before = self._exchange({**self._states, "numpy": self._spare} if spare else self._states)
-        if spare:  # always seeded the same: to copy the other's state, and put it back, would take far longer
+        if spare:  # seeding a spare generator is far faster than copying the state of the other one
             np.random.seed(self._seed)  # noqa: NPY002 - as above
         try:
             yield
@@ -112,7 +113,7 @@ class LayerRng:
             self._states = after if keep else self._states
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on bit-equal."""
+        """Return everything needed to continue bit-equal."""
         tree: dict[str, Any] = {name: state for name, state in self._states.items() if name in {"cpu", "cuda"}}
         if "random" in self._states:
             _, key, gauss = self._states["random"]
@@ -122,9 +123,9 @@ class LayerRng:
         return tree
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; what it has nothing of, as after a change of device, begins anew."""
+        """Restore what `state_dict` returned. Generators that it lacks, as after a change of device, keep their seed."""
         self._states |= {name: state[name] for name in self._states.keys() & {"cpu", "cuda"} & state.keys()}
-        if "random" in self._states and "random" in state:  # checkpoints of earlier versions have neither
+        if "random" in self._states and "random" in state:  # older checkpoints have neither
             version, *_ = self._states["random"]
             self._states["random"] = (version, tuple(state["random"]["key"].tolist()), state["random"]["gauss"])
             key = state["numpy"]["key"].numpy().astype(np.uint32)
@@ -141,13 +142,13 @@ class LayerRng:
         if "random" in states:
             before["random"] = random.getstate()
             random.setstate(states["random"])
-            # numpy forgets the second number of a pair of normal ones here, always, so that a restart changes nothing
-            before["numpy"] = _lend_numpy(states["numpy"])
+            # this always drops numpy's cached second normal number, so that a restart makes no difference
+            before["numpy"] = _swap_numpy_generator(states["numpy"])
         return before
 
 
-def _lend_numpy(generator: np.random.BitGenerator) -> np.random.BitGenerator:
-    """Let the functions of `numpy.random` draw from a generator; return the one that they drew from."""
+def _swap_numpy_generator(generator: np.random.BitGenerator) -> np.random.BitGenerator:
+    """Set the global generator of `numpy.random`; return the previous one."""
     before: np.random.BitGenerator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # not in numpy's types
     np.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # as above
     return before

@@ -1,4 +1,4 @@
-"""Builds the model that a configuration names, the same one for the same seed."""
+"""Builds the model that a configuration names. The same seed gives the same model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def build(
     spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, seed: int, vocabulary: int | None = None
 ) -> nn.Module:
-    """Return `mlp`, `resnet`, `memnet`, or what `package.module:function(input_shape, num_outputs, **options)` returns.
+    """Build `mlp`, `resnet`, `memnet`, or the user's `package.module:function(input_shape, num_outputs, **options)`.
 
-    `spec` is the configuration's `model` section. Where the input is text, the number of its words is passed to a
-    function as `vocabulary`. Raises `StreamlearnError` (78) when the model cannot be built, or does not fit its input
-    and outputs.
+    `spec` is the configuration's section `model`. If the input is text, a user's function also gets the number of words, as
+    the keyword `vocabulary`. Raises `StreamlearnError` (78) if the model cannot be built, or does not fit the input shape
+    and the number of outputs.
     """
     with global_seed(seed):
         try:
@@ -33,64 +33,64 @@ def build(
                 return MLP(input_shape, num_outputs, spec["hidden"])
             if spec["name"] == "resnet":
                 return ResNet(input_shape, num_outputs, spec["width"])
-            told = {} if vocabulary is None else {"vocabulary": vocabulary}
+            words = {} if vocabulary is None else {"vocabulary": vocabulary}
             if spec["name"] == "memnet":
                 sizes = {key: spec[key] for key in ("embedding", "hops", "heads")}
-                return MemNet(input_shape, num_outputs, **told, **sizes)
-        except (TypeError, ValueError, RuntimeError) as error:  # the last where memory is too small
+                return MemNet(input_shape, num_outputs, **words, **sizes)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: out of memory
             raise model_error(spec, error) from error
-        return _build_own(spec, input_shape, num_outputs, told)
+        return _build_custom(spec, input_shape, num_outputs, words)
 
 
-def _build_own(
-    spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, told: Mapping[str, Any]
+def _build_custom(
+    spec: Mapping[str, Any], input_shape: Sequence[int], num_outputs: int, words: Mapping[str, Any]
 ) -> nn.Module:
-    """Return the user's model, after it has seen two samples of zeros."""
+    """Build the user's model, and check it with two samples of zeros."""
     try:
-        model = imports.import_function(spec["name"])(list(input_shape), num_outputs, **told, **spec["options"])
-    except Exception as error:  # whatever a user's function raises is not our fault
+        model = imports.import_function(spec["name"])(list(input_shape), num_outputs, **words, **spec["options"])
+    except Exception as error:  # a user's function may raise anything
         raise model_error(spec, error) from error
     if not isinstance(model, nn.Module):
         raise model_error(spec, f"expected a torch.nn.Module, got {type(model).__name__}")
     device = next((param.device for param in model.parameters()), None)
-    zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if told else torch.float32, device=device)
+    zeros = torch.zeros(2, *input_shape, dtype=torch.int32 if words else torch.float32, device=device)
     shape = list(zeros.shape)
     try:
         with eval_mode(model), torch.no_grad():
             logits = model(zeros)
     except Exception as error:
-        raise model_error(spec, error, f"cannot see a batch of shape {shape}: ") from error
+        raise model_error(spec, error, f"the forward pass of a batch of shape {shape} failed: ") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_outputs):
         got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise model_error(
             spec,
-            f"a batch of shape {shape} must give outputs of shape {[2, num_outputs]}, and gives {got}",
+            f"the output for a batch of shape {shape} must have shape {[2, num_outputs]}, and is {got}",
         )
     if broken := [name for name, param in model.named_parameters() if not bool(param.isfinite().all())]:
         raise model_error(spec, f"parameter {broken[0]} is not finite")
     if not any(param.requires_grad for param in model.parameters()):
-        raise model_error(spec, "no parameter of it learns: expected one with requires_grad")
+        raise model_error(spec, "it has no trainable parameter: expected at least one with requires_grad")
     return model
 
 
-def model_error(spec: Mapping[str, Any], why: Exception | str, doing: str = "") -> StreamlearnError:
-    """Return the error that a model cannot be used: one line, 78."""
+def model_error(spec: Mapping[str, Any], why: Exception | str, step: str = "") -> StreamlearnError:
+    """Return the error (78) for a model that cannot be used. `step` says what failed, and ends with a colon."""
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
-    return StreamlearnError(f"model {spec['name']}: {doing}{why}", code=78)
+    return StreamlearnError(f"model {spec['name']}: {step}{why}", code=78)
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
-    """Return the model's last layer, where it is linear and named `head`."""
+    """Return the model's attribute `head` if it is a linear layer, else None."""
     head = getattr(model, "head", None)
     return head if isinstance(head, nn.Linear) else None
 
 
 @torch.no_grad()
 def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
-    """Give the model's `head` more outputs; the old rows keep their values, the new ones are seeded.
+    """Replace the model's `head` by one with `num_outputs` outputs. Old rows keep their values; new rows are seeded.
 
-    Raises `StreamlearnError` (78) when the model has no linear layer named `head`.
+    Raises `StreamlearnError` (78) if the model has no linear layer named `head`.
     """
     if (head := head_of(model)) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)

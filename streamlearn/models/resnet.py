@@ -1,4 +1,4 @@
-"""A small residual network with group normalisation: batch statistics break under replay and frozen tasks."""
+"""A small residual network with group normalisation: batch statistics would break under replay and frozen tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GROUPS = 4
 
 
 class Block(nn.Module):
-    """Two convolutions around an identity, halving the resolution where `stride` is 2 (He et al. 2016)."""
+    """Two convolutions with a shortcut (He et al. 2016). `stride` 2 halves the resolution."""
 
     def __init__(self, size: int, following: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of one block; `x [B, H, W]` or `[B, channels, H, W]`, logits `[B, C]`."""
+    """Three stages of one block each. `x` is `[B, H, W]` or `[B, channels, H, W]`; logits are `[B, C]`."""
 
     def __init__(self, input_shape: Sequence[int], num_outputs: int, width: int) -> None:
         super().__init__()

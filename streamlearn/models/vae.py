@@ -1,4 +1,4 @@
-"""Variational autoencoders (Kingma & Welling 2014), plain and class-conditional (Sohn et al. 2015): the generators."""
+"""Variational autoencoders, the generators: plain (Kingma & Welling 2014) and class-conditional (Sohn et al. 2015)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 LOG_VARIANCE = (-20.0, 4.0)
-"""Bounds on the log variance of a code: far beyond what values near 1 need, and exp of them is harmless."""
+"""Bounds on the log variance of a code. Values near 1 need far less, and exp of these bounds does not overflow."""
 
 
 class VAE(nn.Module):
-    """Encoder and decoder with two hidden layers; a label, where conditional, enters both as an embedding.
+    """Encoder and decoder with two hidden layers. If `conditional`, both get the label as an embedding.
 
-    `likelihood`: `bernoulli` for values in [0, 1], `gaussian` (unit variance) for any others.
+    `likelihood` is `bernoulli` for values in [0, 1], or `gaussian` (unit variance) for all others.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class VAE(nn.Module):
         self.decode_class = nn.Embedding(num_classes, hidden) if conditional else None
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance of the codes of `x [B, prod(shape)]`, each `[B, latent]`."""
+        """Return mean and log variance of the codes of `x [B, prod(shape)]`, `[B, latent]` each."""
         h = self.encode_in(x)
         if self.encode_class is not None:
             h = h + self.encode_class(y)
@@ -68,7 +68,7 @@ class VAE(nn.Module):
         return observed(self.decode(z, y), self.likelihood).reshape(-1, *self.input_shape)
 
     def loss(self, x: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each sample's negative evidence lower bound in nats, `[B]`, and its code's mean and log variance.
+        """Return each sample's negative evidence lower bound in nats, `[B]`, and the mean and log variance of its code.
 
         `noise [B, latent]` is standard normal.
         """
@@ -80,7 +80,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def grow(self, num_classes: int) -> None:
-        """Make room for more classes; those there keep their embeddings, new ones begin at zero."""
+        """Add classes, up to `num_classes`. Known classes keep their embeddings; new embeddings are zero."""
         for name in ("encode_class", "decode_class"):
             old = getattr(self, name)
             if old is not None and old.num_embeddings < num_classes:
@@ -91,15 +91,15 @@ class VAE(nn.Module):
 
 
 def bounded(log_variance: Tensor) -> Tensor:
-    """Return log variances within `LOG_VARIANCE`, with the gradient that they would have without bounds.
+    """Clamp log variances to `LOG_VARIANCE`, with the gradient of the identity.
 
-    So the divergence pulls back what lies beyond, and large values cannot make the codes explode.
+    So the divergence still pulls values back that lie beyond the bounds, and large values cannot make the codes explode.
     """
     return log_variance.detach().clamp(*LOG_VARIANCE) + (log_variance - log_variance.detach())
 
 
 def observed(out: Tensor, likelihood: str) -> Tensor:
-    """Return the mean of what a decoder's output describes."""
+    """Return the mean of the distribution that a decoder's output describes."""
     return torch.sigmoid(out) if likelihood == "bernoulli" else out
 
 

@@ -301,8 +301,8 @@ def test_a_task_that_taught_or_measured_nothing_is_told_once(tmp_path: Path, cap
     begin = [
         "task a: the probe has no sample of 1 trained classes ('q')",
         "task a: 2 of 11 samples of the probe have a class that the task did not train",
-        "task b: nothing is trained: of 4 samples 4 held out, 0 rejected, 0 skipped",
-        "task c: nothing is measured: 24 samples are trained and none is held out",
+        "task b: no sample was trained: 4 samples consumed, 4 held out, 0 rejected, 0 skipped",
+        "task c: the task has no probe: 24 samples were trained and none was held out",
     ]
     assert len(told) == len(begin)
     assert all(line.startswith(start) for line, start in zip(told, begin, strict=True)), told

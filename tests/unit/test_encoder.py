@@ -112,13 +112,13 @@ def build(name: str, **options: Any) -> Encoder:
 
 
 WRONG: list[tuple[str, str]] = [
-    ("scalars", r"two samples must give float32 features \[2, \.\.\.\], and give torch\.float32 \[2\]$"),
-    ("one_number", r"and give torch\.float32 \[\]$"),
-    ("doubles", r"and give torch\.float64 \[2, 3\]$"),
-    ("one_row", r"and give torch\.float32 \[1, 3\]$"),
-    ("pair", r"and give tuple$"),
+    ("scalars", r"the output for two samples must be float32 of shape \[2, \.\.\.\], and is torch\.float32 \[2\]$"),
+    ("one_number", r"and is torch\.float32 \[\]$"),
+    ("doubles", r"and is torch\.float64 \[2, 3\]$"),
+    ("one_row", r"and is torch\.float32 \[1, 3\]$"),
+    ("pair", r"and is tuple$"),
     ("nowhere", r"parameter bias is not finite$"),
-    ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: "),
+    ("narrow", r"the forward pass of a batch of shape \[2, 4\] failed: RuntimeError: "),
     ("no_module", r"expected a torch\.nn\.Module, got int$"),
     ("absent", r"AttributeError: "),
     ("no_such_package:function", r"ModuleNotFoundError: "),
@@ -163,14 +163,14 @@ def single(shape: list[int]) -> nn.Module:
 
 def test_an_encoder_sees_single_samples() -> None:
     """A batch of one can come, so an encoder that returns another shape for it is refused at the start."""
-    with pytest.raises(StreamlearnError, match=r"one sample must give features \[1, 3\], and gives \[3\]$"):
+    with pytest.raises(StreamlearnError, match=r"the output for one sample must have shape \[1, 3\], and has \[3\]$"):
         build("single")
 
 
 def test_the_state_of_an_encoder_is_saved_and_read_at_the_start() -> None:
     """State that is no tensor is saved with the rest; a module that cannot take it over again is refused."""
     build("restored").check_state(state.round_trip, state.equal)
-    with pytest.raises(StreamlearnError, match="its state cannot be saved and read again: RuntimeError: ") as caught:
+    with pytest.raises(StreamlearnError, match="its state cannot be saved and loaded: RuntimeError: ") as caught:
         build("more").check_state(state.round_trip, state.equal)
     assert caught.value.code == 78
 
@@ -216,7 +216,7 @@ def test_what_was_saved_must_fit() -> None:
     """A function that makes another kind of module by now is told in one line."""
     saved = build("tests.support.models:encoder", features=3).module.state_dict()
     changed = build("tests.support.models:encoder", features=5)
-    with pytest.raises(StreamlearnError, match="does not fit the weights that were saved: RuntimeError: ") as caught:
+    with pytest.raises(StreamlearnError, match="the saved weights do not fit: RuntimeError: ") as caught:
         changed.load(saved)
     assert (caught.value.code, str(caught.value).count("\n")) == (78, 0)
 

@@ -34,8 +34,8 @@ def test_a_module_that_is_not_there_says_where_it_was_looked_for(here: Path) -> 
     with pytest.raises(ModuleNotFoundError) as caught:
         imports.import_function("nothing_of_this_test.inner:net")
     assert str(caught.value) == (
-        "No module named 'nothing_of_this_test': it is looked for among installed packages, on PYTHONPATH, and last in the "
-        f"working directory {here}"
+        "No module named 'nothing_of_this_test': not found in installed packages, on PYTHONPATH, or in the working directory "
+        f"{here}"
     )
     (here / "lacking_of_this_test.py").write_text("import nothing_of_this_test")
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'nothing_of_this_test'$"):

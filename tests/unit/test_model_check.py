@@ -70,15 +70,18 @@ def tried(build: Callable[[], nn.Module], size: int = 4) -> bool:
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "squeezed": (lambda: Last(torch.squeeze), r"a single sample|cannot learn a batch of shape \[1, 4\]"),
-    "tuple in training": (lambda: Last(nn.Identity(), lambda y: (y, y)), r"cannot learn a batch of shape \[2, 4\]: "),
+    "squeezed": (lambda: Last(torch.squeeze), r"a single sample|training on a batch of shape \[1, 4\] failed"),
+    "tuple in training": (
+        lambda: Last(nn.Identity(), lambda y: (y, y)),
+        r"training on a batch of shape \[2, 4\] failed: ",
+    ),
     "no statistics to use": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)),
-        r"cannot learn a batch of shape \[1, 4\]: ValueError: Expected more than 1 value per channel",
+        r"training on a batch of shape \[1, 4\] failed: ValueError: Expected more than 1 value per channel",
     ),
-    "renamed": (lambda: Renamed(4, 3), "its state cannot be saved and read again: RuntimeError: "),
-    "lazy": (lambda: Lazy(4, 3), "its state cannot be saved and read again: RuntimeError: .*calls"),
-    "scaled": (lambda: Scaled(4, 3), "its state is not the same after it was saved and read again: '_extra_state'"),
+    "renamed": (lambda: Renamed(4, 3), "its state cannot be saved and loaded: RuntimeError: "),
+    "lazy": (lambda: Lazy(4, 3), "its state cannot be saved and loaded: RuntimeError: .*calls"),
+    "scaled": (lambda: Scaled(4, 3), "its state changes when it is saved and loaded: '_extra_state'"),
 }
 
 

@@ -136,7 +136,7 @@ def test_code_is_imported_only_where_the_user_names_it(tmp_path: Path) -> None:
     saved(tmp_path / "state", model={"name": OWN, "options": {"kind": "odd"}}, shape=12)
     where = (rows(tmp_path, np.ones((2, 12), np.float32)), "--state", tmp_path / "state")
     code, _, err = cli(*where)
-    assert (code, "no code is imported because a checkpoint names it" in err) == (78, True)
+    assert (code, "code that only a checkpoint names is not imported" in err) == (78, True)
     code, _, err = cli(*where, "--model", "tests.support.awkward:headless")
     assert (code, f"its model is {OWN}, and you named tests.support.awkward:headless" in err) == (78, True)
     code, out, err = cli(*where, "--model", OWN)
@@ -158,7 +158,7 @@ def test_a_name_from_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
         model=MLP,
         input={"kind": "numbers", "shape": ["/bin/sh", "-c", f"touch {marker}"], "dtype": "float32", "scale": 1.0},
     )
-    with pytest.raises(StreamlearnError, match=r"model\.json: makes no sense: input\..*shape.*integer") as caught:
+    with pytest.raises(StreamlearnError, match=r"model\.json: not valid: input\..*shape.*integer") as caught:
         Model(checkpoint, lambda _: ("subprocess:run", None))
     assert caught.value.code == 78
     for over in (
@@ -166,7 +166,7 @@ def test_a_name_from_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
         {"input": {"kind": "numbers", "shape": [4], "encoder": {"name": "subprocess:run", "options": {}}}},
     ):
         shutil.rmtree(tmp_path / "state")
-        with pytest.raises(StreamlearnError, match="no code is imported because a checkpoint names it"):
+        with pytest.raises(StreamlearnError, match="code that only a checkpoint names is not imported"):
             Model(_described(tmp_path / "state", over))
     assert not marker.exists()
 
@@ -180,9 +180,9 @@ def _described(state_dir: Path, over: dict[str, Any]) -> Checkpoint:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_outputs": -1}, "num_outputs: "),
-    ({"num_outputs": 2}, "an output is beyond num_outputs"),
+    ({"num_outputs": 2}, "an output is not below num_outputs"),
     ({"seed": "0"}, "seed: "),
-    ({"strategy": {"none": {}}}, "no such strategy: 'none'"),
+    ({"strategy": {"none": {}}}, "unknown strategy: 'none'"),
     ({"strategy": {"pnn": {"max_parameters": "many"}}}, "max_parameters"),
     ({"strategy": {"pnn": {}}, "network": {"columns": 1000}}, "more columns than tasks"),
     ({"model": {"name": "mlp", "hidden": ["x"]}}, r"model\.hidden\.0: "),
@@ -190,7 +190,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": {"name": "mlp", "hidden": [6]}}, "the weights do not fit the model"),
     ({"state": {"model": {"x": 1}}}, "the weights do not fit the model"),
     ({"labels": [None]}, r"labels\.0"),
-    ({"input": 3}, "makes no sense"),
+    ({"input": 3}, "not valid"),
 ]
 
 

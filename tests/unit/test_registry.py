@@ -99,11 +99,14 @@ def build(name: str) -> nn.Module:
 
 
 WRONG: list[tuple[str, str]] = [
-    ("narrow", r"cannot see a batch of shape \[2, 4\]: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
-    ("wide", r"a batch of shape \[2, 4\] must give outputs of shape \[2, 3\], and gives \[2, 4\]$"),
-    ("pair", r"must give outputs of shape \[2, 3\], and gives tuple$"),
+    (
+        "narrow",
+        r"the forward pass of a batch of shape \[2, 4\] failed: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied",
+    ),
+    ("wide", r"the output for a batch of shape \[2, 4\] must have shape \[2, 3\], and is \[2, 4\]$"),
+    ("pair", r"must have shape \[2, 3\], and is tuple$"),
     ("nowhere", r"parameter head\.bias is not finite$"),
-    ("frozen", r"no parameter of it learns: expected one with requires_grad$"),
+    ("frozen", r"it has no trainable parameter: expected at least one with requires_grad$"),
     ("key_error", r"KeyError: 'no such option'$"),
     ("out_of_memory", r"RuntimeError: first second$"),
     ("absent", r"AttributeError: "),
@@ -135,7 +138,7 @@ def test_the_trial_leaves_no_trace() -> None:
 def test_a_model_that_keeps_a_graph_is_refused_where_it_is_copied() -> None:
     """It can be built; the average's copy of it could not be made any more once it has learned."""
     model_check.check_copies("own:fits", build("fits"), torch.zeros(2, 4))
-    why = r"^model own:keeping: cannot be copied once it has learned, .*: RuntimeError: Only Tensors created"
+    why = r"^model own:keeping: cannot be copied after training, .*: RuntimeError: Only Tensors created"
     with pytest.raises(StreamlearnError, match=why) as caught:
         model_check.check_copies("own:keeping", build("keeping"), torch.zeros(2, 4))
     assert caught.value.code == 78

@@ -15,15 +15,21 @@ from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 TENTH = HoldoutConfig(fraction=0.1)
 COUNTS: list[tuple[str, dict[str, int], HoldoutConfig, list[str], str]] = [
     ("active", {"consumed": 999, "held_out": 999}, TENTH, [], ""),
-    ("active", {"consumed": 1000, "held_out": 1000}, TENTH, ["untrained"], "holdout.by value takes them all"),
-    ("ended", {"consumed": 3, "rejected": 3}, TENTH, ["untrained"], "of 3 samples 0 held out, 3 rejected, 0 skipped"),
+    ("active", {"consumed": 1000, "held_out": 1000}, TENTH, ["untrained"], "holdout.by value holds all samples out"),
+    (
+        "ended",
+        {"consumed": 3, "rejected": 3},
+        TENTH,
+        ["untrained"],
+        "3 samples consumed, 0 held out, 3 rejected, 0 skipped",
+    ),
     ("active", {"consumed": 199, "trained": 199}, TENTH, [], ""),
     (
         "active",
         {"consumed": 200, "trained": 200},
         HoldoutConfig(by="key"),
         ["unmeasured"],
-        "holdout.by key takes none of them",
+        "holdout.by key selected none of them",
     ),
     ("active", {"consumed": 9999, "trained": 9999}, HoldoutConfig(fraction=0), [], ""),
     ("ended", {"consumed": 9, "trained": 9}, HoldoutConfig(fraction=0), ["unmeasured"], "holdout.fraction is 0"),
@@ -45,7 +51,7 @@ PROBES: list[tuple[Any, Any, HoldoutConfig, list[str], str]] = [
     ([0.0, 1.0, 2.0], [0, 1, 0], TENTH, [], ""),
     ([0.0, 1.0], [0, 0], TENTH, ["missing"], "no sample of 1 trained classes ('b')"),
     ([0.0, 1.0, 2.0, 3.0], [0, 1, 2, -1], TENTH, ["strange"], "2 of 4 samples of the probe have a class"),
-    ([0.0, 1.0] * 20, [0, 1] * 20, TENTH, ["distinct"], "40 samples of the probe have 2 distinct values"),
+    ([0.0, 1.0] * 20, [0, 1] * 20, TENTH, ["distinct"], "40 samples of the probe have only 2 distinct values"),
     ([0.0, 1.0] * 20, [0, 1] * 20, HoldoutConfig(fraction=0), [], ""),
     ([0.0, 1.0] * 9, [0, 1] * 9, TENTH, [], ""),
 ]
