@@ -1,4 +1,4 @@
-"""A running job: everything learned and where the stream stands; how it is saved, restored and described."""
+"""A running job: the learner, the positions in the stream, and how both are saved, restored and shown in the status."""
 
 from __future__ import annotations
 
@@ -46,46 +46,54 @@ logger = logging.getLogger(__name__)
 PARAMETERS_ADDED_LATER = {"strategy.agem.epsilon"}
 """Parameters added after format 1. A checkpoint without them is still compatible."""
 
-MAX_MATRIX_TASKS = 50  # whose matrix is in the status; each evaluation and each checkpoint would copy a larger one
-HEARTBEAT_SECONDS = 0.5  # between two signs of life while a checkpoint is waited for
-MIN_REPLAY_AGREEMENT = (
-    0.75  # mean agreement: 1.00 on digits, where replay protects; 0.3 to 0.5 on photographs, where it does not
-)
-RECOVERY_FACTOR = 10  # times as many batches as make a divergence: after so many it is not the same one any more
+MAX_MATRIX_TASKS = 50
+"""The status contains the accuracy matrix up to this number of tasks; copying a larger one so often would be slow."""
+
+HEARTBEAT_SECONDS = 0.5
+"""How often the loop reports that it is alive while it waits for a checkpoint."""
+
+MIN_REPLAY_AGREEMENT = 0.75
+"""Generative replay works if its mean agreement is at least this.
+
+It was 1.00 on digits, where replay protects past tasks, and 0.3 to 0.5 on photographs, where it does not.
+"""
+
+RECOVERY_FACTOR = 10
+"""After this many times `divergence.after` batches, a divergence is a new one and not a repetition of the last."""
 
 
-class Diverged(StreamlearnError):  # noqa: N818 - it says what training has done
-    """Update after update is not finite, or what past tasks taught is lost at once."""
+class Diverged(StreamlearnError):  # noqa: N818 - the name says what happened
+    """Training diverged: update after update was not finite, or the accuracy on past tasks dropped too far."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a checkpoint holds, as it was between two batches."""
+    """A copy of everything that a checkpoint contains, taken between two batches."""
 
     files: Mapping[str, Content]
-    info: Mapping[str, Any]
+    info: Mapping[str, Any]  # for the manifest
     sizes: Mapping[str, int]  # bytes of the tensors in each file
-    immutable: frozenset[str]  # files that need not be written where the checkpoint before has them
+    immutable: frozenset[str]  # files that never change: if the previous checkpoint has them, they are linked
     positions: Positions
     batches: int
-    taken: float  # monotonic
+    taken: float  # monotonic time
 
 
 @dataclass
 class PendingSave:
-    """A checkpoint that is being written beside the loop, or waits for that."""
+    """A checkpoint that the writer thread is writing, or that waits for the one before it."""
 
     trigger: str
     snapshot: Snapshot
     tags: list[str] = field(default_factory=list)
     written: Future[tuple[Checkpoint, int | None, float]] | None = None  # None while it waits
-    finished: bool = False
-    checkpoint: Checkpoint | None = None  # once it is collected, if it is durable
+    finished: bool = False  # written, or failed
+    checkpoint: Checkpoint | None = None  # set when it is finished and durable
 
 
 @dataclass
 class Job:
-    """What the loop works on."""
+    """The state that the loop works on: learner, probes, progress and checkpoints."""
 
     config: Config
     scenario: Scenario
@@ -96,34 +104,32 @@ class Job:
     matrix: AccuracyMatrix = field(default_factory=AccuracyMatrix)
     progress: Progress = field(default_factory=Progress)
     checkpoint: Checkpoint | None = None
-    restored_checkpoint: Checkpoint | None = None  # the one that it began from
-    saved_positions: Positions = field(default_factory=Positions)  # those of the newest checkpoint
-    newest_timestamps: dict[str, float] = field(
-        default_factory=dict
-    )  # timestamp of the newest applied record, by topic
+    restored_checkpoint: Checkpoint | None = None  # the one that this job started from
+    saved_positions: Positions = field(default_factory=Positions)  # of the newest durable checkpoint
+    newest_timestamps: dict[str, float] = field(default_factory=dict)  # of the newest applied record, by topic
     state: str = "starting"
     started: float = field(default_factory=time.time)
-    batches_without_update: int = 0  # batches in a row without a finite update
-    rollbacks: int = 0  # in a row, before this job began
-    mid_delivery: bool = False  # in the middle of a delivery: model and positions do not belong together
+    batches_without_update: int = 0  # consecutive batches without a finite update
+    rollbacks: int = 0  # consecutive rollbacks that led to this job
+    mid_delivery: bool = False  # a delivery is half applied: model and positions do not match, so nothing may be saved
     current_save: PendingSave | None = None  # the checkpoint that is being written
-    next_save: PendingSave | None = None  # the one after it
-    save_failed: float | None = None  # when a save last failed, monotonic
-    last_evaluated: float | None = None  # when an evaluation last gave a figure, Unix seconds
-    _logged_warnings: set[tuple[int, str]] = field(default_factory=set)  # that were logged, by task
-    _last_recorded: float | None = None  # when the newest evaluation was that is part of the state, Unix seconds
+    next_save: PendingSave | None = None  # the checkpoint that waits for it
+    save_failed: float | None = None  # monotonic time of the last failure, None after a success
+    last_evaluated: float | None = None  # Unix time of the last evaluation that had a result
+    _logged_warnings: set[tuple[int, str]] = field(default_factory=set)  # task index and kind
+    _last_recorded: float | None = None  # Unix time of the last evaluation that is part of the state
     _evaluated_at: float = field(default_factory=time.monotonic)
     _evaluated_batches: int = 0
-    _evaluation_seconds: float = 0.0  # that the last evaluation took
+    _evaluation_seconds: float = 0.0  # duration of the last evaluation
     _saved_at: float = field(default_factory=time.monotonic)
     _saved_batches: int = 0
     _restored_batches: int = 0
-    _parent: str | None = None  # id of the newest checkpoint that this job restored or wrote; of the writer's thread
+    _parent: str | None = None  # id of the newest checkpoint that this job restored or wrote; only the writer uses it
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
 
     @classmethod
     def make(cls, config: Config, store: Store, metrics: Metrics) -> Job:
-        """Return an untrained job; raises `StreamlearnError` (78) when the configuration cannot be built."""
+        """Return an untrained job; raises `StreamlearnError` (78) if the configuration cannot be built."""
         scenario = Scenario.from_config(config)
         try:
             learner = make_learner(config, scenario)
@@ -135,16 +141,19 @@ class Job:
     # -- divergence
 
     def check_divergence(self, stats: LearnStats) -> None:
-        """Count batches without a finite update; raises `Diverged` when the configuration says that there were enough."""
+        """Count consecutive batches without a finite update; raises `Diverged` after `divergence.after` of them."""
         if not stats.steps:
-            return  # no sample of the batch could be used, which says nothing about training
+            return  # no sample of the batch was usable, so it says nothing about training
         self.batches_without_update = 0 if stats.applied else self.batches_without_update + 1
         spec = self.config.divergence
         if self.batches_without_update >= spec.after and spec.then != "skip":
             raise Diverged(f"no update of the last {self.batches_without_update} batches was finite")
 
     def check_accuracy_drop(self, accuracies: Mapping[int, float]) -> None:
-        """Compare past tasks with the last evaluation; raises `Diverged` where their mean fell by more than it may."""
+        """Compare the mean accuracy on past tasks with the last evaluation.
+
+        Raises `Diverged` if it fell by more than `divergence.drop`.
+        """
         spec, known = self.config.divergence, self.matrix.latest_accuracy
         past = [task for task in self.matrix.ended_tasks if task in known and task in accuracies]
         if spec.drop is None or not past:
@@ -157,39 +166,40 @@ class Job:
         if spec.then == "skip":
             logger.warning("%s", message)
             return
-        self.mid_delivery = True  # what was learned since must not be saved
+        self.mid_delivery = True  # the weights since the last evaluation must not be saved
         raise Diverged(message)
 
     def roll_back(self, error: Diverged) -> Job:
-        """Return a job that stands at the newest checkpoint and learns more slowly; raises `Diverged` where it may not.
+        """Return a new job, restored from the newest checkpoint, with a lower learning rate.
 
-        Where training diverges again soon, that checkpoint may be what is wrong: then to the one before it.
+        If training diverges again soon, that checkpoint may hold bad weights: the job goes back to the one before it. Raises
+        `Diverged` if `divergence` asks for a stop, or after `divergence.attempts` rollbacks.
         """
         spec = self.config.divergence
         recovered = self.learner.batches - self._restored_batches >= RECOVERY_FACTOR * spec.after
         rollbacks = 1 if recovered else self.rollbacks + 1
         if spec.then == "stop" or rollbacks > spec.attempts:
-            what = "" if spec.then == "stop" else f" after {rollbacks - 1} rollbacks"
-            raise Diverged(f"{error}{what}: lower learner.optimizer.lr, or see what the stream holds") from error
-        if (
-            rollbacks > 1 and self.restored_checkpoint is not None
-        ):  # where none is older, to it again: nothing since is to be trusted
+            attempts = "" if spec.then == "stop" else f" after {rollbacks - 1} rollbacks"
+            raise Diverged(f"{error}{attempts}: lower learner.optimizer.lr, or check the data in the stream") from error
+        if rollbacks > 1 and self.restored_checkpoint is not None:
+            # if there is no older one, take the same again: the checkpoints after it may hold bad weights
             self.store.restore((self.store.before(self.restored_checkpoint) or self.restored_checkpoint).id)
         job = Job.make(self.config, self.store, self.metrics)
         job.rollbacks, job.started = rollbacks, self.started
         job.restore()
         job.learner.reduce_lr(spec.slow_down**rollbacks)
         where = job.checkpoint.origin if job.checkpoint is not None else "the beginning"
-        logger.error("%s: back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
+        logger.error("%s: rolled back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
         self.metrics.count("rollbacks", 1)
         return job
 
     # -- evaluation
 
     def evaluation_due(self, *, idle: bool = False) -> bool:
-        """Tell whether what was learned has waited long enough to be evaluated, with less than a tenth of the time for it.
+        """Return whether the last evaluation is older than `probes.every_seconds`, and something was learned since.
 
-        Where the loop is `idle` it need not wait: a short batch (`linger`) may be the last for long.
+        Evaluation by time takes at most a tenth of the loop's time. An `idle` loop does not wait: a short batch
+        (`stream.linger`) may be the last one for a long time.
         """
         spec = self.config.probes.every_seconds
         if spec is None or self.learner.batches == self._evaluated_batches:
@@ -197,14 +207,15 @@ class Job:
         return time.monotonic() - self._evaluated_at >= max(0.0 if idle else spec, 10 * self._evaluation_seconds)
 
     def evaluate(self, after: int | None = None, *, live: bool = False) -> None:
-        """Evaluate every probe; `after` names the task that has just ended. Moves no state but the matrix.
+        """Evaluate every probe; `after` is the index of the task that has just ended. Only the matrix changes.
 
-        With `live` not even that: for an evaluation at a moment that the clock chooses, and not the records.
+        `live` evaluations do not change the matrix in checkpoints either. Those that the clock starts must be `live`: two runs
+        over the same records would otherwise save different matrices. Raises `Diverged` as `check_accuracy_drop` does.
         """
-        begun = time.perf_counter()
+        start = time.perf_counter()
         results = self.probes.evaluate(self.learner, self.config.probes.minimum)
         for task in [task for task, (_, loss) in results.items() if math.isnan(loss)]:
-            del results[task]  # the accuracy of a model that is not finite means nothing
+            del results[task]  # the accuracy of a model with non-finite outputs means nothing
             self.metrics.count("probe_failures", 1, self.progress.tasks[task].name)
         self.check_accuracy_drop({task: accuracy for task, (accuracy, _) in results.items()})
         if after is not None and self.learner.measures_transfer and (probe := self.probes.samples(after)) is not None:
@@ -212,7 +223,7 @@ class Job:
             untrained, _ = self.learner.evaluate(*probe, after, self.learner.initial_params)
             self.matrix.transfer_inputs[after] = (before, untrained)
         sizes = self.probes.sizes
-        if results:  # else it gave no figure: the last one that did stays the last
+        if results:
             self.last_evaluated = time.time()
         self._evaluated_at = time.monotonic()
         self._evaluated_batches = self.learner.batches
@@ -221,34 +232,34 @@ class Job:
         else:
             self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
             self._last_recorded = self.last_evaluated if results else self._last_recorded
-        self._evaluation_seconds = time.perf_counter() - begun
+        self._evaluation_seconds = time.perf_counter() - start
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
         self.metrics.record_evaluation(self.matrix, self.progress, sizes, self.last_evaluated)
 
     @property
     def batches_since_evaluation(self) -> int | None:
-        """How many batches the weights are ahead of the figures of probes; None where there are none."""
+        """The number of batches learned since the last evaluation; None if there was no evaluation yet."""
         return self.learner.batches - self._evaluated_batches if self.matrix.latest_accuracy else None
 
     def add_held_out(self, task: Task | None, held_out: Sequence[HeldOut]) -> None:
-        """Offer a delivery's held-out samples to the probes."""
+        """Add a delivery's held-out samples to the probes."""
         self.probes.resolve_names(self.progress)
         self.probes.add(held_out)
         if task is not None:
             self.check_coverage(task)
 
     def seal_probe(self, task: Task) -> None:
-        """Fix the probe of a task that has ended."""
+        """Freeze the probe of a task that has ended."""
         self.probes.seal(task.index)
         self.check_coverage(task)
 
     def check_coverage(self, task: Task) -> None:
-        """Warn once of what a task and its probe cannot show: nothing trained, nothing measured, classes without a probe."""
+        """Log once per task what its probe cannot measure: nothing trained, nothing held out, classes without a sample."""
         found = list(task_warnings(task, self.config.holdout))
         if task.state == "ended" and task.counts["trained"] and (probe := self.probes.samples(task.index)) is not None:
             outputs = [(self.scenario.output(label, task.name, self.progress.labels), label) for label in task.labels]
             trained = {output: label for output, label in outputs if output is not None}
-            declared = self.scenario.kind == "domain"  # labels that may never come
+            declared = self.scenario.kind == "domain"  # declared labels may never occur
             found += probe_warnings(*probe, None if declared else trained, self.config.holdout)
         for kind, text in found:
             if (task.index, kind) not in self._logged_warnings:
@@ -256,7 +267,7 @@ class Job:
                 logger.warning("task %s: %s", task.name, text, extra={"task": task.name})
 
     def record_strategy(self) -> None:
-        """Show what changes only where a task begins or ends: the network's size and what is free of it, and importances."""
+        """Record the metrics that change only when a task begins or ends: network size, free weights, importances, replay."""
         gauges, strategy = self.metrics.gauges, self.learner.strategy
         network = strategy.network.figures()
         gauges.set("network_parameters", network["parameters"])
@@ -265,22 +276,22 @@ class Job:
         self.metrics.record_agreement(self._replay_agreement())
 
     def check_replay(self) -> None:
-        """Warn where what is replayed is not what it should be: then it protects nothing, and nothing else says so."""
+        """Log a warning if generated samples are poor: replay then protects nothing, and no other metric shows it."""
         agreement = self._replay_agreement()
         mean = sum(agreement.values()) / max(1, len(agreement))
         if not agreement or mean >= MIN_REPLAY_AGREEMENT:
             return
         worst = sorted(agreement.items(), key=lambda item: item[1])[:3]
         logger.warning(
-            "replay does not work well here: %.0f %% of what is generated is taken for its class (%s): what past tasks "
-            "taught will be lost. Ways out: strategy er or derpp, which store samples, or an input.encoder whose "
+            "generative replay works poorly: only %.0f %% of the generated samples are recognized as their class (%s), so "
+            "past tasks will be forgotten. Use strategy er or derpp, which store samples, or an input.encoder whose "
             "features are easier to generate",
             100 * mean,
             ", ".join(f"{label} of {task}: {ratio:.0%}" for (task, label), ratio in worst),
         )
 
     def _replay_agreement(self) -> dict[tuple[str, str], float]:
-        """Return how well a generator replays each class, by the names of task and label."""
+        """Return by task name and label the share of generated samples that the teacher recognizes as this class."""
         return {
             (self.progress.tasks[task].name, str(self.learner.output_labels[task][output])): ratio
             for (task, output), ratio in self.learner.strategy.replay.agreement().items()
@@ -289,12 +300,12 @@ class Job:
     # -- checkpoints
 
     def checkpoint_due(self) -> bool:
-        """Tell whether batches or the clock ask for a checkpoint. Saving changes nothing, so the clock may decide."""
+        """Return whether a checkpoint is due, by batches or by time. Saving changes no state, so the clock may decide."""
         spec = self.config.checkpoint
         positions = self.progress.positions
         if self.current_save is not None or positions == self.saved_positions or not positions.by_partition:
             return False
-        if self.batches_without_update:  # perhaps nothing to go back to
+        if self.batches_without_update:  # a rollback to this checkpoint would not help
             return False
         waited = time.monotonic() - self._saved_at
         if self.save_failed is not None and time.monotonic() - self.save_failed < (spec.every_seconds or 30.0):
@@ -303,87 +314,87 @@ class Job:
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
     def save(self, stream: Stream, trigger: str, tag: str | None = None) -> PendingSave:
-        """Copy everything and have it written beside the loop, which pauses for the copy alone; `finish_save` sees it end.
+        """Take a snapshot and let the writer thread write it; `finish_save` handles the result.
 
-        One checkpoint is written at a time. While it is, one more may wait, and a newer copy takes the place of the one that
-        waits: it holds everything that the other would have held. Whoever asked for that one gets the newer one. So learning
-        never waits for a disk. A checkpoint with a tag is kept until somebody removes it.
+        Learning pauses only for the copy, never for the disk. One checkpoint is written at a time, and at most one waits. A
+        newer snapshot replaces the waiting one, because it contains everything that the older one does; whoever asked for the
+        older one gets the newer one. A checkpoint with a tag is kept until somebody removes it.
 
-        Where a drop of accuracy counts as divergence, what is not evaluated yet is evaluated first, or a checkpoint to go back
-        to could hold lost weights; raises `Diverged` then, and nothing is saved.
+        If `divergence.drop` is set, batches that were not evaluated yet are evaluated first: a rollback must not restore
+        weights that have lost past tasks. Raises `Diverged` in this case, and saves nothing.
         """
         if self.config.divergence.drop is not None and self.learner.batches != self._evaluated_batches:
             self.evaluate(live=True)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         snapshot = self._snapshot()
-        seconds = self.metrics.histograms["checkpoint_duration_seconds"]
-        seconds.labels("snapshot").observe(time.perf_counter() - begun)
+        duration = self.metrics.histograms["checkpoint_duration_seconds"]
+        duration.labels("snapshot").observe(time.perf_counter() - start)
         if self.current_save is None:
             self.current_save = PendingSave(trigger, snapshot)
         elif self.next_save is None:
             self.next_save = PendingSave(trigger, snapshot)
         else:
             self.next_save.trigger, self.next_save.snapshot = trigger, snapshot
-        saving = self.next_save or self.current_save
+        save = self.next_save or self.current_save
         if tag is not None:
-            saving.tags.append(tag)
+            save.tags.append(tag)
         self._write_next(stream)
-        return saving
+        return save
 
     def finish_save(self, stream: Stream, *, seconds: float = 0.0) -> None:
-        """Take over what became of the checkpoint that is being written, if it is done within `seconds`; begin the next one.
+        """Record the result of the save that is being written, if it ends within `seconds`, and start the next one.
 
-        That it could not be written is logged and counted, and training goes on; any other failure is raised, and so is the
-        loss of the state directory.
+        A checkpoint that could not be written is logged and counted, and training continues. Any other error is raised, and
+        so is `LockLost`.
         """
-        saving = self.current_save
-        if saving is None or saving.written is None or not wait([saving.written], seconds).done:
+        save = self.current_save
+        if save is None or save.written is None or not wait([save.written], seconds).done:
             return
         self.current_save, self.next_save = self.next_save, None
-        saving.finished = True
+        save.finished = True
         try:
-            checkpoint, kept, took = saving.written.result()
+            checkpoint, num_kept, write_seconds = save.written.result()
         except LockLost:
             raise
         except StreamlearnError as error:
-            logger.error("checkpoint failed: %s", error, extra={"trigger": saving.trigger})  # noqa: TRY400 - the line says all
-            self.metrics.count("checkpoints", 1, "failure", saving.trigger)
+            logger.error("checkpoint failed: %s", error, extra={"trigger": save.trigger})  # noqa: TRY400 - one line is enough
+            self.metrics.count("checkpoints", 1, "failure", save.trigger)
             self.metrics.count("errors", 1, "checkpoint", type(error).__name__)
             self.save_failed = time.monotonic()
         else:
-            self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(took)
-            self.metrics.count("checkpoints", 1, "success", saving.trigger)
-            self._set_newest_checkpoint(checkpoint, saving.snapshot)
-            self.metrics.gauges.set("checkpoints_kept", kept)
-            saving.checkpoint = checkpoint
-            stream.report(saving.snapshot.positions)
-            extra = {"checkpoint": checkpoint.id, "trigger": saving.trigger, "step": checkpoint.manifest["step"]}
+            self.metrics.histograms["checkpoint_duration_seconds"].labels("write").observe(write_seconds)
+            self.metrics.count("checkpoints", 1, "success", save.trigger)
+            self._set_newest_checkpoint(checkpoint, save.snapshot)
+            self.metrics.gauges.set("checkpoints_kept", num_kept)
+            save.checkpoint = checkpoint
+            stream.report(save.snapshot.positions)
+            extra = {"checkpoint": checkpoint.id, "trigger": save.trigger, "step": checkpoint.manifest["step"]}
             logger.info("saved %s", checkpoint.id, extra=extra)
         self._write_next(stream)
 
     def wait_for_saves(self, stream: Stream, heartbeat: Callable[[], None] = lambda: None) -> None:
-        """Return when nothing is being written any more; `heartbeat` is called meanwhile, so that a watcher sees it go on."""
+        """Wait until no save is pending; calls `heartbeat` meanwhile, so that the liveness check passes."""
         while self.current_save is not None:
             heartbeat()
-            self._write_next(stream)  # where the loop ended before it could
+            self._write_next(stream)  # the loop may have ended before it started this one
             self.finish_save(stream, seconds=HEARTBEAT_SECONDS)
 
     @property
     def snapshot_positions(self) -> Positions:
-        """The positions of the newest copy, whether it is durable, being written or waiting."""
+        """The positions of the newest snapshot: waiting, being written, or durable."""
         newest = self.next_save or self.current_save
         return self.saved_positions if newest is None else newest.snapshot.positions
 
     def _write_next(self, stream: Stream) -> None:
-        """Begin to write the checkpoint whose turn it is, unless that has begun."""
-        if (saving := self.current_save) is not None and saving.written is None:
-            saving.written = self._writer.submit(self._write, stream, saving.snapshot, saving.tags)
+        """Start to write the current save, unless that has started."""
+        if (save := self.current_save) is not None and save.written is None:
+            save.written = self._writer.submit(self._write, stream, save.snapshot, save.tags)
 
     def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, int | None, float]:
-        """Make a snapshot durable, in the writer's thread; return the checkpoint, how many are kept, and the seconds taken."""
-        begun = time.perf_counter()
-        stream.settle()  # the dead letters before these positions are acknowledged first
-        # what the store links is its newest, which is this job's unless another process has written there
+        """Write a snapshot, in the writer thread; return the checkpoint, the number of checkpoints, and the duration."""
+        start = time.perf_counter()
+        stream.settle()  # the dead letters before these positions must be durable first
+        # the store links files of its newest checkpoint; that is not ours if another process wrote one
         newest = self.store.newest()
         ours = newest is not None and newest.id == self._parent
         linkable = snapshot.immutable & set(newest.manifest["files"] if newest is not None and ours else ())
@@ -391,12 +402,12 @@ class Job:
         num_bytes = sum(size for name, size in snapshot.sizes.items() if name not in linkable)
         checkpoint = self.store.save(files, snapshot.info, num_bytes, tags)
         self._parent = checkpoint.id
-        return checkpoint, self.store.count(), time.perf_counter() - begun
+        return checkpoint, self.store.count(), time.perf_counter() - start
 
     def restore(self) -> bool:
-        """Take over the newest sound checkpoint; return False where there is none.
+        """Load the newest valid checkpoint; return False if there is none.
 
-        Raises `StreamlearnError` (78) when it does not fit the configuration, with a line for each difference.
+        Raises `StreamlearnError` (78) if the checkpoint is not compatible with the configuration, with each difference.
         """
         before = self.store.corrupt
         checkpoint = self.store.newest_sound()
@@ -412,26 +423,25 @@ class Job:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # its hashes are right and its content is not: no version of this program wrote it
-            raise StreamlearnError(f"{checkpoint.path}: makes no sense: {error!r:.200}", code=78) from error
+            # the hashes match and the content is wrong: no version of this program wrote it
+            raise StreamlearnError(f"{checkpoint.path}: cannot be loaded: {error!r:.200}", code=78) from error
         self._set_newest_checkpoint(checkpoint)
         self._parent = checkpoint.id
         self.metrics.gauges.set("checkpoints_kept", self.store.count())
         self.restored_checkpoint, self._restored_batches = checkpoint, self.learner.batches
-        self.last_evaluated = self._last_recorded = checkpoint.manifest.get(
-            "evaluated"
-        )  # unknown of an earlier version
+        # checkpoints of earlier versions do not have this time
+        self.last_evaluated = self._last_recorded = checkpoint.manifest.get("evaluated")
         self._evaluated_batches = self.matrix.batches
         self._show_restored()
         here = environment(self.config)
         if (there := checkpoint.manifest["environment"]) != here:
             changed = ", ".join(f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key])
-            logger.warning("going on in another environment, so not bit-equal: %s", changed)
+            logger.warning("the environment has changed, so results are no longer bit-equal: %s", changed)
         logger.info("restored %s", checkpoint.id, extra={"checkpoint": checkpoint.id, "step": self.learner.step})
         return True
 
     def _show_restored(self) -> None:
-        """Show what the state says, and let the counters of this process begin where the learner's own totals stand."""
+        """Record the metrics of the restored state, and set the baselines of counters to the learner's totals."""
         sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
         for key in ("drawn", "evicted"):
             self.metrics.set_baseline(key, int(sizes.get(key, 0)))
@@ -441,7 +451,7 @@ class Job:
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.last_evaluated)
 
     def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Take over the state that a checkpoint holds."""
+        """Set the state to that of a checkpoint; raises `StreamlearnError` (78) if it is not compatible."""
         self._check_compatible(checkpoint)
         files = {
             name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
@@ -457,16 +467,16 @@ class Job:
         self.learner.load_state_dict(groups, self.progress.tasks, self.progress.labels)
 
     def _snapshot(self) -> Snapshot:
+        """Return a copy of the state. Immutable tensors are not copied here: the writer does that, if it must write them."""
         groups = {**self.learner.state_dict(), "probes": self.probes.state_dict()}
         tensors, rest, immutable = state.pack(groups)
         files: dict[str, Content] = {}
         for name, content in tensors.items():
-            # what never changes is copied only if it must be written, and by the writer
             kept = content if name in immutable else state.host_copies(content)
             files[name] = partial(_to_bytes, kept) if name in immutable else partial(state.to_bytes, kept)
         sizes = {name: sum(tensor.nbytes for tensor in content.values()) for name, content in tensors.items()}
-        odd = {"model": rest["model"], "encoder": groups["encoder"].get("rest", {})}  # state that is no tensor
-        files["model.json"] = _json({**self.describe_model(), "state": odd})
+        not_tensors = {"model": rest["model"], "encoder": groups["encoder"].get("rest", {})}
+        files["model.json"] = _json({**self.describe_model(), "state": not_tensors})
         files["state.json"] = _json(
             {"groups": rest, "progress": self.progress.to_json(), "matrix": self.matrix.state_dict()}
         )
@@ -495,8 +505,9 @@ class Job:
         )
 
     def _check_compatible(self, checkpoint: Checkpoint) -> None:
+        """Raise `StreamlearnError` (78) if the configuration differs where the state depends on it."""
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
-        if "stream.source" not in theirs:  # of an earlier version: its status says where it read
+        if "stream.source" not in theirs:  # written by an earlier version: only its status has the source
             theirs = {
                 **theirs,
                 "stream.source": checkpoint.read_json("status.json").get("source", ours["stream.source"]),
@@ -505,7 +516,7 @@ class Job:
             recipe, _, parameter = key.rpartition(".")
             if any(known.startswith(f"{recipe}.") for known in theirs):
                 logger.warning(
-                    "%s was written by a version without %s of %s: %s from here on",
+                    "%s was written by a version without the parameter %s of %s: it is %s from now on",
                     checkpoint.id,
                     parameter,
                     recipe,
@@ -513,21 +524,22 @@ class Job:
                 )
                 theirs = {**theirs, key: ours[key]}
         lines = _differences(theirs, ours)
-        begun = [task["name"] for task in checkpoint.read_json("state.json")["progress"]["tasks"]]
+        started = [task["name"] for task in checkpoint.read_json("state.json")["progress"]["tasks"]]
         listed = self.config.stream.topics
-        if listed is not None and listed[: len(begun)] != begun:
+        if listed is not None and listed[: len(started)] != started:
             lines.append(
-                f"stream.topics: {begun} have begun, in this order, and may not move; the configuration has {listed}"
+                f"stream.topics: the tasks {started} have started in this order and must stay first; "
+                f"the configuration has {listed}"
             )
         if lines:
             raise StreamlearnError(
-                f"{checkpoint.path}: does not fit the configuration: {'; '.join(lines)}; "
-                "put back what the checkpoint has, or give a new job a state_dir of its own",
+                f"{checkpoint.path}: not compatible with the configuration: {'; '.join(lines)}; "
+                "restore the values of the checkpoint, or start a new job with another state_dir",
                 code=78,
             )
 
     def _set_newest_checkpoint(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:
-        """Take a checkpoint for the newest: one that was just written, or the one that was just restored."""
+        """Remember the newest checkpoint: one that was just written, with its snapshot, or the one that was just restored."""
         self.checkpoint = checkpoint
         self.saved_positions = self.progress.positions if snapshot is None else snapshot.positions
         self.save_failed = None
@@ -537,10 +549,10 @@ class Job:
         gauges.set("checkpoint_last_success_timestamp_seconds", checkpoint.created)
         gauges.set("checkpoint_last_size_bytes", checkpoint.num_bytes)
 
-    # -- description
+    # -- status and metrics
 
     def describe_model(self) -> dict[str, Any]:
-        """Return what is needed, besides `model.safetensors`, to use the model elsewhere."""
+        """Return `model.json`: all that is needed besides `model.safetensors` to use the model elsewhere."""
         progress, config = self.progress, self.config
         return {
             "format": 1,
@@ -555,7 +567,7 @@ class Job:
             "num_outputs": int(self.learner.active_outputs.shape[1]),
             "scenario": self.scenario.kind,
             "labels": self.scenario.labels_in_output_order(progress.labels),
-            # once where all tasks share them: a list for each task would grow with their square
+            # one list if all tasks share it: a list for each task would grow with the square of the tasks
             **({"outputs": self.learner.active_outputs_of(0)} if self.scenario.shares_mask and progress.tasks else {}),
             "tasks": {
                 task.name: {
@@ -571,7 +583,7 @@ class Job:
         }
 
     def status(self, stream: Stream | None) -> dict[str, Any]:
-        """Return what `status --json` shows; figures that are undefined are None."""
+        """Return what `status --json` prints; undefined values are None."""
         queued = stream.queued if stream is not None else Counter[str]()
         sizes, ledger = self.probes.sizes, self.progress.counts_by_topic
         totals = self.progress.totals()
@@ -610,7 +622,7 @@ class Job:
             if self.last_evaluated is None
             else datetime.fromtimestamp(self.last_evaluated, UTC).isoformat(timespec="seconds"),
             "batches_since_evaluation": self.batches_since_evaluation,
-            # it grows with the square of the tasks: above a bound only `/matrix` and `status --json` have it
+            # it grows with the square of the tasks, so a large one is only in `/matrix` and `status --json`
             "matrix": self.matrix.matrix() if len(self.progress.tasks) <= MAX_MATRIX_TASKS else None,
             **self.matrix.metrics(),
             "positions": self.progress.positions.by_topic(),
@@ -636,7 +648,7 @@ class Job:
         }
 
     def record_gauges(self, stream: Stream) -> None:
-        """Bring all gauges up to date."""
+        """Update every gauge that follows the stream, the memories and the device."""
         metrics, now = self.metrics, time.time()
         committed = {p: position.offset for p, position in self.saved_positions.by_partition.items()}
         metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
@@ -649,13 +661,13 @@ class Job:
         behind = Counter[str]()
         for (topic, _), count in stream.status.lag(self.progress.positions.by_partition).items():
             behind[topic] += count
-        # a producer's clock may be ahead of ours
-        known = self.newest_timestamps
-        ages = {(t,): (max(0.0, now - known[t]) if n else 0.0) for t, n in behind.items() if t in known}
+        newest = self.newest_timestamps
+        # at least 0, because a producer's clock may be ahead of ours
+        ages = {(t,): (max(0.0, now - newest[t]) if n else 0.0) for t, n in behind.items() if t in newest}
         metrics.gauges.replace("consumer_lag_seconds", ages)
         try:
             free = shutil.disk_usage(self.config.state_dir).free
-        except OSError:  # it is gone: the next checkpoint will say so
+        except OSError:  # the directory is gone: the next checkpoint reports it
             free = None
         metrics.gauges.set("state_dir_free_bytes", free)
         metrics.gauges.set("probe_interval_batches", self.config.probes.every)
@@ -670,13 +682,13 @@ class Job:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each value that differs between two configurations, and what to do about those of the outputs."""
+    """Return a line for each value that differs between two configurations, with a hint if it concerns the outputs."""
     first, second = (
         list(dict.fromkeys(key.split(".")[1] for key in shaping if key.startswith("strategy.")))
         for shaping in (before, now)
     )
     lines = [] if set(first) == set(second) else [f"strategy: {' + '.join(first)}, now {' + '.join(second)}"]
-    in_one = {*first} ^ {*second}  # their parameters say nothing more
+    in_one = {*first} ^ {*second}  # the line above names these methods; their parameters need no lines
     differing = [
         key
         for key in sorted({*before, *now})
@@ -685,14 +697,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     lines += [f"{key}: the checkpoint has {before.get(key)!r}, the configuration {now.get(key)!r}" for key in differing]
     if {"classes", "grow_head"} & {*differing}:
         lines.append(
-            "classes are not added to a job that has begun, and grow_head is not switched on: begin a new job, with another "
-            "state_dir, that reads the topics again; with grow_head: true and classes as a number it takes new labels by itself"
+            "a job that has started cannot get more classes or switch grow_head on: start a new job with another state_dir, "
+            "which reads the topics again; with grow_head: true and classes as a number it accepts new labels by itself"
         )
     return lines
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Return what bit-equality depends on besides configuration and stream."""
+    """Return what bit-equal results depend on, besides the configuration and the stream."""
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -704,7 +716,7 @@ def environment(config: Config) -> dict[str, Any]:
 
 
 def _by_topic(counts: Mapping[Partition, int]) -> dict[str, dict[str, int]]:
-    """Return `{topic: {partition: count}}`, as shown to people."""
+    """Return `{topic: {partition: count}}`, the form of the status."""
     tree: dict[str, dict[str, int]] = {}
     for (topic, partition), count in sorted(counts.items()):
         tree.setdefault(topic, {})[str(partition)] = count

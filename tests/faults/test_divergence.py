@@ -31,7 +31,7 @@ def test_it_goes_back_and_learns_more_slowly(tmp_path: Path) -> None:
     with jobs.Daemon(diverging(tmp_path, slow_down=1e-38)) as daemon:
         assert daemon.finish() == 0, daemon.tail()
         log = daemon.log.read_text()
-    rollbacks = log.count("3 batches was finite: back to ckpt-")
+    rollbacks = log.count("3 batches was finite: rolled back to ckpt-")
     assert rollbacks in {1, 2}
     checkpoint = Store(daemon.state).all()[0]
     status = checkpoint.read_json("status.json")
@@ -46,8 +46,8 @@ def test_it_ends_when_going_back_does_not_help(tmp_path: Path) -> None:
     with jobs.Daemon(diverging(tmp_path, slow_down=0.9, attempts=2)) as daemon:
         assert daemon.finish(60) == 1
         log = daemon.log.read_text()
-    assert log.count("3 batches was finite: back to ckpt-") == 2
-    assert "after 2 rollbacks: lower learner.optimizer.lr, or see what the stream holds" in log
+    assert log.count("3 batches was finite: rolled back to ckpt-") == 2
+    assert "after 2 rollbacks: lower learner.optimizer.lr, or check the data in the stream" in log
     assert "Traceback" not in log
     assert {checkpoint.manifest["step"] for checkpoint in Store(daemon.state).all()} <= {0, 2}
 
@@ -80,8 +80,8 @@ def test_it_goes_back_when_past_tasks_are_lost_at_once(tmp_path: Path) -> None:
     with jobs.Daemon(config) as daemon:
         assert daemon.finish(120) == 1, daemon.tail()
         log = daemon.log.read_text()
-    assert log.count(": back to ckpt-") == 2
+    assert log.count(": rolled back to ckpt-") == 2
     assert "accuracy on past tasks fell from" in log
-    assert "after 2 rollbacks: lower learner.optimizer.lr, or see what the stream holds" in log
+    assert "after 2 rollbacks: lower learner.optimizer.lr, or check the data in the stream" in log
     status = Store(daemon.state).all()[0].read_json("status.json")
     assert status["tasks"][0]["probe"]["accuracy"] > 0.5

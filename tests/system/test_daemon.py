@@ -353,7 +353,7 @@ def test_a_shape_that_does_not_fit_the_checkpoint_is_78(tmp_path: Path) -> None:
     assert "model.hidden: the checkpoint has [64, 64], the configuration [32]" in done.stderr.strip().splitlines()[-1]
     moved = cli("run", jobs.write_config(tmp_path, stream={"topics": ["t2", "t1"]}))
     assert moved.returncode == 78
-    assert "have begun, in this order, and may not move" in moved.stderr
+    assert "have started in this order and must stay first" in moved.stderr
     free = jobs.write_config(tmp_path, learner={"updates_per_batch": 2}, log={"level": "debug"})
     assert jobs.run_to_end(free).sequence >= 1
 

@@ -69,7 +69,10 @@ def test_a_parameter_of_a_later_version_is_accepted(tmp_path: Path, caplog: pyte
     golden = next(path for path in GOLDEN if path.name == "stored")
     with caplog.at_level("WARNING"):
         restored(tmp_path / "one", golden)
-    assert "was written by a version without epsilon of strategy.agem: 1e-07 from here on" in caplog.text
+    assert (
+        "was written by a version without the parameter epsilon of strategy.agem: it is 1e-07 from now on"
+        in caplog.text
+    )
     (tmp_path / "other").mkdir()
     shutil.copytree(golden, tmp_path / "other" / "state")
     tree = copy.deepcopy(make.settings(tmp_path / "other", golden.name))

@@ -171,7 +171,7 @@ def test_replay_that_does_not_work_is_told(
         assert bool(caplog.records) is warned
     message = caplog.records[0].getMessage()
     assert message.startswith(
-        "replay does not work well here: 70 % of what is generated is taken for its class (dog of t1: 40%"
+        "generative replay works poorly: only 70 % of the generated samples are recognized as their class (dog of t1: 40%"
     )
     assert all(way in message for way in ("er", "derpp", "input.encoder"))
 
@@ -351,8 +351,8 @@ def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypat
 
 
 OUTPUTS = (
-    "classes are not added to a job that has begun, and grow_head is not switched on: begin a new job, with another "
-    "state_dir, that reads the topics again; with grow_head: true and classes as a number it takes new labels by itself"
+    "a job that has started cannot get more classes or switch grow_head on: start a new job with another state_dir, "
+    "which reads the topics again; with grow_head: true and classes as a number it accepts new labels by itself"
 )
 CHANGES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"strategy": "er"}, {"strategy": "derpp"}, ["strategy: er, now derpp"]),
@@ -379,8 +379,8 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     other, _ = made(tmp_path, **(before | now))
     with pytest.raises(StreamlearnError) as caught:
         other.restore()
-    why = "; ".join([*lines, "put back what the checkpoint has, or give a new job a state_dir of its own"])
-    assert str(caught.value) == f"{job.store.all()[0].path}: does not fit the configuration: {why}"
+    why = "; ".join([*lines, "restore the values of the checkpoint, or start a new job with another state_dir"])
+    assert str(caught.value) == f"{job.store.all()[0].path}: not compatible with the configuration: {why}"
     assert caught.value.code == 78
 
 
