@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from streamlearn.older_keys import update_task_keys
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Self, SupportsIndex
@@ -274,6 +276,7 @@ class Task:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON tree from which `from_json` makes an equal task."""
         ends = None if self.end_offsets is None else {str(p): end for p, end in self.end_offsets.items()}
+        forgiven = {str(p): offset for p, offset in self.forgiven_below.items()}
         return {
             "index": self.index,
             "name": self.name,
@@ -283,12 +286,14 @@ class Task:
             "ends": ends,
             "fixed_by": self.fixed_by,
             "marked": self.marked_partitions,
-            "excused": {str(p): offset for p, offset in self.forgiven_below.items()},
+            # version 0.1.0 refuses a task with a key that it does not know
+            **({"forgiven_below": forgiven} if forgiven else {}),
         }
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Task:
         """Return the task that `to_json` described."""
+        tree = update_task_keys(tree)
         ends = tree["ends"]
         return cls(
             tree["index"],
@@ -299,7 +304,7 @@ class Task:
             None if ends is None else {int(p): end for p, end in ends.items()},
             tree.get("fixed_by", "next_topic"),
             tree.get("marked", []),
-            {int(p): offset for p, offset in tree.get("excused", {}).items()},
+            {int(p): offset for p, offset in tree.get("forgiven_below", {}).items()},
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "streamlearn"
 
 ROWS = [
+    {"older_keys"},
     {"data", "patterns", "tensors", "logs", "__init__"},
     {"config", "table"},
     {"configfile", "scenario"},
