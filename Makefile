@@ -32,6 +32,7 @@ lint: .venv/.dev
 fmt: .venv/.dev
 	$(IN)/ruff check --fix .
 	$(IN)/ruff format .
+	$(IN)/python -m tests.test_layers  # the layer table in ARCHITECTURE.md
 
 bench: .venv/.dev
 	$(IN)/python -m benchmarks $(ARGS)

@@ -1,4 +1,4 @@
-"""The house's layers: a module imports only lower rows, or its own package."""
+"""Layers: a module imports only lower rows, or its own package. `python -m tests.test_layers` writes ARCHITECTURE.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamlearn"
+PAGE = PACKAGE.parent / "ARCHITECTURE.md"
+BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 
 ROWS = [
     {"older_keys"},
@@ -62,8 +64,25 @@ def unit(path: Path) -> str:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+def page(text: str) -> str:
+    """Return the document with the layer table, the highest row first, between its marks."""
+    lines = ["| row | modules and packages | imported only here |", "|---|---|---|"]
+    for row, names in sorted(enumerate(ROWS), reverse=True):
+        shown = sorted(names - {"__init__"})
+        owners = {name: sorted({file.split("/")[0].removesuffix(".py") for file in ONLY_IN[name]}) for name in ONLY_IN}
+        libraries = sorted(f"{name} ({', '.join(owner)})" for name, owner in owners.items() if set(owner) & names)
+        lines.append(f"| {row} | {', '.join(f'`{name}`' for name in shown)} | {', '.join(libraries)} |")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}"
+
+
+def test_the_document_has_the_table() -> None:
+    """ARCHITECTURE.md shows the rows of this file; `python -m tests.test_layers` writes them there."""
+    assert page(PAGE.read_text()) == PAGE.read_text(), "run: python -m tests.test_layers"
+
+
 def test_every_module_has_a_row() -> None:
-    """A new module or package is given its place before anything else."""
+    """Each module or package at the top level has a row."""
     assert {unit(path) for path in FILES} - set(ROW_OF) == set()
 
 
@@ -95,7 +114,7 @@ ASKING = [
 
 @pytest.mark.parametrize("arguments", ASKING, ids=lambda arguments: arguments[0])
 def test_asking_imports_neither_torch_nor_kafka(arguments: list[str]) -> None:
-    """What people ask at 3 am answers without the seconds that torch and kafka take to import."""
+    """Commands that only ask answer without the seconds that importing torch and kafka takes."""
     code = (
         "import sys\nfrom streamlearn.cli.app import main\n"
         f"sys.argv = ['streamlearn', *{arguments!r}]\n"
@@ -104,3 +123,7 @@ def test_asking_imports_neither_torch_nor_kafka(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,3 +252,14 @@ def test_workers_end_with_the_run_that_began_them(tmp_path: Path) -> None:
     assert worker != run.pid
     run.kill()
     assert run.communicate(timeout=60)[0] == b""  # the pipe ends with the last process that holds it
+
+
+def test_the_readme_has_the_counts_of_the_results() -> None:
+    """README.md says how many published figures are reached, with the numbers of docs/results.md."""
+    found = re.search(r"of (\d+) published figures: (\d+) within, (\d+) above, (\d+) short", tool.RESULTS.read_text())
+    assert found is not None
+    text = " ".join((runner.ROOT / "README.md").read_text().split())
+    within = (
+        "Of {} published figures, ours are within one point or two standard errors in {}, above in {}, and below in {}"
+    )
+    assert within.format(*found.groups()) in text
