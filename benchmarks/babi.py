@@ -28,7 +28,7 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 from tests.support.jobs import DATA
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def main() -> None:
     """Learn, or with `--draw` only draw."""
     quick = "--quick" in sys.argv
     if "--draw" not in sys.argv:
-        prepare(1)
+        configure_torch(1)
         results: dict[str, Any] = {}
         for name, strategy in METHODS.items():
             with tempfile.TemporaryDirectory() as directory:

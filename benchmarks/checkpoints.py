@@ -20,7 +20,7 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from streamlearn.config import Config
@@ -103,7 +103,7 @@ def pause(label: str, width: int) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Measure both; print and return them."""
-    prepare(1)
+    configure_torch(1)
     results = {"every 10 s": throughput()}
     for label, width in WIDTHS.items():
         results[f"pause, {label}"] = pause(label, width)

@@ -24,7 +24,7 @@ from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.kafka import KafkaLog, KafkaSink
 from streamlearn.stream.memory import MemoryLog, MemoryStore
 from streamlearn.stream.reader import Stream
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def measure(log: Log, sink: Sink, topic: str, samples: int, codec: str) -> float
 
 def run() -> dict[str, Any]:
     """Measure every source; print and return samples a second, and the ratio to memory."""
-    prepare(1)
+    configure_torch(1)
     store = MemoryStore()
     rates: dict[str, float] = {"memory, batched": measure(MemoryLog(store), store, "m", SAMPLES, "batch")}
     with tempfile.TemporaryDirectory() as name:

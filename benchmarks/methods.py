@@ -12,7 +12,7 @@ from streamlearn.data import Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 from tests.support.jobs import merged
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Measure every recipe; print and return ratios, milliseconds and memory."""
-    prepare(1)
+    configure_torch(1)
     results: dict[str, Any] = {}
     print(f"{'recipe':<12}{'ms':>8}{'ratio':>8}{'target':>8}{'task 50':>9}   MB after 1, 10, 50 tasks")
     for name in RECIPES:

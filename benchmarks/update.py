@@ -20,7 +20,7 @@ from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import VAE
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,7 +145,7 @@ def ratio_of(
 
 def run() -> dict[str, Any]:
     """Measure every strategy; print and return ratios, milliseconds and targets."""
-    prepare(1)
+    configure_torch(1)
     results: dict[str, Any] = {}
     print(f"{'strategy':<12}{'ratio':>8}{'target':>8}{'ms/step':>10}{'plain':>10}")
     for name, target in TARGETS.items():

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamlearn.tensors import seeded
+from streamlearn.tensors import seeded_generator
 
 if TYPE_CHECKING:
     from streamlearn.config import AugmentConfig
 
 
-class Distortion:
+class RandomAffine:
     """Distorts each image of a batch by an affine map of its own, bilinear, zero outside; draws from its own seeded stream."""
 
     def __init__(self, spec: AugmentConfig, seed: int, device: torch.device) -> None:
         self.spec = spec
-        self.generator = seeded(seed, "augment", device)
+        self.generator = seeded_generator(seed, "augment", device)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -100,10 +100,10 @@ class RecipeSchema(Protocol):
     def parameters(self) -> type[BaseModel]:
         """A model made from the recipe's signature."""
 
-    def defaults(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
+    def defaults_for(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
         """Return the parameters whose defaults depend on the input, with their values."""
 
-    def refusals(self, config: Config, name: str) -> Iterator[str]:
+    def conflicts(self, config: Config, name: str) -> Iterator[str]:
         """Give the reasons why a configuration that chose this recipe makes no sense."""
 
 
@@ -737,7 +737,7 @@ class Config(Section):
         yield self._strategy_fits_input()
         yield self._codec_fits_input()
         for name in getattr(self, "strategy", ()):
-            yield ((f"strategy.{name}", why) for why in recipes[name].refusals(self, name))
+            yield ((f"strategy.{name}", why) for why in recipes[name].conflicts(self, name))
 
     def _source_is_there(self) -> Rule:
         if self.source == "kafka" and self.kafka is None:
@@ -947,7 +947,7 @@ def _check_strategy(
                 errors.append({"type": message, "loc": (name,), "input": name})
             owner[slot] = name
         try:
-            implied = recipes[name].defaults(spec) if spec is not None and isinstance(parameters, dict) else {}
+            implied = recipes[name].defaults_for(spec) if spec is not None and isinstance(parameters, dict) else {}
             given = {**implied, **parameters} if implied else parameters
             complete[name] = recipes[name].parameters.model_validate(given).model_dump()
         except ValidationError as error:

@@ -326,9 +326,9 @@ def run(
         cause = record_process(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
 
         # torch is imported only now: lock, ports and sockets are quick to refuse
-        from streamlearn.tensors import prepare
+        from streamlearn.tensors import configure_torch
 
-        prepare(config.threads)
+        configure_torch(config.threads)
         from streamlearn.job import Job
 
         metrics.record_state("restoring", ready=False)

@@ -269,10 +269,10 @@ class Job:
     def record_strategy(self) -> None:
         """Record the metrics that change only when a task begins or ends: network size, free weights, importances, replay."""
         gauges, strategy = self.metrics.gauges, self.learner.strategy
-        network = strategy.network.figures()
+        network = strategy.network.metrics()
         gauges.set("network_parameters", network["parameters"])
         gauges.set("network_free_weights_ratio", network.get("free_ratio"))
-        gauges.set("importance_norm", strategy.penalty.figures().get("norm"))
+        gauges.set("importance_norm", strategy.penalty.metrics().get("norm"))
         self.metrics.record_agreement(self._replay_agreement())
 
     def check_replay(self) -> None:
@@ -442,7 +442,7 @@ class Job:
 
     def _show_restored(self) -> None:
         """Record the metrics of the restored state, and set the baselines of counters to the learner's totals."""
-        sizes, counts = self.learner.strategy.sizes(), self.learner.strategy.constraint.counts()
+        sizes, counts = self.learner.strategy.memory_usage(), self.learner.strategy.constraint.counters()
         for key in ("drawn", "evicted"):
             self.metrics.set_baseline(key, int(sizes.get(key, 0)))
         for key, total in counts.items():
@@ -654,8 +654,8 @@ class Job:
         metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
         metrics.gauges.set("train_batch_queue_capacity_samples", self.config.stream.queue.samples)
         names = {task.index: task.name for task in self.progress.tasks}
-        metrics.record_memory(self.learner.strategy.sizes(), names)
-        metrics.record_constraint(self.learner.strategy.constraint.counts())
+        metrics.record_memory(self.learner.strategy.memory_usage(), names)
+        metrics.record_constraint(self.learner.strategy.constraint.counters())
         metrics.add_increase("dlq_records", "dead letters", stream.dead_letters.sent, "success")
         metrics.add_increase("dlq_records", "dead letter failures", stream.dead_letters.failures, "failure")
         behind = Counter[str]()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.augment import Distortion
+from streamlearn.augment import RandomAffine
 from streamlearn.config import TextInputConfig
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
@@ -29,8 +29,8 @@ from streamlearn.models.modes import (
 from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
 from streamlearn.optimizers import Optimizer
 from streamlearn.state import equal, join_tensors, round_trip, split_tensors
-from streamlearn.strategies.parts import Closing, World
-from streamlearn.strategies.recipes import compose
+from streamlearn.strategies.recipes import build_strategy
+from streamlearn.strategies.slots import BuildContext, EndedTask
 from streamlearn.tensors import (
     averaging_rate,
     choose_device,
@@ -39,9 +39,9 @@ from streamlearn.tensors import (
     dense,
     finite_norm,
     finite_rows,
+    make_preprocess,
     padded,
-    scaling,
-    seeded,
+    seeded_generator,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Config, LearnerConfig
     from streamlearn.data import Label, Task
     from streamlearn.scenario import Scenario
-    from streamlearn.strategies.parts import Network, Part, State, Strategy
+    from streamlearn.strategies.slots import Network, Slot, State, Strategy
 
 EVALUATION_CHUNK = 512
 IGNORED = -100  # stands for a label that has no loss
@@ -84,7 +84,7 @@ class Learner:
         self,
         strategy: Strategy,
         spec: LearnerConfig,
-        world: World,
+        context: BuildContext,
         scenario: Scenario,
         *,
         batch_size: int,
@@ -93,12 +93,12 @@ class Learner:
         trains_single_samples: bool = True,
     ) -> None:
         self.strategy = strategy
-        self.encoder = encoder  # inside `world.scale`, and never trained
+        self.encoder = encoder  # inside `context.preprocess`, and never trained
         self.trains_single_samples = (
             trains_single_samples  # whether the model can learn a single sample in training mode
         )
         self.spec = spec
-        self.context = world
+        self.context = context
         self.scenario = scenario
         self.batch_size = batch_size
         self.step = 0  # optimizer steps
@@ -107,12 +107,12 @@ class Learner:
         self.task = -1  # index of the current task
         self.refinement_done: int | None = None  # refinement batches done, while refining
         self.lr_factor = 1.0  # what the learning rate was multiplied by, after training had diverged
-        needed = [part.samples_needed for part in strategy.parts.values()]
+        needed = [slot.samples_needed for slot in strategy.slots.values()]
         self.reservoir = Reservoir(
             ALL if ALL in needed else max(needed),
-            world.max_bytes,
-            world.seed,
-            balanced=any(part.samples_balanced for part in strategy.parts.values()),
+            context.max_bytes,
+            context.seed,
+            balanced=any(slot.needs_balanced_samples for slot in strategy.slots.values()),
         )
         self.names, self.params = self._trained()
         self.optimizer = self._make_optimizer()
@@ -121,11 +121,13 @@ class Learner:
         self._make_average(self.params)
         self.initial_params = clones(self.params)  # for forward transfer
         self.task_start_params = clones(self.params)  # the same
-        self._masks = self.active_outputs = self.inactive_outputs = torch.zeros(0, world.num_outputs, dtype=torch.bool)
+        self._masks = self.active_outputs = self.inactive_outputs = torch.zeros(
+            0, context.num_outputs, dtype=torch.bool
+        )
         self._forget_masks()
-        self.distort = Distortion(spec.augment, world.seed, world.device) if spec.augment is not None else None
-        self._draws = seeded(world.seed, "learner")
-        self.layer_rng = LayerRng(world.seed, world.device, own=own)
+        self.distort = RandomAffine(spec.augment, context.seed, context.device) if spec.augment is not None else None
+        self._draws = seeded_generator(context.seed, "learner")
+        self.layer_rng = LayerRng(context.seed, context.device, own=own)
         self._noted: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, gradient norm and finiteness of each update
         self._clipped: list[Tensor] = []  # whether each was clipped
 
@@ -163,21 +165,21 @@ class Learner:
         logits, features = self.forward(mixed)
         loss = self.loss(logits, mixed)
         if features is not None:
-            loss = loss + s.replay.loss(mixed, features)  # replay through feedback
+            loss = loss + s.replay.feature_loss(mixed, features)  # replay through feedback
         loss.backward()
         grads = [dense(param.grad, param) for param in self.params]
         still = self._still(mixed, grads)
-        s.penalty.pull(self.params, grads)  # toward what past tasks need, in closed form
+        s.penalty.add_gradient(self.params, grads)  # toward what past tasks need, in closed form
         for place, entries in still.items():
             grads[place].masked_fill_(entries, 0.0)  # they are where past tasks left them: a pull is rounding alone
-        s.constraint.project(self.params, grads, self.gradient_of)  # so that no past task is harmed
+        s.constraint.project_gradient(self.params, grads, self.gradient_of)  # so that no past task is harmed
         norm, finite = finite_norm(grads)
         self._clip(grads, norm)
         self.optimizer.step(grads, finite, still)  # does nothing where the gradient is not finite
-        s.penalty.settle(self.params, self.optimizer.lr, finite)  # the implicit step, where chosen
-        s.constraint.hold(self.params)  # what must not move has not moved
-        s.penalty.accumulate(self.params, finite)  # path integrals
-        s.replay.observe(mixed, finite)  # a generator learns too
+        s.penalty.proximal_step(self.params, self.optimizer.lr, finite)  # the implicit step, where chosen
+        s.constraint.restore_frozen(self.params)  # what must not move has not moved
+        s.penalty.after_step(self.params, finite)  # path integrals
+        s.replay.after_step(mixed, finite)  # a generator learns too
         self._statistics.after_step(finite)
         self._update_average(finite)
         self._noted.append((loss.detach() / weight, norm, finite))  # on the device, until the batch is learned
@@ -239,8 +241,8 @@ class Learner:
         start = clones(self._average)
         try:
             # the network comes first: it alone may refuse, and nothing has changed then
-            for part in self.strategy.parts.values():
-                part.begin_task(task.index, self.params)
+            for slot in self.strategy.slots.values():
+                slot.begin_task(task.index, self.params)
         except StreamlearnError as error:
             raise StreamlearnError(f"task {task.name}: {error}", code=error.code) from error
         self.task = task.index
@@ -290,8 +292,8 @@ class Learner:
             if self.strategy.refine_epochs:
                 self._take_average()
                 with self.layer_rng.in_use():
-                    for part in self.strategy.parts.values():
-                        part.begin_refine(self._closing(part))
+                    for slot in self.strategy.slots.values():
+                        slot.begin_refinement(self._ended_task(slot))
                 self._renew()
                 self._make_average(self.params)  # anew: what was pruned has no past
                 self.task_steps = 0
@@ -299,7 +301,7 @@ class Learner:
         batches = -(-size // self.batch_size)
         for number in range(self.refinement_done, self.strategy.refine_epochs * batches):
             epoch, place = divmod(number, batches)
-            order = torch.randperm(size, generator=seeded(self.context.seed, f"refine-{self.task}-{epoch}"))
+            order = torch.randperm(size, generator=seeded_generator(self.context.seed, f"refine-{self.task}-{epoch}"))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             y = self.reservoir.y[chosen]
             yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), is_refinement=True)
@@ -309,10 +311,10 @@ class Learner:
         """Make what was learned last: the live weights take the average, so that teacher, anchor and probe agree."""
         self._take_average()
         with self.layer_rng.in_use():
-            for part in self.strategy.parts.values():
-                part.end_task(self._closing(part))
+            for slot in self.strategy.slots.values():
+                slot.end_task(self._ended_task(slot))
         with self.layer_rng.in_use(keep=False):
-            self.strategy.replay.measure(self.task)
+            self.strategy.replay.measure_agreement(self.task)
         self.refinement_done = None
         self.reservoir.clear()
         self._renew()
@@ -343,7 +345,7 @@ class Learner:
         room = EVALUATION_CHUNK if samples_are_independent(network.module) else 0
         with eval_mode(network.module), self.layer_rng.in_use(keep=False):
             for places, x, y, task in _together(probes, room):
-                tasks, seen = task, self.context.scale(x)
+                tasks, seen = task, self.context.preprocess(x)
                 place, target = places.to(self.context.device), y.to(self.context.device)
                 if self.encoder is not None and not bool((usable := finite_rows(seen)).all()):
                     # a sample without finite features counts as answered wrongly, and has no loss
@@ -372,7 +374,7 @@ class Learner:
     @property
     def measures_transfer(self) -> bool:
         """Whether forward transfer is defined: classes that were never seen cannot be predicted."""
-        return self.scenario.kind != "class" and self.strategy.network.transfers
+        return self.scenario.kind != "class" and self.strategy.network.supports_forward_transfer
 
     @property
     def model(self) -> nn.Module:
@@ -406,7 +408,7 @@ class Learner:
                 "distort": {} if self.distort is None else {"generator": self.distort.generator.get_state()},
                 "layer_draws": self.layer_rng.state_dict(),
             },
-            **{name: part.state_dict() for name, part in self.strategy.parts.items()},
+            **{name: slot.state_dict() for name, slot in self.strategy.slots.items()},
         }
 
     def load_state_dict(self, state: dict[str, State], tasks: Sequence[Task], labels: Sequence[Label]) -> None:
@@ -417,8 +419,8 @@ class Learner:
             self.encoder.load(join_tensors(state["encoder"]["frozen"], state["encoder"].get("rest", {})))
         if own["num_outputs"] > self.active_outputs.shape[1]:
             self._grow(own["num_outputs"])
-        for name, part in self.strategy.parts.items():
-            part.load_state_dict(state[name])
+        for name, slot in self.strategy.slots.items():
+            slot.load_state_dict(state[name])
         load_module_state(self.strategy.network.module, state["live"] or state["model"])
         self.names, self.params = self._trained()
         self.lr_factor = own.get("slowed", 1.0)  # older checkpoints have none, and no draws of layers
@@ -467,7 +469,7 @@ class Learner:
 
         What an encoder makes of a sample may be beyond float32: such a sample is left out.
         """
-        x, y = self.context.scale(batch.x), batch.y.to(self.context.device)
+        x, y = self.context.preprocess(batch.x), batch.y.to(self.context.device)
         if self.encoder is not None and not bool((usable := finite_rows(x)).all()):
             rows = usable.to(batch.x.device)
             batch = Batch(batch.x[rows], batch.y[rows], batch.task[rows])
@@ -542,23 +544,23 @@ class Learner:
         loss = float(losses[finite].mean()) if applied else None
         clipped = int((finite & torch.stack(self._clipped)).sum()) if self._clipped else 0
         accuracy, norm = int(hits) / len(batch), float(norms[-1])
-        dropped = self.strategy.replay.take_dropped()
+        dropped = self.strategy.replay.pop_dropped_updates()
         return LearnStats(self.task, len(batch), len(losses), applied, clipped, loss, accuracy, norm, unusable, dropped)
 
-    def _closing(self, part: Part) -> Closing:
+    def _ended_task(self, slot: Slot) -> EndedTask:
         x, y = self.reservoir.x, self.reservoir.y
-        if part.samples_needed != ALL and part.samples_needed < len(y):  # another part asked for more
-            order = torch.randperm(len(y), generator=seeded(self.context.seed, f"closing-{self.task}"))
-            if part.samples_balanced:
+        if slot.samples_needed != ALL and slot.samples_needed < len(y):  # another slot asked for more
+            order = torch.randperm(len(y), generator=seeded_generator(self.context.seed, f"closing-{self.task}"))
+            if slot.needs_balanced_samples:
                 order = order[rank_in_class(y[order]).argsort(stable=True)]
-            x, y = x[order[: part.samples_needed]], y[order[: part.samples_needed]]
-        return Closing(
+            x, y = x[order[: slot.samples_needed]], y[order[: slot.samples_needed]]
+        return EndedTask(
             self.task, x, y, self.params, self.strategy.network.module, self.active_outputs,
             [list(row) for row in self.output_labels], self._draws, self.output_labels,
         )  # fmt: skip
 
     def _trained(self) -> tuple[list[str], list[Tensor]]:
-        trained = self.strategy.network.trained()
+        trained = self.strategy.network.trainable_parameters()
         return list(trained), list(trained.values())
 
     def _make_optimizer(self) -> Optimizer:
@@ -599,7 +601,7 @@ class Learner:
         old = {name: place for place, name in enumerate(self.names)}
         self.names, self.params = self._trained()
         places = [old.get(name) for name in self.names]
-        self.optimizer.follow(self.params, places)
+        self.optimizer.set_parameters(self.params, places)
         carried = [
             [param.detach().clone() if place is None else padded(values[place], param, copy_rest=True)
              for place, param in zip(places, self.params, strict=True)]
@@ -611,8 +613,8 @@ class Learner:
     def _grow(self, size: int) -> None:
         registry.grow_head(self.strategy.network.module, size, self.context.seed)
         self._renew()
-        for part in self.strategy.parts.values():
-            part.grow(self.params, size)
+        for slot in self.strategy.slots.values():
+            slot.grow(self.params, size)
         self._masks = padded(self._masks, self._masks.new_zeros(len(self._masks), size))
         self.active_outputs = self._masks.expand(len(self.active_outputs), size)
 
@@ -675,13 +677,13 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
         return registry.build(spec, shape, num_outputs, config.seed + offset, vocabulary).to(device)
 
-    world = World(
+    context = BuildContext(
         config.seed, device, shape, scenario.num_outputs([]), config.memory.max_bytes,
-        scaling(config.input.scale, device, names=vocabulary is not None, encoder=encoder), build_network,
-        config.stream.batch_size, tuple(config.stream.topics or ()), names=vocabulary is not None,
+        make_preprocess(config.input.scale, device, token_ids=vocabulary is not None, encoder=encoder), build_network,
+        config.stream.batch_size, tuple(config.stream.topics or ()), token_ids=vocabulary is not None,
         max_norm=config.learner.max_norm,
     )  # fmt: skip
-    strategy = compose(config.strategy, world)
+    strategy = build_strategy(config.strategy, context)
     if config.grow_head and registry.head_of(strategy.network.module) is None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
     own, alone = ":" in spec["name"], True
@@ -689,14 +691,16 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
 
         def sample(count: int) -> Tensor:
             # from 0 to 1: a model may take a number for a name, of which it knows few and none below 0
-            some = torch.randint(2, (count, *shape)) if world.names else torch.rand(count, *shape)
-            return some.to(device, world.zeros(0).dtype)
+            some = torch.randint(2, (count, *shape)) if context.token_ids else torch.rand(count, *shape)
+            return some.to(device, context.zero_inputs(0).dtype)
 
-        copies = config.learner.average is not None or (scenario.kind != "class" and strategy.network.transfers)
-        build = partial(build_network, world.num_outputs)
+        copies = config.learner.average is not None or (
+            scenario.kind != "class" and strategy.network.supports_forward_transfer
+        )
+        build = partial(build_network, context.num_outputs)
         alone = ModelCheck(spec["name"], build, sample, config.seed, round_trip, equal).run(copies=copies)
     return Learner(
-        strategy, config.learner, world, scenario,
+        strategy, config.learner, context, scenario,
         batch_size=config.stream.batch_size, encoder=encoder, own=own or encoder is not None, trains_single_samples=alone,
     )  # fmt: skip
 

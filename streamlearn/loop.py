@@ -101,7 +101,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.evaluate(after=task.index)
         job.record_strategy()
         job.check_replay()
-        if learner.strategy.penalty.figures():
+        if learner.strategy.penalty.metrics():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
         job.save(stream, "task_end")
         logger.info(

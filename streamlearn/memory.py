@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamlearn.data import Label, StreamlearnError
-from streamlearn.tensors import seeded
+from streamlearn.tensors import seeded_generator
 
 State = dict[str, Any]
 StoredSamples = dict[str, Tensor]  # name of a value -> the values of n samples, [n, ...]
@@ -46,7 +46,7 @@ class Reservoir:
         self._size = 0
         self._x = torch.empty(0)
         self._y = torch.empty(0, dtype=torch.int64)
-        self._generator = seeded(seed, "reservoir")
+        self._generator = seeded_generator(seed, "reservoir")
 
     def __len__(self) -> int:
         return self._size
@@ -194,7 +194,7 @@ class EpisodicMemory:
         self.evicted = 0
         self.samples_by_task: dict[int, StoredSamples] = {}
         self._all: StoredSamples = {}  # the samples of all tasks, concatenated, and their tasks
-        self._generator = seeded(seed, "memory")
+        self._generator = seeded_generator(seed, "memory")
 
     def __len__(self) -> int:
         return sum(len(samples["y"]) for samples in self.samples_by_task.values())

@@ -36,17 +36,21 @@ class Optimizer:
         kept = {"sgd": ["momentum"] if momentum else []}.get(name, ["mean", "square"])
         self.moments = {moment: zeros(self.params) for moment in kept}
         self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
-        self.missed: dict[int, Tensor] = {}  # of a grown parameter, by its place: the steps before each entry was there
+        self.steps_before: dict[
+            int, Tensor
+        ] = {}  # of a grown parameter, by its place: the steps before each entry was there
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], finite: Tensor, still: Mapping[int, Tensor] = MappingProxyType({})) -> None:
+    def step(
+        self, grads: Sequence[Tensor], finite: Tensor, frozen_entries: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
         """Take a step; where `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were.
 
-        `still` names entries, by the place of the parameter, that stay as they were where they have no gradient.
+        `frozen_entries` names entries, by the place of the parameter, that stay as they were where they have no gradient.
         """
         before = [
             (tensor, tensor.clone(), entries & (grads[place] == 0))
-            for place, entries in still.items()
+            for place, entries in frozen_entries.items()
             for tensor in (self.params[place], *(values[place] for values in self.moments.values()))
         ]
         self._step(grads, finite)
@@ -71,7 +75,7 @@ class Optimizer:
                 maximize=False,
             )
             return
-        before = {place: self.params[place].clone() for place in self.missed}
+        before = {place: self.params[place].clone() for place in self.steps_before}
         adam(
             self.params,
             list(grads),
@@ -101,12 +105,12 @@ class Optimizer:
         begin at zero, would take up to three times the step of a new parameter.
         """
         param, count = self.params[place], self.steps[place].clamp(min=1)
-        own = (count - self.missed[place]).clamp(min=1)
+        own = (count - self.steps_before[place]).clamp(min=1)
         mean, square = ((1 - beta**count) / (1 - beta**own) for beta in BETAS)
         # entries that were always there have the factor 1 and keep their bits
         param.copy_(torch.lerp(old, param, mean / square.sqrt()))
 
-    def follow(self, params: Sequence[Tensor], places: Sequence[int | None] | None = None) -> None:
+    def set_parameters(self, params: Sequence[Tensor], places: Sequence[int | None] | None = None) -> None:
         """Go on with other parameters; `places` says which old one each was, None for a new one; default: the same.
 
         What has grown keeps its moments, and its new entries have no past.
@@ -114,7 +118,7 @@ class Optimizer:
         self.params = list(params)
         places = range(len(self.params)) if places is None else places
         if self.steps:
-            self.missed = dict(self._missed_steps(places))
+            self.steps_before = dict(self._steps_before_entries(places))
         self.moments = {
             moment: [
                 torch.zeros_like(param) if place is None else padded(values[place], param)
@@ -126,28 +130,28 @@ class Optimizer:
             none = self.params[0].new_zeros(())
             self.steps = [none.clone() if place is None else self.steps[place] for place in places]
 
-    def _missed_steps(self, places: Sequence[int | None]) -> Iterator[tuple[int, Tensor]]:
+    def _steps_before_entries(self, places: Sequence[int | None]) -> Iterator[tuple[int, Tensor]]:
         """Return, for each parameter that has ever grown, the steps taken before each of its entries was there."""
         for now, (place, param) in enumerate(zip(places, self.params, strict=True)):
             if place is None:
                 continue
             shape = self.moments["mean"][place].shape
-            if place in self.missed or shape != param.shape:
-                known = self.missed.get(place, param.new_zeros(shape))
+            if place in self.steps_before or shape != param.shape:
+                known = self.steps_before.get(place, param.new_zeros(shape))
                 yield now, padded(known, self.steps[place].expand(param.shape), copy_rest=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit-equal."""
         named = {"steps": self.steps, **self.moments}
         state = {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
-        return {**state, "missed": {str(n): value for n, value in self.missed.items()}}
+        return {**state, "missed": {str(n): value for n, value in self.steps_before.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, for the same parameters."""
         device = self.params[0].device
         self.steps = clones([state["steps"][str(n)].to(device) for n in range(len(state["steps"]))])
         missed = state.get("missed", {})  # older checkpoints have none
-        self.missed = {int(n): value.to(device, copy=True) for n, value in missed.items()}
+        self.steps_before = {int(n): value.to(device, copy=True) for n, value in missed.items()}
         for name in self.moments.keys() & state.keys():
             # in the parameter's own layout: fused kernels go through memory, and files are contiguous
             self.moments[name] = [

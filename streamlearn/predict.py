@@ -23,18 +23,18 @@ from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
 from streamlearn.models.modes import global_seed
 from streamlearn.models.module_state import load_module_state
-from streamlearn.strategies.parts import World
-from streamlearn.strategies.recipes import RECIPES, network_of
+from streamlearn.strategies.recipes import RECIPES, build_network_slot
+from streamlearn.strategies.slots import BuildContext
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.text import Vocabulary, parse_text
-from streamlearn.tensors import finite_rows, prepare, scaling
+from streamlearn.tensors import configure_torch, finite_rows, make_preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streamlearn.checkpoint import Checkpoint
     from streamlearn.data import Label
-    from streamlearn.strategies.parts import Network
+    from streamlearn.strategies.slots import Network
 
 CHUNK = 512
 NO_FEATURES = Rejected("nonfinite", "the encoder's features for x are not finite")
@@ -133,7 +133,7 @@ class Model:
     def __init__(self, checkpoint: Checkpoint, user_code: UserCode = lambda _: None) -> None:
         self.checkpoint = checkpoint
         self.description = ModelDescription.read(checkpoint)
-        prepare(torch.get_num_threads())  # the same floating-point mode as the daemon's
+        configure_torch(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
         self.text = isinstance(tree.input, config.TextInputConfig)
         cpu = torch.device("cpu")
@@ -144,7 +144,7 @@ class Model:
             frozen = self._tensors("encoder.frozen.safetensors")
             encoder.load(state.join_tensors(frozen, tree.state.encoder))
             self.shape = encoder.shape
-        self.scale = scaling(tree.input.scale, cpu, names=self.text, encoder=encoder)
+        self.scale = make_preprocess(tree.input.scale, cpu, token_ids=self.text, encoder=encoder)
         self.features = encoder is not None
         self.network = self._build(self._allowed_spec(tree.model.model_dump(), "model", user_code))
         self.network.load_state_dict(tree.network)
@@ -186,8 +186,10 @@ class Model:
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
             return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
 
-        world = World(tree.seed, cpu, self.shape, tree.num_outputs, 0, self.scale, build_network, names=self.text)
-        return network_of(tree.strategy, world)
+        context = BuildContext(
+            tree.seed, cpu, self.shape, tree.num_outputs, 0, self.scale, build_network, token_ids=self.text
+        )
+        return build_network_slot(tree.strategy, context)
 
     def outputs(self, task: str | None) -> list[int]:
         """Return the active outputs. Raises `StreamlearnError` (2) if the scenario needs a task and none is given."""

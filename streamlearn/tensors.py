@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-def prepare(threads: int) -> None:
+def configure_torch(threads: int) -> None:
     """Set the thread count and flush denormals; before any model is built, or runs are neither fast nor bit-equal."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decaying moments become denormal and make a step several times slower
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def seeded(seed: int, part: str, device: torch.device | None = None) -> torch.Generator:
+def seeded_generator(seed: int, part: str, device: torch.device | None = None) -> torch.Generator:
     """Return a generator of a part's own, so that adding a part never shifts the draws of another."""
     generator = torch.Generator(device=device or "cpu")
     mixed = seed
@@ -105,20 +105,20 @@ def averaging_rate(decay: float, steps: int) -> float:
     return max(1 - decay, 9 / (10 + steps))
 
 
-def scaling(
-    divisor: float, device: torch.device, *, names: bool = False, encoder: Callable[[Tensor], Tensor] | None = None
+def make_preprocess(
+    divisor: float, device: torch.device, *, token_ids: bool = False, encoder: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Return the function from samples as they arrived to what the network sees: float32, on the device, divided.
 
-    Where they are `names`, the token ids of a text, they stay integers; an `encoder` makes features of the rest.
+    Where they are `token_ids`, the token ids of a text, they stay integers; an `encoder` makes features of the rest.
     """
 
-    def scale(x: Tensor) -> Tensor:
-        if names:
+    def preprocess(x: Tensor) -> Tensor:
+        if token_ids:
             return x.to(device)
         # of its own, for an encoder: what is stored must stay as it arrived, whatever a module does in place
         there = x.to(device, torch.float32, copy=encoder is not None)
         there = there if divisor == 1 else there / divisor
         return there if encoder is None else encoder(there)
 
-    return scale
+    return preprocess

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streamlearn.config import KafkaConfig
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plain_floats() -> Iterator[None]:
 @pytest.fixture
 def daemon_mode() -> None:
     """Compute as the daemon does: one thread, denormals flushed."""
-    prepare(1)
+    configure_torch(1)
 
 
 @pytest.fixture(scope="session")

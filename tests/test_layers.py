@@ -40,7 +40,7 @@ ONLY_IN = {
     "matplotlib": {"report.py"},
     "sklearn": {"producer.py"},
     "safetensors": {"state.py"},
-    "scipy": {"strategies/projection.py"},
+    "scipy": {"strategies/gem.py"},
 }
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 

@@ -32,7 +32,7 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryLog
 from streamlearn.stream.reader import Stream
-from streamlearn.tensors import prepare
+from streamlearn.tensors import configure_torch
 from tests.support.jobs import merged
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class ProgressControl:
 def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
     """Return what the book keeps of a cell, after running it."""
     config = cell.config(device)
-    prepare(config.threads)
+    configure_torch(config.threads)
     task_data = streams.task_data(cell.curriculum, cell.seed)
     totals = streams.sizes(cell.curriculum, task_data, cell.scale)
     store = streams.publish(

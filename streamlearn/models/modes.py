@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamlearn.tensors import seeded
+from streamlearn.tensors import seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,10 +89,10 @@ class LayerRng:
 
     def __init__(self, seed: int, device: torch.device, *, own: bool = True) -> None:
         self.device = device
-        cpu = seeded(seed, "layers")
+        cpu = seeded_generator(seed, "layers")
         self._states: dict[str, Any] = {"cpu": cpu.get_state()}
         if device.type == "cuda":
-            self._states["cuda"] = seeded(seed, "layers", device).get_state()
+            self._states["cuda"] = seeded_generator(seed, "layers", device).get_state()
         self._seed = cpu.initial_seed() % NUMPY_SEEDS
         if own:
             self._states["random"] = random.Random(self._seed).getstate()  # noqa: S311 - no secret

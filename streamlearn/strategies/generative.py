@@ -20,11 +20,11 @@ from streamlearn.models import registry
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.vae import VAE
 from streamlearn.optimizers import Optimizer
-from streamlearn.strategies.latent import LatentMoments, codes
-from streamlearn.strategies.parts import Closing, Replay, State, World
-from streamlearn.strategies.shares import Shares
+from streamlearn.strategies.latent_moments import LatentMoments, sample_codes
+from streamlearn.strategies.replay_share import ReplayShare
+from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 from streamlearn.strategies.teacher import Teacher
-from streamlearn.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all, seeded
+from streamlearn.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all, seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class GeneratorSpec:
 
 
 @dataclass(frozen=True)
-class Targets:
+class ReplayTargets:
     """What replayed samples are learned toward, and how many there are for each new one."""
 
     soft: bool
@@ -65,15 +65,15 @@ class Targets:
 
 @dataclass(frozen=True)
 class Scholar:
-    """Generator and solver as they were when a task ended; `normals` of each class's codes, where they are drawn so."""
+    """Generator and solver as they were when a task ended; `gaussians` of each class's codes, where they are drawn so."""
 
     generator: VAE | Feedback
     teacher: Teacher
-    normals: tuple[Tensor, Tensor] | None
+    gaussians: tuple[Tensor, Tensor] | None
     pairs: Tensor  # [P, 2]: (task, output) of everything it can replay, on the host
     classes: Tensor  # [P]: the number of its class; one that came in several tasks has as many pairs
 
-    def choose(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw_pairs(self, count: int, generator: torch.Generator) -> Tensor:
         """Return the numbers of `count` pairs, drawn so that every class is as likely, in however many tasks it came."""
         tasks = self.classes.bincount()[self.classes]
         if bool((tasks == tasks[0]).all()):
@@ -82,7 +82,7 @@ class Scholar:
 
     def generate(self, y: Tensor, noise: Tensor) -> Tensor:
         """Return samples of classes `y [B]` from standard normal `noise [B, z]`."""
-        return self.generator.generate(noise if self.normals is None else codes(self.normals, y, noise), y)
+        return self.generator.generate(noise if self.gaussians is None else sample_codes(self.gaussians, y, noise), y)
 
 
 class GenerativeReplay(Replay):
@@ -90,25 +90,25 @@ class GenerativeReplay(Replay):
 
     generator: VAE | Feedback
 
-    def __init__(self, world: World, spec: GeneratorSpec, targets: Targets) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, spec: GeneratorSpec, targets: ReplayTargets) -> None:
+        self.context = context
         self.spec = spec
         self.targets = targets
-        self.num_outputs = world.num_outputs
-        self.generator = self._build(world.num_outputs)
+        self.num_outputs = context.num_outputs
+        self.generator = self._build(context.num_outputs)
         self.average = clones(self._params)  # the weights that the scholar's generator is made of
         self.optimizer = self._optimizer()
-        self.moments = LatentMoments(world.num_outputs, spec.latent, world.device) if spec.moments else None
+        self.moments = LatentMoments(context.num_outputs, spec.latent, context.device) if spec.moments else None
         self.scholar: Scholar | None = None
-        self.shares = Shares(targets.balance)
+        self.replay_share = ReplayShare(targets.balance)
         self.steps = 0  # of the generator, in the current task
-        self._noise = seeded(world.seed, "generative", world.device)
-        self._choice = seeded(world.seed, "generative-choice")
-        self._looked = False  # at the values of the current task
+        self._noise = seeded_generator(context.seed, "generative", context.device)
+        self._choice = seeded_generator(context.seed, "generative-choice")
+        self._range_checked = False  # at the values of the current task
         self._dropped = torch.zeros(
-            (), dtype=torch.int64, device=world.device
+            (), dtype=torch.int64, device=context.device
         )  # updates since they were last asked for
-        self._told = False  # that one was dropped in the current task
+        self._warned = False  # that one was dropped in the current task
         self._agreement: dict[tuple[int, int], float] = {}
 
     @property
@@ -118,33 +118,33 @@ class GenerativeReplay(Replay):
     def _build(self, num_outputs: int) -> VAE | Feedback:
         spec = self.spec
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.world.seed)
+            torch.manual_seed(self.context.seed)
             return VAE(
-                self.world.input_shape, num_outputs, conditional=spec.conditional,
+                self.context.input_shape, num_outputs, conditional=spec.conditional,
                 hidden=spec.hidden, latent=spec.latent, likelihood=spec.likelihood,
-            ).to(self.world.device)  # fmt: skip
+            ).to(self.context.device)  # fmt: skip
 
     def _optimizer(self) -> Optimizer:
         return Optimizer(self._params, "adam", self.spec.lr)
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del task, params
-        self._looked = self._told = False
+        self._range_checked = self._warned = False
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
-        self._look(batch.x)
-        self.shares.see(len(batch))
+        self._check_range(batch.x)
+        self.replay_share.add_samples(len(batch))
         scholar, targets = self.scholar, self.targets
         if scholar is None or not len(scholar.pairs):  # a first task may have had no usable sample
             self.share = 0.0
             return None
         count = max(1, round(targets.ratio * len(batch)))
-        self.share = self.shares.of_the_past
-        chosen = scholar.choose(count, self._choice)
+        self.share = self.replay_share.value
+        chosen = scholar.draw_pairs(count, self._choice)
         task = scholar.pairs[chosen, 0]
-        y = scholar.pairs[chosen, 1].to(self.world.device, non_blocking=True)
-        noise = torch.randn(count, self.spec.latent, generator=self._noise, device=self.world.device)
+        y = scholar.pairs[chosen, 1].to(self.context.device, non_blocking=True)
+        noise = torch.randn(count, self.spec.latent, generator=self._noise, device=self.context.device)
         x = scholar.generate(y, noise)
         logits = scholar.teacher.logits(x, task)
         if not targets.soft:
@@ -155,8 +155,8 @@ class GenerativeReplay(Replay):
             x, y, task, soft_targets=torch.softmax(logits / targets.temperature, 1), temperature=targets.temperature
         )
 
-    def observe(self, mixed: Batch, finite: Tensor) -> None:
-        noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.world.device)
+    def after_step(self, mixed: Batch, finite: Tensor) -> None:
+        noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.context.device)
         assert mixed.weight is not None
         assert isinstance(self.generator, VAE)
         losses, mean, log_variance = self.generator.loss(mixed.x, mixed.y, noise)
@@ -164,35 +164,35 @@ class GenerativeReplay(Replay):
         applied = self._step(finite)
         if self.moments is not None:
             rate = averaging_rate(self.spec.average or MOMENTS_DECAY, self.steps)
-            self.moments.note(mean.detach(), log_variance.detach(), mixed.y, rate, applied)
+            self.moments.update(mean.detach(), log_variance.detach(), mixed.y, rate, applied)
         self.steps += 1
 
-    def _look(self, x: Tensor) -> None:
-        if self._looked:
+    def _check_range(self, x: Tensor) -> None:
+        if self._range_checked:
             return
-        self._looked = True  # once a task: it waits for the device
+        self._range_checked = True  # once a task: it waits for the device
         low, high, size = float(x.min()), float(x.max()), float(x.square().mean().sqrt())
-        told = None
+        problem = None
         if self.spec.likelihood == "bernoulli" and (low < 0 or high > 1):
-            told = (
+            problem = (
                 "are replayed cut to 0 and 1, by likelihood bernoulli; set input.scale so that they are from 0 to 1, or "
                 "bring them to about -1 to 1 (input.scale, or an input.encoder) and choose likelihood: gaussian"
             )
         elif self.spec.likelihood == "gaussian" and size > LARGE:
-            told = (
+            problem = (
                 "are too large to be generated well by likelihood gaussian, whose variance is 1; bring them to about -1 "
                 "to 1 by input.scale, or by an input.encoder that standardises them"
             )
-        if told is not None:
-            log.warning("strategy.generative: values from %.3g to %.3g %s", low, high, told)
+        if problem is not None:
+            log.warning("strategy.generative: values from %.3g to %.3g %s", low, high, problem)
 
     def _step(self, finite: Tensor) -> Tensor:
         """Take the generator's optimizer step; return whether it was applied, 0-dim and on the device."""
         params = self._params
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
         norm, sound = finite_norm(grads)
-        if self.world.max_norm is not None:
-            torch._foreach_mul_(grads, (self.world.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.context.max_norm is not None:
+            torch._foreach_mul_(grads, (self.context.max_norm / (norm + 1e-6)).clamp(max=1.0))
         applied = sound & finite
         self._dropped += finite & ~sound
         self.optimizer.step(grads, applied)
@@ -204,36 +204,36 @@ class GenerativeReplay(Replay):
                     mean.lerp_(param, rate)
         return applied
 
-    def take_dropped(self) -> int:
+    def pop_dropped_updates(self) -> int:
         dropped = int(self._dropped)
         self._dropped.zero_()
-        if dropped and not self._told:
-            self._told = True
+        if dropped and not self._warned:
+            self._warned = True
             why = "lower strategy.generative.lr, set learner.max_norm, or bring the values to about -1 to 1 by input.scale"
             log.warning("an update of the generator was not finite and was dropped; further ones are counted; %s", why)
         return dropped
 
     @torch.no_grad()
-    def end_task(self, closing: Closing) -> None:
+    def end_task(self, ended: EndedTask) -> None:
         if self.spec.average is not None:
             copy_into(self._params, self.average)
         generator = self._build(self.num_outputs)
         copy_into(list(generator.parameters()), self._params)
-        pairs = [(task, y) for task, outputs in enumerate(closing.outputs) for y in outputs]
-        labels = [closing.classes[task][y] if closing.classes else y for task, y in pairs]
+        pairs = [(task, y) for task, outputs in enumerate(ended.seen_outputs) for y in outputs]
+        labels = [ended.output_labels[task][y] if ended.output_labels else y for task, y in pairs]
         numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         self.scholar = Scholar(
             generator.requires_grad_(requires_grad=False).eval(),
-            Teacher.of(self.world, closing),
-            self.moments.normals() if self.moments is not None else None,
+            Teacher.from_ended_task(self.context, ended),
+            self.moments.gaussians() if self.moments is not None else None,
             torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
             torch.tensor([numbers[label] for label in labels], dtype=torch.int64),
         )
-        self.shares.end_task(closing.task)
+        self.replay_share.end_task(ended.task)
         self.steps = 0
 
     @torch.no_grad()
-    def measure(self, task: int) -> None:
+    def measure_agreement(self, task: int) -> None:
         """Note how many of the samples generated of a class the solver takes for it, as it was when the task ended.
 
         A generator that cannot be asked for a class (`vae`) is measured by how often each comes: its share of what is
@@ -243,21 +243,23 @@ class GenerativeReplay(Replay):
         scholar, self._agreement = self.scholar, {}
         if scholar is None or not len(scholar.pairs) or (not self.spec.conditional and len(scholar.pairs) > MEASURED):
             return
-        draws = seeded(self.world.seed, f"generative-measure-{task}")  # of its own: it must not move training's
+        draws = seeded_generator(
+            self.context.seed, f"generative-measure-{task}"
+        )  # of its own: it must not move training's
         order = torch.randperm(len(scholar.pairs), generator=draws)
         pairs = scholar.pairs[order[(scholar.pairs[order, 0] != task).byte().argsort(stable=True)[:MEASURED]]]
         each = min(EACH, TOTAL // len(pairs))
         asked = pairs.repeat_interleave(each, 0)
         noise = torch.randn(len(asked), self.spec.latent, generator=draws)
         answers = torch.cat([
-            scholar.teacher.logits(scholar.generate(some[:, 1].to(self.world.device), z.to(self.world.device)), some[:, 0])
+            scholar.teacher.logits(scholar.generate(some[:, 1].to(self.context.device), z.to(self.context.device)), some[:, 0])
             .argmax(1).cpu()
             for some, z in zip(asked.split(CHUNK), noise.split(CHUNK), strict=True)
         ]).view(len(pairs), each)  # fmt: skip
         if self.spec.conditional:
             right = (answers == pairs[:, 1:]).double().mean(1)
         else:
-            allowed = scholar.teacher.allowed.cpu()
+            allowed = scholar.teacher.active_outputs.cpu()
             masks = allowed.expand(task + 1, -1)[pairs[:, 0]] if len(allowed) == 1 else allowed[pairs[:, 0]]
             alike = (masks[:, None] == masks[None]).all(2)
             classes = [len(pairs[row, 1].unique()) for row in alike]
@@ -272,7 +274,7 @@ class GenerativeReplay(Replay):
         del params
         self.num_outputs = num_outputs
         self.generator.grow(num_outputs)
-        self.optimizer.follow(self._params)
+        self.optimizer.set_parameters(self._params)
         self.average = padded_all(self.average, self._params, copy_rest=True)
         if self.moments is not None:
             self.moments.grow(num_outputs)
@@ -284,7 +286,7 @@ class GenerativeReplay(Replay):
     def state_dict(self) -> State:
         state: State = {
             "num_outputs": self.num_outputs,
-            "shares": self.shares.state_dict(),
+            "shares": self.replay_share.state_dict(),
             "steps": self.steps,
             "generator": dict(self.generator.state_dict()),
             "average": {str(n): mean for n, mean in enumerate(self.average)},
@@ -302,16 +304,16 @@ class GenerativeReplay(Replay):
                 "pairs": scholar.pairs,
                 "classes": scholar.classes,
             }
-            if scholar.normals is not None:
-                state["scholar"] |= {"mean": scholar.normals[0], "root": scholar.normals[1]}
+            if scholar.gaussians is not None:
+                state["scholar"] |= {"mean": scholar.gaussians[0], "root": scholar.gaussians[1]}
         return state
 
     def load_state_dict(self, state: State) -> None:
         self.num_outputs, self.steps = state["num_outputs"], state["steps"]
-        self.shares.load_state_dict(state["shares"])
+        self.replay_share.load_state_dict(state["shares"])
         self.generator = self._build(self.num_outputs)
         self.generator.load_state_dict(state["generator"])
-        self.average = [state["average"][str(n)].to(self.world.device) for n in range(len(self._params))]
+        self.average = [state["average"][str(n)].to(self.context.device) for n in range(len(self._params))]
         self.optimizer = self._optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._noise.set_state(state["noise"])
@@ -322,13 +324,13 @@ class GenerativeReplay(Replay):
         if (frozen := state.get("scholar")) is not None:
             generator = self._build(self.num_outputs)
             generator.load_state_dict(frozen["generator"])
-            normals = None
+            gaussians = None
             if "mean" in frozen:
-                normals = frozen["mean"].to(self.world.device), frozen["root"].to(self.world.device)
+                gaussians = frozen["mean"].to(self.context.device), frozen["root"].to(self.context.device)
             self.scholar = Scholar(
                 generator.requires_grad_(requires_grad=False).eval(),
-                Teacher.from_state(self.world, frozen["teacher"]),
-                normals,
+                Teacher.from_state(self.context, frozen["teacher"]),
+                gaussians,
                 frozen["pairs"],
                 frozen.get("classes", torch.arange(len(frozen["pairs"]))),  # of an earlier version: all alike
             )
@@ -346,25 +348,25 @@ class FeedbackReplay(GenerativeReplay):
 
     def _build(self, num_outputs: int) -> Feedback:
         spec = self.spec
-        head = registry.head_of(self.world.build_network(num_outputs))
+        head = registry.head_of(self.context.build_network(num_outputs))
         if head is None:
             message = (
                 "strategy.generative: variant brain-inspired needs a model whose last layer is linear and named head"
             )
             raise StreamlearnError(message, code=78)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.world.seed)
+            torch.manual_seed(self.context.seed)
             return Feedback(
-                self.world.input_shape, head.in_features, num_outputs, hidden=spec.hidden, latent=spec.latent,
-                likelihood=spec.likelihood, gated=spec.gated, seed=self.world.seed,
-            ).to(self.world.device)  # fmt: skip
+                self.context.input_shape, head.in_features, num_outputs, hidden=spec.hidden, latent=spec.latent,
+                likelihood=spec.likelihood, gated=spec.gated, seed=self.context.seed,
+            ).to(self.context.device)  # fmt: skip
 
-    def loss(self, mixed: Batch, features: Tensor) -> Tensor:
-        noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.world.device)
+    def feature_loss(self, mixed: Batch, features: Tensor) -> Tensor:
+        noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.context.device)
         assert mixed.weight is not None
         return (self.generator.loss(features, mixed.x, mixed.y, noise) * mixed.weight).sum()
 
-    def observe(self, mixed: Batch, finite: Tensor) -> None:
+    def after_step(self, mixed: Batch, finite: Tensor) -> None:
         del mixed  # its gradients came with the solver's
         self._step(finite)
         self.steps += 1

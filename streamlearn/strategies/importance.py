@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.models.modes import differentiable_eval_mode
-from streamlearn.strategies.moments import moments
+from streamlearn.strategies.gradient_moments import gradient_moments
 from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from streamlearn.strategies.parts import Closing, State, World
+    from streamlearn.strategies.slots import BuildContext, EndedTask, State
 
 CHUNK = 256
 
@@ -31,13 +31,13 @@ class Importance:
     def begin_task(self, params: Sequence[Tensor]) -> None:
         """Start to watch a task whose parameters are these."""
 
-    def note(self, grads: Sequence[Tensor]) -> None:
+    def see_gradient(self, grads: Sequence[Tensor]) -> None:
         """See the gradient of the task's loss alone."""
 
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+    def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
         """See where the step led; `finite` is false where it was dropped."""
 
-    def consolidate(self, closing: Closing) -> list[Tensor]:
+    def compute(self, ended: EndedTask) -> list[Tensor]:
         """Return the finished task's importance of every parameter."""
         raise NotImplementedError
 
@@ -55,8 +55,8 @@ class Importance:
 class Uniform(Importance):
     """Every parameter is worth the same: the penalty is then plain L2 toward the last task's parameters."""
 
-    def consolidate(self, closing: Closing) -> list[Tensor]:
-        return [torch.ones_like(param) for param in closing.params]
+    def compute(self, ended: EndedTask) -> list[Tensor]:
+        return [torch.ones_like(param) for param in ended.params]
 
 
 class Fisher(Importance):
@@ -66,32 +66,32 @@ class Fisher(Importance):
     one label drawn from it; `empirical`: the true label. The square of a batch's mean gradient would keep 1/B of it.
     """
 
-    def __init__(self, world: World, *, kind: str, samples: int) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, *, kind: str, samples: int) -> None:
+        self.context = context
         self.kind = kind
         self.samples_needed = samples
 
-    def consolidate(self, closing: Closing) -> list[Tensor]:
+    def compute(self, ended: EndedTask) -> list[Tensor]:
         def total(network: nn.Module, x: Tensor, y: Tensor) -> Iterator[list[Tensor]]:
-            forbidden = ~closing.allowed[closing.task]
+            forbidden = ~ended.active_outputs[ended.task]
 
             def losses(logits: Tensor, label: Tensor) -> Tensor:
                 return functional.cross_entropy(logits.masked_fill(forbidden, -torch.inf), label, reduction="none")
 
             with torch.no_grad():
                 probabilities = torch.softmax(network(x).masked_fill(forbidden, -torch.inf), 1)
-            for label, weight in self._labels(probabilities, y, closing):
-                yield moments(network, x, label, weight, losses, 2)
+            for label, weight in self._labels(probabilities, y, ended):
+                yield gradient_moments(network, x, label, weight, losses, 2)
 
-        return _mean_of(total, self.world, closing)
+        return mean_over_samples(total, self.context, ended)
 
-    def _labels(self, probabilities: Tensor, y: Tensor, closing: Closing) -> Iterator[tuple[Tensor, Tensor]]:
+    def _labels(self, probabilities: Tensor, y: Tensor, ended: EndedTask) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the labels over which the expectation runs, each with its samples' weights."""
         if self.kind == "exact":
-            for output in torch.nonzero(closing.allowed[closing.task]).flatten().tolist():
+            for output in torch.nonzero(ended.active_outputs[ended.task]).flatten().tolist():
                 yield torch.full_like(y, output), probabilities[:, output]
         elif self.kind == "sampled":
-            draws = torch.rand(len(y), 1, generator=closing.generator).to(y.device)
+            draws = torch.rand(len(y), 1, generator=ended.generator).to(y.device)
             label = (probabilities.cumsum(1) < draws).sum(1).clamp(max=probabilities.shape[1] - 1)
             yield label, torch.ones_like(probabilities[:, 0])
         else:
@@ -105,21 +105,21 @@ class OutputSensitivity(Importance):
     Needs no labels. `F` are the logits of the task's outputs.
     """
 
-    def __init__(self, world: World, *, samples: int) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, *, samples: int) -> None:
+        self.context = context
         self.samples_needed = samples
 
-    def consolidate(self, closing: Closing) -> list[Tensor]:
+    def compute(self, ended: EndedTask) -> list[Tensor]:
         def total(network: nn.Module, x: Tensor, y: Tensor) -> Iterator[list[Tensor]]:
-            competes = closing.allowed[closing.task]
+            competes = ended.active_outputs[ended.task]
 
             def losses(logits: Tensor, label: Tensor) -> Tensor:
                 del label
                 return torch.where(competes, logits, 0.0).square().sum(1)
 
-            yield moments(network, x, y, torch.ones(len(y), device=x.device), losses, 1)
+            yield gradient_moments(network, x, y, torch.ones(len(y), device=x.device), losses, 1)
 
-        return _mean_of(total, self.world, closing)
+        return mean_over_samples(total, self.context, ended)
 
 
 class PathIntegral(Importance):
@@ -129,8 +129,8 @@ class PathIntegral(Importance):
     `omega = relu(w) / (moved^2 + xi)` (eq. 5).
     """
 
-    def __init__(self, world: World, *, xi: float) -> None:
-        self.device = world.device
+    def __init__(self, context: BuildContext, *, xi: float) -> None:
+        self.device = context.device
         self.xi = xi
         self.path: list[Tensor] = []
         self.start: list[Tensor] = []
@@ -142,16 +142,16 @@ class PathIntegral(Importance):
         self._gradient = zeros(params)
 
     @torch.no_grad()
-    def note(self, grads: Sequence[Tensor]) -> None:
+    def see_gradient(self, grads: Sequence[Tensor]) -> None:
         copy_into(self._gradient, grads)
 
     @torch.no_grad()
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        _integrate(self.path, self._gradient, self._before, params, finite)
+    def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        add_path_integral(self.path, self._gradient, self._before, params, finite)
 
     @torch.no_grad()
-    def consolidate(self, closing: Closing) -> list[Tensor]:
-        moved = [(param - start).square() for param, start in zip(closing.params, self.start, strict=True)]
+    def compute(self, ended: EndedTask) -> list[Tensor]:
+        moved = [(param - start).square() for param, start in zip(ended.params, self.start, strict=True)]
         return [path.relu() / (square + self.xi) for path, square in zip(self.path, moved, strict=True)]
 
     def grow(self, params: Sequence[Tensor]) -> None:
@@ -184,9 +184,9 @@ class RiemannianWalk(Importance):
     score is averaged with that of the tasks before; their sum is the importance of all tasks so far (eq. 9).
     """
 
-    def __init__(self, world: World, *, keep: float, interval: int, epsilon: float = 1e-3) -> None:
-        self.device = world.device
-        self.batch_size = world.batch_size
+    def __init__(self, context: BuildContext, *, keep: float, interval: int, epsilon: float = 1e-3) -> None:
+        self.device = context.device
+        self.batch_size = context.batch_size
         self.keep = keep
         self.interval = interval
         self.epsilon = epsilon
@@ -206,12 +206,12 @@ class RiemannianWalk(Importance):
         self._gradient = zeros(params)
 
     @torch.no_grad()
-    def note(self, grads: Sequence[Tensor]) -> None:
+    def see_gradient(self, grads: Sequence[Tensor]) -> None:
         copy_into(self._gradient, grads)
 
     @torch.no_grad()
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        _integrate(self._walk["decrease"], self._gradient, self._walk["before"], params, finite)
+    def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        add_path_integral(self._walk["decrease"], self._gradient, self._walk["before"], params, finite)
         torch._foreach_mul_(self.fisher, 1 - (1 - self.keep) * finite)  # a dropped step says nothing: its gradient is 0
         torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient, (1 - self.keep) * self.batch_size)
         self.steps += 1
@@ -230,12 +230,12 @@ class RiemannianWalk(Importance):
         self.steps = 0
 
     @torch.no_grad()
-    def consolidate(self, closing: Closing) -> list[Tensor]:
+    def compute(self, ended: EndedTask) -> list[Tensor]:
         if self.steps:
-            self._score(closing.params)
+            self._score(ended.params)
         score, fisher = _normalised(self._walk["score"]), _normalised(self.fisher)
         # the first task has no score before it to be averaged with
-        self.past = score if closing.task == 0 else [(old + new) / 2 for old, new in zip(self.past, score, strict=True)]
+        self.past = score if ended.task == 0 else [(old + new) / 2 for old, new in zip(self.past, score, strict=True)]
         return [a + b for a, b in zip(fisher, self.past, strict=True)]
 
     def grow(self, params: Sequence[Tensor]) -> None:
@@ -263,7 +263,7 @@ class RiemannianWalk(Importance):
         self._gradient = zeros(self.fisher)
 
 
-def _integrate(
+def add_path_integral(
     path: list[Tensor], gradient: list[Tensor], before: list[Tensor], params: Sequence[Tensor], finite: Tensor
 ) -> None:
     """Add `gradient * (before - params)` to `path`, and let `before` follow; a dropped step adds nothing, its gradient is 0."""
@@ -281,15 +281,15 @@ def _normalised(values: Sequence[Tensor]) -> list[Tensor]:
     return [value / torch.where(largest > 0, largest, 1.0) for value in values]
 
 
-def _mean_of(
-    total: Callable[[nn.Module, Tensor, Tensor], Iterator[list[Tensor]]], world: World, closing: Closing
+def mean_over_samples(
+    total: Callable[[nn.Module, Tensor, Tensor], Iterator[list[Tensor]]], context: BuildContext, ended: EndedTask
 ) -> list[Tensor]:
     """Return the mean over the reservoir of what `total(network, x, y)` sums over a chunk of it, in evaluation mode."""
-    sums = zeros(closing.params)
-    if not len(closing.y):
+    sums = zeros(ended.params)
+    if not len(ended.y):
         return sums
-    with differentiable_eval_mode(closing.network):
-        for x, y in zip(closing.x.split(CHUNK), closing.y.split(CHUNK), strict=True):
-            for part in total(closing.network, world.scale(x), y.to(world.device)):
+    with differentiable_eval_mode(ended.network):
+        for x, y in zip(ended.x.split(CHUNK), ended.y.split(CHUNK), strict=True):
+            for part in total(ended.network, context.preprocess(x), y.to(context.device)):
                 torch._foreach_add_(sums, part)
-    return [value / len(closing.y) for value in sums]
+    return [value / len(ended.y) for value in sums]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamlearn.strategies.parts import Closing, Penalty, State, World
+from streamlearn.strategies.slots import BuildContext, EndedTask, Penalty, State
 from streamlearn.tensors import padded_all
 
 if TYPE_CHECKING:
@@ -30,9 +30,16 @@ class ImportancePenalty(Penalty):
     """
 
     def __init__(
-        self, world: World, importance: Importance, strength: float, *, anchor: str, decay: float, proximal: bool
+        self,
+        context: BuildContext,
+        importance: Importance,
+        strength: float,
+        *,
+        anchor: str,
+        decay: float,
+        proximal: bool,
     ) -> None:
-        self.device = world.device
+        self.device = context.device
         self.importance = importance
         self.strength = strength
         self.anchor = anchor
@@ -47,36 +54,36 @@ class ImportancePenalty(Penalty):
         self.importance.begin_task(params)
 
     @torch.no_grad()
-    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        self.importance.note(grads)
+    def add_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self.importance.see_gradient(grads)
         if not self.precision or self.proximal:
             return
         torch._foreach_sub_(list(grads), self.weighted_anchor, alpha=self.strength)
         torch._foreach_addcmul_(list(grads), self.precision, list(params), self.strength)
 
     @torch.no_grad()
-    def settle(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
+    def proximal_step(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
         if self.precision and self.proximal:
             pull = rate * self.strength * finite  # 0 leaves every bit as it was
             for param, precision, anchor in zip(params, self.precision, self.weighted_anchor, strict=True):
                 param.add_(pull * anchor).div_(1 + pull * precision)
 
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        self.importance.accumulate(params, finite)
+    def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
+        self.importance.after_step(params, finite)
 
     @torch.no_grad()
-    def end_task(self, closing: Closing) -> None:
+    def end_task(self, ended: EndedTask) -> None:
         # a sample far out of range can overflow; what is not finite would poison every later update
-        new = [torch.where(value.isfinite(), value, 0.0) for value in self.importance.consolidate(closing)]
+        new = [torch.where(value.isfinite(), value, 0.0) for value in self.importance.compute(ended)]
         old = self.precision or [torch.zeros_like(value) for value in new]
         anchors = self.weighted_anchor or [torch.zeros_like(value) for value in new]
         self.precision = [self.decay * before + value for before, value in zip(old, new, strict=True)]
         if self.anchor == "last":
-            self.weighted_anchor = [b * param for b, param in zip(self.precision, closing.params, strict=True)]
+            self.weighted_anchor = [b * param for b, param in zip(self.precision, ended.params, strict=True)]
         else:
             self.weighted_anchor = [
                 self.decay * before + value * param
-                for before, value, param in zip(anchors, new, closing.params, strict=True)
+                for before, value, param in zip(anchors, new, ended.params, strict=True)
             ]
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
@@ -86,7 +93,7 @@ class ImportancePenalty(Penalty):
             self.precision = padded_all(self.precision, params)
             self.weighted_anchor = padded_all(self.weighted_anchor, params)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         if not self.precision:
             return {}
         return {"norm": float(torch.linalg.vector_norm(torch.stack([p.norm() for p in self.precision])))}

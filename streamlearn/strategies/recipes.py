@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
 from pydantic_core import PydanticCustomError
 
-from streamlearn.strategies.parameters import describe
+from streamlearn.strategies.parameter_descriptions import describe_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from streamlearn.config import Config, InputConfig, TextInputConfig
     from streamlearn.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
-    from streamlearn.strategies.parts import Network, Strategy, World
+    from streamlearn.strategies.slots import BuildContext, Network, Strategy
 
     Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
     Check = Callable[[Config, str], Iterator[str]]
@@ -47,23 +47,23 @@ Selection = Literal["reservoir", "balanced"]
 Momentum = Literal["refuse", "allow"]
 
 
-def naive(world: World) -> Slots:
+def naive(context: BuildContext) -> Slots:
     """Sequential learning: every slot at its default. The lower bound."""
-    del world
+    del context
     return {}
 
 
-def joint(world: World, *, budget: Positive | Literal["all"] = "all") -> Slots:
+def joint(context: BuildContext, *, budget: Positive | Literal["all"] = "all") -> Slots:
     """Multi-task training on everything seen so far. The upper bound."""
     from streamlearn.memory import ALL, EpisodicMemory
     from streamlearn.strategies.replay import EpisodicReplay
 
-    memory = EpisodicMemory(ALL if budget == "all" else budget, world.max_bytes, world.seed)
-    return {"replay": EpisodicReplay(world, memory, by_tasks=True)}
+    memory = EpisodicMemory(ALL if budget == "all" else budget, context.max_bytes, context.seed)
+    return {"replay": EpisodicReplay(context, memory, by_tasks=True)}
 
 
 def er(
-    world: World,
+    context: BuildContext,
     *,
     budget: Positive = 2000,
     selection: Selection = "reservoir",
@@ -74,12 +74,12 @@ def er(
     """Experience replay (Chaudhry et al. 2019) from a memory of `budget` samples, `ratio` replayed for each new one."""
     from streamlearn.strategies.replay import EpisodicReplay
 
-    memory = _memory(world, budget, selection, per_class)
-    return {"replay": EpisodicReplay(world, memory, ratio=ratio, balance=balance)}
+    memory = _episodic_memory(context, budget, selection, per_class)
+    return {"replay": EpisodicReplay(context, memory, ratio=ratio, balance=balance)}
 
 
 def derpp(
-    world: World,
+    context: BuildContext,
     *,
     budget: Positive = 2000,
     selection: Selection = "reservoir",
@@ -91,24 +91,24 @@ def derpp(
     """Dark experience replay++ (Buzzega et al. 2020): stored logits weigh `alpha`, stored labels `beta`."""
     from streamlearn.strategies.replay import DarkReplay
 
-    memory = _memory(world, budget, selection, per_class)
-    return {"replay": DarkReplay(world, memory, alpha=alpha, beta=beta, ratio=ratio)}
+    memory = _episodic_memory(context, budget, selection, per_class)
+    return {"replay": DarkReplay(context, memory, alpha=alpha, beta=beta, ratio=ratio)}
 
 
 def lwf(
-    world: World,
+    context: BuildContext,
     *,
     temperature: Temperature = 2.0,
     balance: Balance = "tasks",
 ) -> Slots:
     """Learning without forgetting (Li & Hoiem 2016): the current inputs, labelled by the previous solver."""
-    from streamlearn.strategies.distillation import Distillation
+    from streamlearn.strategies.lwf import LearningWithoutForgetting
 
-    return {"replay": Distillation(world, temperature=temperature, balance=balance)}
+    return {"replay": LearningWithoutForgetting(context, temperature=temperature, balance=balance)}
 
 
 def generative(
-    world: World,
+    context: BuildContext,
     *,
     variant: Literal["conditional", "vae", "brain-inspired"] = "conditional",
     targets: Literal["soft", "hard"] = "soft",
@@ -128,23 +128,23 @@ def generative(
     `conditional` draws the codes of a class from where its codes lie (`prior: moments`); `vae` is the plain published form, its
     prior always normal; `brain-inspired` (van de Ven et al. 2020) learns a prior a class and gates its decoder (`gated`).
     """
-    from streamlearn.strategies.generative import FeedbackReplay, GenerativeReplay, GeneratorSpec, Targets
+    from streamlearn.strategies.generative import FeedbackReplay, GenerativeReplay, GeneratorSpec, ReplayTargets
 
     moments = variant == "conditional" and prior == "moments"
     spec = GeneratorSpec(variant != "vae", hidden, latent, lr, likelihood, average, moments, gated)
     kind = FeedbackReplay if variant == "brain-inspired" else GenerativeReplay
-    return {"replay": kind(world, spec, Targets(targets == "soft", temperature, ratio, balance))}
+    return {"replay": kind(context, spec, ReplayTargets(targets == "soft", temperature, ratio, balance))}
 
 
-def l2(world: World, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
+def l2(context: BuildContext, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
     """Pull every parameter alike toward where the last task left it: what importance is compared with."""
     from streamlearn.strategies.importance import Uniform
 
-    return _penalty(world, Uniform(), strength, "last", 0.0, step)
+    return _penalty(context, Uniform(), strength, "last", 0.0, step)
 
 
 def ewc(
-    world: World,
+    context: BuildContext,
     *,
     strength: Strength = 5000.0,
     fisher: Literal["exact", "sampled", "empirical"] = "exact",
@@ -158,16 +158,16 @@ def ewc(
     Useful strengths are large, because the per-sample Fisher shrinks once a task is fitted.
     """
     from streamlearn.memory import ALL
-    from streamlearn.strategies import moments
+    from streamlearn.strategies.gradient_moments import check_per_sample_gradients
     from streamlearn.strategies.importance import Fisher
 
-    moments.check(world, "ewc")
-    importance = Fisher(world, kind=fisher, samples=ALL if samples == "all" else samples)
-    return _penalty(world, importance, strength, anchor, decay, step)
+    check_per_sample_gradients(context, "ewc")
+    importance = Fisher(context, kind=fisher, samples=ALL if samples == "all" else samples)
+    return _penalty(context, importance, strength, anchor, decay, step)
 
 
 def si(
-    world: World,
+    context: BuildContext,
     *,
     strength: Strength = 0.1,
     xi: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1,
@@ -178,11 +178,11 @@ def si(
     """Synaptic intelligence (Zenke, Poole & Ganguli 2017)."""
     from streamlearn.strategies.importance import PathIntegral
 
-    return _penalty(world, PathIntegral(world, xi=xi), strength, anchor, decay, step)
+    return _penalty(context, PathIntegral(context, xi=xi), strength, anchor, decay, step)
 
 
 def mas(
-    world: World,
+    context: BuildContext,
     *,
     strength: Strength = 1.0,
     anchor: Anchor = "last",
@@ -192,16 +192,16 @@ def mas(
 ) -> Slots:
     """Memory aware synapses (Aljundi et al. 2018): how much the output would change; needs no labels."""
     from streamlearn.memory import ALL
-    from streamlearn.strategies import moments
+    from streamlearn.strategies.gradient_moments import check_per_sample_gradients
     from streamlearn.strategies.importance import OutputSensitivity
 
-    moments.check(world, "mas")
-    importance = OutputSensitivity(world, samples=ALL if samples == "all" else samples)
-    return _penalty(world, importance, strength, anchor, decay, step)
+    check_per_sample_gradients(context, "mas")
+    importance = OutputSensitivity(context, samples=ALL if samples == "all" else samples)
+    return _penalty(context, importance, strength, anchor, decay, step)
 
 
 def rwalk(
-    world: World,
+    context: BuildContext,
     *,
     strength: Strength = 10.0,
     fisher_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9,
@@ -212,11 +212,11 @@ def rwalk(
     from streamlearn.strategies.importance import RiemannianWalk
 
     # all tasks so far are in what it returns, so what was there before goes
-    return _penalty(world, RiemannianWalk(world, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)
+    return _penalty(context, RiemannianWalk(context, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)
 
 
 def gem(
-    world: World,
+    context: BuildContext,
     *,
     memory: Positive = 256,
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5,
@@ -224,15 +224,15 @@ def gem(
 ) -> Slots:
     """Gradient episodic memory (Lopez-Paz & Ranzato 2017), `memory` samples a task. Costs more with every task."""
     from streamlearn.memory import ALL, EpisodicMemory
-    from streamlearn.strategies.projection import EpisodicProjection
+    from streamlearn.strategies.gem import EpisodicProjection
 
     del momentum  # a question of configuration
-    kept = EpisodicMemory(ALL, world.max_bytes, world.seed)
-    return {"constraint": EpisodicProjection(world, kept, per_task=memory, margin=margin)}
+    kept = EpisodicMemory(ALL, context.max_bytes, context.seed)
+    return {"constraint": EpisodicProjection(context, kept, per_task=memory, margin=margin)}
 
 
 def agem(
-    world: World,
+    context: BuildContext,
     *,
     budget: Positive = 2000,
     selection: Selection = "reservoir",
@@ -245,22 +245,22 @@ def agem(
 
     Where its squared norm is far below `epsilon`, nothing is projected.
     """
-    from streamlearn.strategies.projection import AverageProjection
+    from streamlearn.strategies.gem import AverageProjection
 
     del momentum
-    memory = _memory(world, budget, selection, per_class)
-    return {"constraint": AverageProjection(world, memory, reference=reference, epsilon=epsilon)}
+    memory = _episodic_memory(context, budget, selection, per_class)
+    return {"constraint": AverageProjection(context, memory, reference=reference, epsilon=epsilon)}
 
 
-def pnn(world: World, *, max_parameters: Positive = 50_000_000) -> Slots:
+def pnn(context: BuildContext, *, max_parameters: Positive = 50_000_000) -> Slots:
     """Progressive networks (Rusu et al. 2016): a column a task, lateral connections at every hidden layer."""
-    from streamlearn.strategies.progressive import ProgressiveNetwork
+    from streamlearn.strategies.pnn import ProgressiveNetwork
 
-    return {"network": ProgressiveNetwork(world, max_parameters=max_parameters)}
+    return {"network": ProgressiveNetwork(context, max_parameters=max_parameters)}
 
 
 def packnet(
-    world: World,
+    context: BuildContext,
     *,
     prune: Annotated[float, Field(gt=0, lt=1)] = 0.75,
     retrain_epochs: Positive = 1,
@@ -268,27 +268,29 @@ def packnet(
 ) -> Slots:
     """PackNet (Mallya & Lazebnik 2018): each task keeps `1 - prune` of the free weights, retrained on `samples` of its own."""
     from streamlearn.memory import ALL
-    from streamlearn.strategies.packing import OwnershipConstraint, PackedNetwork
+    from streamlearn.strategies.packnet import OwnershipConstraint, PackedNetwork
 
-    network = PackedNetwork(world, prune=prune, samples=ALL if samples == "all" else samples)
+    network = PackedNetwork(context, prune=prune, samples=ALL if samples == "all" else samples)
     return {"network": network, "constraint": OwnershipConstraint(network), "refine_epochs": retrain_epochs}
 
 
-def _memory(world: World, budget: int, selection: str, per_class: int | None) -> EpisodicMemory:
+def _episodic_memory(context: BuildContext, budget: int, selection: str, per_class: int | None) -> EpisodicMemory:
     from streamlearn.memory import EpisodicMemory
 
     balanced = selection == "balanced"
-    return EpisodicMemory(budget, world.max_bytes, world.seed, balanced=balanced, per_class=per_class)
+    return EpisodicMemory(budget, context.max_bytes, context.seed, balanced=balanced, per_class=per_class)
 
 
-def _penalty(world: World, importance: Importance, strength: float, anchor: str, decay: float, step: str) -> Slots:
+def _penalty(
+    context: BuildContext, importance: Importance, strength: float, anchor: str, decay: float, step: str
+) -> Slots:
     from streamlearn.strategies.penalty import ImportancePenalty
 
     proximal = step == "proximal"
-    return {"penalty": ImportancePenalty(world, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
+    return {"penalty": ImportancePenalty(context, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
 
 
-def _momentum(config: Config, name: str) -> Iterator[str]:
+def _refuse_momentum(config: Config, name: str) -> Iterator[str]:
     """Projection holds for the gradient; momentum, and Adam's, moves on along gradients from before it."""
     o = config.learner.optimizer
     if config.strategy[name]["momentum"] == "refuse" and (o.name != "sgd" or o.momentum):
@@ -299,24 +301,24 @@ def _momentum(config: Config, name: str) -> Iterator[str]:
         )
 
 
-def _per_class(config: Config, name: str) -> Iterator[str]:
+def _require_balanced(config: Config, name: str) -> Iterator[str]:
     chosen = config.strategy[name]
     if chosen["per_class"] is not None and chosen["selection"] != "balanced":
         yield f"per_class is {chosen['per_class']}, and selection {chosen['selection']}; accepted with selection: balanced"
 
 
-def _likelihood(config: Config, name: str) -> Iterator[str]:
+def _require_gaussian(config: Config, name: str) -> Iterator[str]:
     """Refuse to make features, which nothing bounds, with a generator of numbers from 0 to 1."""
     if config.input.encoder is not None and config.strategy[name]["likelihood"] == "bernoulli":
         yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
 
 
-def _of_features(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
+def _likelihood_default(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
     """Return the likelihood of what an encoder makes: features, which nothing bounds."""
     return {"likelihood": "gaussian"} if spec.encoder is not None else {}
 
 
-def _isolation(config: Config, name: str) -> Iterator[str]:
+def _refuse_unknown_tasks(config: Config, name: str) -> Iterator[str]:
     """Say what networks that isolate tasks cannot do."""
     if config.scenario.kind == "class":
         yield (
@@ -326,7 +328,7 @@ def _isolation(config: Config, name: str) -> Iterator[str]:
         yield f"{name} has outputs that do not grow; accepted: grow_head: false, with enough classes"
 
 
-def _refines(config: Config, name: str) -> Iterator[str]:
+def _require_task_end(config: Config, name: str) -> Iterator[str]:
     topics, rule = config.stream.topics, config.stream.task_end
     if topics is not None and len(topics) == 1 and rule.next_topic:
         yield (
@@ -335,14 +337,14 @@ def _refines(config: Config, name: str) -> Iterator[str]:
         )
 
 
-def signature_model(function: Callable[..., Any]) -> type[BaseModel]:
+def parameters_model(function: Callable[..., Any]) -> type[BaseModel]:
     """Return a model whose fields are the function's keyword-only parameters, each with its description."""
     hints = inspect.get_annotations(function, eval_str=False)
     scope = vars(inspect.getmodule(function))
     fields: dict[str, Any] = {
         name: (
             eval(hints[name], scope),  # noqa: S307 - our own annotations, kept as text
-            Field(parameter.default, description=describe(function.__name__, name)),
+            Field(parameter.default, description=describe_parameter(function.__name__, name)),
         )
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
@@ -358,65 +360,71 @@ class Recipe:
     build: Callable[..., Slots]
     slots: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-    alone: str | None = None  # why nothing is combined with it
-    chosen: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = None  # defaults that depend on the input
+    exclusive_reason: str | None = None  # why nothing is combined with it
+    input_defaults: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = (
+        None  # defaults that depend on the input
+    )
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
         """A model of the function's keyword parameters."""
-        return signature_model(self.build)
+        return parameters_model(self.build)
 
-    def defaults(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
+    def defaults_for(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
         """Return the defaults that are others for this input than the signature's."""
-        return {} if self.chosen is None else self.chosen(spec)
+        return {} if self.input_defaults is None else self.input_defaults(spec)
 
-    def refusals(self, config: Config, name: str) -> Iterator[str]:
+    def conflicts(self, config: Config, name: str) -> Iterator[str]:
         """Give the reasons why a configuration that chose this recipe makes no sense, each with what is accepted."""
         others = " + ".join(other for other in config.strategy if other != name)
-        if self.alone is not None and others:
-            yield f"cannot be combined with {others}: {self.alone}"
+        if self.exclusive_reason is not None and others:
+            yield f"cannot be combined with {others}: {self.exclusive_reason}"
         for check in self.checks:
             yield from check(config, name)
 
 
-def compose(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Strategy:
+def build_strategy(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Strategy:
     """Return the union of the chosen recipes' slots; the configuration has already refused two for one slot."""
-    from streamlearn.strategies.parts import Network, Strategy
+    from streamlearn.strategies.slots import Network, Strategy
 
     slots: dict[str, Any] = {}
     for name, parameters in chosen.items():
-        slots |= RECIPES[name].build(world, **parameters)
-    slots.setdefault("network", Network(world.build_network(world.num_outputs)))
+        slots |= RECIPES[name].build(context, **parameters)
+    slots.setdefault("network", Network(context.build_network(context.num_outputs)))
     return Strategy(**slots)
 
 
-def network_of(chosen: Mapping[str, Mapping[str, Any]], world: World) -> Network:
-    """Return the network slot alone, untrained: what is needed to use a saved model."""
-    return compose(
-        {name: parameters for name, parameters in chosen.items() if "network" in RECIPES[name].slots}, world
+def build_network_slot(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Network:
+    """Return the network slot exclusive_reason, untrained: what is needed to use a saved model."""
+    return build_strategy(
+        {name: parameters for name, parameters in chosen.items() if "network" in RECIPES[name].slots}, context
     ).network
 
 
-ISOLATED = (
+ISOLATES_TASKS = (
     "it isolates tasks, so nothing is forgotten, and samples or importances of other tasks have nothing to protect"
 )
 
 RECIPES: dict[str, Recipe] = {
-    "naive": Recipe(naive, alone="it is the lower bound: every slot at its default"),
+    "naive": Recipe(naive, exclusive_reason="it is the lower bound: every slot at its default"),
     "joint": Recipe(
-        joint, ("replay",), alone="it is the upper bound: it learns every sample again, so nothing is to protect"
+        joint,
+        ("replay",),
+        exclusive_reason="it is the upper bound: it learns every sample again, so nothing is to protect",
     ),
-    "er": Recipe(er, ("replay",), (_per_class,)),
-    "derpp": Recipe(derpp, ("replay",), (_per_class,)),
+    "er": Recipe(er, ("replay",), (_require_balanced,)),
+    "derpp": Recipe(derpp, ("replay",), (_require_balanced,)),
     "lwf": Recipe(lwf, ("replay",)),
-    "generative": Recipe(generative, ("replay",), (_likelihood,), chosen=_of_features),
+    "generative": Recipe(generative, ("replay",), (_require_gaussian,), input_defaults=_likelihood_default),
     "l2": Recipe(l2, ("penalty",)),
     "ewc": Recipe(ewc, ("penalty",)),
     "si": Recipe(si, ("penalty",)),
     "mas": Recipe(mas, ("penalty",)),
     "rwalk": Recipe(rwalk, ("penalty",)),
-    "gem": Recipe(gem, ("constraint",), (_momentum,)),
-    "agem": Recipe(agem, ("constraint",), (_momentum, _per_class)),
-    "pnn": Recipe(pnn, ("network",), (_isolation,), alone=ISOLATED),
-    "packnet": Recipe(packnet, ("network", "constraint"), (_isolation, _refines), alone=ISOLATED),
+    "gem": Recipe(gem, ("constraint",), (_refuse_momentum,)),
+    "agem": Recipe(agem, ("constraint",), (_refuse_momentum, _require_balanced)),
+    "pnn": Recipe(pnn, ("network",), (_refuse_unknown_tasks,), exclusive_reason=ISOLATES_TASKS),
+    "packnet": Recipe(
+        packnet, ("network", "constraint"), (_refuse_unknown_tasks, _require_task_end), exclusive_reason=ISOLATES_TASKS
+    ),
 }

@@ -14,8 +14,8 @@ import torch
 
 from streamlearn.data import Batch
 from streamlearn.models.modes import eval_mode
-from streamlearn.strategies.parts import Closing, Replay, State, World
-from streamlearn.strategies.shares import Shares
+from streamlearn.strategies.replay_share import ReplayShare
+from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 
 if TYPE_CHECKING:
     from streamlearn.memory import EpisodicMemory
@@ -24,11 +24,14 @@ CHUNK = 512
 
 
 class EpisodicReplay(Replay):
-    """Replays stored samples of past tasks, drawn uniformly; `balance`: `batch` (all weigh the same), or as `Shares` has it."""
+    """Replays stored samples of past tasks, drawn uniformly.
+
+    With `balance: batch` all samples of a batch weigh the same; otherwise `ReplayShare` gives the weight of the replayed ones.
+    """
 
     def __init__(
         self,
-        world: World,
+        context: BuildContext,
         memory: EpisodicMemory,
         *,
         ratio: float = 1.0,
@@ -36,41 +39,41 @@ class EpisodicReplay(Replay):
         balance: str = "batch",
     ) -> None:
         self.memory = memory
-        self.scale = world.scale
-        self.device = world.device
+        self.preprocess = context.preprocess
+        self.device = context.device
         self.ratio = ratio
         self.by_tasks = by_tasks
         self.balance = balance
-        self.shares = Shares(balance)
+        self.replay_share = ReplayShare(balance)
         self.samples_needed = memory.budget
-        self.samples_balanced = memory.balanced
+        self.needs_balanced_samples = memory.balanced
 
     def sample(self, batch: Batch) -> Batch | None:
-        self.shares.see(len(batch))
+        self.replay_share.add_samples(len(batch))
         if not len(self.memory):
             self.share = 0.0
             return None
         ratio = len(self.memory.samples_by_task) if self.by_tasks else self.ratio
         count = max(1, round(ratio * len(batch)))
-        self.share = count / (count + len(batch)) if self.balance == "batch" else self.shares.of_the_past
+        self.share = count / (count + len(batch)) if self.balance == "batch" else self.replay_share.value
         return self._draw(count)
 
     def _draw(self, count: int) -> Batch:
         drawn = self.memory.draw(count)
-        return Batch(self.scale(drawn["x"]), drawn["y"].to(self.device), drawn["task"])
+        return Batch(self.preprocess(drawn["x"]), drawn["y"].to(self.device), drawn["task"])
 
-    def end_task(self, closing: Closing) -> None:
-        self.shares.end_task(closing.task)
-        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
+    def end_task(self, ended: EndedTask) -> None:
+        self.replay_share.end_task(ended.task)
+        self.memory.store(ended.task, ended.x, ended.y, ended.output_labels)
 
     def state_dict(self) -> State:
-        return {**self.memory.state_dict(), "shares": self.shares.state_dict()}
+        return {**self.memory.state_dict(), "shares": self.replay_share.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         self.memory.load_state_dict(state)
-        self.shares.load_state_dict(state["shares"])
+        self.replay_share.load_state_dict(state["shares"])
 
-    def sizes(self) -> dict[str, Any]:
+    def memory_usage(self) -> dict[str, Any]:
         return self.memory.usage()
 
 
@@ -80,8 +83,10 @@ class DarkReplay(EpisodicReplay):
     The logits say nothing of outputs that did not compete then.
     """
 
-    def __init__(self, world: World, memory: EpisodicMemory, *, alpha: float, beta: float, ratio: float) -> None:
-        super().__init__(world, memory, ratio=ratio)
+    def __init__(
+        self, context: BuildContext, memory: EpisodicMemory, *, alpha: float, beta: float, ratio: float
+    ) -> None:
+        super().__init__(context, memory, ratio=ratio)
         self.alpha = alpha
         self.beta = beta
 
@@ -94,20 +99,20 @@ class DarkReplay(EpisodicReplay):
         weight = torch.full((2 * count,), self.beta / count, device=self.device)
         weight[count:] = self.alpha / count
         soft = drawn["logits"][count:].to(self.device)
-        x, y = self.scale(drawn["x"]), drawn["y"].to(self.device)
+        x, y = self.preprocess(drawn["x"]), drawn["y"].to(self.device)
         return Batch(x, y, drawn["task"], weight, soft, targets_are_logits=True)
 
     @torch.no_grad()
-    def end_task(self, closing: Closing) -> None:
-        forbidden = ~closing.allowed[closing.task]
-        with eval_mode(closing.network):
+    def end_task(self, ended: EndedTask) -> None:
+        forbidden = ~ended.active_outputs[ended.task]
+        with eval_mode(ended.network):
             parts = [
-                closing.network(self.scale(x)).masked_fill(forbidden, -torch.inf).cpu()
-                for x in closing.x.split(CHUNK)
+                ended.network(self.preprocess(x)).masked_fill(forbidden, -torch.inf).cpu()
+                for x in ended.x.split(CHUNK)
                 if len(x)
             ]
         if parts:
-            self.memory.store(closing.task, closing.x, closing.y, closing.classes, logits=torch.cat(parts))
+            self.memory.store(ended.task, ended.x, ended.y, ended.output_labels, logits=torch.cat(parts))
 
     def grow(self, params: object, num_outputs: int) -> None:
         del params

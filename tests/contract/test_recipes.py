@@ -15,8 +15,8 @@ from streamlearn import configfile, state
 from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
-from streamlearn.strategies.parts import Closing, Constraint, Penalty, Replay
 from streamlearn.strategies.recipes import RECIPES
+from streamlearn.strategies.slots import Constraint, EndedTask, Penalty, Replay
 from tests.support import awkward, jobs
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ class Run:
     def logits(self, x: torch.Tensor, task: int) -> torch.Tensor:
         """Return what probes see of a task, over its own outputs."""
         with torch.no_grad():
-            logits = self.learner.averaged_network.forward(self.learner.context.scale(x), torch.full((len(x),), task))
+            logits = self.learner.averaged_network.forward(
+                self.learner.context.preprocess(x), torch.full((len(x),), task)
+            )
         return logits[:, self.learner.active_outputs[task]]
 
     def digest(self) -> dict[str, bytes]:
@@ -348,17 +350,17 @@ def test_no_part_gets_more_samples_than_it_asked_for(tmp_path: Path) -> None:
     """A small memory stays small beside a large one, and the samples that it gets are no prefix of the stream."""
     run = Run(tmp_path, {"er": {"budget": 24}, "gem": {"memory": 9}, "ewc": {"samples": 5}})
     asked: dict[str, int] = {}
-    for name, part in run.learner.strategy.parts.items():
+    for name, part in run.learner.strategy.slots.items():
         whole = part.end_task
 
-        def seen(closing: Closing, name: str = name, whole: Callable[[Closing], None] = whole) -> None:
-            asked[name] = len(closing.y)
-            whole(closing)
+        def seen(ended: EndedTask, name: str = name, whole: Callable[[EndedTask], None] = whole) -> None:
+            asked[name] = len(ended.y)
+            whole(ended)
 
         part.end_task = seen  # type: ignore[method-assign]
     run.through(1)
     assert asked == {"network": 0, "replay": 24, "penalty": 5, "constraint": 9}
-    assert run.learner.strategy.constraint.sizes()["samples"] == {0: 9}
+    assert run.learner.strategy.constraint.memory_usage()["samples"] == {0: 9}
 
 
 def test_a_balanced_memory_stays_balanced_beside_a_larger_part(tmp_path: Path) -> None:
@@ -521,7 +523,7 @@ def test_budgets_are_never_exceeded(tmp_path: Path, chosen: dict[str, Any]) -> N
     run = Run(tmp_path, chosen)
     for _ in range(3):
         run.through(1)
-        for sizes in (run.learner.strategy.replay.sizes(), run.learner.strategy.constraint.sizes()):
+        for sizes in (run.learner.strategy.replay.memory_usage(), run.learner.strategy.constraint.memory_usage()):
             if sizes:
                 assert sum(sizes["samples"].values()) <= (sizes["capacity"] or np.inf)
                 assert sizes["bytes"] <= run.learner.context.max_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamlearn.augment import Distortion
+from streamlearn.augment import RandomAffine
 from streamlearn.config import AugmentConfig
 
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def distorted(x: torch.Tensor, **spec: float) -> torch.Tensor:
     """Return images under a distortion."""
-    return Distortion(AugmentConfig(**spec), 0, CPU)(x)
+    return RandomAffine(AugmentConfig(**spec), 0, CPU)(x)
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 8), (5, 6, 9), (5, 3, 6, 9)])
@@ -52,7 +52,7 @@ def test_a_rotation_keeps_distances_in_an_image_that_is_not_square() -> None:
 def test_every_image_is_distorted_on_its_own_and_repeatably() -> None:
     """Images of a batch differ, the next batch differs, and the same seed gives the same."""
     x = torch.rand(1, 8, 8).repeat(4, 1, 1)
-    one, other = Distortion(AugmentConfig(zoom=0.3), 0, CPU), Distortion(AugmentConfig(zoom=0.3), 0, CPU)
+    one, other = RandomAffine(AugmentConfig(zoom=0.3), 0, CPU), RandomAffine(AugmentConfig(zoom=0.3), 0, CPU)
     first = one(x)
     assert len({image.numpy().tobytes() for image in first}) == 4
     assert torch.equal(first, other(x))

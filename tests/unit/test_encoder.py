@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamlearn import state
 from streamlearn.data import StreamlearnError
 from streamlearn.models.encoder import Encoder
-from streamlearn.tensors import scaling
+from streamlearn.tensors import make_preprocess
 
 CPU = torch.device("cpu")
 
@@ -194,7 +194,7 @@ def test_an_encoder_is_frozen() -> None:
 
 def test_what_is_stored_stays_as_it_arrived() -> None:
     """A module that writes into its input changes no sample, and what it makes in inference mode can be learned of."""
-    scale = scaling(1.0, CPU, encoder=build("halved"))
+    scale = make_preprocess(1.0, CPU, encoder=build("halved"))
     x = torch.ones(2, 4)
     features = scale(x)
     assert torch.equal(x, torch.ones(2, 4))

@@ -9,23 +9,23 @@ from torch.nn import functional
 
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
+from streamlearn.strategies.gradient_moments import gradient_moments
 from streamlearn.strategies.importance import Fisher, OutputSensitivity, PathIntegral, RiemannianWalk, Uniform
-from streamlearn.strategies.moments import moments
-from streamlearn.strategies.parts import Closing, World
 from streamlearn.strategies.penalty import ImportancePenalty
+from streamlearn.strategies.slots import BuildContext, EndedTask
 from streamlearn.tensors import dense
 from tests.support import awkward
 
 
-def world(shape: tuple[int, ...]) -> World:
-    """Return a small world."""
-    return World(0, torch.device("cpu"), shape, 3, 1 << 20, lambda x: x, lambda _: nn.Identity())
+def context(shape: tuple[int, ...]) -> BuildContext:
+    """Return a small context."""
+    return BuildContext(0, torch.device("cpu"), shape, 3, 1 << 20, lambda x: x, lambda _: nn.Identity())
 
 
-def closing(network: nn.Module, x: Tensor, y: Tensor) -> Closing:
+def ended_task(network: nn.Module, x: Tensor, y: Tensor) -> EndedTask:
     """Return a task's end, in which the last output does not compete."""
     allowed = torch.tensor([[True, True, False]])
-    return Closing(0, x, y, list(network.parameters()), network, allowed, [[0, 1]], torch.Generator().manual_seed(0))
+    return EndedTask(0, x, y, list(network.parameters()), network, allowed, [[0, 1]], torch.Generator().manual_seed(0))
 
 
 def slow_fisher(network: nn.Module, x: Tensor, y: Tensor, *, exact: bool) -> list[Tensor]:
@@ -52,7 +52,7 @@ def test_fisher_is_the_mean_of_per_sample_squares(build: type[nn.Module], shape:
     """The Fisher diagonal squares each sample's gradient, never the batch's mean."""
     torch.manual_seed(0)
     network, x, y = build(), torch.randn(9, *shape), torch.randint(0, 2, (9,))
-    actual = Fisher(world(shape), kind=kind, samples=9).consolidate(closing(network, x, y))
+    actual = Fisher(context(shape), kind=kind, samples=9).compute(ended_task(network, x, y))
     expected = slow_fisher(network, x, y, exact=kind == "exact")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
@@ -63,7 +63,7 @@ def test_sampled_fisher_tends_to_the_exact() -> None:
     torch.manual_seed(0)
     network, x, y = MLP([5], 3, [6]), torch.randn(20_000, 5), torch.zeros(20_000, dtype=torch.int64)
     exact, sampled = (
-        Fisher(world((5,)), kind=kind, samples=1).consolidate(closing(network, x, y))[0]
+        Fisher(context((5,)), kind=kind, samples=1).compute(ended_task(network, x, y))[0]
         for kind in ("exact", "sampled")
     )
     assert float((exact - sampled).norm() / exact.norm()) < 0.05
@@ -72,8 +72,8 @@ def test_sampled_fisher_tends_to_the_exact() -> None:
 def test_fisher_leaves_the_network_as_it_was() -> None:
     """No gradient, hook or mode is left behind."""
     network = MLP([5], 3, [6])
-    Fisher(world((5,)), kind="exact", samples=1).consolidate(
-        closing(network, torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))
+    Fisher(context((5,)), kind="exact", samples=1).compute(
+        ended_task(network, torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))
     )
     assert network.training
     assert all(param.grad is None for param in network.parameters())
@@ -84,19 +84,19 @@ def test_path_integral_is_the_loss_that_a_step_saved() -> None:
     """On a quadratic with small steps, the path integrals of all parameters add up to the drop of the loss."""
     param = torch.tensor([3.0, -2.0])
     scale = torch.tensor([1.0, 4.0])
-    importance = PathIntegral(world((1,)), xi=0.1)
+    importance = PathIntegral(context((1,)), xi=0.1)
     importance.begin_task([param])
     begun, finite = float((scale * param.square()).sum() / 2), torch.tensor(data=True)
     for _ in range(20_000):
         gradient = scale * param
-        importance.note([gradient])
+        importance.see_gradient([gradient])
         param -= 1e-3 * gradient
-        importance.accumulate([param], finite)
+        importance.after_step([param], finite)
     assert float(importance.path[0].sum()) == pytest.approx(begun, rel=0.01)
     network = nn.Linear(1, 1)
-    end = Closing(0, torch.empty(0), torch.empty(0), [param], network, torch.empty(0), [], torch.Generator())
+    end = EndedTask(0, torch.empty(0), torch.empty(0), [param], network, torch.empty(0), [], torch.Generator())
     moved = torch.tensor([3.0, -2.0]) - param
-    torch.testing.assert_close(importance.consolidate(end)[0], importance.path[0] / (moved.square() + 0.1))
+    torch.testing.assert_close(importance.compute(end)[0], importance.path[0] / (moved.square() + 0.1))
 
 
 @pytest.mark.parametrize("anchor", ["all", "last"])
@@ -104,15 +104,15 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
     """The closed form equals autograd on strength/2 * sum of parabolas, one a task or re-centred on the last."""
     torch.manual_seed(0)
     penalty = ImportancePenalty(
-        world((5,)), Fisher(world((5,)), kind="exact", samples=8), 3.0, anchor=anchor, decay=0.5, proximal=False
+        context((5,)), Fisher(context((5,)), kind="exact", samples=8), 3.0, anchor=anchor, decay=0.5, proximal=False
     )
     importances: list[list[Tensor]] = []
     anchors: list[list[Tensor]] = []
     for _ in range(3):
         network = MLP([5], 3, [6])
-        end = closing(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
+        end = ended_task(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64))
         importances = [[0.5 * value for value in task] for task in importances]
-        importances.append(penalty.importance.consolidate(end))
+        importances.append(penalty.importance.compute(end))
         anchors.append([param.detach().clone() for param in network.parameters()])
         penalty.end_task(end)
     params = [param.detach().clone().requires_grad_() for param in MLP([5], 3, [6]).parameters()]
@@ -124,7 +124,7 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
     ]
     expected = torch.autograd.grad(torch.stack(parabolas).sum(), params)
     actual = [torch.zeros_like(param) for param in params]
-    penalty.pull(params, actual)
+    penalty.add_gradient(params, actual)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
@@ -132,11 +132,11 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
 def test_proximal_step_is_stable_where_the_explicit_one_is_not() -> None:
     """However large the strength, the implicit step ends between the parameter and its anchor."""
     penalty = ImportancePenalty(
-        world((1,)), PathIntegral(world((1,)), xi=0.1), 1e12, anchor="last", decay=1.0, proximal=True
+        context((1,)), PathIntegral(context((1,)), xi=0.1), 1e12, anchor="last", decay=1.0, proximal=True
     )
     penalty.precision, penalty.weighted_anchor = [torch.tensor([2.0, 0.0])], [torch.tensor([2.0, 0.0])]
     param = torch.tensor([5.0, 5.0])
-    penalty.settle([param], 0.1, torch.tensor(data=True))
+    penalty.proximal_step([param], 0.1, torch.tensor(data=True))
     torch.testing.assert_close(param, torch.tensor([1.0, 5.0]))
 
 
@@ -154,8 +154,8 @@ def test_sensitivity_is_the_mean_of_per_sample_magnitudes(build: type[nn.Module]
     """MAS takes each sample's magnitude before the mean, so that samples cannot cancel, and only of the task's outputs."""
     torch.manual_seed(0)
     network, x = build(), torch.randn(9, *shape)
-    end = closing(network, x, torch.zeros(9, dtype=torch.int64))
-    actual = OutputSensitivity(world(shape), samples=9).consolidate(end)
+    end = ended_task(network, x, torch.zeros(9, dtype=torch.int64))
+    actual = OutputSensitivity(context(shape), samples=9).compute(end)
     for one, other in zip(actual, slow_sensitivity(network, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -216,7 +216,7 @@ def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, .
         found = torch.autograd.grad(loss, trained, allow_unused=True)
         grads = [dense(grad, param) for grad, param in zip(found, trained, strict=True)]
         expected = [sum_ + w * grad.abs() ** power for sum_, grad in zip(expected, grads, strict=True)]
-    for actual, other in zip(moments(network, x, y, weight, losses, power), expected, strict=True):
+    for actual, other in zip(gradient_moments(network, x, y, weight, losses, power), expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)
 
 
@@ -224,7 +224,7 @@ def test_riemannian_walk_is_its_definition() -> None:
     """Moving Fisher, scores of whole intervals, and their normalised sum equal a plain loop over the equations."""
     torch.manual_seed(0)
     keep, interval, size = 0.8, 3, 6
-    importance = RiemannianWalk(world((1,)), keep=keep, interval=interval)
+    importance = RiemannianWalk(context((1,)), keep=keep, interval=interval)
     param, finite, past = torch.randn(size), torch.tensor(data=True), torch.zeros(size)
     fisher = torch.zeros(size)
     for task in range(2):
@@ -232,30 +232,30 @@ def test_riemannian_walk_is_its_definition() -> None:
         score, decrease, mark = torch.zeros(size), torch.zeros(size), param.clone()
         for step in range(1, 8):
             gradient, before = torch.randn(size), param.clone()
-            importance.note([gradient])
+            importance.see_gradient([gradient])
             param -= 0.1 * torch.randn(size)
-            importance.accumulate([param], finite)
+            importance.after_step([param], finite)
             fisher = keep * fisher + (1 - keep) * 1 * gradient.square()  # a batch of one
             decrease += gradient * (before - param)
             if step % interval == 0 or step == 7:
                 score += decrease.relu() / (0.5 * fisher * (param - mark).square() + importance.epsilon)
                 decrease, mark = torch.zeros(size), param.clone()
         past = score / score.max() if task == 0 else (past + score / score.max()) / 2
-        end = Closing(
+        end = EndedTask(
             task, torch.empty(0), torch.empty(0), [param], nn.Identity(), torch.empty(0), [], torch.Generator()
         )
-        torch.testing.assert_close(importance.consolidate(end)[0], fisher / fisher.max() + past)
+        torch.testing.assert_close(importance.compute(end)[0], fisher / fisher.max() + past)
 
 
 def test_l2_pulls_every_parameter_alike() -> None:
     """Plain L2 is a penalty whose importance is one, however many tasks there were, around the newest weights."""
-    penalty = ImportancePenalty(world((5,)), Uniform(), 3.0, anchor="last", decay=0.0, proximal=False)
+    penalty = ImportancePenalty(context((5,)), Uniform(), 3.0, anchor="last", decay=0.0, proximal=False)
     for _ in range(3):
         network = MLP([5], 3, [6])
-        penalty.end_task(closing(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)))
+        penalty.end_task(ended_task(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)))
     anchors = list(network.parameters())
     moved = [anchor + 0.5 for anchor in anchors]
     grads = [torch.zeros_like(param) for param in moved]
-    penalty.pull(moved, grads)
+    penalty.add_gradient(moved, grads)
     for grad in grads:
         torch.testing.assert_close(grad, torch.full_like(grad, 1.5))

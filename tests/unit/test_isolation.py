@@ -12,42 +12,42 @@ from torch import Tensor, nn
 from streamlearn.data import StreamlearnError
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
-from streamlearn.strategies.packing import FREE, PackedNetwork
-from streamlearn.strategies.parts import Closing, World
-from streamlearn.strategies.progressive import SCALE, Columns, ProgressiveNetwork
+from streamlearn.strategies.packnet import FREE, PackedNetwork
+from streamlearn.strategies.pnn import INITIAL_SCALE, Columns, ProgressiveNetwork
+from streamlearn.strategies.slots import BuildContext, EndedTask
 
 LIMIT = 10**9
 
 
-def world(build: Any = None, shape: tuple[int, ...] = (6,), tasks: tuple[str, ...] = ()) -> World:
-    """Return a world of small networks with four outputs."""
+def context(build: Any = None, shape: tuple[int, ...] = (6,), tasks: tuple[str, ...] = ()) -> BuildContext:
+    """Return a context of small networks with four outputs."""
 
     def built(num_outputs: int, offset: int = 0) -> nn.Module:
         torch.manual_seed(offset)
         made: nn.Module = MLP(shape, num_outputs, [8, 7]) if build is None else build()
         return made
 
-    return World(0, torch.device("cpu"), shape, 4, 1 << 20, lambda x: x, built, 4, tasks)
+    return BuildContext(0, torch.device("cpu"), shape, 4, 1 << 20, lambda x: x, built, 4, tasks)
 
 
-def closing(network: PackedNetwork, task: int, samples: int = 5) -> Closing:
+def ended_task(network: PackedNetwork, task: int, samples: int = 5) -> EndedTask:
     """Return the end of a task with two outputs of its own."""
     allowed = torch.zeros(task + 1, 4, dtype=torch.bool)
     allowed[task, 2 * (task % 2) : 2 * (task % 2) + 2] = True
     x, y = torch.randn(samples, 6), torch.zeros(samples, dtype=torch.int64)
     params = list(network.module.parameters())
-    return Closing(task, x, y, params, network.module, allowed, [], torch.Generator())
+    return EndedTask(task, x, y, params, network.module, allowed, [], torch.Generator())
 
 
 def test_packnet_keeps_the_largest_of_what_is_free() -> None:
     """Of each layer's free weights the smallest are zeroed and stay free; the rest belongs to the task."""
-    network = PackedNetwork(world(), prune=0.75, samples=9)
+    network = PackedNetwork(context(), prune=0.75, samples=9)
     first = dict(network.module.named_parameters())["net.body.0.weight"].detach().clone()
     network.begin_task(0, [])
-    network.begin_refine(closing(network, 0))
+    network.begin_refinement(ended_task(network, 0))
     weight, owner = (
         dict(network.module.named_parameters())["net.body.0.weight"],
-        network.module.owner("net.body.0.weight"),
+        network.module.owners("net.body.0.weight"),
     )
     kept = owner == 0
     assert int(kept.sum()) == 12  # a quarter of 48
@@ -59,9 +59,9 @@ def test_packnet_keeps_the_largest_of_what_is_free() -> None:
 
 def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
     """Weights of outputs that a task never uses are not claimed by it."""
-    network = PackedNetwork(world(), prune=0.5, samples=9)
-    network.begin_refine(closing(network, 0))
-    owned = (network.module.owner("net.head.weight") == 0).sum(1).tolist()
+    network = PackedNetwork(context(), prune=0.5, samples=9)
+    network.begin_refinement(ended_task(network, 0))
+    owned = (network.module.owners("net.head.weight") == 0).sum(1).tolist()
     assert sum(owned[:2]) == 7
     assert owned[2:] == [0, 0]
 
@@ -69,34 +69,34 @@ def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
 def test_packnet_knows_the_head_by_its_whole_name() -> None:
     """A layer whose name merely ends like the head's is shared out whole."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(value_head=nn.Linear(6, 6), head=nn.Linear(6, 4))
-    network = PackedNetwork(world(lambda: nn.Sequential(layers)), prune=0.5, samples=9)
-    network.begin_refine(closing(network, 0, samples=9))
-    shares = {name: int((network.module.owner(name) == 0).sum()) for name in network.module.packed}
+    network = PackedNetwork(context(lambda: nn.Sequential(layers)), prune=0.5, samples=9)
+    network.begin_refinement(ended_task(network, 0, samples=9))
+    shares = {name: int((network.module.owners(name) == 0).sum()) for name in network.module.packed}
     assert shares == {"net.value_head.weight": 18, "net.head.weight": 6}
 
 
 def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:
     """Capacity left is a figure, and running out an error that names the layer."""
-    network = PackedNetwork(world(), prune=0.5, samples=9)
+    network = PackedNetwork(context(), prune=0.5, samples=9)
     left = []
     for task in range(2):
         network.begin_task(task, [])
-        network.begin_refine(closing(network, task))
-        left.append(network.figures()["free_ratio"])
+        network.begin_refinement(ended_task(network, task))
+        left.append(network.metrics()["free_ratio"])
     assert 1 > left[0] > left[1] > 0
     for name in network.module.packed:
-        network.module.owner(name).fill_(0)
+        network.module.owners(name).fill_(0)
     with pytest.raises(StreamlearnError, match=r"no weight of layer body\.0 is free any more"):
         network.begin_task(2, [])
 
 
 def test_a_task_without_samples_claims_nothing() -> None:
     """A task that ended before a usable sample came leaves all weights free, and biases to the next."""
-    network = PackedNetwork(world(), prune=0.5, samples=9)
-    network.begin_refine(closing(network, 0, samples=0))
-    assert network.figures()["free_ratio"] == 1
+    network = PackedNetwork(context(), prune=0.5, samples=9)
+    network.begin_refinement(ended_task(network, 0, samples=0))
+    assert network.metrics()["free_ratio"] == 1
     network.begin_task(1, [])
-    assert all(bool(learns.all()) for learns in network.learns().values())
+    assert all(bool(learns.all()) for learns in network.trainable_entries().values())
 
 
 class Averaging(nn.Module):
@@ -122,13 +122,13 @@ class Averaging(nn.Module):
 def test_packnet_refuses_what_it_cannot_mask(build: Any, message: str) -> None:
     """A model without a layer that can be masked is refused when it is built."""
     with pytest.raises(StreamlearnError, match=message) as caught:
-        PackedNetwork(world(build), prune=0.5, samples=9)
+        PackedNetwork(context(build), prune=0.5, samples=9)
     assert caught.value.code == 78
 
 
 def test_a_column_is_its_equation() -> None:
     """Layer i of column 1 is W h + scale * U h', h' the input of the same layer in column 0; the first has no lateral."""
-    network = ProgressiveNetwork(world(), max_parameters=LIMIT)
+    network = ProgressiveNetwork(context(), max_parameters=LIMIT)
     network.begin_task(1, [])
     first: Any
     second: Any
@@ -139,7 +139,7 @@ def test_a_column_is_its_equation() -> None:
     for name in ("body.2", "head"):
         old, new = first.get_submodule(name), second.get_submodule(name)
         h0, h1 = h0.relu(), h1.relu()
-        lateral = SCALE * h0 @ new.adapters[0].weight.T
+        lateral = INITIAL_SCALE * h0 @ new.adapters[0].weight.T
         h0, h1 = h0 @ old.layer.weight.T + old.layer.bias, h1 @ new.layer.weight.T + new.layer.bias + lateral
     torch.testing.assert_close(network.forward(x, torch.tensor([1] * 5)), h1)
     torch.testing.assert_close(network.forward(x, torch.tensor([0, 1, 1, 0, 1])), torch.where(
@@ -150,23 +150,23 @@ def test_a_column_is_its_equation() -> None:
 def test_columns_count_as_announced(build: Any) -> None:
     """The limit is compared with the very number of parameters that the columns then have."""
     shape = (6,) if build is None else (8, 8)
-    network = ProgressiveNetwork(world(build, shape), max_parameters=LIMIT)
+    network = ProgressiveNetwork(context(build, shape), max_parameters=LIMIT)
     network.begin_task(2, [])
-    count = int(network.figures()["parameters"])
+    count = int(network.metrics()["parameters"])
     assert isinstance(network.module, Columns)
-    exact = ProgressiveNetwork(world(build, shape), max_parameters=count)
+    exact = ProgressiveNetwork(context(build, shape), max_parameters=count)
     exact.begin_task(2, [])
     with pytest.raises(StreamlearnError, match=f"max_parameters is {count - 1}, and 3 columns have {count} parameters"):
-        ProgressiveNetwork(world(build, shape), max_parameters=count - 1).begin_task(2, [])
+        ProgressiveNetwork(context(build, shape), max_parameters=count - 1).begin_task(2, [])
     with pytest.raises(StreamlearnError, match=r"task c: strategy\.pnn\.max_parameters"):
-        ProgressiveNetwork(world(build, shape, ("a", "b", "c")), max_parameters=count - 1)
+        ProgressiveNetwork(context(build, shape, ("a", "b", "c")), max_parameters=count - 1)
 
 
 def test_only_the_newest_column_learns() -> None:
     """Earlier columns are frozen and stay in evaluation mode, whatever mode the network is put into."""
-    network = ProgressiveNetwork(world(), max_parameters=LIMIT)
+    network = ProgressiveNetwork(context(), max_parameters=LIMIT)
     network.begin_task(1, [])
-    assert all(name.startswith("columns.1.") for name in network.trained())
+    assert all(name.startswith("columns.1.") for name in network.trainable_parameters())
     assert [column.training for column in network.module.train().columns] == [False, True]
 
 
@@ -184,4 +184,4 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
             return out
 
     with pytest.raises(StreamlearnError, match="each used once; found 2 of them, used 3 times"):
-        ProgressiveNetwork(world(Twice), max_parameters=LIMIT)
+        ProgressiveNetwork(context(Twice), max_parameters=LIMIT)

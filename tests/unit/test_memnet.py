@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry
-from streamlearn.strategies.moments import moments
+from streamlearn.strategies.gradient_moments import gradient_moments
 
 SPEC: dict[str, Any] = {"name": "memnet", "embedding": 8, "hops": 2, "heads": 2, "options": {}}
 SHAPE, OUTPUTS, VOCABULARY = [5, 4], 3, 9
@@ -66,7 +66,7 @@ def test_gradients_of_single_samples_work() -> None:
         grads = torch.autograd.grad(functional.cross_entropy(model(one), label), params)
         for total, part in zip(expected, grads, strict=True):
             total.add_(share * part.square())
-    found = moments(
+    found = gradient_moments(
         model, x, y, weight, lambda logits, label: functional.cross_entropy(logits, label, reduction="none"), 2
     )
     for a, b in zip(found, expected, strict=True):

@@ -66,7 +66,7 @@ def test_new_entries_step_as_a_new_parameter_does(name: str) -> None:
         optimizer.step([grad], FINE)
         reference.step([grad], FINE)
     larger = torch.cat([grown, torch.ones(1, 3)])
-    optimizer.follow([larger])
+    optimizer.set_parameters([larger])
     again = Optimizer([larger.clone()], name, 0.01)
     again.load_state_dict(optimizer.state_dict())
     optimizer.step([torch.full((3, 3), torch.nan)], BROKEN)
@@ -85,6 +85,6 @@ def test_what_has_grown_is_followed_to_its_new_place() -> None:
     optimizer = Optimizer([small, other], "adam", 0.01)
     for _ in range(5):
         optimizer.step([torch.ones(2), torch.ones(4)], FINE)
-    optimizer.follow([torch.ones(3), other], [0, 1])
-    optimizer.follow([other, torch.ones(2, 2), torch.ones(4)], [1, None, 0])
-    assert {place: value.tolist() for place, value in optimizer.missed.items()} == {2: [0.0, 0.0, 5.0, 5.0]}
+    optimizer.set_parameters([torch.ones(3), other], [0, 1])
+    optimizer.set_parameters([other, torch.ones(2, 2), torch.ones(4)], [1, None, 0])
+    assert {place: value.tolist() for place, value in optimizer.steps_before.items()} == {2: [0.0, 0.0, 5.0, 5.0]}

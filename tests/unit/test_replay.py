@@ -16,12 +16,12 @@ from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import bounded
-from streamlearn.strategies.distillation import Distillation
-from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec, Targets
-from streamlearn.strategies.latent import JITTER, LatentMoments, codes
-from streamlearn.strategies.parts import Closing, World
+from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec, ReplayTargets
+from streamlearn.strategies.latent_moments import JITTER, LatentMoments, sample_codes
+from streamlearn.strategies.lwf import LearningWithoutForgetting
 from streamlearn.strategies.replay import DarkReplay
-from streamlearn.strategies.shares import Shares
+from streamlearn.strategies.replay_share import ReplayShare
+from streamlearn.strategies.slots import BuildContext, EndedTask
 
 CPU, YES = torch.device("cpu"), torch.tensor(data=True)
 
@@ -32,30 +32,30 @@ def build(num_outputs: int, offset: int = 0) -> nn.Module:
     return MLP([5], num_outputs, [6])
 
 
-WORLD = World(0, CPU, (5,), 4, 1 << 20, lambda x: x, build, 8)
+CONTEXT = BuildContext(0, CPU, (5,), 4, 1 << 20, lambda x: x, build, 8)
 
 
-def closing(task: int, solver: nn.Module) -> Closing:
+def ended_task(task: int, solver: nn.Module) -> EndedTask:
     """Return the end of a task in which the outputs up to its own two have been met."""
     allowed = torch.zeros(task + 1, 4, dtype=torch.bool)
     allowed[:, : 2 * task + 2] = True
     x, y = torch.randn(8, 5), torch.arange(8) % 2 + 2 * task
     outputs = [[2 * t, 2 * t + 1] for t in range(task + 1)]
-    return Closing(task, x, y, list(solver.parameters()), solver, allowed, outputs, torch.Generator())
+    return EndedTask(task, x, y, list(solver.parameters()), solver, allowed, outputs, torch.Generator())
 
 
 def test_shares_by_tasks_and_by_counts() -> None:
     """By tasks the past has 1 - 1/k; by counts what it had of the samples, a new task counting as an average one at first."""
-    by_tasks, by_counts = Shares("tasks"), Shares("counts")
+    by_tasks, by_counts = ReplayShare("tasks"), ReplayShare("counts")
     seen = []
     for shares in (by_tasks, by_counts):
-        row = [shares.of_the_past]
+        row = [shares.value]
         for task, samples in enumerate((30, 90)):
-            shares.see(samples)
+            shares.add_samples(samples)
             shares.end_task(task)
-            row.append(shares.of_the_past)
-        shares.see(240)
-        seen.append([*row, shares.of_the_past])
+            row.append(shares.value)
+        shares.add_samples(240)
+        seen.append([*row, shares.value])
     assert seen == [[0, 1 / 2, 2 / 3, 2 / 3], [0, 1 / 2, 120 / 180, 120 / 360]]
 
 
@@ -67,7 +67,7 @@ def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixtu
         spec = GeneratorSpec(
             conditional=True, hidden=4, latent=2, lr=0.1, likelihood=likelihood, average=None, moments=False
         )
-        replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+        replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
         for task in range(2):
             replay.begin_task(task, [])
             for _ in range(3):
@@ -101,7 +101,7 @@ def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
         conditional=variant == "conditional", hidden=128, latent=20, lr=1e-3, likelihood="gaussian", average=0.998,
         moments=variant == "conditional",
     )  # fmt: skip
-    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+    replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(2, (1200,), generator=generator)
     spread = torch.tensor([250.0, 90.0, 3.0, 30.0, 0.1])
@@ -109,14 +109,14 @@ def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
     for rows in torch.arange(1200).split(20):
         batch = Batch(x[rows], y[rows], torch.zeros(len(rows), dtype=torch.int64)).with_replay(None, 0.0)
         for _ in range(4):
-            replay.observe(batch, YES)
-    assert replay.take_dropped() == 0
-    replay.end_task(closing(0, build(4)))
+            replay.after_step(batch, YES)
+    assert replay.pop_dropped_updates() == 0
+    replay.end_task(ended_task(0, build(4)))
     scholar = replay.scholar
     assert scholar is not None
     noise = torch.randn(500, 20, generator=generator)
     labels = torch.arange(500) % 2
-    z = noise if scholar.normals is None else codes(scholar.normals, labels, noise)
+    z = noise if scholar.gaussians is None else sample_codes(scholar.gaussians, labels, noise)
     assert scholar.generator.generate(z, labels).std(0).max() < 3 * x.std(0).max()
 
 
@@ -125,16 +125,16 @@ def test_dropped_updates_of_a_generator_are_counted_and_told_once_a_task(caplog:
     spec = GeneratorSpec(
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
     )
-    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+    replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
     batch = Batch(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).with_replay(None, 0.0)
     lost = Batch(1e30 * batch.x, batch.y, batch.task, batch.weight)
     for task in range(2):
         replay.begin_task(task, [])
         for some, finite in ((batch, True), (lost, True), (lost, True), (lost, False)):
-            replay.observe(some, torch.tensor(data=finite))
-        assert (replay.take_dropped(), replay.take_dropped()) == (2, 0)
-        replay.observe(lost, YES)
-        assert replay.take_dropped() == 1
+            replay.after_step(some, torch.tensor(data=finite))
+        assert (replay.pop_dropped_updates(), replay.pop_dropped_updates()) == (2, 0)
+        replay.after_step(lost, YES)
+        assert replay.pop_dropped_updates() == 1
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
         "an update of the generator was not finite and was dropped"
     ] * 2
@@ -142,29 +142,29 @@ def test_dropped_updates_of_a_generator_are_counted_and_told_once_a_task(caplog:
 
 def test_max_norm_bounds_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it bounds the solver's."""
-    world = replace(WORLD, max_norm=0.5)
+    context = replace(CONTEXT, max_norm=0.5)
     spec = GeneratorSpec(
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
     )
     batch = Batch(100 * torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).with_replay(None, 0.0)
     norms = []
-    for where in (WORLD, world):
-        replay = GenerativeReplay(where, spec, Targets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
+    for where in (CONTEXT, context):
+        replay = GenerativeReplay(where, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
         monkeypatch.setattr(
             replay.optimizer,
             "step",
             lambda grads, _: norms.append(float(torch.stack([g.norm() for g in grads]).norm())),
         )
-        replay.observe(batch, YES)
+        replay.after_step(batch, YES)
     assert norms[0] > 10
     assert norms[1] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_past_without_samples_has_its_share_by_tasks() -> None:
     """A first task without a sample leaves nothing to divide by."""
-    shares = Shares("counts")
+    shares = ReplayShare("counts")
     shares.end_task(0)
-    assert shares.of_the_past == 1 / 2
+    assert shares.value == 1 / 2
 
 
 def test_a_class_that_came_in_several_tasks_is_replayed_as_often_as_any_other() -> None:
@@ -175,27 +175,27 @@ def test_a_class_that_came_in_several_tasks_is_replayed_as_often_as_any_other() 
     spec = GeneratorSpec(
         conditional=True, hidden=8, latent=3, lr=1e-3, likelihood="gaussian", average=None, moments=False
     )
-    replay = GenerativeReplay(WORLD, spec, Targets(soft=True, temperature=2.0, ratio=2.0, balance="tasks"))
-    end = Closing(
+    replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=2.0, balance="tasks"))
+    end = EndedTask(
         2, torch.empty(0), torch.empty(0), list(solver.parameters()), solver, allowed,
         [list(row) for row in classes], torch.Generator(), classes,
     )  # fmt: skip
     replay.end_task(end)
-    other = GenerativeReplay(WORLD, replay.spec, replay.targets)
+    other = GenerativeReplay(CONTEXT, replay.spec, replay.targets)
     other.load_state_dict(replay.state_dict())
     for scholar in (replay.scholar, other.scholar):
         assert scholar is not None
-        drawn = scholar.pairs[scholar.choose(40_000, torch.Generator().manual_seed(0))]
+        drawn = scholar.pairs[scholar.draw_pairs(40_000, torch.Generator().manual_seed(0))]
         assert (torch.bincount(drawn[:, 1]) / 40_000 - 0.25).abs().max() < 0.01
         assert (torch.bincount(drawn[drawn[:, 1] == 0, 0]) / 40_000 - 0.25 / 3).abs().max() < 0.01
 
 
 def test_distillation_is_the_old_softmax_on_new_samples() -> None:
     """LwF: the current inputs, with the old solver's distribution at T over the outputs of its time; 1 - 1/k of the loss."""
-    part, solver = Distillation(WORLD, temperature=2.0, balance="tasks"), build(4)
+    part, solver = LearningWithoutForgetting(CONTEXT, temperature=2.0, balance="tasks"), build(4)
     batch = Batch(torch.randn(3, 5), torch.tensor([2, 3, 2]), torch.ones(3, dtype=torch.int64))
     assert part.sample(batch) is None
-    part.end_task(closing(0, solver))
+    part.end_task(ended_task(0, solver))
     with torch.no_grad():
         expected = torch.softmax(solver(batch.x)[:, :2] / 2, 1)
         for param in solver.parameters():
@@ -213,8 +213,8 @@ def test_distillation_is_the_old_softmax_on_new_samples() -> None:
 def test_dark_replay_matches_the_logits_of_its_time() -> None:
     """DER++: beta of the stored samples' cross-entropy and alpha of the squared distance from the logits stored with them."""
     memory = EpisodicMemory(8, 1 << 20, 0)
-    part, solver = DarkReplay(WORLD, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
-    end = closing(0, solver)
+    part, solver = DarkReplay(CONTEXT, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
+    end = ended_task(0, solver)
     part.end_task(end)
     slot = memory.samples_by_task[0]
     with torch.no_grad():
@@ -239,20 +239,20 @@ def test_moments_are_those_of_the_codes() -> None:
     torch.manual_seed(0)
     mean, log_variance, y = torch.randn(600, 3) @ torch.randn(3, 3), torch.randn(600, 3) - 2, torch.arange(600) % 2
     moments = LatentMoments(3, 3, CPU)
-    moments.note(mean, log_variance, y, 1.0, YES)
-    moments.note(torch.full_like(mean, torch.nan), log_variance, y, 1.0, ~YES)  # a dropped step says nothing
-    found, root = moments.normals()
+    moments.update(mean, log_variance, y, 1.0, YES)
+    moments.update(torch.full_like(mean, torch.nan), log_variance, y, 1.0, ~YES)  # a dropped step says nothing
+    found, root = moments.gaussians()
     for label in range(2):
         own = y == label
         torch.testing.assert_close(found[label], mean[own].mean(0))
         expected = torch.cov(mean[own].T, correction=0) + torch.diag(log_variance[own].exp().mean(0) + JITTER)
         torch.testing.assert_close(root[label] @ root[label].T, expected, rtol=1e-4, atol=1e-4)
     assert bool(root[2].isfinite().all())  # a class that was never seen
-    drawn = codes((found, root), torch.ones(200_000, dtype=torch.int64), torch.randn(200_000, 3))
+    drawn = sample_codes((found, root), torch.ones(200_000, dtype=torch.int64), torch.randn(200_000, 3))
     torch.testing.assert_close(drawn.mean(0), found[1], rtol=0.05, atol=0.05)
     torch.testing.assert_close(torch.cov(drawn.T), root[1] @ root[1].T, rtol=0.05, atol=0.05)
     moments.grow(5)
-    torch.testing.assert_close(moments.normals()[0][:3], found)
+    torch.testing.assert_close(moments.gaussians()[0][:3], found)
 
 
 def generator(gated: float = 0.5, likelihood: str = "gaussian") -> Feedback:

@@ -140,7 +140,7 @@ def test_a_projection_may_move_rows_that_do_not_compete(tmp_path: Path) -> None:
     before = head.weight.detach().clone()
     for number in range(10):
         learner.learn(batch(number, classes=(2, 3), task=1))
-    assert learner.strategy.constraint.counts()["projected"] > 0
+    assert learner.strategy.constraint.counters()["projected"] > 0
     assert not torch.equal(head.weight[:2], before[:2])
 
 
@@ -169,14 +169,14 @@ def test_a_short_batch_counts_by_its_size(
     """
     learner = begun(tmp_path, learner={"updates_per_batch": 4}, strategy={"generative": {"likelihood": "gaussian"}})
     replay, seen = learner.strategy.replay, []
-    observe = replay.observe
+    observe = replay.after_step
 
     def watched(mixed: Batch, finite: torch.Tensor) -> None:
         assert mixed.weight is not None
         seen.append(float(mixed.weight.sum()))
         observe(mixed, finite)
 
-    monkeypatch.setattr(replay, "observe", watched)
+    monkeypatch.setattr(replay, "after_step", watched)
     stats = learner.learn(batch(0, size))
     assert (stats.steps, stats.applied, learner.step) == (steps, steps, steps)
     assert seen == pytest.approx(steps * [weight])
@@ -218,7 +218,7 @@ def test_how_well_a_generator_replays_is_measured(
     replay, blind = one.strategy.replay, other.strategy.replay
     assert isinstance(replay, GenerativeReplay)
     assert isinstance(blind, GenerativeReplay)
-    monkeypatch.setattr(blind, "measure", lambda _: None)  # as if there were no measurement
+    monkeypatch.setattr(blind, "measure_agreement", lambda _: None)  # as if there were no measurement
     for number in range(len(tasks)):
         for learner in (one, other):
             if number:
@@ -239,7 +239,7 @@ def test_how_well_a_generator_replays_is_measured(
     with torch.no_grad():
         weights.weight.zero_()
         weights.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # the same, whatever it is asked for
-    replay.measure(1)
+    replay.measure_agreement(1)
     assert sorted(replay.agreement().values()) == [0, 0, *([0, 1] if kind == "class" else [1, 1])]
 
 

@@ -20,13 +20,13 @@ from streamlearn.tensors import dense
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streamlearn.strategies.parts import World
+    from streamlearn.strategies.slots import BuildContext
 
 SLICE = 16  # samples whose gradients are held at once
 CLOSE = 0.02  # of a gradient's largest entry
 
 
-def moments(
+def gradient_moments(
     network: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -51,13 +51,15 @@ def moments(
     return found
 
 
-def check(world: World, recipe: str) -> None:
+def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
     """Raise `StreamlearnError` (78) where the model has no gradients of single samples: at the start, not at a task's end."""
-    network = world.build_network(world.num_outputs)
-    x, y, weight = world.zeros(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    network = context.build_network(context.num_outputs)
+    x, y, weight = context.zero_inputs(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
     try:
         with differentiable_eval_mode(network):
-            moments(network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1)
+            gradient_moments(
+                network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1
+            )
     except Exception as error:  # whatever a user's model raises is not our fault
         if is_out_of_memory(error):
             raise

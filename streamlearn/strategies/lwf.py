@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamlearn.data import Batch
-from streamlearn.strategies.parts import Closing, Replay, State, World
-from streamlearn.strategies.shares import Shares
+from streamlearn.strategies.replay_share import ReplayShare
+from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 from streamlearn.strategies.teacher import Teacher
-from streamlearn.tensors import seeded
+from streamlearn.tensors import seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Distillation(Replay):
+class LearningWithoutForgetting(Replay):
     """Replays the current inputs as if each belonged to a past task, drawn at random, so that no task adds to the cost."""
 
-    def __init__(self, world: World, *, temperature: float, balance: str) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, *, temperature: float, balance: str) -> None:
+        self.context = context
         self.temperature = temperature
-        self.shares = Shares(balance)
+        self.replay_share = ReplayShare(balance)
         self.teacher: Teacher | None = None
-        self.taught: list[int] = []  # tasks that the teacher has outputs for
-        self._choice = seeded(world.seed, "distillation")
+        self.teacher_tasks: list[int] = []  # tasks that the teacher has outputs for
+        self._choice = seeded_generator(context.seed, "distillation")
 
     def sample(self, batch: Batch) -> Batch | None:
-        self.shares.see(len(batch))
-        if self.teacher is None or not self.taught:
+        self.replay_share.add_samples(len(batch))
+        if self.teacher is None or not self.teacher_tasks:
             self.share = 0.0
             return None
-        self.share = self.shares.of_the_past
-        chosen = torch.randint(len(self.taught), (len(batch),), generator=self._choice)
-        task = torch.tensor(self.taught)[chosen]
+        self.share = self.replay_share.value
+        chosen = torch.randint(len(self.teacher_tasks), (len(batch),), generator=self._choice)
+        task = torch.tensor(self.teacher_tasks)[chosen]
         logits = self.teacher.logits(batch.x, task)
         soft = torch.softmax(logits / self.temperature, 1)
         return Batch(batch.x, logits.argmax(1), task, soft_targets=soft, temperature=self.temperature)
 
-    def end_task(self, closing: Closing) -> None:
-        self.shares.end_task(closing.task)
-        self.teacher = Teacher.of(self.world, closing)
-        self.taught = [task for task, outputs in enumerate(closing.outputs) if outputs]
+    def end_task(self, ended: EndedTask) -> None:
+        self.replay_share.end_task(ended.task)
+        self.teacher = Teacher.from_ended_task(self.context, ended)
+        self.teacher_tasks = [task for task, outputs in enumerate(ended.seen_outputs) if outputs]
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
         del params
@@ -56,12 +56,16 @@ class Distillation(Replay):
             self.teacher.grow(num_outputs)
 
     def state_dict(self) -> State:
-        state: State = {"shares": self.shares.state_dict(), "taught": self.taught, "choice": self._choice.get_state()}
+        state: State = {
+            "shares": self.replay_share.state_dict(),
+            "taught": self.teacher_tasks,
+            "choice": self._choice.get_state(),
+        }
         return state if self.teacher is None else {**state, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
-        self.shares.load_state_dict(state["shares"])
-        self.taught = list(state["taught"])
+        self.replay_share.load_state_dict(state["shares"])
+        self.teacher_tasks = list(state["taught"])
         self._choice.set_state(state["choice"])
         if "teacher" in state:
-            self.teacher = Teacher.from_state(self.world, state["teacher"])
+            self.teacher = Teacher.from_state(self.context, state["teacher"])

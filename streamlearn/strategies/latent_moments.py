@@ -15,7 +15,7 @@ from torch import Tensor
 from streamlearn.tensors import padded
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.parts import State
+    from streamlearn.strategies.slots import State
 
 JITTER = 1e-4  # variance added before a covariance is factored
 
@@ -29,7 +29,7 @@ class LatentMoments:
         self.products = torch.zeros(num_classes, latent, latent, device=device)
 
     @torch.no_grad()
-    def note(self, mean: Tensor, log_variance: Tensor, y: Tensor, rate: float, finite: Tensor) -> None:
+    def update(self, mean: Tensor, log_variance: Tensor, y: Tensor, rate: float, finite: Tensor) -> None:
         """Follow by `rate` to the sums over a batch: `mean` and `log_variance` `[B, z]`; where not `finite`, stay."""
         count = torch.zeros_like(self.count).index_add_(0, y, torch.ones_like(mean[:, 0]))
         total = torch.zeros_like(self.total).index_add_(0, y, mean)
@@ -38,7 +38,7 @@ class LatentMoments:
         for old, new in ((self.count, count), (self.total, total), (self.products, products)):
             old.lerp_(torch.where(finite, new, old), rate)
 
-    def normals(self) -> tuple[Tensor, Tensor]:
+    def gaussians(self) -> tuple[Tensor, Tensor]:
         """Return each class's mean `[C, z]` and a root of its covariance `[C, z, z]`; a class not seen has nearly none."""
         count = self.count.clamp(min=1e-12)
         mean = self.total / count[:, None]
@@ -70,7 +70,7 @@ class LatentMoments:
         )
 
 
-def codes(normals: tuple[Tensor, Tensor], y: Tensor, noise: Tensor) -> Tensor:
+def sample_codes(gaussians: tuple[Tensor, Tensor], y: Tensor, noise: Tensor) -> Tensor:
     """Return codes `[B, z]` of classes `y [B]` from standard normal `noise [B, z]`."""
-    mean, root = normals
+    mean, root = gaussians
     return mean[y] + (root[y] @ noise[:, :, None])[:, :, 0]

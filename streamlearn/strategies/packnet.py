@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry
-from streamlearn.strategies.parts import Closing, Constraint, GradientOf, Network, State, World
+from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PACKED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 FREE = 255  # owner of a weight that belongs to no task
 
 
-class Packed(nn.Module):
+class PackedModule(nn.Module):
     """A network and, for each of its packed weights, the task that owns it (uint8, so at most 255 tasks)."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -37,7 +37,7 @@ class Packed(nn.Module):
             id(layer.weight) for layer in net.modules() if isinstance(getattr(layer, "weight", None), Tensor)
         )
         for name, layer in net.named_modules():
-            if isinstance(layer, PACKED) and (layer.weight.requires_grad or not layer.weight.is_leaf):
+            if isinstance(layer, MASKED_LAYERS) and (layer.weight.requires_grad or not layer.weight.is_leaf):
                 key = f"net.{name}.weight" if name else "net.weight"
                 if key not in names or uses[id(layer.weight)] > 1:
                     raise StreamlearnError(
@@ -47,7 +47,7 @@ class Packed(nn.Module):
                 self.packed[key] = f"owner_{len(self.packed)}"
                 self.register_buffer(self.packed[key], torch.full_like(layer.weight, FREE, dtype=torch.uint8))
 
-    def owner(self, name: str) -> Tensor:
+    def owners(self, name: str) -> Tensor:
         """Return who owns each entry of a packed weight."""
         return self.get_buffer(self.packed[name])
 
@@ -56,11 +56,11 @@ class Packed(nn.Module):
         logits: Tensor = self.net(x)
         return logits
 
-    def as_of(self, x: Tensor, task: int) -> Tensor:
+    def forward_for_task(self, x: Tensor, task: int) -> Tensor:
         """Return the logits that a task's own weights, and those of the tasks before it, give."""
         named = dict(self.named_parameters())
         masked = {
-            name.removeprefix("net."): torch.where(self.owner(name) <= task, named[name], 0.0) for name in self.packed
+            name.removeprefix("net."): torch.where(self.owners(name) <= task, named[name], 0.0) for name in self.packed
         }
         logits: Tensor = torch.func.functional_call(self.net, masked, (x,))
         return logits
@@ -69,16 +69,16 @@ class Packed(nn.Module):
 class PackedNetwork(Network):
     """One network that tasks share out among themselves, weight by weight; none can change what another owns."""
 
-    module: Packed
+    module: PackedModule
 
-    def __init__(self, world: World, *, prune: float, samples: int) -> None:
-        super().__init__(Packed(world.build_network(world.num_outputs)))
+    def __init__(self, context: BuildContext, *, prune: float, samples: int) -> None:
+        super().__init__(PackedModule(context.build_network(context.num_outputs)))
         self.prune = prune
         self.samples_needed = samples  # to be trained on after pruning
         self.task = 0
         self.refining = False
         if not self.module.packed:
-            kinds = ", ".join(kind.__name__ for kind in PACKED)
+            kinds = ", ".join(kind.__name__ for kind in MASKED_LAYERS)
             raise StreamlearnError(f"strategy.packnet: the model has no layer that it can mask ({kinds})", code=78)
         if any(getattr(layer, "track_running_stats", False) for layer in self.module.modules()):
             message = "strategy.packnet: the model keeps statistics of batches, which every later task would change"
@@ -91,25 +91,25 @@ class PackedNetwork(Network):
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del params
         for name in self.module.packed:
-            if not bool((self.module.owner(name) == FREE).any()) or task >= FREE:
+            if not bool((self.module.owners(name) == FREE).any()) or task >= FREE:
                 layer = name.removeprefix("net.").removesuffix(".weight")
                 raise StreamlearnError(f"strategy.packnet: no weight of layer {layer} is free any more", code=78)
         self.task, self.refining = task, False
 
     @torch.no_grad()
-    def begin_refine(self, closing: Closing) -> None:
+    def begin_refinement(self, ended: EndedTask) -> None:
         self.refining = True
-        if not len(closing.y):
+        if not len(ended.y):
             return  # a task without a usable sample claims nothing
         named = dict(self.module.named_parameters())
         for name in self.module.packed:
-            weight, owner = named[name], self.module.owner(name)
+            weight, owner = named[name], self.module.owners(name)
             free = owner == FREE
-            own = free & closing.allowed[closing.task][:, None] if name == "net.head.weight" else free
+            own = free & ended.active_outputs[ended.task][:, None] if name == "net.head.weight" else free
             count = round(self.prune * int(own.sum()))
             sizes = torch.where(own, weight.abs(), torch.inf).flatten()
             own = own.flatten().index_fill(0, sizes.argsort(stable=True)[:count], value=False).reshape(weight.shape)
-            owner[own] = closing.task
+            owner[own] = ended.task
             weight[free & ~own] = 0.0
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
@@ -118,29 +118,30 @@ class PackedNetwork(Network):
             return self.module(x)  # type: ignore[no-any-return]  # modules are typed to return anything
         parts = {number: (task == number).to(x.device) for number in found}
         logits = {
-            n: self.module(x[rows]) if n == self.task else self.module.as_of(x[rows], n) for n, rows in parts.items()
+            n: self.module(x[rows]) if n == self.task else self.module.forward_for_task(x[rows], n)
+            for n, rows in parts.items()
         }
         together = torch.zeros(len(x), next(iter(logits.values())).shape[1], device=x.device)
         for number, rows in parts.items():
             together[rows] = logits[number]
         return together
 
-    def learns(self) -> dict[str, Tensor]:
+    def trainable_entries(self) -> dict[str, Tensor]:
         """Return, for each parameter, which of its entries the current task may move, as booleans of its shape."""
         mine = self.task if self.refining else FREE
-        owners = [self.module.owner(name) for name in self.module.packed]
+        owners = [self.module.owners(name) for name in self.module.packed]
         first = not any(bool(((owner != FREE) & (owner != self.task)).any()) for owner in owners)
         return {
-            name: self.module.owner(name) == mine
+            name: self.module.owners(name) == mine
             if name in self.module.packed
             else torch.full_like(param, first, dtype=torch.bool)
-            for name, param in self.trained().items()
+            for name, param in self.trainable_parameters().items()
         }
 
-    def figures(self) -> dict[str, float]:
-        owners = [self.module.owner(name) for name in self.module.packed]
+    def metrics(self) -> dict[str, float]:
+        owners = [self.module.owners(name) for name in self.module.packed]
         free = sum(int((owner == FREE).sum()) for owner in owners)
-        return {**super().figures(), "free_ratio": free / sum(owner.numel() for owner in owners)}
+        return {**super().metrics(), "free_ratio": free / sum(owner.numel() for owner in owners)}
 
     def state_dict(self) -> State:
         return {"task": self.task, "refining": self.refining}
@@ -154,27 +155,27 @@ class OwnershipConstraint(Constraint):
 
     def __init__(self, network: PackedNetwork) -> None:
         self.network = network
-        self._learns: list[Tensor] = []  # found anew at every boundary: it follows from the owners
-        self._held: list[Tensor] = []
+        self._trainable: list[Tensor] = []  # found anew at every boundary: it follows from the owners
+        self._frozen_values: list[Tensor] = []
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del task, params
-        self._learns = []
+        self._trainable = []
 
-    def begin_refine(self, closing: Closing) -> None:
-        del closing
-        self._learns = []
+    def begin_refinement(self, ended: EndedTask) -> None:
+        del ended
+        self._trainable = []
 
     @torch.no_grad()
-    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+    def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
         del gradient_of
-        if not self._learns:
-            self._learns = list(self.network.learns().values())
-            self._held = [param.detach().clone() for param in params]
-        for grad, learns in zip(grads, self._learns, strict=True):
+        if not self._trainable:
+            self._trainable = list(self.network.trainable_entries().values())
+            self._frozen_values = [param.detach().clone() for param in params]
+        for grad, learns in zip(grads, self._trainable, strict=True):
             grad.masked_fill_(~learns, 0.0)
 
     @torch.no_grad()
-    def hold(self, params: Sequence[Tensor]) -> None:
-        for param, learns, held in zip(params, self._learns, self._held, strict=True):
+    def restore_frozen(self, params: Sequence[Tensor]) -> None:
+        for param, learns, held in zip(params, self._trainable, self._frozen_values, strict=True):
             param.copy_(torch.where(learns, param, held))

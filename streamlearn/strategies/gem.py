@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.data import Batch
-from streamlearn.strategies.parts import Closing, Constraint, GradientOf, State, World
+from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,30 +30,30 @@ RIDGE = 1e-3
 class AverageProjection(Constraint):
     """A-GEM: one reference gradient a step, on samples drawn from all past tasks; branch-free, nothing waits."""
 
-    def __init__(self, world: World, memory: EpisodicMemory, *, reference: int | None, epsilon: float) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, memory: EpisodicMemory, *, reference: int | None, epsilon: float) -> None:
+        self.context = context
         self.memory = memory
-        self.reference = world.batch_size if reference is None else reference
+        self.reference = context.batch_size if reference is None else reference
         self.epsilon = epsilon
         self.samples_needed = memory.budget
-        self.samples_balanced = memory.balanced
-        self._projected = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.needs_balanced_samples = memory.balanced
+        self._projected = torch.zeros((), dtype=torch.int64, device=context.device)
 
-    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+    def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
         del params
         if not len(self.memory):
             return
         drawn = self.memory.draw(self.reference)
-        batch = Batch(self.world.scale(drawn["x"]), drawn["y"].to(self.world.device), drawn["task"])
+        batch = Batch(self.context.preprocess(drawn["x"]), drawn["y"].to(self.context.device), drawn["task"])
         reference = gradient_of(batch)
-        along = dot(grads, reference)
-        square = dot(reference, reference)
+        along = dot_product(grads, reference)
+        square = dot_product(reference, reference)
         factor = along.clamp(max=0) / (square + self.epsilon)
         torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
         self._projected += (along < 0) & (square > self.epsilon)
 
-    def end_task(self, closing: Closing) -> None:
-        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
+    def end_task(self, ended: EndedTask) -> None:
+        self.memory.store(ended.task, ended.x, ended.y, ended.output_labels)
 
     def state_dict(self) -> State:
         return {**self.memory.state_dict(), "projected": int(self._projected)}
@@ -62,10 +62,10 @@ class AverageProjection(Constraint):
         self.memory.load_state_dict(state)
         self._projected.fill_(state["projected"])
 
-    def sizes(self) -> dict[str, Any]:
+    def memory_usage(self) -> dict[str, Any]:
         return self.memory.usage()
 
-    def counts(self) -> dict[str, int]:
+    def counters(self) -> dict[str, int]:
         return {"projected": int(self._projected), "failed": 0}
 
 
@@ -75,33 +75,33 @@ class EpisodicProjection(Constraint):
     The program is solved on the host, in float64; where it fails, the step goes on as it was, and is counted.
     """
 
-    def __init__(self, world: World, memory: EpisodicMemory, *, per_task: int, margin: float) -> None:
-        self.world = world
+    def __init__(self, context: BuildContext, memory: EpisodicMemory, *, per_task: int, margin: float) -> None:
+        self.context = context
         self.memory = memory
         self.margin = margin
         self.samples_needed = per_task
         self.projected = 0
         self.failed = 0
 
-    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+    def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
         del params
         if not len(self.memory):
             return
-        past = torch.stack([flat(gradient_of(self._samples(task))) for task in self.memory.samples_by_task]).double()
-        new = flat(grads).double()
+        past = torch.stack([flatten(gradient_of(self._samples(task))) for task in self.memory.samples_by_task]).double()
+        new = flatten(grads).double()
         along = (past @ new).cpu().numpy()
         if not (along < 0).any():  # false for NaN, too: a step that is not finite is dropped anyway
             return
         self.projected += 1
-        if (weights := solve((past @ past.T).cpu().numpy(), along, self.margin)) is None:
+        if (weights := solve_weights((past @ past.T).cpu().numpy(), along, self.margin)) is None:
             self.failed += 1
             return
         change = torch.from_numpy(weights).to(past.device) @ past
         for grad, part in zip(grads, change.split([grad.numel() for grad in grads]), strict=True):
             grad.add_(part.reshape(grad.shape).to(grad.dtype))
 
-    def end_task(self, closing: Closing) -> None:
-        self.memory.store(closing.task, closing.x, closing.y, closing.classes)
+    def end_task(self, ended: EndedTask) -> None:
+        self.memory.store(ended.task, ended.x, ended.y, ended.output_labels)
 
     def state_dict(self) -> State:
         return {**self.memory.state_dict(), "projected": self.projected, "failed": self.failed}
@@ -110,18 +110,20 @@ class EpisodicProjection(Constraint):
         self.memory.load_state_dict(state)
         self.projected, self.failed = state["projected"], state["failed"]
 
-    def sizes(self) -> dict[str, Any]:
+    def memory_usage(self) -> dict[str, Any]:
         return self.memory.usage()
 
-    def counts(self) -> dict[str, int]:
+    def counters(self) -> dict[str, int]:
         return {"projected": self.projected, "failed": self.failed}
 
     def _samples(self, task: int) -> Batch:
         slot = self.memory.samples_by_task[task]
-        return Batch(self.world.scale(slot["x"]), slot["y"].to(self.world.device), torch.full((len(slot["y"]),), task))
+        return Batch(
+            self.context.preprocess(slot["x"]), slot["y"].to(self.context.device), torch.full((len(slot["y"]),), task)
+        )
 
 
-def solve(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | None:
+def solve_weights(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | None:
     """Return the v >= margin that minimises 1/2 v^T `gram` v + `along`^T v, or None where it cannot be found.
 
     With v = u + margin and P = gram + ridge = L L^T it is the non-negative least squares problem
@@ -141,11 +143,11 @@ def solve(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | No
     return found if bool(np.isfinite(found).all()) else None
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return all entries in one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def dot_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the inner product of two aligned lists, 0-dim, on their device."""
     return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()

@@ -21,7 +21,7 @@ GradientOf = Callable[["Batch"], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class World:
+class BuildContext:
     """What a part may know when it is made."""
 
     seed: int
@@ -29,21 +29,21 @@ class World:
     input_shape: tuple[int, ...]  # of what the network sees
     num_outputs: int
     max_bytes: int
-    scale: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
+    preprocess: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
     build_network: Callable[..., nn.Module]  # (outputs, offset of the seed = 0) -> an untrained network, there
     batch_size: int = 1
-    tasks: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
-    names: bool = False  # whether the network sees token ids, and not numbers
+    task_names: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
+    token_ids: bool = False  # whether the network sees token ids, and not numbers
     max_norm: float | None = None  # bound on the norm of a gradient, the solver's and a generator's
 
-    def zeros(self, count: int) -> Tensor:
+    def zero_inputs(self, count: int) -> Tensor:
         """Return what the network sees of so many samples of nothing: `[count, *input_shape]`."""
-        dtype = torch.int32 if self.names else torch.float32
+        dtype = torch.int32 if self.token_ids else torch.float32
         return torch.zeros(count, *self.input_shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
-class Closing:
+class EndedTask:
     """A read-only view of a task at its end."""
 
     task: int
@@ -51,25 +51,25 @@ class Closing:
     y: Tensor
     params: Sequence[Tensor]
     network: nn.Module
-    allowed: Tensor  # [T, C]: which outputs compete in each task
-    outputs: Sequence[Sequence[int]]  # the outputs met in each task so far
+    active_outputs: Tensor  # [T, C]: which outputs compete in each task
+    seen_outputs: Sequence[Sequence[int]]  # the outputs met in each task so far
     generator: torch.Generator  # for draws that belong to the task's end
-    classes: Sequence[Mapping[int, Label]] = ()  # the label of each of these outputs; empty: an output is a class
+    output_labels: Sequence[Mapping[int, Label]] = ()  # the label of each of these outputs; empty: an output is a class
 
 
-class Part:
+class Slot:
     """What every slot has; all of it defaults to nothing."""
 
     samples_needed: int = 0  # of the finished task: 0, a number, or memory.ALL
-    samples_balanced: bool = False  # whether of each class as many as of any other
+    needs_balanced_samples: bool = False  # whether of each class as many as of any other
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         """Prepare for a task whose parameters are these; raises `StreamlearnError` before anything is changed."""
 
-    def begin_refine(self, closing: Closing) -> None:
+    def begin_refinement(self, ended: EndedTask) -> None:
         """Prepare for further passes over the reservoir, which is whole by now."""
 
-    def end_task(self, closing: Closing) -> None:
+    def end_task(self, ended: EndedTask) -> None:
         """Make what was learned last."""
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
@@ -83,13 +83,13 @@ class Part:
         """Take over what `state_dict` returned."""
 
 
-class Network(Part):
+class Network(Slot):
     """Slot one: from samples and their tasks to logits. The default is one net for all tasks.
 
     Its `state_dict` holds numbers only: what `module` needs to get the shape into which its tensors are loaded.
     """
 
-    transfers = True  # whether its parameters as they were before a task can answer for that task
+    supports_forward_transfer = True  # whether its parameters as they were before a task can answer for that task
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -99,7 +99,7 @@ class Network(Part):
         """The last layer, a row an output, where it is linear and named `head`."""
         return registry.head_of(self.module)
 
-    def trained(self) -> dict[str, Tensor]:
+    def trainable_parameters(self) -> dict[str, Tensor]:
         """Return the parameters that learn now, by name."""
         return {name: param for name, param in self.module.named_parameters() if param.requires_grad}
 
@@ -109,76 +109,76 @@ class Network(Part):
         logits: Tensor = self.module(x)
         return logits
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the number of parameters, and the share of weights that no task owns, where tasks own weights."""
         return {"parameters": float(sum(param.numel() for param in self.module.parameters()))}
 
 
-class Replay(Part):
+class Replay(Slot):
     """Slot two: past samples that join a batch. The default has none."""
 
     share: float = 0.0  # of the loss, that goes to the replayed samples
-    needs_features: bool = False  # whether `loss` is asked, with what the network's last layer was given
+    needs_features: bool = False  # whether `feature_loss` is asked, with what the network's last layer was given
 
     def sample(self, batch: Batch) -> Batch | None:
         """Return samples of past tasks to learn beside `batch`, scaled and on the device, or None."""
         del batch
         return None
 
-    def loss(self, mixed: Batch, features: Tensor) -> Tensor:
+    def feature_loss(self, mixed: Batch, features: Tensor) -> Tensor:
         """Return a further loss, 0-dim, on what the network has computed; `features [B, ...]` are its head's input."""
         raise NotImplementedError
 
-    def observe(self, mixed: Batch, finite: Tensor) -> None:
+    def after_step(self, mixed: Batch, finite: Tensor) -> None:
         """Learn from the batch that the solver has just learned; `finite` is false where its update was dropped."""
 
-    def measure(self, task: int) -> None:
+    def measure_agreement(self, task: int) -> None:
         """Measure, when a task has ended, how well it replays. Must draw from nothing that training draws from."""
 
     def agreement(self) -> dict[tuple[int, int], float]:
-        """Return, by task and output, how well it replays, from 0 to 1, as `measure` has found; empty where unknown."""
+        """Return the last result of `measure_agreement`: a ratio from 0 to 1 by (task, output); empty if there is none."""
         return {}
 
-    def take_dropped(self) -> int:
+    def pop_dropped_updates(self) -> int:
         """Return how many updates of its own were not finite and were dropped since the last call; waits for the device."""
         return 0
 
-    def sizes(self) -> dict[str, Any]:
+    def memory_usage(self) -> dict[str, Any]:
         """Return what is stored: samples by task, capacity, bytes, drawn and evicted; empty where nothing is."""
         return {}
 
 
-class Penalty(Part):
+class Penalty(Slot):
     """Slot three: a pull toward what past tasks need. The default does not pull."""
 
-    def pull(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def add_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Add the penalty's gradient to the data gradients `grads`, in place."""
 
-    def settle(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
+    def proximal_step(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
         """Take the penalty's implicit (proximal) step, where that was chosen and the update was not dropped."""
 
-    def accumulate(self, params: Sequence[Tensor], finite: Tensor) -> None:
+    def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
         """Note how the parameters moved; `finite` is false where the update was dropped."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the norm of the importances, for metrics; empty before a task has ended."""
         return {}
 
 
-class Constraint(Part):
+class Constraint(Slot):
     """Slot four: limits on the step. The default has none."""
 
-    def project(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
+    def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
         """Change `grads` in place so that the step respects past tasks."""
 
-    def hold(self, params: Sequence[Tensor]) -> None:
+    def restore_frozen(self, params: Sequence[Tensor]) -> None:
         """Put back what must not have moved."""
 
-    def sizes(self) -> dict[str, Any]:
-        """Return what is stored for reference gradients, as `Replay.sizes` does."""
+    def memory_usage(self) -> dict[str, Any]:
+        """Return what is stored for reference gradients, as `Replay.memory_usage` does."""
         return {}
 
-    def counts(self) -> dict[str, int]:
+    def counters(self) -> dict[str, int]:
         """Return how many steps were projected, and how often the solver failed, in all."""
         return {}
 
@@ -194,7 +194,7 @@ class Strategy:
     refine_epochs: int = 0
 
     @property
-    def parts(self) -> dict[str, Part]:
+    def slots(self) -> dict[str, Slot]:
         """The slots by name."""
         return {
             "network": self.network,
@@ -203,9 +203,9 @@ class Strategy:
             "constraint": self.constraint,
         }
 
-    def sizes(self) -> dict[str, Any]:
-        """Return what all parts store together; empty where nothing is. See `Replay.sizes`."""
-        kept = [sizes for sizes in (self.replay.sizes(), self.constraint.sizes()) if sizes]
+    def memory_usage(self) -> dict[str, Any]:
+        """Return what all parts store together; empty where nothing is. See `Replay.memory_usage`."""
+        kept = [sizes for sizes in (self.replay.memory_usage(), self.constraint.memory_usage()) if sizes]
         if not kept:
             return {}
         bounds = [sizes["capacity"] for sizes in kept]

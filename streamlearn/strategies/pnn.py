@@ -15,32 +15,32 @@ from torch import Tensor, nn
 
 from streamlearn.data import StreamlearnError
 from streamlearn.models.modes import eval_mode, global_seed
-from streamlearn.strategies.parts import Network, State, World
+from streamlearn.strategies.slots import BuildContext, Network, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LATERAL = (nn.Linear, nn.Conv1d, nn.Conv2d)
-SCALE = 0.1  # of lateral connections, at first
+CONNECTED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+INITIAL_SCALE = 0.1  # of lateral connections, at first
 
 
-class Lateral(nn.Module):
+class LateralLayer(nn.Module):
     """A layer of a column, with what it sees of the same layer's input in each earlier column."""
 
-    def __init__(self, layer: nn.Module, earlier: Sequence[Lateral]) -> None:
+    def __init__(self, layer: nn.Module, earlier: Sequence[LateralLayer]) -> None:
         super().__init__()
         self.layer = layer
         self.earlier = tuple(earlier)  # in a tuple, so that they stay the parameters of their own columns
         self.adapters = nn.ModuleList(_adapter(layer) for _ in earlier)
-        self.scales = nn.Parameter(torch.full((len(earlier),), SCALE)) if earlier else None
-        self.seen: Tensor | None = None
+        self.scales = nn.Parameter(torch.full((len(earlier),), INITIAL_SCALE)) if earlier else None
+        self.layer_input: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = x
+        self.layer_input = x
         out: Tensor = self.layer(x)
         for place, (adapter, other) in enumerate(zip(self.adapters, self.earlier, strict=True)):
             assert self.scales is not None
-            out = out + self.scales[place] * adapter(other.seen)
+            out = out + self.scales[place] * adapter(other.layer_input)
         return out
 
 
@@ -58,8 +58,8 @@ class Columns(nn.Module):
                 column(x)
         logits: Tensor = self.columns[task](x)
         for module in self.modules():
-            if isinstance(module, Lateral):
-                module.seen = None  # a graph must not outlive its step, nor be copied
+            if isinstance(module, LateralLayer):
+                module.layer_input = None  # a graph must not outlive its step, nor be copied
         return logits
 
     def train(self, mode: bool = True) -> Columns:  # noqa: FBT001, FBT002 - torch's own signature
@@ -72,30 +72,30 @@ class Columns(nn.Module):
 class ProgressiveNetwork(Network):
     """A column a task. Parameters grow with the square of the number of tasks, up to `max_parameters`."""
 
-    transfers = False  # a task has no column before it begins
+    supports_forward_transfer = False  # a task has no column before it begins
     module: Columns
 
-    def __init__(self, world: World, *, max_parameters: int) -> None:
+    def __init__(self, context: BuildContext, *, max_parameters: int) -> None:
         super().__init__(Columns())
-        self.world = world
+        self.context = context
         self.max_parameters = max_parameters
-        self._add()
+        self._add_column()
         for number, name in enumerate(
-            world.tasks
+            context.task_names
         ):  # where all tasks are listed, room for them is known before the first
-            self._check_room(number, f"task {name}: ")
+            self._check_parameter_limit(number, f"task {name}: ")
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del params
-        self._check_room(task, "")
+        self._check_parameter_limit(task, "")
         while len(self.module.columns) <= task:
-            self._add()
+            self._add_column()
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         found = task.unique().tolist()
         if len(found) == 1:
             return self.module(x, found[0])  # type: ignore[no-any-return]  # modules are typed to return anything
-        logits = torch.zeros(len(x), self.world.num_outputs, device=x.device)
+        logits = torch.zeros(len(x), self.context.num_outputs, device=x.device)
         for number in found:
             rows = (task == number).to(x.device)
             logits[rows] = self.module(x[rows], number)
@@ -106,21 +106,21 @@ class ProgressiveNetwork(Network):
 
     def load_state_dict(self, state: State) -> None:
         while len(self.module.columns) < state["columns"]:
-            self._add()
+            self._add_column()
 
-    def _add(self) -> None:
+    def _add_column(self) -> None:
         """Freeze the columns and add one, its lateral connections and weights seeded by its number."""
         number = len(self.module.columns)
         self.module.columns.requires_grad_(requires_grad=False)
-        with global_seed(self.world.seed + number):
-            column = self.world.build_network(self.world.num_outputs, number)
-            wrap(column, self.world, list(self.module.columns))
-        self.module.columns.append(column.to(self.world.device))
+        with global_seed(self.context.seed + number):
+            column = self.context.build_network(self.context.num_outputs, number)
+            add_lateral_connections(column, self.context, list(self.module.columns))
+        self.module.columns.append(column.to(self.context.device))
         self.module.columns[:-1].eval()
 
-    def _check_room(self, task: int, who: str) -> None:
+    def _check_parameter_limit(self, task: int, who: str) -> None:
         own = sum(param.numel() for param in self.module.columns[0].parameters())
-        layers = [m for m in self.module.columns[0].modules() if isinstance(m, Lateral)][1:]
+        layers = [m for m in self.module.columns[0].modules() if isinstance(m, LateralLayer)][1:]
         lateral = sum(next(layer.layer.parameters()).numel() + 1 for layer in layers)  # its weights, and a scale
         total = (task + 1) * own + task * (task + 1) // 2 * lateral
         if total > self.max_parameters:
@@ -130,16 +130,16 @@ class ProgressiveNetwork(Network):
             )
 
 
-def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
+def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: Sequence[nn.Module]) -> None:
     """Give a column's layers their lateral connections to the same layers of earlier columns.
 
     Raises `StreamlearnError` (78) for a network without such layers, or with one that is used more or less than once.
     """
     called: list[nn.Module] = []
-    layers = {name: m for name, m in column.named_modules() if isinstance(m, LATERAL)}
+    layers = {name: m for name, m in column.named_modules() if isinstance(m, CONNECTED_LAYERS)}
     handles = [m.register_forward_hook(lambda layer, _in, _out: called.append(layer)) for m in layers.values()]
     with torch.no_grad(), eval_mode(column):
-        column(world.zeros(2))
+        column(context.zero_inputs(2))
     for handle in handles:
         handle.remove()
     if not layers or len(called) != len(layers) or len({id(layer) for layer in called}) != len(layers):
@@ -148,26 +148,26 @@ def wrap(column: nn.Module, world: World, earlier: Sequence[nn.Module]) -> None:
             f"used {len(called)} times",
             code=78,
         )
-    others = [{name: m for name, m in one.named_modules() if isinstance(m, Lateral)} for one in earlier]
+    others = [{name: m for name, m in one.named_modules() if isinstance(m, LateralLayer)} for one in earlier]
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         seen = [] if layer is called[0] else [other[name] for other in others]  # all columns have the same input
-        setattr(column.get_submodule(parent), last, Lateral(layer, seen))
+        setattr(column.get_submodule(parent), last, LateralLayer(layer, seen))
     if not earlier:
         try:
             with torch.no_grad(), eval_mode(column):
-                column(world.zeros(2))
+                column(context.zero_inputs(2))
         except Exception as error:  # a model may want of its layers what only they have
             raise StreamlearnError(f"strategy.pnn: cannot connect the model's layers: {error}", code=78) from error
         for module in column.modules():
-            if isinstance(module, Lateral):
-                module.seen = None
+            if isinstance(module, LateralLayer):
+                module.layer_input = None
 
 
 def _adapter(layer: nn.Module) -> nn.Module:
     """Return an untrained layer of the same shape, without a bias."""
     adapter = copy.deepcopy(layer)
-    assert isinstance(adapter, LATERAL)
+    assert isinstance(adapter, CONNECTED_LAYERS)
     adapter.register_parameter("bias", None)
     adapter.reset_parameters()
     return adapter

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.parts import State
+    from streamlearn.strategies.slots import State
 
 
-class Shares:
+class ReplayShare:
     """The past's share of the loss: `tasks`, 1 - 1/k with k tasks begun; `counts`, by the samples seen.
 
     By counts, a task that has just begun weighs as much as an average one: a share that began at 1 would teach it nothing.
@@ -20,12 +20,12 @@ class Shares:
         self.past = 0  # samples of ended tasks, once for each update
         self.current = 0
 
-    def see(self, samples: int) -> None:
+    def add_samples(self, samples: int) -> None:
         """Count new samples."""
         self.current += samples
 
     @property
-    def of_the_past(self) -> float:
+    def value(self) -> float:
         """The share, from 0 (nothing has ended) to 1."""
         if not self.tasks:
             return 0.0

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from streamlearn.memory import ALL, EpisodicMemory
-from streamlearn.strategies.parts import World
-from streamlearn.strategies.projection import RIDGE, AverageProjection, EpisodicProjection, solve
+from streamlearn.strategies.gem import RIDGE, AverageProjection, EpisodicProjection, solve_weights
+from streamlearn.strategies.slots import BuildContext
 
 if TYPE_CHECKING:
     from streamlearn.data import Batch
 
-WORLD = World(0, torch.device("cpu"), (1,), 2, 1 << 20, lambda x: x, lambda *_: nn.Identity(), 4)
+CONTEXT = BuildContext(0, torch.device("cpu"), (1,), 2, 1 << 20, lambda x: x, lambda *_: nn.Identity(), 4)
 
 
 def full(memory: EpisodicMemory, tasks: int) -> EpisodicMemory:
@@ -35,7 +35,7 @@ def test_gem_solves_its_program(tasks: int, seed: int, margin: float, size: floa
     rng = np.random.default_rng(seed)
     past = rng.standard_normal((tasks, 30)) * size
     gram, along = past @ past.T, past @ rng.standard_normal(30) * size
-    v = solve(gram, along, margin)
+    v = solve_weights(gram, along, margin)
     assert v is not None
     assert (v >= margin).all()
     slope = gram @ v + along + RIDGE * v
@@ -46,7 +46,7 @@ def test_gem_solves_its_program(tasks: int, seed: int, margin: float, size: floa
 
 def test_a_program_that_cannot_be_solved_is_none() -> None:
     """Values that are not finite are an answer to nothing."""
-    assert solve(np.full((2, 2), np.nan), np.ones(2), 0.5) is None
+    assert solve_weights(np.full((2, 2), np.nan), np.ones(2), 0.5) is None
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
@@ -55,7 +55,7 @@ def test_gem_harms_no_past_task(margin: float, seed: int) -> None:
     """After projection no past task's gradient has a dot product with the step that is clearly negative."""
     torch.manual_seed(seed)
     past = torch.randn(3, 40)
-    constraint = EpisodicProjection(WORLD, full(EpisodicMemory(ALL, 1 << 20, 0), 3), per_task=1, margin=margin)
+    constraint = EpisodicProjection(CONTEXT, full(EpisodicMemory(ALL, 1 << 20, 0), 3), per_task=1, margin=margin)
 
     def gradient_of(batch: Batch) -> list[Tensor]:
         row = past[int(batch.x[0, 0])]
@@ -63,13 +63,13 @@ def test_gem_harms_no_past_task(margin: float, seed: int) -> None:
 
     new = -past.sum(0) + torch.randn(40)
     grads = [new[:10].reshape(2, 5).clone(), new[10:].clone()]
-    constraint.project([], grads, gradient_of)
+    constraint.project_gradient([], grads, gradient_of)
     products = past @ torch.cat([grad.flatten() for grad in grads])
-    assert constraint.counts() == {"projected": 1, "failed": 0}
+    assert constraint.counters() == {"projected": 1, "failed": 0}
     assert float(products.min()) > -1e-2 * float(past.square().sum(1).max())  # the ridge lets a little pass
     untouched = [past.sum(0)[:10].reshape(2, 5).clone(), past.sum(0)[10:].clone()]
     if bool((past @ past.sum(0) >= 0).all()):
-        constraint.project([], untouched, gradient_of)
+        constraint.project_gradient([], untouched, gradient_of)
         assert torch.equal(torch.cat([part.flatten() for part in untouched]), past.sum(0))
 
 
@@ -78,7 +78,7 @@ def test_agem_projects_where_the_reference_is_harmed(sign: float) -> None:
     """A gradient against the reference ends orthogonal to it; one along it is left as it was, bit for bit."""
     torch.manual_seed(0)
     reference = torch.randn(40)
-    constraint = AverageProjection(WORLD, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None, epsilon=0.0)
+    constraint = AverageProjection(CONTEXT, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None, epsilon=0.0)
     seen: list[int] = []
 
     def gradient_of(batch: Batch) -> list[Tensor]:
@@ -87,10 +87,10 @@ def test_agem_projects_where_the_reference_is_harmed(sign: float) -> None:
 
     new = sign * reference + 0.1 * torch.randn(40)
     grads = [new[:10].reshape(2, 5).clone(), new[10:].clone()]
-    constraint.project([], grads, gradient_of)
+    constraint.project_gradient([], grads, gradient_of)
     after = torch.cat([grad.flatten() for grad in grads])
     assert seen == [4]  # as many as the batch
-    assert constraint.counts()["projected"] == (sign < 0)
+    assert constraint.counters()["projected"] == (sign < 0)
     if sign > 0:
         assert torch.equal(after, new)
     else:
@@ -107,9 +107,9 @@ def test_agem_leaves_alone_what_a_fitted_memory_says() -> None:
     ends = []
     for epsilon in (0.0, 1e-3):
         memory = full(EpisodicMemory(10, 1 << 20, 0), 2)
-        constraint = AverageProjection(WORLD, memory, reference=None, epsilon=epsilon)
+        constraint = AverageProjection(CONTEXT, memory, reference=None, epsilon=epsilon)
         grads = [new.clone()]
-        constraint.project([], grads, lambda _: [reference])
+        constraint.project_gradient([], grads, lambda _: [reference])
         ends.append(grads[0])
     assert float((ends[0] - new).norm()) > 1.0
     torch.testing.assert_close(ends[1], new, atol=1e-4, rtol=0)

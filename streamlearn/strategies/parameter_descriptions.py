@@ -43,6 +43,6 @@ DESCRIPTIONS = {
 }
 
 
-def describe(recipe: str, parameter: str) -> str:
+def describe_parameter(recipe: str, parameter: str) -> str:
     """Return what a recipe's parameter means; raises `KeyError` for one without a description."""
     return DESCRIPTIONS.get(f"{recipe}.{parameter}") or DESCRIPTIONS[parameter]
