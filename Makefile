@@ -1,11 +1,11 @@
 # Two commands do everything: `make demo` and `make test`. Both make .venv first, with uv.
-.PHONY: demo test test-gpu test-slow chaos lint fmt bench reproduce kafka clean
+.PHONY: demo test test-gpu test-slow chaos lint fmt tables bench reproduce kafka clean
 SHELL := /bin/bash
 
-PYTHON ?= >=3.11,<3.14  # any that is here
+PYTHON ?= >=3.11,<3.14  # any installed version in this range
 UV := $(or $(shell command -v uv 2>/dev/null),.cache/uv/bin/uv)
 IN := .venv/bin
-# compiled once, half a minute: else every start of a command may do it again, and takes twice as long
+# compile bytecode once (half a minute): otherwise each command may compile again, and starts half as fast
 INSTALL = $(UV) pip install --quiet --compile-bytecode --python .venv
 
 demo: .venv/.demo
@@ -21,7 +21,7 @@ test-gpu: .venv/.dev  # the contract tests on a GPU, recurrent models first: a f
 test-slow: .venv/.dev
 	$(IN)/python -m pytest -m slow $(ARGS)
 
-chaos: .venv/.dev  # every fault, tried for real, into docs/reliability.md: two hours, and it goes on where it was stopped
+chaos: .venv/.dev  # try every fault for real and write docs/reliability.md: two hours; skips finished cases
 	$(IN)/python -m pytest tests/chaos -m chaos $(ARGS); code=$$?; $(IN)/python -m tests.chaos.report && exit $$code
 
 lint: .venv/.dev
@@ -32,21 +32,24 @@ lint: .venv/.dev
 fmt: .venv/.dev
 	$(IN)/ruff check --fix .
 	$(IN)/ruff format .
-	$(IN)/python -m tests.test_layers  # the layer table in ARCHITECTURE.md
+
+tables: .venv/.dev  # the tables in ARCHITECTURE.md and docs/ that come from the code
+	$(IN)/python -m tests.test_layers
+	$(IN)/python -m tests.support.tables
 
 bench: .venv/.dev
 	$(IN)/python -m benchmarks $(ARGS)
 
-reproduce: .venv/.dev  # the published tables, into docs/results.md: hours, and it goes on where it was stopped
+reproduce: .venv/.dev  # rerun the published tables and write docs/results.md: hours; skips finished cells
 	$(IN)/python -m benchmarks.reproduce $(ARGS)
 
-kafka: .venv/.dev  # the broker that the tests use, on localhost:9092, until Ctrl-C
+kafka: .venv/.dev  # run the tests' broker on localhost:9092 until Ctrl-C
 	$(IN)/python -m tests.support.kafka_broker
 
 clean:
 	rm -rf .venv .cache demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.cache/uv/bin/uv:  # only where the machine has no uv
+.cache/uv/bin/uv:  # only if the machine has no uv
 	python3 -m venv .cache/uv
 	.cache/uv/bin/pip install --quiet uv
 
