@@ -78,7 +78,7 @@ def status_times(process: subprocess.Popen[bytes], state: Path) -> Iterator[tupl
 def durations(log: Path) -> list[float]:
     """Return the seconds of each task, from its beginning to the beginning of the next."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    begins = [datetime.fromisoformat(line["ts"]).timestamp() for line in lines if line["msg"].endswith(" begins")]
+    begins = [datetime.fromisoformat(line["ts"]).timestamp() for line in lines if line["msg"].endswith(" starts")]
     return [later - earlier for earlier, later in itertools.pairwise(begins)]
 
 

@@ -1,11 +1,18 @@
-"""Checkpoints: directories that either exist or do not, each with the stream's positions inside.
+"""Checkpoints: directories that are complete or absent, each with the positions in the stream.
 
-A save, in order: (1) a copy of everything is taken between two batches, and from here on a thread beside the loop works
-(the job's part), (2) the dead letters before its positions are acknowledged (the job's part), (3) space is checked, (4)
-every file is written under a temporary name and synced, side by side; files that never change are linked from the parent
-(or copied, where the file system has no links), (5) MANIFEST.json with every file's hash is written last, (6) the
-directory is synced, renamed and its parent synced, (7) old checkpoints are removed, (8) positions are reported to the
-broker (the job's part). A crash between any two leaves the previous one in force.
+The steps of a save, in this order:
+
+1. a copy of the state is taken between two batches; all later steps run in the writer thread (done by the job)
+2. the dead letters before the copied positions become durable (done by the job)
+3. the free disk space is checked
+4. every file is written into a temporary directory and synced, several at a time. Files that never change are hard links to
+   those of the previous checkpoint, or copies where the file system has no links
+5. `MANIFEST.json` with the hash of every file is written, as the last file
+6. the directory is synced and renamed, and its parent is synced
+7. old checkpoints are removed
+8. the positions are committed to the broker (done by the job)
+
+After a crash between any two steps the previous checkpoint is still valid.
 """
 
 from __future__ import annotations
@@ -36,66 +43,74 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # 2: files of several members, and the accuracy matrix apart
+FORMAT = 2  # 2: one file may contain the tensors of several tasks, and the accuracy matrix has its own file
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
 TAG = re.compile(r"(?!latest$|ckpt-|\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-TAG_FILE = "tag-"  # a checkpoint that has a tag has an empty file of this name followed by the tag
-OWN_KEYS = {"format", "id", "parent", "created", "version", "files", "sha256"}  # of a manifest: what no copy takes over
+TAG_FILE = "tag-"  # a checkpoint with the tag NAME has an empty file tag-NAME
+OWN_KEYS = {
+    "format",
+    "id",
+    "parent",
+    "created",
+    "version",
+    "files",
+    "sha256",
+}  # keys of the manifest that `restore` does not copy
 MAX_MANIFEST_BYTES = 16 << 20
-SPARE_BYTES = 16 << 20  # left on the disk, for what else the daemon writes there
-COPY_BYTES = 1 << 20  # read and written at once where a file is copied
+SPARE_BYTES = 16 << 20  # left free on the disk for other files of the daemon
+COPY_BYTES = 1 << 20  # size of a chunk when a file is copied
 SYNC_THREADS = 32  # files of a checkpoint that are synced at the same time
 
 
-class BrokenCheckpoint(StreamlearnError):  # noqa: N818 - it says what the checkpoint is
-    """A checkpoint that verification refuses."""
+class BrokenCheckpoint(StreamlearnError):  # noqa: N818 - the name says what the checkpoint is
+    """A checkpoint has a missing file, or one that does not match its hash."""
 
 
-class LockLost(StreamlearnError):  # noqa: N818 - it says what happened
-    """The state directory is not this process's any more: nothing may be written there, and the daemon ends."""
+class LockLost(StreamlearnError):  # noqa: N818 - the name says what happened
+    """This process no longer holds the lock of the state directory: it may not write there, and the daemon ends."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A durable checkpoint and what its manifest says."""
+    """A durable checkpoint and its manifest."""
 
     path: Path
     manifest: Mapping[str, Any]
 
     @property
     def id(self) -> str:
-        """Its name, `ckpt-` and a sequence number."""
+        """Its directory's name: `ckpt-` and a sequence number."""
         return self.path.name
 
     @property
     def sequence(self) -> int:
-        """Its place in the order of saving."""
+        """Its number: later checkpoints have higher ones."""
         return int(self.path.name.removeprefix("ckpt-"))
 
     @property
     def origin(self) -> str:
-        """The id of the one whose copy it is, or its own."""
+        """The id of the checkpoint that `restore` copied it from, or its own id."""
         return str(self.manifest.get("restored_from", self.id))
 
     @property
     def created(self) -> float:
-        """When it was saved, Unix seconds."""
+        """The Unix time at which it was saved."""
         return datetime.fromisoformat(self.manifest["created"]).timestamp()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its files, linked ones included."""
+        """The size of its files, including linked ones."""
         return sum(entry["size"] for entry in self.manifest["files"].values())
 
     @property
     def tags(self) -> list[str]:
-        """The names that people gave it; retention does not remove a checkpoint that has one."""
+        """The tags that users gave it. Retention never removes a checkpoint with a tag."""
         return sorted(path.name.removeprefix(TAG_FILE) for path in self.path.glob(f"{TAG_FILE}*"))
 
     def summary(self) -> dict[str, Any]:
-        """Return what `status` shows of it."""
+        """Return the part of it that `status` shows."""
         return {
             "id": self.id,
             "step": self.manifest["step"],
@@ -104,7 +119,7 @@ class Checkpoint:
         }
 
     def read(self, name: str) -> bytes:
-        """Return a file's content; raises `BrokenCheckpoint` where it does not match the manifest."""
+        """Return a file's content; raises `BrokenCheckpoint` if it does not match the manifest."""
         entry = self.manifest["files"].get(name)
         if entry is None:
             raise BrokenCheckpoint(f"{self.path}: has no {name}", code=74)
@@ -117,12 +132,12 @@ class Checkpoint:
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file's tree."""
+        """Return the content of a JSON file; raises `BrokenCheckpoint` if it does not match the manifest."""
         tree: dict[str, Any] = json.loads(self.read(name))
         return tree
 
     def verify(self) -> None:
-        """Read every file; raises `BrokenCheckpoint` at the first that does not match."""
+        """Check the hash of every file; raises `BrokenCheckpoint` for the first that does not match."""
         for name in self.manifest["files"]:
             self.read(name)
 
@@ -139,44 +154,47 @@ class Store:
         task_ends: int | Literal["all"] = 5,
         before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """Say where checkpoints lie and which are kept; `before_write` raises where nothing may be written any more."""
+        """Set the directory and the retention rules (see `prune`).
+
+        `before_write` is called before each save. It raises an error if this process may not write there any more.
+        """
         self.before_write = before_write
         self.root = state_dir / "checkpoints"
         self.keep = keep
         self.hourly = hourly
         self.task_ends = task_ends
-        self.corrupt = 0  # refused since the start
-        self.copies = False  # the file system has refused a hard link
+        self.num_corrupt = 0  # broken checkpoints found by this process
+        self.links_refused = False  # the file system has no hard links, so files are copied
 
     def all(self) -> list[Checkpoint]:
-        """Return the checkpoints whose manifest can be read, newest first."""
+        """Return the checkpoints with a readable manifest, newest first."""
         return [checkpoint for path in self.paths() if (checkpoint := _parse(path)) is not None]
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint whose manifest can be read, or None, also where they cannot be listed now."""
+        """Return the newest checkpoint with a readable manifest; None if there is none or the directory cannot be read."""
         try:
             return next((found for path in self.paths() if (found := _parse(path)) is not None), None)
-        except OSError:  # the save that follows says why
+        except OSError:  # the save that follows reports it
             return None
 
     def count(self) -> int | None:
-        """Return the number of checkpoints, or None where they cannot be listed now."""
+        """Return the number of checkpoints, or None if the directory cannot be read."""
         try:
             return len(self.all())
         except OSError:
             return None
 
     def paths(self) -> list[Path]:
-        """Return every checkpoint's directory, newest first, broken ones too."""
+        """Return the directories of all checkpoints, newest first, including broken ones."""
         if not self.root.is_dir():
             return []
         return sorted((path for path in self.root.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
     def find(self, name: str, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
-        """Return a checkpoint by id, number or tag, or as `latest` the newest whose manifest and `files` are sound.
+        """Return a checkpoint by its id, number or tag; `latest` is the newest whose manifest and `files` are valid.
 
-        The `optional` files must be sound too, if the checkpoint has them. Raises `BrokenCheckpoint` if the checkpoint that
-        is named is broken, and `StreamlearnError` if there is none or a later version wrote it.
+        The `optional` files must be valid too if the checkpoint has them. Raises `BrokenCheckpoint` if the named checkpoint is
+        broken, and `StreamlearnError` if there is none, or if a later version wrote it.
         """
         paths = self.paths()
         for path in paths:
@@ -188,22 +206,22 @@ class Store:
                 except BrokenCheckpoint as error:
                     if name != "latest":
                         raise
-                    logger.warning("%s; falling back to the one before it", error)
+                    logger.warning("%s; using the checkpoint before it", error)
                 else:
                     return checkpoint
         known = ", ".join(path.name for path in paths[:5]) or "none"
         broken = "; broken: " + ", ".join(path.name for path in self._corrupt()) if any(self._corrupt()) else ""
-        what = "sound checkpoint" if name == "latest" else f"checkpoint {name}"
-        code = 78 if name == "latest" and (paths or broken) else 1  # there was something, and none of it is sound
-        raise StreamlearnError(f"{self.root}: no {what}; there are: {known}{broken}", code=code)
+        wanted = "valid checkpoint" if name == "latest" else f"checkpoint {name}"
+        code = 78 if name == "latest" and (paths or broken) else 1  # 78: there are checkpoints, and all are broken
+        raise StreamlearnError(f"{self.root}: no {wanted}; there are: {known}{broken}", code=code)
 
-    def newest_sound(self) -> Checkpoint | None:
-        """Return the newest checkpoint that verifies; broken ones before it are set aside as `.corrupt-`.
+    def newest_valid(self) -> Checkpoint | None:
+        """Return the newest valid checkpoint, or None if there never was one; renames newer, broken ones to `.corrupt-*`.
 
-        Raises `StreamlearnError` (78) if there were checkpoints and none is sound: a fresh start is never silent. So too if
-        a later version has written one: falling back behind it would be a silent loss.
+        Raises `StreamlearnError` (78) if there are checkpoints and all are broken, because a silent fresh start would lose
+        them. Raises it too if a later version wrote the newest one, because going back behind it would be a silent loss.
         """
-        self._sweep()
+        self._remove_leftovers()
         broken = 0
         for path in self.paths():
             try:
@@ -211,15 +229,16 @@ class Store:
                 checkpoint.verify()
             except BrokenCheckpoint as error:
                 broken += 1
-                self.corrupt += 1
-                logger.error("%s; falling back to the one before it", error)  # noqa: TRY400 - the line says all there is
+                self.num_corrupt += 1
+                logger.error("%s; using the checkpoint before it", error)  # noqa: TRY400 - one line is enough
                 path.rename(self.root / f".corrupt-{path.name}")
             else:
                 return checkpoint
         if broken or any(self._corrupt()):
             kept = ", ".join(path.name for path in self._corrupt())
             raise StreamlearnError(
-                f"{self.root}: no sound checkpoint is left ({kept}); move them away to start afresh", code=78
+                f"{self.root}: no valid checkpoint is left ({kept}); to start from the beginning, move these away",
+                code=78,
             )
         return None
 
@@ -228,15 +247,16 @@ class Store:
     ) -> Checkpoint:
         """Write a checkpoint, remove those that retention does not keep, and return the new one.
 
-        A file given as None is taken over from the newest checkpoint: it is linked, or copied where links are refused. A file
-        given as a function is made when its turn comes, so that one at a time is held. `num_bytes`: about how much will be
-        written. Raises `StreamlearnError` (74) when it cannot be, or there is no room for it; nothing is left behind then.
+        A file given as None is linked to the same file of the newest checkpoint, or copied where the file system has no links.
+        A file given as a function is created just before it is written, so that only one is in memory at a time. `num_bytes`
+        is about the size of the files to be written. Raises `StreamlearnError` (74) if the checkpoint cannot be written, or if
+        the disk has no space for it; no part of it is left then.
         """
         self.before_write()
         checkpoint = self._save(files, info, num_bytes, tags)
         try:
             self.prune()
-        except OSError as error:  # the new one is durable: an old one too many is no failure
+        except OSError as error:  # the new one is durable, so the save has not failed
             logger.warning("%s: old checkpoints cannot be removed: %s", self.root, error.strerror or error)
         return checkpoint
 
@@ -245,7 +265,7 @@ class Store:
     ) -> Checkpoint:
         self._make_root()
         newest, sequence = self._next()
-        if self.copies and newest is not None:
+        if self.links_refused and newest is not None:
             copied = [name for name, content in files.items() if content is None]
             num_bytes += sum(newest.manifest["files"][name]["size"] for name in copied)
         self._check_space(num_bytes)
@@ -269,10 +289,10 @@ class Store:
                     _sync(_write(temporary / f"{TAG_FILE}{tag}", b""))
             _sync(_write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode()))
             _sync_directory(temporary)
-            self.before_write()  # once more: writing takes a while
+            self.before_write()  # again, because writing takes a while
             temporary.rename(final)
             _sync_directory(self.root)
-            for tag in tags:  # once more: another process may have given it away meanwhile
+            for tag in tags:  # again, because another process may have used the tag meanwhile
                 self._withdraw(tag, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -282,20 +302,20 @@ class Store:
             raise
         return Checkpoint(final, manifest)
 
-    def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """Return the newest sound checkpoint that is older than what this one holds, or None."""
+    def newest_valid_before(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Return the newest valid checkpoint that is older than this one or, for a copy, than its original; None if none is."""
         for older in self.all():
             if older.id < checkpoint.origin:
                 try:
                     older.verify()
                 except BrokenCheckpoint as error:
-                    logger.warning("%s; not to be gone back to", error)
+                    logger.warning("%s; cannot be used for a rollback", error)
                 else:
                     return older
         return None
 
     def restore(self, name: str) -> Checkpoint:
-        """Make a copy of an older checkpoint the newest; nothing is rewound in place, and nothing is removed."""
+        """Copy an older checkpoint, so that the copy is the newest. No checkpoint is changed or removed."""
         old = self.find(name)
         old.verify()
         info = {key: value for key, value in old.manifest.items() if key not in OWN_KEYS}
@@ -312,20 +332,20 @@ class Store:
     ) -> list[Checkpoint]:
         """Remove the checkpoints that no rule keeps, and return them.
 
-        Kept are: the newest `keep`; of those before them the newest of each of the last `hourly` hours; the first one after
-        the end of each of the last `task_ends` tasks; and every one that has a tag. To the first two rules, one that repeats
-        the next newer one (see `_repeats`) is none of its own.
+        These are kept: the newest `keep`; among older ones, the newest of each hour for the last `hourly` hours that have one;
+        the first one after the end of each of the last `task_ends` tasks; and every one with a tag. The first two rules skip
+        a checkpoint that adds nothing to the next newer one (see `_repeats`).
         """
         keep, hourly = keep or self.keep, self.hourly if hourly is None else hourly
         task_ends = self.task_ends if task_ends is None else task_ends
         checkpoints = self.all()
         newer = [None, *checkpoints]
-        apart = [c for c, next_ in zip(checkpoints, newer, strict=False) if next_ is None or not _repeats(c, next_)]
+        distinct = [c for c, next_ in zip(checkpoints, newer, strict=False) if next_ is None or not _repeats(c, next_)]
         hours: dict[int, Checkpoint] = {}
-        for checkpoint in apart[keep:]:
+        for checkpoint in distinct[keep:]:
             hours.setdefault(int(checkpoint.created // 3600), checkpoint)
         ends = _after_task_ends(checkpoints)
-        kept = {c.id for c in [*apart[:keep], *list(hours.values())[:hourly]]}
+        kept = {c.id for c in [*distinct[:keep], *list(hours.values())[:hourly]]}
         kept |= {c.id for c in (ends if task_ends == "all" else ends[:task_ends])}
         gone = [checkpoint for checkpoint in checkpoints if checkpoint.id not in kept and not checkpoint.tags]
         if not dry_run:
@@ -334,7 +354,7 @@ class Store:
         return gone
 
     def tag(self, name: str, tag: str) -> Checkpoint:
-        """Give a checkpoint a name, so that retention keeps it; raises `StreamlearnError` where that cannot be."""
+        """Give a checkpoint a tag, so that retention keeps it; raises `StreamlearnError` if that is not possible."""
         self.check_tag(tag)
         found = self.find(name)
         try:
@@ -348,24 +368,24 @@ class Store:
         return found
 
     def check_tag(self, tag: str) -> None:
-        """Raise `StreamlearnError` where no checkpoint can be given this tag."""
+        """Raise `StreamlearnError` if the tag is not valid (2), or another checkpoint has it."""
         if not TAG.fullmatch(tag):
             raise StreamlearnError(
-                f"tag {tag!r:.80}: expected up to 64 letters, digits, dots, dashes and underscores, a letter or digit first; "
-                "not `latest`, a number alone, or what begins like an id",
+                f"tag {tag!r:.80}: expected at most 64 letters, digits, dots, dashes and underscores, starting with a letter "
+                "or digit; not `latest`, not only digits, and not starting with `ckpt-`",
                 code=2,
             )
         if (other := self._other_with(tag)) is not None:
             raise _tag_is_taken(tag, other)
 
     def _other_with(self, tag: str, than: Path | None = None) -> Path | None:
-        """Return the checkpoint that has a tag, `than` apart, or None."""
+        """Return a checkpoint with this tag, other than `than`, or None."""
         return next((path for path in self.paths() if path != than and _has_tag(path, tag)), None)
 
     def _withdraw(self, tag: str, path: Path) -> Path | None:
-        """Take a tag off a checkpoint again where another one has it too; return that one, or None.
+        """Remove a tag from a checkpoint again if another one has it too; return that one, or None.
 
-        The daemon and `streamlearn checkpoint tag` may give the same tag at the same time. Each looks after it has written.
+        The daemon and `streamlearn checkpoint tag` may set the same tag at the same time, so each checks after it has written.
         """
         other = self._other_with(tag, path)
         if other is not None:
@@ -373,7 +393,7 @@ class Store:
         return other
 
     def untag(self, tag: str) -> str:
-        """Take a tag off its checkpoint and return that one's id: from now on retention may remove it."""
+        """Remove a tag and return the id of its checkpoint, which retention may remove from now on."""
         for path in self.paths():
             if _has_tag(path, tag):
                 try:
@@ -385,10 +405,12 @@ class Store:
         raise StreamlearnError(f"{self.root}: no checkpoint has the tag {tag!r:.80}; there are: {known}")
 
     def remove(self, name: str) -> Checkpoint:
-        """Remove a checkpoint, whatever tags it has; raises `StreamlearnError` for the newest: the job goes on from it."""
+        """Remove a checkpoint, even one with tags; raises `StreamlearnError` for the newest, from which the job continues."""
         found = self.find(name)
-        if found.path == self.all()[0].path:  # a newer one that cannot be read does not count
-            raise StreamlearnError(f"{found.id} is the newest checkpoint: the job goes on from it, so it stays")
+        if found.path == self.all()[0].path:  # not counting newer ones without a readable manifest
+            raise StreamlearnError(
+                f"{found.id} is the newest checkpoint, from which the job continues: it cannot be removed"
+            )
         try:
             self._remove(found)
         except OSError as error:
@@ -396,11 +418,11 @@ class Store:
         return found
 
     def _remove(self, checkpoint: Checkpoint) -> None:
-        """Remove a directory, renamed first: a crash between the two leaves nothing that looks like a checkpoint."""
+        """Rename a directory, then remove it: a crash in between leaves no half-removed checkpoint."""
         doomed = self.root / f".del-{checkpoint.id}"
         try:
             checkpoint.path.rename(doomed)
-        except FileNotFoundError:  # another process was faster
+        except FileNotFoundError:  # another process removed it
             return
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -411,7 +433,7 @@ class Store:
             raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
         if free < (needed := num_bytes + SPARE_BYTES):
             raise StreamlearnError(
-                f"{self.root}: {free / 1e6:.1f} MB are free, and a checkpoint needs {needed / 1e6:.1f} MB here", code=74
+                f"{self.root}: a checkpoint needs {needed / 1e6:.1f} MB, and only {free / 1e6:.1f} MB are free", code=74
             )
 
     def _corrupt(self) -> Iterator[Path]:
@@ -421,25 +443,27 @@ class Store:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StreamlearnError(f"{self.root}: cannot be made: {error.strerror}", code=77) from error
+            raise StreamlearnError(f"{self.root}: cannot be created: {error.strerror}", code=77) from error
 
     def _next(self) -> tuple[Checkpoint | None, int]:
-        """Return the newest checkpoint, and the number that follows every one that ever was; raises `StreamlearnError`."""
+        """Return the newest checkpoint and the next free number, higher than every one ever used; raises `StreamlearnError`."""
         try:
             numbers = [int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))]
             return next(iter(self.all()), None), max(numbers, default=0) + 1
         except OSError as error:
             raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
 
-    def _sweep(self) -> None:
+    def _remove_leftovers(self) -> None:
+        """Remove the directories of saves and removals that a crash has interrupted."""
         if self.root.is_dir():
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _put_all(self, directory: Path, files: Mapping[str, Content], parent: Checkpoint | None) -> dict[str, Any]:
-        """Put every file into a directory, and return the manifest's entries when all of them are on the disk.
+        """Write or link every file into a directory, wait until all are durable, and return their entries of the manifest.
 
-        They are synced side by side, for one sync may take seconds; the error of any is raised, when all are done.
+        Several files are synced at the same time, because one sync may take seconds. If one fails, its error is raised after
+        all of them have ended.
         """
         syncs: list[Future[None]] = []
         with ThreadPoolExecutor(SYNC_THREADS, "sync") as pool:
@@ -459,22 +483,22 @@ class Store:
         parent: Checkpoint | None,
         sync: Callable[[int], None],
     ) -> dict[str, Any]:
-        """Put one file into a directory, `sync` its descriptor where it is written, and return the manifest's entry."""
+        """Write or link one file; return its entry of the manifest. The descriptor of a written file is passed to `sync`."""
         if content is not None:
             content = content() if callable(content) else content
             sync(_write(directory / name, content))
             return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if parent is None:
-            raise OSError(errno.ENOENT, f"the checkpoint that holds {name} cannot be read")
+            raise OSError(errno.ENOENT, f"the previous checkpoint, which has {name}, cannot be read")
         entry: dict[str, Any] = parent.manifest["files"][name]
         try:
             os.link(parent.path / name, directory / name)
-        except OSError as error:  # for whatever reason: where the file cannot be copied either, the copy says why
+        except OSError as error:  # for any reason: if the file cannot be copied either, the copy raises
             sync(_copy(parent.path / name, directory / name, entry["sha256"]))
-            if not self.copies:
-                self.copies = True
+            if not self.links_refused:
+                self.links_refused = True
                 logger.warning(
-                    "%s: files cannot be linked here (%s): each checkpoint gets its own copies, and needs more room and time",
+                    "%s: the file system has no hard links (%s): checkpoints copy files, which takes more space and time",
                     self.root,
                     error.strerror or error,
                 )
@@ -482,10 +506,10 @@ class Store:
 
 
 def _repeats(checkpoint: Checkpoint, newer: Checkpoint) -> bool:
-    """Tell whether a checkpoint adds nothing to the next newer one.
+    """Return whether a checkpoint adds nothing to the next newer one.
 
-    Either no step lies between the two, or it was saved while a task was ending, and the newer one holds the end of this
-    task alone: where saves were merged it may hold the ends of several.
+    Either both have the same step; or the older one was saved while a task was ending, and the newer one after the end of
+    this task only. If saves were merged, the newer one may contain the ends of several tasks.
     """
     old, new = checkpoint.manifest, newer.manifest
     if old["step"] == new["step"]:
@@ -494,9 +518,9 @@ def _repeats(checkpoint: Checkpoint, newer: Checkpoint) -> bool:
 
 
 def _after_task_ends(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the first checkpoint after each end of a task, newest first, as `checkpoints` are.
+    """Return the first checkpoint after each end of a task, newest first; `checkpoints` are newest first.
 
-    Where an older state was restored and a task has ended again, only the later end counts.
+    If an older checkpoint was restored and a task has ended again, only its later end counts.
     """
     found: dict[int, Checkpoint] = {}
     before = 0
@@ -517,28 +541,28 @@ def _has_tag(path: Path, tag: str) -> bool:
 
 
 def _check_format(path: Path) -> None:
-    """Raise `StreamlearnError` (78) for a checkpoint of a later version, which is not broken: it is not ours to judge."""
+    """Raise `StreamlearnError` (78) for a checkpoint of a later version: it may be valid, and we cannot know."""
     try:
         found = json.loads(read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(found, int) and found > FORMAT:
         raise StreamlearnError(
-            f"{path}: has format {found}, of a later streamlearn; this one reads up to {FORMAT}. Install that version, or move "
-            "the checkpoint away to go on from the one before it",
+            f"{path}: has format {found}, and this version reads up to {FORMAT}. Install the later version that wrote it, or "
+            "move the checkpoint away to continue from the one before it",
             code=78,
         )
 
 
 def open_checkpoint(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
-    """Return the checkpoint in a directory of any name, with these files verified.
+    """Return the checkpoint in a directory of any name, after checking the hashes of these files.
 
-    Raises `BrokenCheckpoint` where the manifest or a file is not sound, `StreamlearnError` (78) of a later format.
+    Raises `BrokenCheckpoint` if the manifest or a file is not valid, `StreamlearnError` (78) if its format is a later one.
     """
     _check_format(path)
     if (checkpoint := _parse(path, named=False)) is None:
         raise BrokenCheckpoint(
-            f"{path / MANIFEST}: cannot be read: a checkpoint's directory holds it beside the model's files", code=74
+            f"{path / MANIFEST}: cannot be read; the directory of a checkpoint must have this file", code=74
         )
     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
         checkpoint.read(file)
@@ -557,6 +581,10 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _parse(path: Path, *, named: bool = True) -> Checkpoint | None:
+    """Return the checkpoint in a directory, or None if its manifest is not valid.
+
+    With `named`, the directory must have the name that the manifest gives.
+    """
     try:
         manifest = json.loads(read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES))
         if manifest["sha256"] != _digest(manifest):
@@ -575,33 +603,33 @@ def _parse(path: Path, *, named: bool = True) -> Checkpoint | None:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Return the hash of everything else that a manifest says."""
+    """Return the hash of a manifest without its own hash."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_plain_file(path: Path, limit: int) -> bytes:
-    """Return what a plain file holds, if that is no more than `limit` bytes; a link, a pipe or a device is an error.
+    """Return the content of a regular file of at most `limit` bytes.
 
-    Raises `OSError`.
+    Raises `OSError`, also for a larger file, a link, a pipe or a device.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a plain file")
+            raise OSError(errno.EINVAL, "not a regular file")
         if found.st_size > limit:
             raise OSError(errno.EFBIG, f"has {found.st_size} bytes, expected at most {limit}")
         return file.read(limit)
 
 
 def _create(path: Path) -> int:
-    """Return a descriptor of a new file, for its owner alone."""
+    """Create a file that only its owner can read, and return its descriptor."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _copy(source: Path, target: Path, sha256: str) -> int:
-    """Copy a file and return a descriptor of it, to be synced; raises `OSError`, also where the hash differs."""
+    """Copy a file, and return the descriptor of the copy for `_sync`; raises `OSError`, also if the hash differs."""
     found = hashlib.sha256()
     origin = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(origin, "rb") as read:
@@ -621,7 +649,7 @@ def _copy(source: Path, target: Path, sha256: str) -> int:
 
 
 def _write(path: Path, content: bytes) -> int:
-    """Write a new file and return a descriptor of it, to be synced; raises `OSError`."""
+    """Write a new file, and return its descriptor for `_sync`; raises `OSError`."""
     descriptor = _create(path)
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
@@ -633,7 +661,7 @@ def _write(path: Path, content: bytes) -> int:
 
 
 def _sync(descriptor: int) -> None:
-    """Return when a file is on the disk, and close it; an error of `fsync` is an error of the checkpoint."""
+    """Wait until a file is on the disk, and close it; raises `OSError`."""
     try:
         os.fsync(descriptor)
     finally:
@@ -641,7 +669,10 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    """Have the names in a directory on the disk; a file system that cannot sync directories says so by EINVAL or ENOTSUP."""
+    """Wait until the entries of a directory are on the disk; raises `OSError`.
+
+    Some file systems cannot sync directories: EINVAL and ENOTSUP are ignored.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

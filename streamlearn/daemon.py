@@ -1,4 +1,4 @@
-"""The process: composes everything from a configuration, owns the lock, answers signals, and ends with an exit code."""
+"""The daemon process: builds everything from a configuration, holds the lock, handles signals, and sets the exit code."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_SECONDS = 0.1
-PUBLISH_SHARE = 0.05  # of the loop's time at most: with thousands of tasks the status is made less often
-CONTACT_SECONDS = 30.0
-COMMAND_SECONDS = 600.0
-LAST_LINE_SECONDS = 1.0  # for the line that says why a process ends without a checkpoint
+PUBLISH_SECONDS = 0.1  # between two updates of the published status
+PUBLISH_SHARE = 0.05  # the largest part of the loop's time for this: with thousands of tasks the updates are rarer
+CONTACT_SECONDS = 30.0  # without contact to the broker before the daemon counts as not ready
+COMMAND_SECONDS = 600.0  # the longest wait for a command's answer
+LAST_LINE_SECONDS = 1.0  # to write the last log line of a process that ends without a checkpoint
 
 
 @dataclass
 class Request:
-    """A command that waits for the loop, and the place for its answer."""
+    """A command that waits for the loop, and the future of its answer."""
 
     name: str
     arguments: dict[str, Any]
@@ -54,30 +54,29 @@ class Request:
 
 
 class ControlDesk:
-    """Where people's requests and the loop meet: the loop's `Control`, and the routes' `Backend`.
+    """Passes commands from other threads to the loop; implements the loop's `Control` and the routes' `Backend`.
 
-    Other threads put requests into a queue. The loop applies them in order between two turns, so no request can undo
-    another one that was not applied yet. Only a stop is a flag: it cannot be taken back, and its grace period runs from
-    the moment of the call.
+    Other threads put requests into a queue, and the loop executes them in order between two turns. So a request cannot undo
+    an earlier one that was not executed yet. Only a stop is a flag: it is final, and its grace period starts with the call.
     """
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.config = config
         self.stopping = False
-        self.paused = False  # written by the loop alone
+        self.paused = False  # only the loop writes it
         self.metrics = metrics
         self.servers: list[Server] = []
         self._requests: deque[Request] = deque()
-        self._ended = False  # the loop will apply no further request
+        self._ended = False  # the loop executes no further request
         self._save_requests: list[tuple[Request, PendingSave]] = []
-        self._task_end_requests: list[tuple[Request, int]] = []  # and the task's index
+        self._task_end_requests: list[tuple[Request, int]] = []  # request and index of its task
         self._wake_event = threading.Event()
         self._wake_stream: Callable[[], None] = lambda: None
         self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._matrix: Callable[[], list[list[float | None]]] = list
         self._published = 0.0
-        self._publish_interval = PUBLISH_SECONDS  # until the next time
+        self._publish_interval = PUBLISH_SECONDS  # seconds
         self._last_turn = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
         metrics.record_state("starting", ready=False)
@@ -85,9 +84,13 @@ class ControlDesk:
             for result in ("success", "failure"):
                 metrics.count("control_requests", 0, command, result)
 
-    # -- for the loop
+    # -- called by the loop
 
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+        """Answer finished requests, execute the new ones, and publish the status if that is due.
+
+        Raises `StreamlearnError` if a listener has ended, and `Diverged` if a command had to save and training has diverged.
+        """
         self._last_turn = time.monotonic()
         self._wake_stream = stream.wake
         job.state = self._state()
@@ -101,27 +104,29 @@ class ControlDesk:
             self.publish(job, stream)
 
     def heartbeat(self) -> None:
-        """Show that the loop goes on, though it waits."""
+        """Report that the loop is alive although it waits."""
         self._last_turn = time.monotonic()
 
     def refuse_requests(self) -> None:
-        """Refuse the requests that came too late, now and from now on."""
+        """Refuse every waiting request and every later one, because the loop has ended."""
         self._ended = True
         self._answer_saves()
         for request, _ in self._task_end_requests:
-            request.answer.set_exception(StreamlearnError("the daemon is ending, and the task has not ended", code=75))
+            request.answer.set_exception(
+                StreamlearnError("the daemon is stopping, and the task has not ended", code=75)
+            )
         self._task_end_requests.clear()
         while self._requests:
-            with suppress(IndexError):  # another thread was faster
-                self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is ending", code=75))
+            with suppress(IndexError):  # another thread took it
+                self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is stopping", code=75))
 
     def wait(self, seconds: float) -> None:
         self._wake_event.wait(seconds)
         self._wake_event.clear()
 
     def publish(self, job: Job, stream: Stream) -> None:
-        """Show where the job stands."""
-        begun = time.monotonic()
+        """Update status, readiness checks and gauges."""
+        start = time.monotonic()
         self._checks = self._check(job, stream)
         ready = all(check["ok"] for check in self._checks.values())
         job.record_gauges(stream)
@@ -129,17 +134,21 @@ class ControlDesk:
         self._status = {**job.status(stream), "ready": ready}
         self._matrix = job.matrix.matrix
         self._published = time.monotonic()
-        self._publish_interval = max(PUBLISH_SECONDS, (self._published - begun) / PUBLISH_SHARE)
+        self._publish_interval = max(PUBLISH_SECONDS, (self._published - start) / PUBLISH_SHARE)
         if ready and self._on_ready is not None:
             self._on_ready()
             self._on_ready = None
 
     def call_when_ready(self, call: Callable[[], None]) -> None:
-        """Have something called once, when every readiness condition first holds."""
+        """Call a function once, when every readiness check passes for the first time."""
         self._on_ready = call
 
     def _apply(self, request: Request, job: Job, stream: Stream) -> None:
-        """Do what a request asks. The answer comes when a checkpoint is durable, or else when `status` shows the change."""
+        """Execute a request.
+
+        It is answered here, after `status` shows the change. Only a checkpoint and the end of a task are answered later, when
+        the checkpoint is durable and the task has ended.
+        """
         try:
             match request.name:
                 case "checkpoint":
@@ -156,70 +165,70 @@ class ControlDesk:
                     stream.acknowledge()
             job.state = self._state()
             self.publish(job, stream)
-        except StreamlearnError as error:  # refused; the loop goes on
+        except StreamlearnError as error:  # the request is refused, and the loop continues
             request.answer.set_exception(error)
-            if job.mid_delivery:  # it has diverged, which was seen when it should be saved
+            if job.mid_delivery:  # saving has found that training diverged
                 raise
             return
         request.answer.set_result({"state": job.state})
 
     def _save(self, request: Request, job: Job, stream: Stream) -> None:
-        """Begin a checkpoint, with a tag where the request names one; raises `StreamlearnError` where that is taken."""
+        """Start a checkpoint, with the request's tag if it has one; raises `StreamlearnError` if the tag is taken."""
         tag = request.arguments.get("tag")
         if tag is not None:
             job.store.check_tag(tag)
             if any(other.arguments.get("tag") == tag for other, _ in self._save_requests):
-                raise StreamlearnError(f"tag {tag}: a checkpoint that is being written has it")
+                raise StreamlearnError(f"tag {tag}: the checkpoint that is being written has it")
         self._save_requests.append((request, job.save(stream, "manual", tag)))
 
     def _end_task(self, job: Job, stream: Stream) -> int:
-        """Have the open task end where it was read up to; return its index."""
+        """End the open task where it was read up to; return its index. Raises `StreamlearnError` if no task can be ended."""
         task = job.progress.current
         if task is None or task.state != "active":
-            raise StreamlearnError("no task is open" if task is None else f"task {task.name} is ending already")
+            raise StreamlearnError("no task is open" if task is None else f"task {task.name} is already ending")
         if self.paused:
-            raise StreamlearnError(f"learning is paused, and so task {task.name} cannot end: resume first")
+            raise StreamlearnError(
+                f"learning is paused, so task {task.name} cannot end: use `streamlearn resume` first"
+            )
         stream.end_task(task.name)
         return task.index
 
     def _answer_task_ends(self, job: Job, stream: Stream) -> None:
-        """Answer those who asked for a task's end, once it has ended."""
+        """Answer the requests to end a task that has ended."""
         for request, index in list(self._task_end_requests):
             tasks = job.progress.tasks
             if index < len(tasks) and tasks[index].state == "ended":
                 self._task_end_requests.remove((request, index))
                 request.answer.set_result({"task": tasks[index].name, "state": "ended"})
             elif index < len(tasks):
-                stream.end_task(tasks[index].name)  # another stream may have begun, after a rollback
+                stream.end_task(tasks[index].name)  # again, because a rollback starts a new reader
 
     def _refuse_task_ends(self) -> None:
-        """Answer those who wait for a task's end: while learning is paused, it does not come."""
+        """Refuse the waiting requests to end a task: while learning is paused, it does not end."""
         for request, _ in self._task_end_requests:
-            line = "learning was paused before the task had ended: it ends after `streamlearn resume`"
+            line = "learning was paused before the task ended: it ends after `streamlearn resume`"
             request.answer.set_exception(StreamlearnError(line, code=75))
         self._task_end_requests.clear()
 
     def _answer_saves(self) -> None:
-        """Answer those who asked for a checkpoint, once it is durable or could not be written."""
-        for request, saving in [pair for pair in self._save_requests if pair[1].finished]:
-            self._save_requests.remove((request, saving))
+        """Answer the requests for a checkpoint that is durable or has failed."""
+        for request, save in [pair for pair in self._save_requests if pair[1].finished]:
+            self._save_requests.remove((request, save))
             tag = request.arguments.get("tag")
-            if saving.checkpoint is None:
+            if save.checkpoint is None:
                 request.answer.set_exception(
                     StreamlearnError("the checkpoint could not be written; the log says why", code=74)
                 )
-            elif tag is not None and tag not in saving.checkpoint.tags:
-                line = (
-                    f"{saving.checkpoint.id} is saved, but without the tag {tag}: another checkpoint got it meanwhile"
-                )
+            elif tag is not None and tag not in save.checkpoint.tags:
+                line = f"{save.checkpoint.id} is saved, but without the tag {tag}: another checkpoint has it now"
                 request.answer.set_exception(StreamlearnError(line))
             else:
-                request.answer.set_result(saving.checkpoint.summary())
+                request.answer.set_result(save.checkpoint.summary())
 
-    # -- for signals and routes, from any thread but the loop's
+    # -- called by signals and routes, from any other thread
 
     def stop(self) -> None:
-        """Have the loop end after the batch it is at, and hold it to its grace period."""
+        """Ask the loop to end after the current batch, and start its grace period."""
         if not self.stopping:
             self.stopping = True
             threading.Thread(target=self._enforce_grace_period, name="grace", daemon=True).start()
@@ -255,8 +264,8 @@ class ControlDesk:
         accepted = {"tag": str} if name == "checkpoint" else {}
         for key, value in arguments.items():
             if not isinstance(value, accepted.get(key, ())):
-                what = "one argument, tag, a string" if accepted else "no arguments"
-                raise StreamlearnError(f"{name}: takes {what}, got {key}: {value!r:.80}", code=2)
+                what = "only the argument tag, a string" if accepted else "no arguments"
+                raise StreamlearnError(f"{name}: accepts {what}, got {key}: {value!r:.80}", code=2)
         if name == "stop":
             self.stop()
             return {"state": self._state()}
@@ -268,7 +277,7 @@ class ControlDesk:
         try:
             return request.answer.result(timeout=COMMAND_SECONDS)
         except FutureTimeout as error:
-            raise StreamlearnError(f"{name}: not done after {COMMAND_SECONDS:.0f} s", code=75) from error
+            raise StreamlearnError(f"{name}: no answer after {COMMAND_SECONDS:.0f} s", code=75) from error
 
     def _wake(self) -> None:
         self._wake_event.set()
@@ -289,9 +298,9 @@ class ControlDesk:
         }
 
     def _enforce_grace_period(self) -> None:
-        """End the process when the grace period is over, even where the log's reader takes no further line."""
+        """End the process when the grace period is over, even if nobody reads the log and a write to it blocks."""
         time.sleep(self.config.shutdown_grace)
-        line = "still not drained after %.0f s (shutdown_grace): ending without a new checkpoint"
+        line = "the stop took more than %.0f s (shutdown_grace): ending without a new checkpoint"
         writing = threading.Thread(target=logger.error, args=(line, self.config.shutdown_grace), daemon=True)
         writing.start()
         writing.join(LAST_LINE_SECONDS)
@@ -304,10 +313,10 @@ def run(
     on_event: Callable[[dict[str, Any]], None] = lambda _: None,
     live_view: Callable[[ControlDesk], AbstractContextManager[None]] | None = None,
 ) -> None:
-    """Learn until stopped; returns after the last checkpoint is durable.
+    """Run the daemon until it is stopped; returns after the last checkpoint is durable.
 
-    `on_event` is called with `{"event": "running" | "ready", ...}`; `live_view` makes a context in which the loop runs.
-    Raises `StreamlearnError` whose code is the process's exit code.
+    `on_event` is called with `{"event": "running" | "ready", ...}`. `live_view` returns a context that is open while the loop
+    runs. Raises `StreamlearnError`; its code is the exit code of the process.
     """
     metrics = Metrics()
     desk = ControlDesk(config, metrics)
@@ -325,7 +334,7 @@ def run(
         http = f"http://{host}:{port}"
         cause = record_process(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
 
-        # torch is imported only now: lock, ports and sockets are quick to refuse
+        # torch is imported only here, so that a held lock or a busy port is reported at once
         from streamlearn.tensors import configure_torch
 
         configure_torch(config.threads)
@@ -353,7 +362,7 @@ def run(
 
 
 def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
-    """Learn from where a job stands until it is told to stop; return what it diverged with, where it did."""
+    """Learn until a stop is requested or the stream is finished; return the error if training diverged, else None."""
     from streamlearn.job import Diverged
 
     stream = make_stream_reader(job)
@@ -368,7 +377,11 @@ def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
 
 
 def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
-    """Run the loop; save what was learned however it ends, and check that every sample is accounted for."""
+    """Run the loop; at its end save what was learned, whatever the reason, and check the outcome of every sample.
+
+    Raises `StreamlearnError`: 75 if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
+    rejected; and `Diverged`.
+    """
     from streamlearn import loop
 
     diverged = None
@@ -382,12 +395,12 @@ def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
     finally:
         job.state = "draining"
         desk.publish(job, stream)
-        for _ in range(2):  # again, where what was being written already could not be saved
+        for _ in range(2):  # a second time, if a save that had already started has failed
             if job.progress.positions != job.snapshot_positions and not job.mid_delivery:
                 diverged = save_last(job, stream)
             job.wait_for_saves(stream, desk.heartbeat)
         if missing := job.progress.unaccounted():
-            logger.error("samples unaccounted for: %s", missing)
+            logger.error("samples without an outcome: %s", missing)
         for line in format_outcomes(job.status(None)["topics"]):
             logger.info("audit: %s", line)
         logger.info("stopped at step %d", job.learner.step, extra={"step": job.learner.step})
@@ -396,7 +409,7 @@ def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
         raise diverged
     if job.progress.positions != job.saved_positions:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
-        raise StreamlearnError(f"what was learned since {last} could not be saved, and will be learned again", code=74)
+        raise StreamlearnError(f"the batches since {last} could not be saved, and will be learned again", code=74)
     totals = job.progress.totals()
     if stream.finished and totals["rejected"] and not totals["trained"] + totals["held_out"]:
         raise StreamlearnError(
@@ -406,19 +419,19 @@ def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
 
 
 def save_last(job: Job, stream: Stream) -> Diverged | None:
-    """Save what was learned up to the end; return the divergence that forbids it, where there is one."""
+    """Save the last checkpoint; return the error if training diverged and nothing may be saved, else None."""
     from streamlearn.job import Diverged
 
     try:
         job.save(stream, "shutdown")
     except Diverged as error:
-        logger.warning("%s: what was learned since the last checkpoint is not saved", error)
+        logger.warning("%s: the batches since the last checkpoint are not saved", error)
         return error
     return None
 
 
 def make_stream_reader(job: Job) -> Stream:
-    """Return the stream that a job reads, from where it stands; the reader gets a copy of the progress."""
+    """Return a reader of the job's stream, from its positions on. The reader gets a copy of the progress."""
     from streamlearn.stream.assembler import Assembler, Rules
     from streamlearn.stream.codec import Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
@@ -437,13 +450,13 @@ def make_stream_reader(job: Job) -> Stream:
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
     refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0
     job.metrics.declare_topics(spec.topics or [])
-    for key in ("dead letters", "dead letter failures"):  # these dead letters have sent none yet
+    for key in ("dead letters", "dead letter failures"):  # the new dead-letter writer counts from 0
         job.metrics.set_baseline(key, 0)
     return Stream(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
 
 
 def open_log(config: Config) -> tuple[Log, Sink]:
-    """Return reader and writer of the configured source; Kafka is contacted later, by the reader."""
+    """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
     if config.source == "kafka":
         from streamlearn.stream.kafka import KafkaLog, KafkaSink
 
@@ -455,7 +468,7 @@ def open_log(config: Config) -> tuple[Log, Sink]:
 
 
 def record_versions(job: Job, cause: str) -> None:
-    """Show versions and configuration in the metrics."""
+    """Record the versions and the configuration in the metrics."""
     versions = {
         "version": __version__,
         "python_version": platform.python_version(),
@@ -472,15 +485,15 @@ def record_versions(job: Job, cause: str) -> None:
 
 
 def remove_socket(path: Path, lock: Lock) -> None:
-    """Remove the control socket, unless another daemon may have bound it: then it is not ours any more."""
+    """Remove the control socket, unless the lock is lost: another daemon may have bound it then."""
     with suppress(StreamlearnError, OSError):
         lock.check()
         path.unlink()
 
 
 def try_record_clean_end(state_dir: Path) -> None:
-    """Note that this process ended as it should; a full disk costs only the note."""
+    """Record that this process ended cleanly; an error, such as a full disk, is only logged."""
     try:
         record_clean_end(state_dir)
     except StreamlearnError as error:
-        logger.warning("this stop will be taken for a crash: %s", error)
+        logger.warning("the next start will count this stop as a crash: %s", error)

@@ -183,7 +183,9 @@ class Job:
             raise Diverged(f"{error}{attempts}: lower learner.optimizer.lr, or check the data in the stream") from error
         if rollbacks > 1 and self.restored_checkpoint is not None:
             # if there is no older one, take the same again: the checkpoints after it may hold bad weights
-            self.store.restore((self.store.before(self.restored_checkpoint) or self.restored_checkpoint).id)
+            self.store.restore(
+                (self.store.newest_valid_before(self.restored_checkpoint) or self.restored_checkpoint).id
+            )
         job = Job.make(self.config, self.store, self.metrics)
         job.rollbacks, job.started = rollbacks, self.started
         job.restore()
@@ -409,9 +411,9 @@ class Job:
 
         Raises `StreamlearnError` (78) if the checkpoint is not compatible with the configuration, with each difference.
         """
-        before = self.store.corrupt
-        checkpoint = self.store.newest_sound()
-        self.metrics.count("checkpoint_corrupt", self.store.corrupt - before)
+        before = self.store.num_corrupt
+        checkpoint = self.store.newest_valid()
+        self.metrics.count("checkpoint_corrupt", self.store.num_corrupt - before)
         self.metrics.clear_training_gauges()
         if checkpoint is None:
             self._show_restored()

@@ -1,4 +1,7 @@
-"""THE loop: delivery -> update -> probe -> metrics -> checkpoint. One turn learns at most one batch."""
+"""The main loop: delivery -> update -> probe -> metrics -> checkpoint. One turn learns at most one batch.
+
+It is the only loop that learns: refinement at a task's end passes through it as well, batch by batch.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # the longest wait for a delivery or a command
 
 
 class Control(Protocol):
-    """What people ask of the loop, between two turns."""
+    """The commands of users, which the loop executes between two turns."""
 
     stopping: bool
     paused: bool
 
     def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
-        """Answer what was asked, and show where the job stands."""
+        """Execute the waiting commands, and publish the status."""
 
     def wait(self, seconds: float) -> None:
-        """Return when something was asked, or the time is over."""
+        """Return after `seconds`, or earlier if a command arrives."""
 
 
 def run(job: Job, stream: Stream, control: Control) -> None:
-    """Learn until told to stop, or until nothing further can come."""
+    """Learn until a stop is requested, or the stream is finished."""
     if job.progress.current is not None and job.progress.current.state == "refining":
-        stream.splice(job.learner.refine())  # where the last process left it
+        stream.splice(job.learner.refine())  # continue where the last process stopped
     while not (control.stopping or stream.finished):
         delivery = None
         if control.paused:
@@ -48,30 +51,33 @@ def run(job: Job, stream: Stream, control: Control) -> None:
 
 
 def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
-    """Apply one delivery: everything between two sets of positions."""
+    """Apply one delivery. All state changes between two sets of positions happen here.
+
+    Raises `Diverged` as `Job.check_divergence`, `Job.evaluate` and `Job.save` do. After an error the job stays `mid_delivery`,
+    and nothing is saved.
+    """
     progress, learner = job.progress, job.learner
     if delivery.new_task is not None:
-        learner.begin_task(delivery.new_task)  # first: where the strategy has no room for it, nothing has changed
+        learner.begin_task(delivery.new_task)  # first, because it raises if the strategy has no room for a task
         progress.tasks.append(delivery.new_task)
         job.record_strategy()
-        logger.info("task %s begins", delivery.new_task.name, extra={"task": delivery.new_task.name})
+        logger.info("task %s starts", delivery.new_task.name, extra={"task": delivery.new_task.name})
 
-    job.mid_delivery = True  # what fails from here on leaves nothing that may be saved
+    job.mid_delivery = True  # after an error below this line nothing may be saved
     progress.register_labels(delivery.observations)
     if delivery.new_task is not None or delivery.observations.new_labels:
         learner.set_active_outputs(progress.tasks, progress.labels)
 
     task, stats = progress.current, None
     if delivery.batch is not None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         stats = learner.learn(delivery.batch)
-        job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - begun)
+        job.metrics.histograms["train_batch_duration_seconds"].observe(time.perf_counter() - start)
         if stats.applied < stats.steps:
-            logger.warning(
-                "%d of %d updates were not finite and were dropped", stats.steps - stats.applied, stats.steps
-            )
+            dropped = stats.steps - stats.applied
+            logger.warning("%d of %d updates were not finite and were dropped", dropped, stats.steps)
         if stats.unusable:
-            logger.warning("%d samples have features that are not finite, and were skipped", stats.unusable)
+            logger.warning("%d samples were skipped, because their features are not finite", stats.unusable)
         job.check_divergence(stats)
 
     outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
@@ -82,17 +88,18 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     job.metrics.record_delivery(delivery, stats, task.name if task is not None else "", time.time())
 
     if delivery.end_offsets is not None:
-        # before the short last batch is learned. A newer copy that takes this one's place holds the decision too. So no
-        # checkpoint holds what was learned after it without it, and no restart from one decides again
+        # Save the end offsets before the last, short batch is learned. A newer snapshot that replaces this one contains them
+        # too. So every checkpoint with later batches has the end offsets, and a restart does not choose others.
         job.save(stream, "task_end")
 
     if delivery.forgives_below is not None:
-        job.save(stream, "burst")  # a restart reads on, though samples may wait for their batch from before the burst
+        # a restart must read on after the burst, although samples from before it may still wait for their batch
+        job.save(stream, "burst")
 
     if delivery.task_end_reason is not None and task is not None:
         task.state = "refining"
         logger.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
-        stream.splice(learner.refine())  # usually no batches, then the delivery that consolidates
+        stream.splice(learner.refine())  # usually only the delivery that ends the refinement
 
     if delivery.ends_refinement and task is not None:
         learner.end_task()
@@ -106,8 +113,8 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
         job.save(stream, "task_end")
         logger.info(
             "accuracy %s, forgetting %s",
-            _figure(job.matrix.average_accuracy),
-            _figure(job.matrix.average_forgetting),
+            _four_digits(job.matrix.average_accuracy),
+            _four_digits(job.matrix.average_forgetting),
             extra={"task": task.name},
         )
     elif stats is not None and stats.samples and learner.batches % job.config.probes.every == 0:
@@ -115,5 +122,5 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     job.mid_delivery = False
 
 
-def _figure(value: float | None) -> str:
+def _four_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"

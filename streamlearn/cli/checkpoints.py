@@ -105,7 +105,7 @@ def verify(
         try:
             checkpoint = store.find(name)
             checkpoint.verify()
-            print_line(f"{checkpoint.id}: sound")
+            print_line(f"{checkpoint.id}: valid")
         except BrokenCheckpoint as error:
             broken += 1
             print_error(f"{name}: broken: {error}")

@@ -104,7 +104,7 @@ class Writer:
 
     def in_force(self) -> str:
         """Return which checkpoint the next start takes, `old` or `new`; fails where it is neither, bit for bit."""
-        found = Store(self.state).newest_sound()
+        found = Store(self.state).newest_valid()
         assert found is not None, "no checkpoint is left"
         assert not list(self.root.glob(".tmp-*"))
         assert not list(self.root.glob(".corrupt-*"))

@@ -133,8 +133,8 @@ def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> Non
         )
         time.sleep(2)
         assert daemon.stop() == 1
-        assert "still not drained after 0 s (shutdown_grace): ending without a new checkpoint" in daemon.log.read_text()
-    assert Store(tmp_path / "state").newest_sound() == kept
+        assert "the stop took more than 0 s (shutdown_grace): ending without a new checkpoint" in daemon.log.read_text()
+    assert Store(tmp_path / "state").newest_valid() == kept
 
 
 def test_a_log_that_breaks_ends_the_daemon(tmp_path: Path) -> None:
@@ -235,6 +235,6 @@ def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
         )
         assert daemon.finish(60) == 74
     log = daemon.log.read_text()
-    assert "what was learned since " in log
+    assert "the batches since " in log
     assert "could not be saved, and will be learned again" in log
     assert "Traceback" not in log

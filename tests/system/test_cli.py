@@ -180,7 +180,7 @@ def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
         assert daemon.stop() == 0, daemon.tail()
     log = daemon.log.read_text()
     assert log.count("waiting for topic t1, which does not exist yet") == 1
-    assert "this stop will be taken for a crash" in log
+    assert "the next start will count this stop as a crash" in log
 
 
 def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
         assert (again.returncode, tagged.stdout.strip() in again.stderr) == (1, True)
         assert "before-deploy" in cli("checkpoint", "list", "--state", state).stdout
         checkpoint = cli("checkpoint", "create", "--state", state).stdout.strip()
-        assert cli("checkpoint", "verify", "--state", state, checkpoint).stdout == f"{checkpoint}: sound\n"
+        assert cli("checkpoint", "verify", "--state", state, checkpoint).stdout == f"{checkpoint}: valid\n"
         held = Client(state).get("/status")
         assert held["state"] == "paused"
         time.sleep(0.5)

@@ -44,7 +44,7 @@ def test_what_is_saved_is_found_and_sound(tmp_path: Path) -> None:
     first, second = save(store, b"1"), save(store, b"2")
     assert [c.id for c in store.all()] == [second.id, first.id]
     assert store.find("latest").id == store.find("2").id == store.find(second.id).id == second.id
-    assert store.newest_sound() == store.all()[0]
+    assert store.newest_valid() == store.all()[0]
     assert (second.path / "state.json").stat().st_mode & 0o777 == 0o600
     assert (second.manifest["parent"], store.all()[0].read("state.json")) == (first.id, b"2")
 
@@ -80,21 +80,21 @@ def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: str) -> None:
         else:
             tree["files"]["state.json"]["sha256"] = "0" * 64
         manifest.write_text(json.dumps(tree))
-    found = store.newest_sound()
+    found = store.newest_valid()
     assert found is not None
-    assert (found.id, store.corrupt) == (good.id, 1)
+    assert (found.id, store.num_corrupt) == (good.id, 1)
     assert (store.root / f".corrupt-{bad.id}").is_dir()
 
 
 def test_a_fresh_start_is_never_silent(tmp_path: Path) -> None:
-    """When no sound checkpoint is left, the answer is an error with 78, now and at every later start."""
+    """If no valid checkpoint is left, the answer is an error with 78, now and at every later start."""
     store = Store(tmp_path)
     (save(store).path / "state.json").write_bytes(b"?")
     for _ in range(2):
-        with pytest.raises(StreamlearnError, match="no sound checkpoint is left") as caught:
-            store.newest_sound()
+        with pytest.raises(StreamlearnError, match="no valid checkpoint is left") as caught:
+            store.newest_valid()
         assert caught.value.code == 78
-    assert Store(tmp_path / "new").newest_sound() is None
+    assert Store(tmp_path / "new").newest_valid() is None
 
 
 def test_a_crash_while_writing_leaves_the_last_one_in_force(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_crash_while_writing_leaves_the_last_one_in_force(tmp_path: Path) -> N
     good = save(store)
     (store.root / ".tmp-ckpt-000000000002").mkdir()
     (store.root / ".tmp-ckpt-000000000002" / "state.json").write_bytes(b"half")
-    assert store.newest_sound() == store.all()[0]
+    assert store.newest_valid() == store.all()[0]
     assert not (store.root / ".tmp-ckpt-000000000002").exists()
     assert store.all()[0].id == good.id
 
@@ -139,10 +139,7 @@ def test_what_cannot_be_linked_is_copied(
     assert third.read("memory.safetensors") == content
     lines = [record.message for record in caplog.records]
     assert len(lines) == 1
-    assert (
-        f"{store.root}: files cannot be linked here ({os.strerror(code)}): each checkpoint gets its own copies"
-        in lines[0]
-    )
+    assert f"{store.root}: the file system has no hard links ({os.strerror(code)}): checkpoints copy files" in lines[0]
 
 
 def test_a_damaged_file_is_not_copied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +165,7 @@ def test_room_is_kept_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     asked: list[int] = []
     monkeypatch.setattr(store, "_check_space", asked.append)
     save(store, b"2", memory=None)
-    store.copies = True
+    store.links_refused = True
     save(store, b"3", memory=None)
     assert asked == [0, 1000]
 
@@ -200,7 +197,7 @@ def test_what_cannot_be_listed_or_linked_fails_in_one_line(tmp_path: Path, monke
     first = save(store, b"1", memory=b"x")
     (first.path / MANIFEST).rename(tmp_path / MANIFEST)
     with pytest.raises(
-        StreamlearnError, match=r"the checkpoint that holds memory\.safetensors cannot be read"
+        StreamlearnError, match=r"the previous checkpoint, which has memory\.safetensors, cannot be read"
     ) as caught:
         save(store, b"2", memory=None)
     assert caught.value.code == 74
@@ -411,7 +408,7 @@ def test_tags_on_the_command_line(tmp_path: Path) -> None:
     assert run("list").splitlines()[-1].endswith("before-deploy")
     assert json.loads(run("list", "--json"))[-1]["tags"] == ["before-deploy"]
     assert "tag        before-deploy\n" in run("show", "before-deploy")
-    assert run("verify", "before-deploy") == "ckpt-000000000001: sound\n"
+    assert run("verify", "before-deploy") == "ckpt-000000000001: valid\n"
     gone = run("prune", "--keep-last", "1", "--hourly", "0", "--task-ends", "all", "--dry-run").splitlines()
     assert gone == ["ckpt-000000000003 would go", "ckpt-000000000002 would go"]
     assert run("untag", "before-deploy") == "ckpt-000000000001 no longer has the tag before-deploy\n"
@@ -444,14 +441,14 @@ def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
         with pytest.raises(BrokenCheckpoint, match=r"3/MANIFEST\.json: cannot be read"):
             store.find(name)
     (good.path / "state.json").write_bytes(b"?")
-    with pytest.raises(StreamlearnError, match="no sound checkpoint is left"):
-        store.newest_sound()
+    with pytest.raises(StreamlearnError, match="no valid checkpoint is left"):
+        store.newest_valid()
     with pytest.raises(
-        StreamlearnError, match=r"no sound checkpoint; there are: none; broken: .*\.corrupt-ckpt-0"
+        StreamlearnError, match=r"no valid checkpoint; there are: none; broken: .*\.corrupt-ckpt-0"
     ) as caught:
         store.find("latest")
     assert caught.value.code == 78
-    with pytest.raises(StreamlearnError, match="no sound checkpoint; there are: none") as caught:
+    with pytest.raises(StreamlearnError, match="no valid checkpoint; there are: none") as caught:
         Store(tmp_path / "elsewhere").find("latest")
     assert caught.value.code == 1
 

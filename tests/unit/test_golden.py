@@ -96,11 +96,13 @@ def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert job.checkpoint is not None
     file = job.checkpoint.path / MANIFEST
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": FORMAT + 1}))
-    with pytest.raises(StreamlearnError, match=rf"has format {FORMAT + 1}, of a later streamlearn") as caught:
-        job.store.newest_sound()
+    with pytest.raises(
+        StreamlearnError, match=rf"has format {FORMAT + 1}, and this version reads up to {FORMAT}"
+    ) as caught:
+        job.store.newest_valid()
     assert caught.value.code == 78
     for name in ("latest", job.checkpoint.id):  # every command refuses it as the daemon does
-        with pytest.raises(StreamlearnError, match=r"of a later streamlearn"):
+        with pytest.raises(StreamlearnError, match="Install the later version"):
             job.store.find(name)
     assert job.checkpoint.path.is_dir()
 

@@ -102,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog:
     job.wait_for_saves(stream)
     assert (saving.finished, saving.checkpoint) == (True, None)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
-        f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be made: Not a directory"
+        f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be created: Not a directory"
     ]
     assert job.checkpoint is not None
     assert job.save_failed is not None
@@ -122,7 +122,7 @@ def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
         gone_to.append(job.checkpoint.origin)
         assert job.learner.optimizer.lr == rate * 0.5**attempt
     assert gone_to == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
-    assert job.store.newest_sound() == job.checkpoint
+    assert job.store.newest_valid() == job.checkpoint
     with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):
         job.roll_back(Diverged("no"))
 

@@ -174,9 +174,9 @@ def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> 
     desk = ControlDesk(job.config, Metrics())
     (early,) = ask(desk, "pause")
     desk.refuse_requests()
-    with pytest.raises(StreamlearnError, match="the daemon is ending"):
+    with pytest.raises(StreamlearnError, match="the daemon is stopping"):
         early.result(10)
-    with pytest.raises(StreamlearnError, match="the daemon is ending") as caught:
+    with pytest.raises(StreamlearnError, match="the daemon is stopping") as caught:
         desk.command("pause", {})
     assert caught.value.code == 75
 
@@ -196,12 +196,12 @@ def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     task = Task(0, "a")
     job.progress.tasks.append(task)
     desk.paused = True
-    assert told(ask(desk, "end_task")[0]) == "learning is paused, and so task a cannot end: resume first"
+    assert told(ask(desk, "end_task")[0]) == "learning is paused, so task a cannot end: use `streamlearn resume` first"
     desk.paused = False
     [answer] = ask(desk, "end_task")
     desk.serve(job, stream, idle=True)
     task.state = "refining"
-    assert told(ask(desk, "end_task")[0]) == "task a is ending already"
+    assert told(ask(desk, "end_task")[0]) == "task a is already ending"
     assert not answer.done()
     task.state = "ended"
     desk.serve(job, stream, idle=True)
@@ -220,7 +220,7 @@ def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch
     refusal = ended.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
     assert (str(refusal), refusal.code) == (
-        "learning was paused before the task had ended: it ends after `streamlearn resume`",
+        "learning was paused before the task ended: it ends after `streamlearn resume`",
         75,
     )
     assert paused.result(timeout=30) == {"state": "paused"}
