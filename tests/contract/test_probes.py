@@ -1,4 +1,4 @@
-"""What is held out for probes never changes what is learned."""
+"""Held-out samples never change what is learned."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ Probes = dict[str, list[Sample]]  # by topic
 
 
 class Direct:
-    """Stands for the reader: what the loop asks of it when deliveries come without a thread."""
+    """Replaces the reader for the loop, without a thread."""
 
     def __init__(self) -> None:
         self.spliced: list[Delivery] = []
 
     def splice(self, deliveries: Iterable[Delivery]) -> None:
-        """Keep a task's refinement for the next turns."""
+        """Keep the refinement deliveries for the next turns."""
         self.spliced = list(deliveries)
 
     def settle(self) -> None:
-        """Every dead letter is acknowledged."""
+        """Do nothing: there are no dead letters to write."""
 
     def report(self, positions: Positions) -> None:
-        """Report to nobody."""
+        """Do nothing: no log wants the positions."""
 
 
 def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
-    """Return the job that has learned all tasks."""
+    """Return a job that has learned all tasks."""
     tree: dict[str, Any] = {
         "state_dir": str(directory),
         "device": "cpu",
@@ -87,13 +87,13 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
         for each in store.records[topic, 0]:
             for delivery in assembler.feed(each):
                 apply(job, stream, delivery)
-    job.wait_for_saves(stream)  # type: ignore[arg-type]  # all that it asks of a stream
+    job.wait_for_saves(stream)  # type: ignore[arg-type]  # has all methods that are called
     return job
 
 
 def apply(job: Job, stream: Direct, delivery: Delivery) -> None:
-    """Take one turn of the loop, and those of the refinement that it may begin."""
-    loop.turn(job, stream, delivery)  # type: ignore[arg-type]  # all that it asks of a stream
+    """Run one turn of the loop, and the turns of the refinement that it may start."""
+    loop.turn(job, stream, delivery)  # type: ignore[arg-type]  # has all methods that are called
     spliced, stream.spliced = stream.spliced, []
     for further in spliced:
         apply(job, stream, further)
@@ -106,7 +106,7 @@ def record(sample: Sample) -> bytes:
 
 
 def published(samples: Mapping[str, Sequence[Sample]], probes: Probes) -> MemoryStore:
-    """Return a log with these samples; probe records stand before and between them."""
+    """Return a log with these samples; probe records come before and between them."""
     store = MemoryStore()
     for topic, some in samples.items():
         store.create_topic(topic, 1)
@@ -123,10 +123,10 @@ def published(samples: Mapping[str, Sequence[Sample]], probes: Probes) -> Memory
 
 
 def digest(job: Job) -> str:
-    """Return a hash of everything learned, replay and optimizer too, and of the labels and words that it is about."""
+    """Return a hash of the learner's whole state, and of its labels and words."""
     files, rest, _ = state.pack(job.learner.state_dict())
-    told = [job.progress.labels, [task.labels for task in job.progress.tasks], job.progress.vocabulary]
-    found = hashlib.sha256(json.dumps([rest, told, job.learner.active_outputs.tolist()], sort_keys=True).encode())
+    names = [job.progress.labels, [task.labels for task in job.progress.tasks], job.progress.vocabulary]
+    found = hashlib.sha256(json.dumps([rest, names, job.learner.active_outputs.tolist()], sort_keys=True).encode())
     for name, content in sorted(files.items()):
         for key, tensor in sorted(content.items()):
             found.update(f"{name}:{key}".encode() + tensor.cpu().numpy().tobytes())
@@ -134,14 +134,14 @@ def digest(job: Job) -> str:
 
 
 def numbers(labels: Sequence[str], count: int, seed: int) -> list[Sample]:
-    """Return samples whose largest value tells their label."""
+    """Return samples; the index of the largest value is the label's."""
     rng = random.Random(seed)
     drawn = [rng.choice(labels) for _ in range(count)]
     return [([0.3 * rng.random() + (place == ALL.index(y)) for place in range(len(ALL))], y) for y in drawn]
 
 
 def tasks(scenario: str) -> dict[str, list[str]]:
-    """Return each task's labels; the tasks of a domain scenario share theirs."""
+    """Return the labels of each task; all tasks of a domain scenario have the same."""
     return {topic: ["p", "q"] for topic in LABELS} if scenario == "domain" else LABELS
 
 
@@ -175,8 +175,8 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1}}
 
 
 @pytest.mark.parametrize(("choice", "strategy"), PAIRS)
-def test_what_the_probes_hold_changes_nothing_that_is_learned(tmp_path: Path, choice: str, strategy: str) -> None:
-    """The same training samples end at the same bits: with no probe, the task's own, every label, or one never trained."""
+def test_probes_do_not_change_what_is_learned(tmp_path: Path, choice: str, strategy: str) -> None:
+    """The same training samples give the same bits without probes, and with probes of known, all, or untrained labels."""
     own = tasks(choice)
     samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(own.items())}
     any_label = own["a"] if choice == "domain" else ALL
@@ -197,8 +197,8 @@ def test_what_the_probes_hold_changes_nothing_that_is_learned(tmp_path: Path, ch
         assert ended["never"].matrix.latest_loss == {}
 
 
-def test_the_log_says_accuracy_in_four_digits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A task's end is one line that people read; forgetting is not defined before the second."""
+def test_the_log_has_accuracies_with_four_digits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The end of a task is one log line; forgetting is not defined before the second task."""
     caplog.set_level("INFO", "streamlearn.loop")
     samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
     learn(tmp_path, published(samples, {topic: numbers(LABELS[topic], 7, 9) for topic in LABELS}), strategy="naive")
@@ -209,8 +209,8 @@ def test_the_log_says_accuracy_in_four_digits(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("choice", ["class-count", "task-count"])
-def test_what_a_hash_holds_out_changes_nothing_that_is_learned(tmp_path: Path, choice: str) -> None:
-    """A sample that its hash keeps for the probe teaches no label, as if the log had never had it."""
+def test_samples_held_out_by_hash_do_not_change_what_is_learned(tmp_path: Path, choice: str) -> None:
+    """A sample held out by its hash registers no label, as if it were not in the log."""
     samples = {topic: numbers(labels, 40, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
     samples["b"].insert(0, next(s for s in numbers(["never"], 99, 5) if HoldOut("value", 0.3).takes(*hashed(s), None)))
     over = {**CHOICES[choice], "holdout": {"fraction": 0.3}, "strategy": {"er": {}, "si": {}}}
@@ -228,12 +228,12 @@ def test_what_a_hash_holds_out_changes_nothing_that_is_learned(tmp_path: Path, c
 
 
 def hashed(sample: Sample) -> tuple[Any, str]:
-    """Return what the hash is taken of."""
+    """Return the input of the hash."""
     return torch.tensor(sample[0], dtype=torch.float32).numpy(), sample[1]
 
 
-def test_a_label_counts_as_wrong_until_training_meets_it(tmp_path: Path) -> None:
-    """A probe that holds a later task's labels gets better when that task is learned, sealed as it is."""
+def test_a_label_counts_as_wrong_until_training_sees_it(tmp_path: Path) -> None:
+    """The accuracy on a sealed probe with labels of a later task rises when that task is learned."""
     samples = {topic: numbers(labels, 160, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
     held: Probes = {"a": numbers(["p", "q"], 20, 9) + numbers(["r", "s"], 20, 10)}
     random.Random(0).shuffle(held["a"])
@@ -248,10 +248,10 @@ def test_a_label_counts_as_wrong_until_training_meets_it(tmp_path: Path) -> None
     assert int(probe[1].min()) >= 0
 
 
-def test_the_words_of_a_probe_take_no_ids(tmp_path: Path) -> None:
-    """A probe's words are unknown until training meets them, and known from then on; the vocabulary is training's alone."""
+def test_the_words_of_a_probe_get_no_ids(tmp_path: Path) -> None:
+    """Words of a probe are unknown until training sees them; only training adds words to the vocabulary."""
 
-    def told(words: Sequence[str], answers: Sequence[str], seed: int) -> list[Sample]:
+    def stories(words: Sequence[str], answers: Sequence[str], seed: int) -> list[Sample]:
         rng = random.Random(seed)
         drawn = [(rng.choice(words), rng.choice(answers)) for _ in range(16)]
         return [
@@ -260,8 +260,8 @@ def test_the_words_of_a_probe_take_no_ids(tmp_path: Path) -> None:
 
     text = {"kind": "text", "sentences": 2, "words": 4, "vocabulary": 30}
     over: dict[str, Any] = {"input": text, "model": {"name": "memnet", "embedding": 8, "heads": 2}, "strategy": "er"}
-    samples = {topic: told([f"w{topic}", f"v{topic}"], labels, 1) for topic, labels in LABELS.items()}
-    other = {topic: told(["strange", "wa", "wb", "vc"], ALL, 2) for topic in LABELS}
+    samples = {topic: stories([f"w{topic}", f"v{topic}"], labels, 1) for topic, labels in LABELS.items()}
+    other = {topic: stories(["strange", "wa", "wb", "vc"], ALL, 2) for topic in LABELS}
     one, two = (learn(tmp_path / name, published(samples, held), **over) for name, held in (("a", {}), ("b", other)))
     assert digest(one) == digest(two)
     assert "strange" in two.progress.probe_words
@@ -272,8 +272,8 @@ def test_the_words_of_a_probe_take_no_ids(tmp_path: Path) -> None:
     assert {ids["wb"], ids["vc"], 1} <= set(probe[0].flatten().tolist()) <= {0, 1, *ids.values()}
 
 
-def test_probes_go_on_after_a_restart(tmp_path: Path) -> None:
-    """The labels and words that only probes contain are state, and their numbers mean the same afterwards."""
+def test_probes_are_restored_after_a_restart(tmp_path: Path) -> None:
+    """Labels and words that only probes contain are part of the state, and keep their numbers."""
     samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
     held: Probes = {topic: numbers(ALL, 30, 19) for topic in LABELS}
     job = learn(tmp_path, published(samples, held), strategy="naive")
@@ -291,18 +291,20 @@ def test_probes_go_on_after_a_restart(tmp_path: Path) -> None:
     assert again.matrix.latest_accuracy == before
 
 
-def test_a_task_that_taught_or_measured_nothing_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A warning for each: no sample trained, no probe, a class without a probe, classes that only the probe has."""
+def test_a_task_that_trained_or_measured_nothing_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning each: no sample trained, no probe, a class missing in the probe, a class only in the probe."""
     samples = {"a": numbers(["p", "q"], 24, 0), "b": [], "c": numbers(["t"], 24, 2)}
     held: Probes = {"a": numbers(["p"], 9, 3) + numbers(["never"], 2, 3), "b": numbers(["r"], 9, 4)}
     with caplog.at_level("WARNING"):
         learn(tmp_path, published(samples, held), strategy="naive")
-    told = [record.message for record in caplog.records if record.message.startswith("task ")]
+    logged = [record.message for record in caplog.records if record.message.startswith("task ")]
     begin = [
         "task a: the probe has no sample of 1 trained classes ('q')",
         "task a: 2 of 11 samples of the probe have a class that the task did not train",
         "task b: no sample was trained: 4 samples consumed, 4 held out, 0 rejected, 0 skipped",
         "task c: the task has no probe: 24 samples were trained and none was held out",
     ]
-    assert len(told) == len(begin)
-    assert all(line.startswith(start) for line, start in zip(told, begin, strict=True)), told
+    assert len(logged) == len(begin)
+    assert all(line.startswith(start) for line, start in zip(logged, begin, strict=True)), logged

@@ -1,4 +1,4 @@
-"""Models as their authors have them: with layers that draw, are frozen, shared, recurrent, sparse, or laid out otherwise."""
+"""Unusual models as users write them: layers that draw numbers, are frozen, tied, recurrent, sparse or strided."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 8
 
 
 class Body(nn.Module):
-    """Some layers before a head."""
+    """A body of layers, and a head."""
 
     def __init__(self, body: nn.Module, width: int, num_outputs: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Body(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Reads four numbers at a time."""
+    """A GRU that reads four numbers at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,20 +45,20 @@ class Recurrent(nn.Module):
 
 
 class Table(nn.Module):
-    """Looks up a row for each number; gradients are sparse."""
+    """An embedding with sparse gradients: looks up a row for each number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows = nn.Embedding(10, WIDTH, sparse=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the rows' mean."""
+        """Return the mean of the rows."""
         mean: Tensor = self.rows((9 * x).long().clamp(0, 9)).mean(1)
         return mean
 
 
 class Folded(nn.Module):
-    """A layer that sees parts of samples as samples, and another whose output nobody uses."""
+    """A layer that treats parts of samples as samples, and a layer whose output is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class Folded(nn.Module):
         self.idle = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the parts together."""
+        """Return the outputs of the parts, concatenated."""
         parts = x.reshape(-1, 4)
         self.idle(parts)
         return torch.tanh(self.part(parts)).reshape(len(x), -1)
 
 
 class Reused(nn.Module):
-    """Uses a layer's weight once more, past the layer, and calls a layer with its input by name."""
+    """Uses a layer's weight a second time without the layer, and calls a layer with a keyword argument."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class Reused(nn.Module):
         self.named = nn.Linear(size, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layers make of it."""
+        """Return the output of the layers."""
         h = torch.tanh(self.square(x)) @ self.square.weight
         return torch.tanh(self.named(input=h))
 
 
 class Sequence(nn.Module):
-    """Positions first, samples second, as recurrent layers had it for long."""
+    """Has positions in dimension 0 and samples in dimension 1, as recurrent layers have by default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,52 +99,52 @@ class Sequence(nn.Module):
 
 
 def drawing(size: int, num_outputs: int) -> nn.Module:
-    """Make a model with dropout, an activation in place, and a layer in evaluation mode for good."""
+    """Build a model with dropout, an in-place activation, and a layer that is always in evaluation mode."""
     still = nn.BatchNorm1d(WIDTH).eval().requires_grad_(requires_grad=False)
     layers = nn.Sequential(nn.Linear(size, WIDTH), still, nn.ReLU(inplace=True), nn.Dropout(0.3))
     return Body(layers, WIDTH, num_outputs)
 
 
 def frozen(size: int, num_outputs: int) -> nn.Module:
-    """Make a model whose first layer does not learn."""
+    """Build a model whose first layer is frozen."""
     first = nn.Linear(size, WIDTH).requires_grad_(requires_grad=False)
     return Body(nn.Sequential(first, nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh()), WIDTH, num_outputs)
 
 
 def transposed(size: int, num_outputs: int) -> nn.Module:
-    """Make a model one of whose weights lies column by column."""
+    """Build a model with a column-major weight."""
     layer = nn.Linear(size, WIDTH)
     layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
     return Body(nn.Sequential(layer, nn.Tanh()), WIDTH, num_outputs)
 
 
 def tied(size: int, num_outputs: int) -> nn.Module:
-    """Make a model two of whose layers have one weight."""
+    """Build a model in which two layers share a weight."""
     layers = [nn.Linear(size, size), nn.Linear(size, size)]
     layers[1].weight = layers[0].weight
     return Body(nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh()), size, num_outputs)
 
 
 def normed(size: int, num_outputs: int) -> nn.Module:
-    """Make a model one of whose weights is computed of others."""
+    """Build a model with a parametrised weight (weight norm)."""
     layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(size, WIDTH))
     return Body(nn.Sequential(layer, nn.Tanh()), WIDTH, num_outputs)
 
 
 def statistics(size: int, num_outputs: int) -> nn.Module:
-    """Make a model that cannot learn a single sample in training mode."""
+    """Build a model that cannot learn a single sample in training mode."""
     return Body(nn.Sequential(nn.Linear(size, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU()), WIDTH, num_outputs)
 
 
 class Spread(nn.Module):
-    """Divides by the spread of a batch, which a single sample does not have, and notes it in buffers that it replaces."""
+    """Divides by the standard deviation of the batch, undefined for one sample, and keeps it in a buffer that it replaces."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("spread", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is scaled by the batch's spread, or in evaluation mode by the noted one."""
+        """Divide by the standard deviation of the batch, or in evaluation mode by the running one."""
         spread = self.get_buffer("spread")
         if self.training:
             own = (x.var(0).mean() + 1e-3).sqrt()
@@ -154,12 +154,12 @@ class Spread(nn.Module):
 
 
 class Odd(nn.Module):
-    """Has state of every kind: odd names and types, state that is no tensor, a buffer that is not persistent; draws numbers."""
+    """Has every kind of state: odd names and dtypes, values other than tensors, a non-persistent buffer. Draws numbers."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({"block/1": nn.Linear(size, WIDTH), "a/b/%2F $é": nn.Linear(WIDTH, WIDTH)})
-        weight = np.random.normal(size=(WIDTH, WIDTH)).astype(np.float32)  # noqa: NPY002 - as authors do it
+        weight = np.random.normal(size=(WIDTH, WIDTH)).astype(np.float32)  # noqa: NPY002 - as users do it
         self.parts["a/b/%2F $é"].load_state_dict(
             {"weight": torch.from_numpy(weight) / WIDTH, "bias": torch.zeros(WIDTH)}
         )
@@ -176,22 +176,22 @@ class Odd(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return activations less their running mean, with noise from numpy and from Python."""
+        """Return activations minus their running mean, with noise from numpy and Python."""
         h = torch.tanh(self.parts["a/b/%2F $é"](torch.tanh(self.parts["block/1"](x))))
         if self.training and torch.is_grad_enabled():
             self.mean = 0.9 * self.get_buffer("mean") + 0.1 * h.detach().mean(0)
             self.seen["calls", 1] += 1
             self.seen["last"] = random.random()
-            noise = np.random.normal(size=h.shape).astype(np.float32)  # noqa: NPY002 - as authors do it
+            noise = np.random.normal(size=h.shape).astype(np.float32)  # noqa: NPY002 - as users do it
             h = h + 0.1 * torch.from_numpy(noise).to(h.device) * random.random()
         return h - self.get_buffer("mean")
 
     def get_extra_state(self) -> dict[Any, Any]:
-        """Return what is no tensor, and a tensor."""
+        """Return values of several types, and tensors."""
         return {**self.seen, "table": torch.ones(2, dtype=torch.int8), "tensors": (torch.zeros(1),)}
 
     def set_extra_state(self, state: dict[Any, Any]) -> None:
-        """Take it over."""
+        """Restore the values of `get_extra_state`."""
         assert torch.equal(state["table"], torch.ones(2, dtype=torch.int8))
         self.seen = {key: value for key, value in state.items() if key not in {"table", "tensors"}}
 

@@ -1,4 +1,4 @@
-"""How much Python a call runs, in instructions: a measure of cost that no other process disturbs."""
+"""Counts the Python instructions of a call: a measure of cost that does not depend on other processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def work(call: Callable[[], object]) -> int:
-    """Return how many instructions of Python a call executes, in this thread."""
+    """Return how many Python instructions a call executes in this thread."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Modules of a user's own: an encoder, and a model that counts how often it was trained on each sample.
+"""A user's modules for tests: an encoder, and a model that counts how often it was trained on each sample.
 
-So nobody's bookkeeping is believed.
+So tests do not depend on the counters of the program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FEATURES = 4
 
 
 class Counting(nn.Module):
-    """A linear model whose first input is the sample's number; how often each was learned is part of its state."""
+    """A linear model whose first input is the sample's number. Its state counts how often each sample was trained."""
 
     def __init__(self, num_outputs: int, samples: int, seconds: float) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class Counting(nn.Module):
 
 
 def counting(input_shape: Sequence[int], num_outputs: int, *, samples: int, seconds: float = 0.0) -> nn.Module:
-    """Return a model that counts; `seconds` is how long each update sleeps."""
+    """Return a counting model. Each update sleeps for `seconds`."""
     del input_shape
     return Counting(num_outputs, samples, seconds)
 
 
 def settings(directory: Path, samples: int, seconds: float = 0.0, **over: Any) -> dict[str, Any]:
-    """Return a configuration for it: each batch is one update and one training pass, so that each count is one sample."""
+    """Return a configuration for the counting model. A batch is one update and one forward pass, so a count is a sample."""
     base: dict[str, Any] = {
         "name": "counting",
         "state_dir": str(directory / "state"),
@@ -69,7 +69,7 @@ def settings(directory: Path, samples: int, seconds: float = 0.0, **over: Any) -
 
 
 def numbered(first: int, count: int) -> producer.Samples:
-    """Return samples with these numbers; their features and labels are a function of the number alone."""
+    """Return samples with these numbers. Features and labels depend only on the number."""
     numbers = np.arange(first, first + count)
     rng = np.random.default_rng(first)
     x = np.column_stack([numbers, rng.normal(size=(count, FEATURES))]).astype(np.float32)
@@ -77,13 +77,13 @@ def numbered(first: int, count: int) -> producer.Samples:
 
 
 def tally(checkpoint: Checkpoint, samples: int) -> tuple[int, int]:
-    """Return how many of the samples were never learned, and how many more than once."""
+    """Return how many of the samples were never learned, and how many were learned more than once."""
     learned = jobs.tensors(checkpoint)["model.safetensors:learned"][:samples]
     return int((learned == 0).sum()), int((learned > 1).sum())
 
 
 def encoder(input_shape: Sequence[int], *, features: int = 10, fresh: bool = False) -> nn.Module:
-    """Return an encoder with statistics and dropout, which must not be in training mode; `fresh`: another one each time."""
+    """Return an encoder with batch norm and dropout, for evaluation mode only. `fresh`: other weights at each call."""
     size = int(np.prod(input_shape))
     made = nn.Sequential(nn.Flatten(), nn.Linear(size, features), nn.BatchNorm1d(features), nn.ReLU(), nn.Dropout())
     if fresh:
@@ -93,10 +93,10 @@ def encoder(input_shape: Sequence[int], *, features: int = 10, fresh: bool = Fal
 
 
 class Exponential(nn.Module):
-    """Makes features that large values take beyond float32."""
+    """Computes features that overflow float32 for large values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the exponential of each value, less 1."""
+        """Return the exponential of each value, minus 1."""
         return torch.expm1(x)
 
 

@@ -1,4 +1,4 @@
-"""Parts of a state that never change share files, so that a checkpoint of many tasks has few of them."""
+"""Immutable dicts share files, so that a checkpoint of many tasks has few files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def tree(count: int, size: int = 3) -> dict[str, Any]:
-    """Return a group of so many sealed probes; the order in which they come says nothing."""
+    """Return a group with this many sealed probes, in an order without meaning."""
     made = {str(n): Immutable(x=torch.full((size,), n), y=torch.tensor([n])) for n in reversed(range(count))}
     return {"probes": {"sealed": made, "open": {}}}
 
 
 def restored(groups: dict[str, Any]) -> dict[str, Any]:
-    """Return a state as it comes back from files, read in the order of their names."""
+    """Return a state restored from its files, read in the order of their names."""
     files, rest, _ = state.pack(groups)
     through = {name: state.from_bytes(name, state.to_bytes(state.host_copies(files[name]))) for name in sorted(files)}
     return state.unpack(through, rest)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 16, 63, 64, 999])
-def test_every_member_comes_back(count: int) -> None:
-    """However many files there are, each member has its own tensors again."""
+def test_every_member_is_restored(count: int) -> None:
+    """Each member gets its own tensors, whatever the number of files."""
     sealed = restored(tree(count))["probes"]["sealed"]
     assert {int(name) for name in sealed} == set(range(count))
     for name, member in sealed.items():
@@ -38,7 +38,7 @@ def test_every_member_comes_back(count: int) -> None:
 
 
 def test_files_grow_with_the_logarithm_of_the_members() -> None:
-    """A thousand probes need at most fifteen files, and of 256 each is written five times at most, as others come."""
+    """1000 probes need at most 15 files; while 256 probes come one after another, each is written at most 5 times."""
     written: dict[str, int] = {}
     before: set[str] = set()
     for count in range(1, 257):
@@ -53,8 +53,8 @@ def test_files_grow_with_the_logarithm_of_the_members() -> None:
     assert len(state.pack(tree(1000))[0]) <= 15
 
 
-def test_a_file_is_named_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other members are another file, so a link never shows what it should not; large members keep their own files."""
+def test_the_name_of_a_merged_file_depends_on_its_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other members give another name, so a link never has the wrong content; large members keep files of their own."""
 
     def names(*members: str) -> set[str]:
         return set(state.pack({"replay": {"slots": {name: Immutable(x=torch.zeros(4)) for name in members}}})[0])
@@ -66,7 +66,7 @@ def test_a_file_is_named_by_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_memory_of_many_tasks_draws_the_same_after_a_restart() -> None:
-    """Whatever the order of the files, task 10 does not come before task 2."""
+    """Task 10 does not come before task 2, whatever the order of the files."""
     one = EpisodicMemory(240, 1 << 20, 0)
     for task in range(12):
         one.store(task, torch.full((20, 1), task), torch.zeros(20, dtype=torch.int64))
@@ -80,8 +80,8 @@ def test_a_memory_of_many_tasks_draws_the_same_after_a_restart() -> None:
         assert torch.equal(a["task"], b["task"])
 
 
-def test_names_fit_a_manifest() -> None:
-    """A block's name is one that a checkpoint may have."""
+def test_names_of_merged_files_are_valid_in_a_manifest() -> None:
+    """A checkpoint accepts the name of a merged file."""
     from streamlearn.checkpoint import FILE
 
     files, _, _ = state.pack(tree(100))

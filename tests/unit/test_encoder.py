@@ -1,4 +1,4 @@
-"""A frozen module of the user's: what is refused, and what it may do without harm."""
+"""A frozen module of the user as encoder: what is refused, and what it is allowed to do."""
 
 from __future__ import annotations
 
@@ -17,96 +17,96 @@ CPU = torch.device("cpu")
 
 
 class Halved(nn.Module):
-    """Works in place, as `nn.ReLU(inplace=True)` does, and in inference mode, as authors of frozen modules like to."""
+    """Works in place, as `nn.ReLU(inplace=True)` does, and in inference mode, as frozen modules often do."""
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
-        """Return half of it."""
+        """Return half of `x`."""
         x *= 0.5
         return x
 
 
 class Other(nn.Module):
-    """Gives anything."""
+    """Returns a fixed value."""
 
     def __init__(self, made: Any) -> None:
         super().__init__()
         self.made = made
 
     def forward(self, x: Tensor) -> Any:
-        """Return what it was made of, of the right device."""
+        """Return the fixed value, on the device of `x`."""
         del x
         return self.made
 
 
 def halved(_: list[int]) -> nn.Module:
-    """Make what works in place."""
+    """Build an encoder that works in place."""
     return Halved()
 
 
 def scripted(shape: list[int]) -> nn.Module:
-    """Make a frozen TorchScript module."""
+    """Build a frozen TorchScript module."""
     made: nn.Module = torch.jit.script(nn.Linear(shape[0], 2))
     return made
 
 
 class More(nn.Linear):
-    """Has state that is no tensor, as quantized modules have."""
+    """Has state that is not a tensor, as quantized modules have."""
 
     def get_extra_state(self) -> dict[str, int]:
-        """Return what safetensors cannot hold."""
+        """Return a dict of integers."""
         return {"bits": 8}
 
 
 def more(shape: list[int]) -> nn.Module:
-    """Make one whose state is not tensors alone."""
+    """Build an encoder with state that is not a tensor."""
     return More(shape[0], 2)
 
 
 def scalars(_: list[int]) -> nn.Module:
-    """Make one that gives a number for each sample, without a dimension."""
+    """Build an encoder that returns a number for each sample, without a feature dimension."""
     return Other(torch.zeros(2))
 
 
 def one_number(_: list[int]) -> nn.Module:
-    """Make one that gives a number for all."""
+    """Build an encoder that returns one number for the batch."""
     return Other(torch.zeros(()))
 
 
 def doubles(_: list[int]) -> nn.Module:
-    """Make one of another precision."""
+    """Build an encoder that returns float64."""
     return Other(torch.zeros(2, 3, dtype=torch.float64))
 
 
 def one_row(_: list[int]) -> nn.Module:
-    """Make one that loses a sample."""
+    """Build an encoder that returns one row too few."""
     return Other(torch.zeros(1, 3))
 
 
 def nowhere(_: list[int]) -> nn.Module:
-    """Make an encoder of NaN."""
+    """Build an encoder with NaN weights."""
     encoder = nn.Linear(4, 3)
     nn.init.constant_(encoder.bias, torch.nan)
     return encoder
 
 
 def pair(_: list[int]) -> nn.Module:
-    """Make one that returns two things."""
+    """Build an encoder that returns a pair."""
     return Other((torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
 def narrow(shape: list[int]) -> nn.Module:
-    """Make one that sees other samples."""
+    """Build an encoder for other inputs."""
     return nn.Linear(shape[0] - 1, 2)
 
 
 def no_module(_: list[int]) -> object:
-    """Return what is none."""
+    """Return an object that is not a module."""
     return 3
 
 
 def build(name: str, **options: Any) -> Encoder:
-    """Build one of the above, or another of a full name."""
+    """Build one of the encoders above, or the one with this full name."""
     full = name if ":" in name else f"{__name__}:{name}"
     return Encoder.build({"name": full, "options": options}, [4], 5, CPU)
 
@@ -126,8 +126,8 @@ WRONG: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "message"), WRONG)
-def test_an_encoder_that_cannot_work_is_refused(name: str, message: str) -> None:
-    """One line names the encoder and what it did; the code is that of the configuration."""
+def test_an_unusable_encoder_is_refused(name: str, message: str) -> None:
+    """One line names the encoder and the failure; the exit code is 78."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         build(name)
     assert caught.value.code == 78
@@ -136,15 +136,15 @@ def test_an_encoder_that_cannot_work_is_refused(name: str, message: str) -> None
 
 
 class Restored(More):
-    """Takes its further state over again."""
+    """Can load the state that is not a tensor."""
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Accept what `get_extra_state` returned."""
+        """Accept the value of `get_extra_state`."""
         assert state == {"bits": 8}
 
 
 def restored(shape: list[int]) -> nn.Module:
-    """Make one whose state is not tensors alone, and comes back."""
+    """Build an encoder that can load its state."""
     return Restored(shape[0], 2)
 
 
@@ -157,18 +157,18 @@ class Single(nn.Linear):
 
 
 def single(shape: list[int]) -> nn.Module:
-    """Make one that returns another shape for one sample."""
+    """Build an encoder that returns another shape for one sample."""
     return Single(shape[0], 3)
 
 
-def test_an_encoder_sees_single_samples() -> None:
-    """A batch of one can come, so an encoder that returns another shape for it is refused at the start."""
+def test_an_encoder_must_accept_single_samples() -> None:
+    """A batch may have one sample, so an encoder that returns another shape for it is refused at the start."""
     with pytest.raises(StreamlearnError, match=r"the output for one sample must have shape \[1, 3\], and has \[3\]$"):
         build("single")
 
 
-def test_the_state_of_an_encoder_is_saved_and_read_at_the_start() -> None:
-    """State that is no tensor is saved with the rest; a module that cannot take it over again is refused."""
+def test_the_state_of_an_encoder_is_saved_and_loaded_at_the_start() -> None:
+    """State that is not a tensor is saved, too; a module that cannot load it is refused."""
     build("restored").check_state(state.round_trip, state.equal)
     with pytest.raises(StreamlearnError, match="its state cannot be saved and loaded: RuntimeError: ") as caught:
         build("more").check_state(state.round_trip, state.equal)
@@ -176,7 +176,7 @@ def test_the_state_of_an_encoder_is_saved_and_read_at_the_start() -> None:
 
 
 def test_an_encoder_is_frozen() -> None:
-    """Nothing of it learns, its statistics stay, the same seed makes the same one, and no number is drawn that others would."""
+    """It does not learn, its statistics stay, one seed gives one encoder, and no global generator advances."""
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -192,8 +192,8 @@ def test_an_encoder_is_frozen() -> None:
     assert all(torch.equal(value, other.module.state_dict()[name]) for name, value in before.items())
 
 
-def test_what_is_stored_stays_as_it_arrived() -> None:
-    """A module that writes into its input changes no sample, and what it makes in inference mode can be learned of."""
+def test_an_encoder_does_not_change_stored_samples() -> None:
+    """A module that writes into its input changes no sample, and features made in inference mode can be used for training."""
     scale = make_preprocess(1.0, CPU, encoder=build("halved"))
     x = torch.ones(2, 4)
     features = scale(x)
@@ -204,16 +204,16 @@ def test_what_is_stored_stays_as_it_arrived() -> None:
     assert head.weight.grad is not None
 
 
-@pytest.mark.filterwarnings("ignore")  # that TorchScript is old: many saved models still are it
-def test_a_scripted_module_is_an_encoder() -> None:
-    """It has no `requires_grad_` of its own, and is frozen all the same."""
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, but many saved models use it
+def test_a_scripted_module_can_be_an_encoder() -> None:
+    """It has no method `requires_grad_`, and is frozen nevertheless."""
     made = build("scripted")
     assert made.shape == (2,)
     assert not made(torch.rand(3, 4)).requires_grad
 
 
-def test_what_was_saved_must_fit() -> None:
-    """A function that makes another kind of module by now is told in one line."""
+def test_saved_weights_must_fit_the_encoder() -> None:
+    """One line reports that the user's function builds another kind of module by now."""
     saved = build("tests.support.models:encoder", features=3).module.state_dict()
     changed = build("tests.support.models:encoder", features=5)
     with pytest.raises(StreamlearnError, match="the saved weights do not fit: RuntimeError: ") as caught:
@@ -221,8 +221,8 @@ def test_what_was_saved_must_fit() -> None:
     assert (caught.value.code, str(caught.value).count("\n")) == (78, 0)
 
 
-def test_no_memory_left_is_no_mistake_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that is full for a moment ends the start with 75, which a supervisor tries again."""
+def test_out_of_memory_is_not_an_error_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the device is full the start ends with 75, and a supervisor tries again."""
 
     def full(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory")

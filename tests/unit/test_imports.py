@@ -1,4 +1,4 @@
-"""Where a user's module is looked for, whatever command runs."""
+"""The search path for a user's module is the same for every command."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a directory of one's own, as a console script sees it: it is not on the import path."""
+    """Change into a new directory that is not on the import path, as for a console script."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
 
 
 def test_a_module_in_the_working_directory_is_found_last(here: Path) -> None:
-    """`run` as a console script finds it as `start` does, and it stands in for no installed module."""
+    """`run` as a console script finds it, as `start` does; it never replaces an installed module."""
     (here / "own_of_this_test.py").write_text("def net(): return 'mine'")
     (here / "colorsys.py").write_text("def rgb_to_hsv(): return 'mine'")
     assert imports.import_function("own_of_this_test:net")() == "mine"
     assert imports.import_function("colorsys:rgb_to_hsv")(1, 1, 1) == (0.0, 0.0, 1)
 
 
-def test_a_module_that_is_not_there_says_where_it_was_looked_for(here: Path) -> None:
-    """The line names the working directory; where a module of the module is what is missing, the line is about that."""
+def test_a_missing_module_is_an_error_that_names_the_search_path(here: Path) -> None:
+    """The error names the working directory. If the user's module imports a missing module, the error names that one."""
     with pytest.raises(ModuleNotFoundError) as caught:
         imports.import_function("nothing_of_this_test.inner:net")
     assert str(caught.value) == (

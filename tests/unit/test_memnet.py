@@ -1,4 +1,4 @@
-"""The memory network: what it may depend on, and that per-sample gradients and growth work on it."""
+"""The memory network: what its outputs depend on, per-sample gradients, and growth of the head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made() -> nn.Module:
 
 
 def texts(count: int) -> torch.Tensor:
-    """Return texts of different lengths; the last has a question alone."""
+    """Return texts of different lengths; the last has only a question."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(1, VOCABULARY + 2, (count, *SHAPE), generator=generator, dtype=torch.int32)
     for n in range(count):
@@ -35,8 +35,8 @@ def texts(count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_padding_means_nothing() -> None:
-    """Neither the embedding of padding nor the places of rows that are empty reach an output; order does."""
+def test_padding_does_not_change_outputs() -> None:
+    """Outputs depend neither on the embedding of padding nor on empty rows, but on the order of sentences."""
     model, x = made(), texts(6)
     before = model(x)
     assert before.isfinite().all()
@@ -50,8 +50,8 @@ def test_padding_means_nothing() -> None:
 
 
 @torch.no_grad()
-def test_a_text_does_not_depend_on_its_neighbours() -> None:
-    """No batch statistics: a text alone gives what it gives in a batch."""
+def test_a_text_does_not_depend_on_its_batch() -> None:
+    """Without batch statistics a text has the same outputs alone as in a batch."""
     model, x = made(), texts(6)
     torch.testing.assert_close(torch.cat([model(one) for one in x.split(1)]), model(x))
 
@@ -74,7 +74,7 @@ def test_gradients_of_single_samples_work() -> None:
 
 
 def test_the_head_grows_and_keeps_its_rows() -> None:
-    """More outputs leave the old ones as they were."""
+    """New outputs do not change the old rows."""
     model, x = made(), texts(6)
     before = model(x)
     registry.grow_head(model, OUTPUTS + 2, 0)
@@ -88,7 +88,7 @@ def test_it_needs_text() -> None:
 
 
 def options(input_shape: list[int], num_outputs: int, *, vocabulary: int) -> nn.Module:
-    """Return a model of one's own that is told the vocabulary."""
+    """Return a user's model that gets the size of the vocabulary."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Embedding(vocabulary, num_outputs),
@@ -97,8 +97,8 @@ def options(input_shape: list[int], num_outputs: int, *, vocabulary: int) -> nn.
     )
 
 
-def test_a_model_of_ones_own_is_told_the_vocabulary() -> None:
-    """A function gets the number of words beside its options."""
+def test_a_users_model_gets_the_size_of_the_vocabulary() -> None:
+    """The user's function gets the number of words in addition to its options."""
     spec = {"name": f"{__name__}:options", "options": {}}
     model = registry.build(spec, SHAPE, OUTPUTS, 0, VOCABULARY)
     assert isinstance(model, nn.Sequential)

@@ -1,4 +1,4 @@
-"""What is kept of the present task and of past ones."""
+"""The reservoir of the current task and the episodic memory of past tasks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def numbers(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(start, start + count, dtype=torch.float32)[:, None], torch.zeros(count, dtype=torch.int64)
 
 
-def test_a_reservoir_is_a_uniform_sample() -> None:
-    """Every sample of a long task has the same chance, whatever the batches."""
+def test_a_reservoir_samples_uniformly() -> None:
+    """Every sample of a long task is kept with the same probability, whatever the batch sizes are."""
     hits = torch.zeros(100)
     for seed in range(400):
         reservoir = Reservoir(10, 1 << 20, seed)
@@ -32,7 +32,7 @@ def test_a_reservoir_is_a_uniform_sample() -> None:
 
 
 def test_a_balanced_reservoir_keeps_rare_classes() -> None:
-    """A class that is one in a hundred has half of the places, and within a class early samples stay as often as late ones."""
+    """A class with 1 % of the samples gets half of the reservoir; within a class early samples stay as often as late ones."""
     rare, common = torch.zeros(5000), torch.zeros(5000)
     for seed in range(60):
         reservoir = Reservoir(60, 1 << 20, seed, balanced=True)
@@ -49,8 +49,8 @@ def test_a_balanced_reservoir_keeps_rare_classes() -> None:
     assert abs(float(early - late)) < 5 * 1800**0.5
 
 
-def test_a_balanced_reservoir_resumes() -> None:
-    """What it has counted of each class survives, so that it chooses the same afterwards."""
+def test_a_restored_balanced_reservoir_chooses_the_same_samples() -> None:
+    """The counts of each class are part of the state."""
     one, other = (Reservoir(20, 1 << 20, 0, balanced=True) for _ in range(2))
     x, y = numbers(0, 400)
     y = (torch.arange(400) % 9 == 0).long()
@@ -62,19 +62,19 @@ def test_a_balanced_reservoir_resumes() -> None:
     assert torch.equal(one.x, other.x)
 
 
-def test_a_balanced_reservoir_goes_on_from_a_uniform_one() -> None:
-    """A version that had no balance left no counts: what comes last must not take all places."""
+def test_a_balanced_reservoir_restores_the_state_of_a_uniform_one() -> None:
+    """Older checkpoints have no counts of classes: later samples must not replace all earlier ones."""
     old, new = Reservoir(100, 1 << 20, 0), Reservoir(100, 1 << 20, 0, balanced=True)
     x, _ = numbers(0, 11_000)
     y = (torch.arange(11_000) % 2).long()
     old.add(x[:10_000], y[:10_000])
     new.load_state_dict({key: value for key, value in old.state_dict().items() if key not in {"met", "full"}})
     new.add(x[10_000:], y[10_000:])
-    assert int((new.x >= 10_000).sum()) < 30  # a tenth or so
+    assert int((new.x >= 10_000).sum()) < 30  # about a tenth
 
 
 def test_a_sealed_reservoir_ignores_additions() -> None:
-    """While a task is refined its samples stay what they are."""
+    """During refinement the samples of the task do not change."""
     reservoir = Reservoir(ALL, 1 << 20, 0)
     reservoir.add(*numbers(0, 3))
     reservoir.sealed = True
@@ -82,8 +82,8 @@ def test_a_sealed_reservoir_ignores_additions() -> None:
     assert reservoir.x.flatten().tolist() == [0, 1, 2]
 
 
-def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
-    """Each finished task gets the same share; the rest is evicted."""
+def test_memory_shares_its_budget_and_counts_evicted_samples() -> None:
+    """Each ended task gets the same share; other samples are evicted."""
     memory = EpisodicMemory(12, 1 << 20, 0)
     for task in range(3):
         memory.store(task, *numbers(100 * task, 20))
@@ -95,7 +95,7 @@ def test_memory_shares_its_budget_and_counts_what_it_drops() -> None:
 
 
 def test_a_balanced_memory_shares_by_class() -> None:
-    """Every class has the same share, at most `per_class`, however unequal they came and in however many tasks."""
+    """Every class gets the same share, at most `per_class`, whatever the sizes of the classes and the number of tasks."""
     memory = EpisodicMemory(12, 1 << 20, 0, balanced=True, per_class=4)
     for task, first in enumerate((18, 3)):
         x, _ = numbers(100 * task, 20)
@@ -105,8 +105,8 @@ def test_a_balanced_memory_shares_by_class() -> None:
 
 
 @pytest.mark.parametrize(("per_class", "expected"), [(None, 30), (20, 20)])
-def test_a_class_that_comes_in_every_task_has_one_share(per_class: int | None, expected: int) -> None:
-    """Six tasks of class 0 and a new one: 30 of each of the seven, those of class 0 spread over the tasks."""
+def test_a_class_of_several_tasks_gets_one_share(per_class: int | None, expected: int) -> None:
+    """Six tasks have class 0 and a new class each: all seven classes get 30 samples, class 0 from all tasks."""
     memory = EpisodicMemory(210, 1 << 20, 0, balanced=True, per_class=per_class)
     for task in range(6):
         x, _ = numbers(1000 * task, 300)
@@ -117,7 +117,7 @@ def test_a_class_that_comes_in_every_task_has_one_share(per_class: int | None, e
 
 
 def test_a_class_is_a_label_and_not_an_output() -> None:
-    """Where each task counts its outputs anew, an output of two tasks is two classes, and a label that both have is one."""
+    """If the outputs of each task start at 0, equal outputs of two tasks are two classes, and equal labels are one class."""
     memory = EpisodicMemory(12, 1 << 20, 0, balanced=True, per_class=4)
     classes = [{0: "cat", 1: "dog"}, {0: "cow", 1: "cat"}]
     for task in range(2):
@@ -125,7 +125,7 @@ def test_a_class_is_a_label_and_not_an_output() -> None:
     assert [torch.bincount(slot["y"]).tolist() for slot in memory.samples_by_task.values()] == [[2, 4], [4, 2]]
 
 
-def test_what_a_small_task_leaves_goes_to_the_others() -> None:
+def test_unused_shares_of_small_tasks_go_to_other_tasks() -> None:
     """Tasks of 5, 5, 1000 and 1000 samples fill a budget of 100."""
     memory = EpisodicMemory(100, 1 << 20, 0)
     for task, size in enumerate((5, 5, 1000, 1000)):
@@ -134,8 +134,8 @@ def test_what_a_small_task_leaves_goes_to_the_others() -> None:
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_a_memory_smaller_than_its_slots_keeps_the_newest(balanced: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    """Where there is not one sample for each task, or class, the memory is small but not empty."""
+def test_a_memory_with_fewer_samples_than_tasks_keeps_the_newest(balanced: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """If the budget is smaller than the number of tasks or classes, only the newest keep a sample."""
     memory = EpisodicMemory(2, 1 << 20, 0, balanced=balanced)
     for task in range(4):
         x, y = numbers(0, 6)
@@ -146,14 +146,14 @@ def test_a_memory_smaller_than_its_slots_keeps_the_newest(balanced: bool) -> Non
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 200))
 def test_a_fair_share_is_the_largest_that_fits(sizes: list[int], room: int) -> None:
-    """All, cut to the share, fit; with a share of one more they would not, or nothing is cut."""
+    """With this share all fit into the room; with a larger share they would not, unless nothing was cut."""
     share = fair_share(sizes, room)
     assert sum(min(size, share) for size in sizes) <= room
     assert share >= max(sizes) or sum(min(size, share + 1) for size in sizes) > room
 
 
 def test_stored_values_can_be_widened() -> None:
-    """A head that has grown asks stored logits for more columns; the file they are saved in is then another one."""
+    """After the head grows, stored logits need more columns, and are saved under another file name."""
     memory = EpisodicMemory(10, 1 << 20, 0)
     memory.store(0, *numbers(0, 4), logits=torch.zeros(4, 2))
     before = set(memory.state_dict()["slots"])
@@ -162,8 +162,8 @@ def test_stored_values_can_be_widened() -> None:
     assert not before & set(memory.state_dict()["slots"])
 
 
-def test_what_does_not_fit_is_an_error_that_names_the_bound() -> None:
-    """Joint training past its bytes says so; a budget is cut to them."""
+def test_too_many_samples_are_an_error_that_names_the_limit() -> None:
+    """Without a budget, exceeding `max_bytes` is an error; with one, the budget is reduced."""
     with pytest.raises(StreamlearnError, match=r"memory\.max_bytes: 100 bytes hold"):
         EpisodicMemory(ALL, 100, 0).store(0, *numbers(0, 100))
     memory = EpisodicMemory(1000, 120, 0)
@@ -171,8 +171,8 @@ def test_what_does_not_fit_is_an_error_that_names_the_bound() -> None:
     assert len(memory) == 10
 
 
-def test_a_slot_has_a_name_of_its_own_for_each_size() -> None:
-    """A file that a checkpoint links never changes: a slot that was cut has another name."""
+def test_the_saved_name_of_a_task_changes_with_its_size() -> None:
+    """A file that checkpoints link never changes: after an eviction the samples get another file name."""
     memory = EpisodicMemory(10, 1 << 20, 0)
     memory.store(0, *numbers(0, 20))
     names = set(memory.state_dict()["slots"])

@@ -1,4 +1,4 @@
-"""A user's model is tried before anything is learned: in both modes, with a single sample, and its state through bytes."""
+"""A user's model is checked before training: in both modes, with a single sample, and with its state saved and loaded."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Last(nn.Module):
         self.in_training = training or last
 
     def forward(self, x: Tensor) -> Any:
-        """Return what the function makes of the layer's output."""
+        """Apply the function to the layer's output."""
         return (self.in_training if self.training else self.last)(self.head(x))
 
 
 class Renamed(nn.Linear):
-    """Calls its state by other names, and does not know them again."""
+    """Saves its state under names that it cannot load."""
 
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # as authors have it
-        """Return the state under names of its own."""
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # as users write it
+        """Return the state under other names."""
         return {f"my.{name}": value for name, value in super().state_dict(*args, **options).items()}
 
 
 class Lazy(nn.Linear):
-    """Registers a buffer when it first learns, so that a restored module lacks it."""
+    """Registers a buffer in its first training step, so that a restored module lacks it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs."""
@@ -52,10 +52,10 @@ class Lazy(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    """Does not come back as it was saved."""
+    """Changes its state when it is loaded."""
 
     def set_extra_state(self, factor: float) -> None:
-        """Change the factor on the way."""
+        """Change the factor."""
         self.factor = 2 * factor
 
     def get_extra_state(self) -> float:
@@ -63,10 +63,10 @@ class Scaled(nn.Linear):
         return getattr(self, "factor", 1.0)
 
 
-def tried(build: Callable[[], nn.Module], size: int = 4) -> bool:
-    """Try a model; return whether it learns a single sample in training mode."""
-    check = ModelCheck("own:make", build, lambda n: torch.randn(n, size), 0, state.round_trip, state.equal)
-    return check.run(copies=True)
+def check(build: Callable[[], nn.Module], size: int = 4) -> bool:
+    """Check a model; return whether it can learn a single sample in training mode."""
+    model_check = ModelCheck("own:make", build, lambda n: torch.randn(n, size), 0, state.round_trip, state.equal)
+    return model_check.run(copies=True)
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -86,22 +86,22 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_a_model_that_would_end_the_daemon_later_is_refused_at_the_start(name: str) -> None:
-    """One line names the model and what it did; the code is that of the configuration."""
+def test_a_model_that_would_fail_later_is_refused_at_the_start(name: str) -> None:
+    """One line names the model and the failure; the exit code is 78."""
     build, why = WRONG[name]
     with pytest.raises(StreamlearnError, match=why) as caught:
-        tried(build)
+        check(build)
     assert caught.value.code == 78
     assert str(caught.value).startswith("model own:make: ")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", list(awkward.MAKERS))
-def test_models_that_can_be_used_pass(kind: str) -> None:
-    """Only layers that need the statistics of a batch keep a single sample from being learned in training mode."""
+def test_usable_models_pass(kind: str) -> None:
+    """Only models with batch statistics cannot learn a single sample in training mode."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert tried(lambda: awkward.make([12], 3, kind=kind), 12) is (kind not in {"statistics", "spread"})
+    assert check(lambda: awkward.make([12], 3, kind=kind), 12) is (kind not in {"statistics", "spread"})
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -116,11 +116,11 @@ def test_models_that_can_be_used_pass(kind: str) -> None:
         (lambda y: 0.5 + 0.001 * y, False),
     ],
 )
-def test_probabilities_are_told_from_logits(
+def test_a_model_that_returns_probabilities_is_accepted_with_a_warning(
     last: Callable[[Tensor], Tensor], warned: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that ends in a softmax or sigmoid is taken, with a warning that says what is expected."""
+    """For a model that ends in a softmax or sigmoid, the warning says that logits are expected."""
     with caplog.at_level(logging.WARNING):
-        assert tried(lambda: copy.deepcopy(Last(last)))
+        assert check(lambda: copy.deepcopy(Last(last)))
     found = [line for line in caplog.messages if "outputs are probabilities, and logits are expected" in line]
     assert bool(found) is warned

@@ -1,4 +1,4 @@
-"""How modules run: modes that are put back, draws that follow the seed, and recurrent layers as a GPU needs them."""
+"""Modes are restored, random numbers follow the seed, and recurrent layers run as a GPU needs them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ RECURRENT = {"model": {"name": "tests.support.awkward:make", "options": {"kind":
 
 
 def draw() -> tuple[list[float], float, list[float], float]:
-    """Draw from every global generator; the second of a pair of normal numbers waits inside Python's."""
+    """Draw from every global generator. Python's `gauss` caches the second number of a pair."""
     return torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal(size=4).tolist(), random.random()  # noqa: NPY002
 
 
-def test_recurrent_layers_keep_training_mode_without_dropout_where_gradients_are_taken() -> None:
-    """There is no cuDNN backward pass for them in evaluation mode; the outputs are the same, and all is put back."""
+def test_recurrent_layers_stay_in_training_mode_without_dropout() -> None:
+    """In evaluation mode cuDNN has no backward pass for them. The outputs are the same, and the modes are restored."""
     torch.manual_seed(0)
     model = nn.ModuleDict(
         {"cell": nn.LSTM(4, 8, num_layers=2, dropout=0.9), "drop": nn.Dropout(0.5), "still": nn.Dropout().eval()}
@@ -48,10 +48,10 @@ def test_recurrent_layers_keep_training_mode_without_dropout_where_gradients_are
 
 @pytest.mark.usefixtures("daemon_mode")
 @pytest.mark.parametrize("chosen", [{"ewc": {}}, {"mas": {}}, {"ewc": {"fisher": "sampled"}}, {"er": {}}], ids=str)
-def test_importances_of_recurrent_models_can_be_taken_on_a_gpu(
+def test_importances_of_recurrent_models_can_be_computed_on_a_gpu(
     tmp_path: Path, chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every forward pass of which a gradient is taken has its recurrent layers in training mode, and copies are flattened."""
+    """Every forward pass with a gradient has recurrent layers in training mode, and the weights of copies are flattened."""
     wrong: list[nn.Module] = []
     flat: set[int] = set()
     forward, flatten = nn.GRU.forward, nn.GRU.flatten_parameters
@@ -77,8 +77,8 @@ def test_importances_of_recurrent_models_can_be_taken_on_a_gpu(
     assert wrong == []
 
 
-def test_draws_are_lent_and_given_back() -> None:
-    """Two learners of one seed draw the same from torch, numpy and random, whatever the process draws between."""
+def test_layers_draw_from_their_own_random_state() -> None:
+    """Two learners with one seed draw the same numbers from torch, numpy and random, whatever the process draws between."""
     found = []
     for process in (1, 2):
         draws = LayerRng(7, torch.device("cpu"))
@@ -100,8 +100,8 @@ def test_draws_are_lent_and_given_back() -> None:
     assert len({str(one) for one in found[0]}) >= 2
 
 
-def test_draws_go_on_where_they_were_saved() -> None:
-    """Through bytes, with the numbers that wait inside the generators; an earlier version's state has torch's alone."""
+def test_the_random_state_of_layers_is_restored() -> None:
+    """Including the cached numbers of the generators; the state of an older version has only torch's."""
     one, other, old = (LayerRng(7, torch.device("cpu")) for _ in range(3))
     with one.in_use():
         draw()
@@ -117,8 +117,8 @@ def test_draws_go_on_where_they_were_saved() -> None:
         assert draw()[0] == expected[0]
 
 
-def test_a_model_that_draws_when_it_is_made_follows_the_seed() -> None:
-    """Weights drawn from numpy are a function of the seed, and the process goes on as if nothing had been drawn."""
+def test_a_model_that_draws_when_it_is_built_follows_the_seed() -> None:
+    """Weights drawn from numpy depend only on the seed, and the generators of the process keep their states."""
     made = []
     for process in (1, 2):
         with global_seed(process):

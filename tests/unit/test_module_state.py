@@ -1,4 +1,4 @@
-"""Everything that a module's outputs depend on is saved, and running statistics never keep what is not finite."""
+"""All state that a module's outputs depend on is saved, and running statistics never keep values that are not finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ YES, NO = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
 
 class Cached(nn.Module):
-    """Has buffers that are not persistent: one that is replaced, one that is written, one that is not there yet."""
+    """Has non-persistent buffers: one is replaced, one is written in place, one is None at first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Cached(nn.Module):
         self.register_buffer("fixed", torch.tensor([-torch.inf, 0.0]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Change each."""
+        """Change all three buffers."""
         self.replaced = self.get_buffer("replaced") + x.mean(0)
         self.written: Tensor
         self.written.add_(x.mean(0))
@@ -34,8 +34,8 @@ class Cached(nn.Module):
         return y
 
 
-def test_buffers_that_are_not_persistent_come_back() -> None:
-    """They are saved by their full names beside the others, at any depth, of any shape, and may be absent."""
+def test_non_persistent_buffers_are_restored() -> None:
+    """They are saved under their full names, at any depth and of any shape, and may be missing."""
     module = nn.Sequential(Cached(), nn.Linear(2, 2))
     state = module_state(module)
     assert {"0.replaced", "0.written", "0.fixed", "0.inner.running_mean", "1.weight"} <= state.keys()
@@ -48,11 +48,11 @@ def test_buffers_that_are_not_persistent_come_back() -> None:
     again = module_state(other)
     assert again.keys() == state.keys()
     assert all(torch.equal(value, again[name]) for name, value in state.items())
-    assert other[0].written is alias  # in place: an average may follow it
+    assert other[0].written is alias  # in place: another object may refer to this tensor
 
 
-def test_a_state_of_an_earlier_version_is_loaded() -> None:
-    """Without buffers that are not persistent they stay as they were made; what else is missing is an error."""
+def test_the_state_of_an_older_version_is_loaded() -> None:
+    """If non-persistent buffers are missing they keep their values; any other missing key is an error."""
     module = Cached()
     before = module.get_buffer("fixed").clone()
     load_module_state(module, {name: value for name, value in module_state(module).items() if name.startswith("inner")})
@@ -61,8 +61,8 @@ def test_a_state_of_an_earlier_version_is_loaded() -> None:
         load_module_state(module, {})
 
 
-def test_an_average_follows_buffers_that_are_replaced() -> None:
-    """The copy has the statistics of the live module, whether it writes into its buffers or makes new ones."""
+def test_the_averaged_module_gets_buffers_that_were_replaced() -> None:
+    """The averaged copy gets the statistics of the live module, written in place or replaced."""
     live = Cached()
     mean = copy.deepcopy(live)
     followed = RunningStatistics(live, mean)
@@ -75,8 +75,8 @@ def test_an_average_follows_buffers_that_are_replaced() -> None:
 
 
 @pytest.mark.parametrize("finite", [YES, NO])
-def test_statistics_that_are_not_finite_are_taken_back(finite: Tensor) -> None:
-    """One sample far out of range, or a dropped update, leaves running statistics as they were; so later ones are sound."""
+def test_statistics_that_are_not_finite_are_restored(finite: Tensor) -> None:
+    """A sample far out of range, or a dropped step, does not change running statistics."""
     live = Cached()
     mean = copy.deepcopy(live)
     followed = RunningStatistics(live, mean)
@@ -101,8 +101,8 @@ def test_statistics_that_are_not_finite_are_taken_back(finite: Tensor) -> None:
     assert not torch.equal(variance, before["inner.running_var"])
 
 
-def test_a_restored_model_answers_the_same() -> None:
-    """The odd model, saved and read through its own state, answers the same."""
+def test_a_restored_model_has_the_same_outputs() -> None:
+    """The odd model gives the same outputs after its state was saved and loaded."""
     torch.manual_seed(0)
     one, other = (awkward.make([12], 3, kind="odd") for _ in range(2))
     one(torch.rand(8, 12))

@@ -1,4 +1,4 @@
-"""A saved model is used: samples that its stream would reject are rejected, and nothing that a checkpoint says is believed."""
+"""Prediction with a saved model: it rejects the samples that a stream would reject, and does not trust the checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def saved(
 
 
 def cli(*args: object) -> tuple[int, str, str]:
-    """Run `streamlearn predict` in this process; return the exit code, and what it prints."""
+    """Run `streamlearn predict` in this process; return the exit code, stdout and stderr."""
     done = CliRunner().invoke(app, ["predict", *map(str, args)], catch_exceptions=True)
     if isinstance(done.exception, StreamlearnError):
         return done.exception.code, done.stdout, str(done.exception)
@@ -67,13 +67,13 @@ def cli(*args: object) -> tuple[int, str, str]:
 
 
 def rows(path: Path, x: np.ndarray, name: str = "x.npz") -> Path:
-    """Write samples without labels."""
+    """Write samples without labels to a file."""
     np.savez(path / name, x=x)
     return path / name
 
 
 def test_samples_that_the_stream_would_reject_are_rejected(tmp_path: Path) -> None:
-    """Each has null and its reason in valid JSON, an empty line and one warning otherwise; the others are predicted."""
+    """JSON has null and the reason for each; text has an empty line and one warning. The other samples are predicted."""
     saved(tmp_path / "state")
     x = np.ones((5, 4))
     x[1, 2], x[2, 0], x[3, 1] = np.nan, np.inf, 1e39
@@ -89,16 +89,16 @@ def test_samples_that_the_stream_would_reject_are_rejected(tmp_path: Path) -> No
     assert "3 of 5 samples are rejected, first sample 1 (nonfinite): x holds a value that is not finite" in err
 
 
-def test_a_file_of_which_every_sample_is_rejected_is_an_error(tmp_path: Path) -> None:
-    """The JSON is printed all the same, and the exit code is that of data that is wrong."""
+def test_a_file_with_only_rejected_samples_is_an_error(tmp_path: Path) -> None:
+    """The JSON is still printed, and the exit code is that of wrong data."""
     saved(tmp_path / "state")
     code, out, err = cli(rows(tmp_path, np.full((2, 4), np.nan)), "--state", tmp_path / "state", "--json")
     assert (code, json.loads(out)["predictions"]) == (65, [None, None])
     assert "2 of 2 samples are rejected" in err
 
 
-def test_numbers_are_taken_in_the_types_of_files(tmp_path: Path) -> None:
-    """Whole numbers in range are integers, in floats too; what is outside, or has a fraction, is rejected."""
+def test_numbers_are_accepted_in_the_dtypes_of_files(tmp_path: Path) -> None:
+    """Whole numbers in range are accepted as integers, also as floats; others are rejected."""
     saved(tmp_path / "state", dtype="uint8")
     x = np.array([[0.0, 1, 2, 255], [0, 1, 2, 256], [0, 1, 2, -1], [0, 1, 2, 0.5], [0, 1, 2, np.nan]])
     code, out, _ = cli(rows(tmp_path, x), "--state", tmp_path / "state", "--json")
@@ -109,8 +109,8 @@ def test_numbers_are_taken_in_the_types_of_files(tmp_path: Path) -> None:
     assert tree["rejected"] == []
 
 
-def test_outputs_that_are_not_finite_are_no_prediction(tmp_path: Path) -> None:
-    """A sample that is far out of range, and overflows inside the model, has no label and no probability."""
+def test_outputs_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
+    """A sample that overflows inside the model gets no label and no probability."""
     checkpoint = saved(tmp_path / "state")
     model = Model(checkpoint)
     for param in model.network.module.parameters():
@@ -122,8 +122,8 @@ def test_outputs_that_are_not_finite_are_no_prediction(tmp_path: Path) -> None:
     assert (empty.labels, empty.rejected) == ([], {})
 
 
-def test_checkpoints_of_earlier_versions_are_used() -> None:
-    """A description without what came later still says enough."""
+def test_checkpoints_of_older_versions_are_loaded() -> None:
+    """A `model.json` without the newer fields is enough."""
     for path in sorted(GOLDEN.glob("*/checkpoints/ckpt-*")):
         done = Model(open_checkpoint(path, *Model.FILES)).predict(np.zeros((2, 4), np.float32))
         assert len(done.labels) == 2
@@ -132,7 +132,7 @@ def test_checkpoints_of_earlier_versions_are_used() -> None:
 
 @pytest.mark.usefixtures("daemon_mode")
 def test_code_is_imported_only_where_the_user_names_it(tmp_path: Path) -> None:
-    """A checkpoint's name of a function counts for nothing; --model or a configuration must give the same one."""
+    """A function named only by a checkpoint is not imported; --model or a configuration must name the same one."""
     saved(tmp_path / "state", model={"name": OWN, "options": {"kind": "odd"}}, shape=12)
     where = (rows(tmp_path, np.ones((2, 12), np.float32)), "--state", tmp_path / "state")
     code, _, err = cli(*where)
@@ -150,8 +150,8 @@ def test_code_is_imported_only_where_the_user_names_it(tmp_path: Path) -> None:
     assert (code, again) == (0, out), err
 
 
-def test_a_name_from_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    """A model named like a function of Python, with arguments for a shape, is refused before anything is imported."""
+def test_a_function_named_by_a_checkpoint_is_not_called(tmp_path: Path) -> None:
+    """A checkpoint that names a function of Python, with its arguments as the shape, is refused before any import."""
     marker = tmp_path / "executed"
     checkpoint = saved(
         tmp_path / "state",
@@ -195,16 +195,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("over", "why"), WRONG, ids=[str(number) for number in range(len(WRONG))])
-def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, over: dict[str, Any], why: str) -> None:
-    """Whatever a checkpoint with right hashes says is one line and 78, and never an exception of another kind."""
+def test_an_invalid_model_json_is_refused(tmp_path: Path, over: dict[str, Any], why: str) -> None:
+    """Any invalid content with correct hashes gives one line and 78, never another exception."""
     with pytest.raises(StreamlearnError, match=why) as caught:
         Model(_described(tmp_path / "state", over)).predict(np.zeros((1, 4), np.float32))
     assert caught.value.code == 78
     assert str(caught.value).isprintable()
 
 
-def test_a_directory_is_verified_like_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of any name is used; a file that does not match its hash, or no manifest, is refused."""
+def test_a_checkpoint_directory_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy under any name is accepted; a wrong hash or a missing manifest is refused."""
     checkpoint = saved(tmp_path / "state")
     file = rows(tmp_path, np.ones((1, 4), np.float32))
     copy = Path(shutil.copytree(checkpoint.path, tmp_path / "served"))
@@ -222,8 +222,8 @@ def test_a_directory_is_verified_like_an_id(tmp_path: Path, monkeypatch: pytest.
     assert (code, "for the directory, write ./served" in err) == (1, True)
 
 
-def test_a_directory_called_latest_is_not_taken_for_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is without a slash is an id, a number or a tag."""
+def test_a_directory_called_latest_is_not_mistaken_for_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name without a slash is an id, a number or a tag."""
     saved(tmp_path / "state")
     (tmp_path / "latest").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -232,8 +232,8 @@ def test_a_directory_called_latest_is_not_taken_for_the_id(tmp_path: Path, monke
     assert cli(file, "--state", tmp_path / "state", "--checkpoint", "./latest")[0] == 74
 
 
-def test_extra_state_is_used(tmp_path: Path) -> None:
-    """State that is no tensor, and buffers that are not persistent, are those of the checkpoint."""
+def test_extra_state_is_loaded(tmp_path: Path) -> None:
+    """State that is not a tensor, and non-persistent buffers, come from the checkpoint."""
     spec = {"name": OWN, "options": {"kind": "odd"}}
     checkpoint = saved(tmp_path / "state", model=spec, shape=12)
     model = Model(checkpoint, lambda _: (OWN, None))

@@ -1,4 +1,4 @@
-"""Models of one's own: what they raise or return wrongly is an error of the configuration, told at the start."""
+"""A user's model that fails or returns wrong outputs is an error of the configuration, reported at the start."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from streamlearn.data import StreamlearnError
 from streamlearn.models import model_check, registry
 
 
-class Own(nn.Module):
-    """A linear layer, and dropout, which draws numbers and is in training mode when it is made."""
+class Custom(nn.Module):
+    """A linear layer and dropout, which draws numbers and is in training mode when it is built."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -30,22 +30,22 @@ class Own(nn.Module):
 
 
 def fits(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model that fits."""
-    return Own(shape[0], outputs)
+    """Build a model that fits."""
+    return Custom(shape[0], outputs)
 
 
 def narrow(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model for other inputs."""
-    return Own(shape[0] + 1, outputs)
+    """Build a model for other inputs."""
+    return Custom(shape[0] + 1, outputs)
 
 
 def wide(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model with another number of outputs."""
-    return Own(shape[0], outputs + 1)
+    """Build a model with another number of outputs."""
+    return Custom(shape[0], outputs + 1)
 
 
-class Pair(Own):
-    """Returns two things."""
+class Pair(Custom):
+    """Returns a pair of outputs."""
 
     def forward(self, x: Tensor) -> Any:
         """Return the outputs twice."""
@@ -53,12 +53,12 @@ class Pair(Own):
 
 
 def pair(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model that returns two things."""
+    """Build a model that returns a pair."""
     return Pair(shape[0], outputs)
 
 
-class Keeping(Own):
-    """Remembers what it has computed, with its graph."""
+class Keeping(Custom):
+    """Keeps its outputs with their graph."""
 
     def forward(self, x: Tensor) -> Any:
         """Return the outputs."""
@@ -67,34 +67,34 @@ class Keeping(Own):
 
 
 def keeping(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model that cannot be copied any more."""
+    """Build a model that cannot be copied after a forward pass."""
     return Keeping(shape[0], outputs)
 
 
 def nowhere(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model of NaN."""
-    model = Own(shape[0], outputs)
+    """Build a model with NaN weights."""
+    model = Custom(shape[0], outputs)
     nn.init.constant_(model.head.bias, torch.nan)
     return model
 
 
 def frozen(shape: list[int], outputs: int) -> nn.Module:
-    """Make a model that learns nothing."""
-    return Own(shape[0], outputs).requires_grad_(requires_grad=False)
+    """Build a model without trainable parameters."""
+    return Custom(shape[0], outputs).requires_grad_(requires_grad=False)
 
 
 def key_error(*_: object) -> nn.Module:
-    """Fail as a user's code may."""
+    """Raise a KeyError."""
     raise KeyError("no such option")
 
 
 def out_of_memory(*_: object) -> nn.Module:
-    """Fail in two lines."""
+    """Raise an error of two lines."""
     raise RuntimeError("first\nsecond")
 
 
 def build(name: str) -> nn.Module:
-    """Build one of the above."""
+    """Build one of the models above."""
     return registry.build({"name": f"{__name__}:{name}", "options": {}}, [4], 3, 0)
 
 
@@ -114,29 +114,29 @@ WRONG: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "message"), WRONG)
-def test_a_model_that_cannot_work_is_refused(name: str, message: str) -> None:
-    """One line names the model, what it did, and the shapes; the code is that of the configuration."""
+def test_an_unusable_model_is_refused(name: str, message: str) -> None:
+    """One line names the model, the failure and the shapes; the exit code is 78."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         build(name)
     assert caught.value.code == 78
     assert str(caught.value).startswith(f"model {__name__}:{name}: ")
 
 
-def test_the_trial_leaves_no_trace() -> None:
-    """It runs in evaluation mode; no gradient is left, modes are as they were, and no number is drawn that others would."""
+def test_building_a_model_leaves_no_trace() -> None:
+    """The check runs in evaluation mode; it leaves no gradients and no changed modes, and advances no global generator."""
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     model = build("fits")
     assert torch.equal(torch.rand(3), expected)
-    assert isinstance(model, Own)
+    assert isinstance(model, Custom)
     assert model.seen == [(False, False)]
     assert (model.training, model.drop.training, model.frozen.training) == (True, True, False)
     assert all(param.grad is None and param.requires_grad for param in model.parameters())
 
 
-def test_a_model_that_keeps_a_graph_is_refused_where_it_is_copied() -> None:
-    """It can be built; the average's copy of it could not be made any more once it has learned."""
+def test_a_model_that_keeps_its_graph_is_refused_if_it_must_be_copied() -> None:
+    """It can be built, but not copied for the weight average after training."""
     model_check.check_copies("own:fits", build("fits"), torch.zeros(2, 4))
     why = r"^model own:keeping: cannot be copied after training, .*: RuntimeError: Only Tensors created"
     with pytest.raises(StreamlearnError, match=why) as caught:
@@ -144,8 +144,8 @@ def test_a_model_that_keeps_a_graph_is_refused_where_it_is_copied() -> None:
     assert caught.value.code == 78
 
 
-def test_a_model_too_large_for_the_memory_is_refused() -> None:
-    """What a shipped model cannot allocate is told in one line, too."""
+def test_a_model_that_is_too_large_for_memory_is_refused() -> None:
+    """A failed allocation of a built-in model is reported in one line, too."""
     spec: dict[str, Any] = {"name": "mlp", "hidden": [1 << 31]}
     with pytest.raises(StreamlearnError, match=r"^model mlp: RuntimeError: .*$") as caught:
         registry.build(spec, [1 << 28], 3, 0)

@@ -1,4 +1,4 @@
-"""Which output a label has, and which outputs compete."""
+"""The output of each label, and the active outputs of each task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A, B = Task(0, "a", labels=[3, 5]), Task(1, "b", labels=[1])
 
 
 def test_a_number_of_classes_gives_outputs_in_order_of_appearance() -> None:
-    """The first label met has the first output; the one past the number has none, unless the head grows."""
+    """The first label gets the first output; a label beyond the number of classes has none, unless the head grows."""
     scenario = Scenario("class", "seen", 2)
     assert [scenario.output(3, "a", []), scenario.output(5, "a", [3]), scenario.output(3, "a", [3, 5])] == [0, 1, 0]
     assert scenario.output(9, "a", [3, 5]) is None
@@ -33,7 +33,7 @@ def test_a_list_of_classes_is_the_order_of_outputs() -> None:
 
 
 def test_masks() -> None:
-    """Class: what was seen, or all; task: what that task has; domain: as many as that task declares."""
+    """Class: the outputs seen, or all; task: the outputs of the task; domain: as many as the task declares."""
     labels = [3, 5, 1]
     assert Scenario("class", "seen", 4).active_mask(A, labels) == [True, True, True, False]
     assert Scenario("class", "all", 4).active_mask(A, labels) == [True] * 4
@@ -44,8 +44,8 @@ def test_masks() -> None:
     assert (domain.output(5, "a", []), domain.output(5, "b", [])) == (1, None)
 
 
-def test_a_domain_may_have_its_classes_once() -> None:
-    """Without a declaration every topic has all classes, in the order of the list: the ones that are to come as well."""
+def test_a_domain_scenario_may_declare_classes_once_for_all_tasks() -> None:
+    """Without a declaration by task every topic has all classes, in the order of the list, future topics too."""
     domain = Scenario("domain", "seen", ["no", "yes"])
     assert domain.num_outputs([]) == 2
     assert (domain.active_mask(A, []), domain.active_mask(B, ["yes"])) == ([True, True], [True, True])
@@ -67,7 +67,7 @@ class Counting(str):
 
 
 def learner(tmp_path: Path, **over: Any) -> Learner:
-    """Return a learner that begins, of a configuration."""
+    """Return an untrained learner for a configuration."""
     tree = {
         "device": "cpu",
         "input": {"shape": [1]},
@@ -82,8 +82,8 @@ def learner(tmp_path: Path, **over: Any) -> Learner:
     return make_learner(config, Scenario.from_config(config))
 
 
-def test_a_label_is_found_without_looking_at_the_others() -> None:
-    """Whether a label is known, and its output, cost the same however many labels there are."""
+def test_finding_a_label_compares_no_other_labels() -> None:
+    """The cost of looking up a label does not depend on the number of labels."""
     labels = Labels(Counting(number) for number in range(5000))
     scenario = Scenario("class", "seen", 10_000)
     Counting.compared = 0
@@ -97,8 +97,8 @@ def test_a_label_is_found_without_looking_at_the_others() -> None:
 
 
 @pytest.mark.parametrize("kind", ["class", "task"])
-def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new label of the newest of 300 tasks is looked up a few times, and no label of an earlier task is."""
+def test_masks_are_updated_only_for_new_labels(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new label of the last of 300 tasks costs a few look-ups; labels of earlier tasks are not looked up."""
     one = learner(tmp_path, classes=2, grow_head=True, scenario=kind)
     tasks: list[Task] = []
     labels = Labels()
@@ -110,11 +110,11 @@ def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.M
             labels.append(label)
     one.set_active_outputs(tasks, labels)
 
-    def look(self: Scenario, label: Label, task: str, known: Labels) -> int | None:
+    def count_lookup(self: Scenario, label: Label, task: str, known: Labels) -> int | None:
         looked.append(label)
         return output(self, label, task, known)
 
-    monkeypatch.setattr(Scenario, "output", look)
+    monkeypatch.setattr(Scenario, "output", count_lookup)
     for label in (600, 601):
         tasks[-1].labels.append(label)
         labels.append(label)
@@ -128,8 +128,8 @@ def test_masks_cost_what_is_new(tmp_path: Path, kind: str, monkeypatch: pytest.M
     assert one.output_labels[-1] == {output: output for output in (598, 599, 600, 601)}
 
 
-def test_a_mask_is_the_same_whether_labels_came_one_by_one_or_at_once(tmp_path: Path) -> None:
-    """So a restart, which learns of all labels at once, has the masks of the run that it continues."""
+def test_masks_do_not_depend_on_how_many_labels_come_at_once(tmp_path: Path) -> None:
+    """A restart, which registers all labels at once, gets the same masks as the run that it continues."""
     declared = {"kind": "task", "tasks": {"a": [7, 8], "b": [9]}}
     for number, scenario in enumerate(("class", {"kind": "class", "active": "all"}, "task", declared)):
         directory = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""State through bytes: whatever a module's `state_dict` may hold comes back bit by bit, or is refused."""
+"""Any value of a `state_dict` is saved and loaded bit by bit, or refused."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ OTHERS: list[Any] = [
 ]
 
 
-def test_tensors_of_any_name_and_type_come_back() -> None:
-    """Names with slashes and other characters, all types, views, shared and empty tensors: equal bit by bit."""
+def test_tensors_of_any_name_and_dtype_are_restored() -> None:
+    """Names with slashes and other characters, all dtypes, views, shared and empty tensors are equal bit by bit."""
     shared = {**TENSORS, "again": TENSORS["a/b/c"]}
     found = state.round_trip(shared)
     assert found.keys() == shared.keys()
@@ -47,14 +47,14 @@ def test_tensors_of_any_name_and_type_come_back() -> None:
 
 
 @pytest.mark.parametrize("value", OTHERS)
-def test_state_that_is_no_tensor_comes_back(value: Any) -> None:
-    """What `get_extra_state` may return keeps its types, and its tensors, and JSON holds the rest."""
+def test_values_other_than_tensors_are_restored(value: Any) -> None:
+    """Values of `get_extra_state` keep their Python types; its tensors are saved as tensors, the rest as JSON."""
     tree = {"layer._extra_state": value, "layer.weight": torch.ones(1)}
     assert state.equal(state.round_trip(tree), tree)
 
 
-def test_groups_keep_names_with_slashes_apart_from_places() -> None:
-    """A group of nested dicts and odd names survives, and so does one that a version before wrote."""
+def test_names_with_slashes_are_not_mistaken_for_paths() -> None:
+    """A group of nested dicts and odd names is restored, also when an older version saved it."""
     groups: dict[str, state.Tree] = {
         "replay": {"teacher": {"solver": dict(TENSORS), "allowed": torch.ones(1)}, "count": 3},
         "model": dict(TENSORS),
@@ -72,20 +72,20 @@ def test_groups_keep_names_with_slashes_apart_from_places() -> None:
         (torch.zeros(2, device="meta"), "expected a dense one"),
     ],
 )
-def test_what_cannot_be_saved_is_refused(value: Any, why: str) -> None:
-    """A type that no checkpoint can hold is named."""
+def test_unsupported_types_are_refused(value: Any, why: str) -> None:
+    """The error names the type."""
     with pytest.raises(TypeError, match=why):
         state.split_tensors({"x": value})
 
 
-def test_a_lone_tensor_with_the_name_of_a_tag_comes_back() -> None:
-    """The mark of what JSON cannot hold is no special name to a module."""
+def test_a_single_tensor_with_the_name_of_a_tag_is_restored() -> None:
+    """A module may use a name that begins with `$`, which marks encoded values."""
     tree = {"$float": torch.ones(2)}
     assert state.equal(state.round_trip(tree), tree)
 
 
-def test_bits_are_compared() -> None:
-    """Equal means equal bits: of numbers, of types, and of what is not a number."""
+def test_equal_compares_bits() -> None:
+    """Equal means the same dtypes and the same bits, also for NaN."""
     assert state.equal(torch.tensor(math.nan), torch.tensor(math.nan))
     assert not state.equal(torch.tensor(0.0), torch.tensor(-0.0))
     assert not state.equal(torch.zeros(1), torch.zeros(1, dtype=torch.int32))

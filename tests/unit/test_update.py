@@ -1,4 +1,4 @@
-"""The update: what a batch may move and how far, and what is said of it."""
+"""The update: which weights a batch may change, how far, and its statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH = 20
 
 
 def dropping(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
-    """Return a model most of whose inputs are dropped while it learns."""
+    """Return a model with strong dropout at its input."""
     layers: dict[str, nn.Module] = {"drop": nn.Dropout(0.8), "head": nn.Linear(input_shape[0], num_outputs)}
     model = nn.Sequential()
     for name, layer in layers.items():
@@ -38,7 +38,7 @@ def dropping(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
 
 
 def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **over: Any) -> Learner:
-    """Return a learner of four numbers whose largest one's place is the class; the first task has begun."""
+    """Return a learner in its first task. A sample is four numbers; the index of the largest is its class."""
     tree: dict[str, Any] = {
         "device": jobs.DEVICE,
         "input": {"shape": [4]},
@@ -63,7 +63,7 @@ def begin(learner: Learner, tasks: Sequence[Sequence[int]]) -> None:
 
 
 def described(tasks: Sequence[Sequence[int]]) -> tuple[list[Task], list[Label]]:
-    """Return tasks of these labels, and all labels."""
+    """Return tasks with these labels, and the list of all labels."""
     named = [Task(number, f"t{number}", labels=list(labels)) for number, labels in enumerate(tasks)]
     return named, [label for labels in tasks for label in labels]
 
@@ -78,8 +78,8 @@ def batch(number: int, size: int = BATCH, *, classes: Sequence[int] = (0, 1, 2, 
 
 
 @pytest.mark.parametrize("average", [None, 0.9])
-def test_accuracy_before_learning_is_that_of_what_probes_see(tmp_path: Path, average: float | None) -> None:
-    """Layers drop nothing while a batch is answered, and the averaged weights answer where there are some."""
+def test_accuracy_before_training_is_that_of_the_evaluated_model(tmp_path: Path, average: float | None) -> None:
+    """It is measured without dropout and, if there is a weight average, with the averaged weights."""
     learner = begun(
         tmp_path,
         model={"name": "tests.unit.test_update:dropping"},
@@ -100,8 +100,8 @@ HEADS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("strategy", ["naive", "ewc", "si", "packnet"])
 @pytest.mark.parametrize("spec", HEADS, ids=["sgd", "adam", "adamw"])
-def test_rows_of_the_head_that_do_not_compete_stay(tmp_path: Path, spec: dict[str, Any], strategy: str) -> None:
-    """Neither momentum from the task before nor weight decay moves them, and their own moments wait."""
+def test_rows_of_inactive_outputs_do_not_change(tmp_path: Path, spec: dict[str, Any], strategy: str) -> None:
+    """Neither momentum of the task before nor weight decay changes them, and their moments are kept."""
     tasks = ((0, 1), (2, 3))
     learner = begun(tmp_path, tasks, scenario={"kind": "task"}, strategy=strategy, learner=spec)
     for number in range(20):
@@ -125,8 +125,8 @@ def test_rows_of_the_head_that_do_not_compete_stay(tmp_path: Path, spec: dict[st
     assert not torch.equal(head.weight[2:], before[0][2:])
 
 
-def test_a_projection_may_move_rows_that_do_not_compete(tmp_path: Path) -> None:
-    """GEM's references are of past tasks, whose rows the projected gradient moves."""
+def test_a_projected_gradient_may_change_rows_of_inactive_outputs(tmp_path: Path) -> None:
+    """GEM projects on gradients of past tasks, so the step changes the rows of their outputs."""
     sgd = {"optimizer": {"name": "sgd", "lr": 0.1}}
     learner = begun(
         tmp_path, ((0, 1), (2, 3)), scenario={"kind": "task"}, strategy={"gem": {"margin": 1.0}}, learner=sgd
@@ -144,8 +144,8 @@ def test_a_projection_may_move_rows_that_do_not_compete(tmp_path: Path) -> None:
     assert not torch.equal(head.weight[:2], before[:2])
 
 
-def test_outputs_never_met_do_not_decay(tmp_path: Path) -> None:
-    """In scenario class a class that has not come yet keeps the weights that it was made with."""
+def test_outputs_of_unseen_classes_do_not_decay(tmp_path: Path) -> None:
+    """In scenario class the row of a class that was not seen yet keeps its initial weights."""
     spec = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.1}}
     learner = begun(tmp_path, ((0, 1),), learner=spec)
     head = learner.strategy.network.head
@@ -187,7 +187,7 @@ def test_a_short_batch_counts_by_its_size(
 
 
 def test_dropped_updates_of_a_generator_are_counted(tmp_path: Path) -> None:
-    """The batch's statistics say so, and the series of dropped steps has them under a reason of their own."""
+    """The batch's statistics have the number, and the series of dropped steps has a reason for them."""
     learner = begun(tmp_path, learner={"updates_per_batch": 4}, strategy={"generative": {"likelihood": "gaussian"}})
     assert learner.learn(batch(0)).generator_dropped == 0
     replay = learner.strategy.replay
@@ -208,7 +208,7 @@ def test_dropped_updates_of_a_generator_are_counted(tmp_path: Path) -> None:
 def test_how_well_a_generator_replays_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, kind: str
 ) -> None:
-    """At a task's end, by class; it moves no draw of training, survives a restart, and tells good from useless."""
+    """At a task's end, by class. It changes no random draw of training, is restored, and is low for a useless generator."""
     tasks = ((0, 1), (2, 3))
     over: dict[str, Any] = {
         "scenario": {"kind": kind},
@@ -238,13 +238,13 @@ def test_how_well_a_generator_replays_is_measured(
     weights = replay.scholar.generator.decode_out
     with torch.no_grad():
         weights.weight.zero_()
-        weights.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # the same, whatever it is asked for
+        weights.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))  # the same class for any request
     replay.measure_agreement(1)
     assert sorted(replay.agreement().values()) == [0, 0, *([0, 1] if kind == "class" else [1, 1])]
 
 
-def test_a_lone_sample_moves_as_much_as_its_part_of_a_full_batch(tmp_path: Path) -> None:
-    """With plain SGD and one update a batch the step is the mean gradient times the samples' part of a full batch."""
+def test_the_step_of_a_single_sample_is_its_share_of_a_full_batch(tmp_path: Path) -> None:
+    """With plain SGD and one update per batch the step is the mean gradient times (samples / batch size)."""
     spec = {"updates_per_batch": 1, "average": None, "optimizer": {"name": "sgd", "lr": 0.1}}
     learner = begun(tmp_path, learner=spec)
     lone = batch(0, 1)

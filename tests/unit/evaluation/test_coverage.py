@@ -1,4 +1,4 @@
-"""Warnings of a task that taught nothing, and of probes that cannot judge it."""
+"""Warnings about tasks that trained nothing, and about probes that are missing or misleading."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ COUNTS: list[tuple[str, dict[str, int], HoldoutConfig, list[str], str]] = [
 
 
 @pytest.mark.parametrize(("state", "counts", "rule", "kinds", "text"), COUNTS)
-def test_what_the_counts_of_a_task_say(
+def test_warnings_from_the_counts_of_a_task(
     state: str, counts: dict[str, int], rule: HoldoutConfig, kinds: list[str], text: str
 ) -> None:
-    """Nothing trained or nothing measured is told when the task ends, or as soon as chance does not explain it."""
+    """The warning comes when the task ends, or earlier if chance does not explain the counts."""
     found = list(task_warnings(Task(0, "a", state=state, counts=Counter(counts)), rule))
     assert [kind for kind, _ in found] == kinds
     assert all(text in line for _, line in found)
@@ -58,13 +58,13 @@ PROBES: list[tuple[Any, Any, HoldoutConfig, list[str], str]] = [
 
 
 @pytest.mark.parametrize(("x", "y", "rule", "kinds", "text"), PROBES)
-def test_what_a_probe_lacks(x: Any, y: Any, rule: HoldoutConfig, kinds: list[str], text: str) -> None:
-    """Classes without a sample, classes that were not trained, and few distinct values that all share one fate."""
+def test_warnings_about_a_probe(x: Any, y: Any, rule: HoldoutConfig, kinds: list[str], text: str) -> None:
+    """Warns about trained classes without a sample, untrained classes, and few distinct values."""
     found = list(probe_warnings(torch.tensor(x)[:, None], torch.tensor(y), {0: "a", 1: "b"}, rule))
     assert [kind for kind, _ in found] == kinds
     assert all(text in line for _, line in found)
 
 
-def test_declared_labels_are_not_missed() -> None:
-    """In scenario domain a class may be declared and never come."""
+def test_declared_classes_may_be_missing_in_a_probe() -> None:
+    """In scenario domain a declared class need not come."""
     assert list(probe_warnings(torch.arange(3.0)[:, None], torch.tensor([0, 0, 0]), None, TENTH)) == []

@@ -1,4 +1,4 @@
-"""The accuracy matrix against numbers worked out by hand; what is undefined is None."""
+"""The accuracy matrix and its metrics against numbers computed by hand. Undefined metrics are None."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def filled() -> AccuracyMatrix:
 
 
 def round_trip(matrix: AccuracyMatrix) -> AccuracyMatrix:
-    """Return the matrix as a checkpoint gives it back."""
+    """Return the matrix as a checkpoint restores it."""
     copied = AccuracyMatrix()
     copied.load_state_dict(json.loads(json.dumps(matrix.state_dict())), matrix.table())
     return copied
 
 
 def as_trees(matrix: AccuracyMatrix) -> dict[str, Any]:
-    """Return the state as earlier versions saved it: rows and history are JSON."""
+    """Return the state as checkpoints of format 1 have it: rows and history as JSON."""
     tree = {
         **matrix.state_dict(),
         "rows": {task: matrix.row(task) for task in matrix.ended_tasks},
@@ -46,8 +46,8 @@ def as_trees(matrix: AccuracyMatrix) -> dict[str, Any]:
     return copied
 
 
-def test_figures_by_hand() -> None:
-    """ACC, BWT and forgetting follow their definitions: T - 1 below the line, earlier rows only in the maximum."""
+def test_metrics_equal_numbers_computed_by_hand() -> None:
+    """ACC, BWT and forgetting follow their definitions: they divide by k - 1, and the maximum is over earlier rows only."""
     matrix = filled()
     assert matrix.matrix() == [[0.9, None, None], [0.6, 0.8, None], [0.5, 0.7, 1.0]]
     assert matrix.average_accuracy == pytest.approx((0.5 + 0.7 + 1.0) / 3)
@@ -62,8 +62,8 @@ def test_figures_by_hand() -> None:
     ]  # 0.95 was measured while the second ran
 
 
-def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
-    """While a fourth task runs, what is known now counts, and the third task can be forgotten too."""
+def test_metrics_use_the_latest_evaluation_as_the_last_row() -> None:
+    """While a fourth task runs, the third task can be forgotten, too."""
     matrix = filled()
     matrix.record({0: (0.4, 0.1), 1: (0.7, 0.1), 2: (0.8, 0.1), 3: (0.3, 0.1)}, 35, 350, after=None)
     assert matrix.average_accuracy == pytest.approx((0.4 + 0.7 + 0.8 + 0.3) / 4)
@@ -73,7 +73,7 @@ def test_live_figures_take_the_newest_evaluation_as_the_last_row() -> None:
 
 
 def test_best_accuracy_and_forgetting_agree() -> None:
-    """Whatever was measured, what is forgotten is the best less what is known now; an open task has neither figure yet."""
+    """Forgetting is the best accuracy minus the latest; a running task has neither."""
     draw = random.Random(0)
     for _ in range(200):
         matrix = AccuracyMatrix()
@@ -94,8 +94,8 @@ def test_best_accuracy_and_forgetting_agree() -> None:
                         assert best - matrix.latest_accuracy[task] == pytest.approx(max(forgotten, 0))
 
 
-def test_a_look_leaves_no_trace_in_the_state() -> None:
-    """What the clock had evaluated is shown, and what is saved is as if it had not been."""
+def test_a_live_evaluation_does_not_change_the_state() -> None:
+    """An evaluation that the clock triggered is shown, and is not saved."""
     matrix, other = filled(), filled()
     matrix.record_live({0: (0.1, 0.1), 1: (0.1, 0.1), 2: (0.1, 0.1)})
     assert matrix.average_accuracy == pytest.approx(0.1)
@@ -107,8 +107,8 @@ def test_a_look_leaves_no_trace_in_the_state() -> None:
     assert (matrix.state_dict(), matrix.metrics()) == (other.state_dict(), other.metrics())
 
 
-def test_figures_between_the_ends_of_tasks() -> None:
-    """min-ACC, WC-ACC and WF look at every evaluation; the one at a task's own end is not after it."""
+def test_metrics_between_the_ends_of_tasks() -> None:
+    """min-ACC, WC-ACC and WF use every evaluation; the one at a task's own end is not after the task."""
     matrix = filled()
     assert matrix.learning_accuracy == pytest.approx((0.9 + 0.8 + 1.0) / 3)
     assert matrix.worst_forgetting == pytest.approx(0.4)
@@ -122,16 +122,16 @@ def test_figures_between_the_ends_of_tasks() -> None:
     assert matrix.windowed_forgetting == pytest.approx((0.75 + 0.1 + 0.1 + 0.0) / 4)
 
 
-def test_a_drop_within_a_window_is_one_of_few_evaluations() -> None:
-    """What is lost little by little is no drop: only the newest evaluations are compared."""
+def test_a_drop_is_measured_within_a_window_of_evaluations() -> None:
+    """A slow decline is not a drop: only the latest evaluations are compared."""
     matrix = AccuracyMatrix()
     for number in range(41):
         matrix.record({0: (1 - number / 100, 0.1)}, number, number, after=None)
     assert matrix.windowed_forgetting == pytest.approx((WINDOW - 1) / 100)
 
 
-def test_undefined_is_none() -> None:
-    """Before the first evaluation nothing is known, and one task cannot be forgotten."""
+def test_undefined_metrics_are_none() -> None:
+    """Before the first evaluation all are undefined; with one task, forgetting is."""
     matrix = AccuracyMatrix()
     assert (set(matrix.metrics().values()), matrix.matrix()) == ({None}, [])
     assert (matrix.best_accuracy(0), matrix.forgetting(0)) == (None, None)
@@ -142,14 +142,14 @@ def test_undefined_is_none() -> None:
 
 
 def test_forward_transfer_leaves_the_first_task_out() -> None:
-    """FWT is the mean over later tasks of accuracy before they began less that of the random initialisation."""
+    """FWT is the mean, over later tasks, of the accuracy before the task minus that of the untrained model."""
     matrix = AccuracyMatrix()
     matrix.transfer_inputs = {0: (0.5, 0.5), 1: (0.7, 0.5), 2: (0.4, 0.5)}
     assert matrix.forward_transfer == pytest.approx((0.2 - 0.1) / 2)
 
 
-def test_survives_a_checkpoint() -> None:
-    """One part is JSON, the other a safetensors file, and everything comes back."""
+def test_the_matrix_is_restored_from_a_checkpoint() -> None:
+    """One part is saved as JSON, the other as a safetensors file."""
     matrix = filled()
     copied = round_trip(matrix)
     assert (copied.state_dict(), copied.table()) == (matrix.state_dict(), matrix.table())
@@ -160,7 +160,7 @@ def test_survives_a_checkpoint() -> None:
 
 
 def test_the_table_is_a_safetensors_file() -> None:
-    """Any reader of safetensors sees the rows as a triangle of float32; a task that ended without a row has no cell."""
+    """Any reader of safetensors can read the rows as float32; a task that ended without an evaluation has an empty row."""
     found = state.from_bytes(FILE, filled().table())
     assert found["rows"].dtype == torch.float32
     assert found["rows"].tolist() == pytest.approx([0.9, 0.6, 0.8, 0.5, 0.7, 1.0])
@@ -172,8 +172,8 @@ def test_the_table_is_a_safetensors_file() -> None:
     assert round_trip(matrix).matrix() == matrix.matrix() == [[None, None], [None, 0.5]]
 
 
-def test_a_figure_is_exact_whatever_the_float32_is() -> None:
-    """A cell is a number of right answers over the probe's size, so rounding to float32 loses nothing."""
+def test_accuracies_are_exact_although_they_are_saved_as_float32() -> None:
+    """A cell is an integer number of hits over the probe's size, so it can be restored exactly."""
     matrix, size = AccuracyMatrix(), 997
     for task in range(50):
         results = {j: ((31 * task + j) % (size + 1) / size, 0.1) for j in range(task + 1)}
@@ -184,8 +184,8 @@ def test_a_figure_is_exact_whatever_the_float32_is() -> None:
     assert copied.metrics() == matrix.metrics()
 
 
-def test_forgetting_is_what_the_rows_say() -> None:
-    """In random histories, with tasks that have no probe, the running maxima give what all rows together give."""
+def test_running_maxima_give_the_forgetting_of_all_rows() -> None:
+    """Holds for random histories and with tasks that have no probe."""
     chance = random.Random(0)
     for _ in range(100):
         rows: dict[int, dict[int, float]] = {}
@@ -203,8 +203,8 @@ def test_forgetting_is_what_the_rows_say() -> None:
             rows[task] = now
 
 
-def test_an_evaluation_costs_what_there_are_tasks() -> None:
-    """Four times as many tasks cost about four times as much: not sixteen, as with a look at every row of every task."""
+def test_the_cost_of_an_evaluation_is_linear_in_the_tasks() -> None:
+    """Four times as many tasks cost about four times as much, not sixteen times as if every row were read."""
     costs = []
     for tasks in (50, 200):
         matrix = AccuracyMatrix()
@@ -222,8 +222,8 @@ def test_an_evaluation_costs_what_there_are_tasks() -> None:
     assert costs[1] < 6 * costs[0]
 
 
-def test_figures_between_the_ends_of_tasks_come_from_the_history_of_earlier_versions() -> None:
-    """A state that has none of them is read as if it had been followed from the beginning."""
+def test_metrics_between_the_ends_of_tasks_are_computed_from_an_older_history() -> None:
+    """An older state without these numbers gives the same metrics."""
     matrix, copied = filled(), AccuracyMatrix()
     matrix.record({0: (0.2, 0.1), 1: (0.9, 0.1), 2: (0.9, 0.1)}, 35, 350, after=None)
     tree = as_trees(matrix)
@@ -234,7 +234,7 @@ def test_figures_between_the_ends_of_tasks_come_from_the_history_of_earlier_vers
 
 
 def test_history_is_thinned_but_keeps_its_ends() -> None:
-    """However long the stream, the curve stays small, begins at its beginning and ends at its end."""
+    """For a stream of any length the curve stays small, and keeps its first and last evaluation."""
     matrix = AccuracyMatrix()
     for batch in range(3 * HISTORY):
         matrix.record({0: (0.5, 0.1)}, batch, batch, after=None)

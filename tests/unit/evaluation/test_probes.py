@@ -1,4 +1,4 @@
-"""Probes: bounded, seeded, sealed."""
+"""Probes are bounded, seeded, and sealed at the end of the task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Constant:
-    """Evaluates everything to the number of samples that it sees."""
+    """An evaluator whose accuracy is the number of samples in a probe."""
 
     def evaluate_all(self, probes: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> list[tuple[float, float]]:
         return [(float(len(y)), 0.0) for _, y, _ in probes]
@@ -34,8 +34,8 @@ def held(task: int, start: int, count: int) -> HeldOut:
     return HeldOut(task, x, np.zeros(count, np.int64))
 
 
-def test_an_open_probe_counts_from_a_minimum_on() -> None:
-    """A few samples of the open task say nothing yet; a sealed probe always counts."""
+def test_an_open_probe_is_evaluated_from_a_minimum_size_on() -> None:
+    """A few samples of the running task are not enough; a sealed probe is always evaluated."""
     probes = Probes(100, 1 << 20, 0)
     probes.add([held(0, 0, 3)])
     assert probes.evaluate(Constant(), 4) == {}
@@ -45,8 +45,8 @@ def test_an_open_probe_counts_from_a_minimum_on() -> None:
     assert probes.evaluate(Constant(), 99) == {0: (4.0, 0.0)}
 
 
-def test_a_sealed_probe_takes_no_more() -> None:
-    """Late samples cannot move a figure that was already published."""
+def test_a_sealed_probe_ignores_further_samples() -> None:
+    """Late samples cannot change a metric that was already published."""
     probes = Probes(100, 1 << 20, 0)
     probes.add([held(0, 0, 3)])
     probes.seal(0)
@@ -54,8 +54,8 @@ def test_a_sealed_probe_takes_no_more() -> None:
     assert probes.sizes == {0: 3}
 
 
-def test_a_full_probe_is_a_uniform_sample_and_the_same_after_a_restart() -> None:
-    """Past its bound a seeded reservoir decides, and saving in the middle changes nothing."""
+def test_a_restored_probe_chooses_the_same_samples() -> None:
+    """A seeded reservoir chooses among too many samples, and saving in between changes nothing."""
     one, other = Probes(50, 1 << 20, 7), Probes(50, 1 << 20, 7)
     one.add([held(0, 0, 400)])
     other.add([held(0, 0, 100)])
@@ -71,8 +71,8 @@ def test_a_full_probe_is_a_uniform_sample_and_the_same_after_a_restart() -> None
     assert 120 < float(a[0].mean()) < 280
 
 
-def test_small_probes_share_the_passes_through_the_network(tmp_path: Path) -> None:
-    """A hundred probes of ten samples are two passes; where samples of a batch depend on each other, each is its own."""
+def test_small_probes_share_forward_passes(tmp_path: Path) -> None:
+    """100 probes of 10 samples need two passes; if the samples of a batch depend on each other, each probe needs its own."""
     path = tmp_path / "job.yaml"
     tree = {
         "device": "cpu",
@@ -94,10 +94,10 @@ def test_small_probes_share_the_passes_through_the_network(tmp_path: Path) -> No
 
 
 def plain(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
-    """Build a model whose samples do not know of each other."""
+    """Build a model whose outputs do not depend on the batch."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_outputs))
 
 
 def mixing(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
-    """Build a model that normalises by its batch, in evaluation mode too."""
+    """Build a model that normalises by batch statistics, in evaluation mode, too."""
     return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), plain(input_shape, num_outputs))
