@@ -1,4 +1,4 @@
-"""The configuration's file: YAML into `Config`, every error at once, each with its line, key, value and what is accepted."""
+"""The configuration file: YAML becomes a `Config`; all errors are reported at once, each with its line, key and value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from streamlearn.config import REDACTED, Config, expected, model_at
+from streamlearn.config import REDACTED, Config, describe_accepted, section_at
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
@@ -18,22 +18,33 @@ if TYPE_CHECKING:
 
     from streamlearn.config import RecipeSchema
 
-MAX_ALIASED = 100_000  # values that aliases stand for
-MAX_SHOWN = 500  # letters of a value that an error shows
+MAX_ALIASED = 100_000  # values that aliases may repeat
+MAX_SHOWN = 500  # characters of a value that an error message prints
 ENV_PREFIX = "STREAMLEARN__"
-NEARLY = "STREAMLEARN_"
-SECRET_WORDS = ("pass", "secret", "token", "key")  # a key with one of these may be a mistyped password's
-SHOWN_OF_SASL = {"mechanism", "username", "client_id", "scope"}  # an address may hold credentials
-SHORT = {"model": "name", "scenario": "kind", "encoder": "name"}  # sections that may be a word, and what it is
-INNER = ("list[", "union[", "function-", "constrained-", "literal[")  # pydantic's names for what is no key
-HINT = "; to YAML 1.1 yes, no, on and off are true and false: quote them"
+MISTYPED_PREFIX = "STREAMLEARN_"
+SECRET_WORDS = ("pass", "secret", "token", "key")  # a key that contains one of these may be a mistyped key of a secret
+PUBLIC_SASL_KEYS = {"mechanism", "username", "client_id", "scope"}  # not token_url: a URL may contain credentials
+SHORT_FORMS = {
+    "model": "name",
+    "scenario": "kind",
+    "encoder": "name",
+}  # a section that may be one word, and that word's key
+INNER = (
+    "list[",
+    "union[",
+    "function-",
+    "constrained-",
+    "literal[",
+)  # in pydantic's locations: types, which are no keys
+HINT = "; in YAML 1.1 yes, no, on and off mean true and false: write them in quotes"
 SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
 
 
 def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, str]) -> Config:
-    """Return the configuration in a YAML file, with environment overrides (`STREAMLEARN__KAFKA__...`) laid over it.
+    """Return the configuration from a YAML file; variables such as `STREAMLEARN__KAFKA__GROUP_ID` in `environ` override keys.
 
-    Raises `StreamlearnError` (78) whose message has a line for every error, with key, value and what is accepted.
+    Raises `StreamlearnError` (78) with a line for every error: its key, its value and what is accepted; (77) if reading the
+    file is not permitted.
     """
     try:
         content = path.read_bytes()
@@ -42,25 +53,25 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
         raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=code) from error
     tree, lines, problems = _parse(path, content)
     problems += [
-        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; use {_instead(key)}"
+        f"{path}: {'.'.join(key)}: a secret is not accepted in the file; set {_secret_sources(key)}"
         for key in SECRETS
         if _get(tree, key) is not None
     ]
-    places, wrong = _overlay({} if tree is None else tree, environ)
-    problems += wrong
+    variables, invalid = _apply_environment({} if tree is None else tree, environ)
+    problems += invalid
     if tree is None:
         raise StreamlearnError("\n".join(problems), code=78)
     try:
         config = Config.model_validate(tree, context={"recipes": recipes})
     except ValidationError as error:
-        problems += [_describe(path, details, lines, places) for details in error.errors()]
+        problems += [_describe(path, details, lines, variables) for details in error.errors()]
     if problems:
         raise StreamlearnError("\n".join(problems), code=78)
     return config
 
 
 def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
-    """Return the JSON Schema of the file, recipes and their parameters included, for editors."""
+    """Return the JSON Schema of the file for editors, with all recipes and their parameters."""
     tree = Config.model_json_schema()
     names = sorted(recipes)
     tree["properties"]["strategy"] = {
@@ -83,7 +94,7 @@ def schema(recipes: Mapping[str, RecipeSchema]) -> dict[str, Any]:
     kafka = tree["$defs"]["KafkaConfig"]["properties"]
     servers = kafka["bootstrap_servers"]
     kafka["bootstrap_servers"] = {"description": servers["description"], "anyOf": [servers, {"type": "string"}]}
-    for section in (tree, *tree["$defs"].values()):  # a key whose value is a section means what the section does
+    for section in (tree, *tree["$defs"].values()):  # a key without a description gets the one of its section
         for value in section["properties"].values():
             if "description" not in value and (name := next(_references(value), None)) is not None:
                 value["description"] = tree["$defs"][name]["description"]
@@ -96,7 +107,7 @@ def _recipe_schema(recipe: RecipeSchema) -> dict[str, Any]:
 
 
 def _references(value: dict[str, Any]) -> Iterator[str]:
-    """Give the names of the sections that a key's value may be."""
+    """Yield the names of the sections that the value of a key may be."""
     if "$ref" in value:
         yield value["$ref"].removeprefix("#/$defs/")
     for part in value.get("anyOf", ()):
@@ -104,77 +115,77 @@ def _references(value: dict[str, Any]) -> Iterator[str]:
 
 
 def dump(tree: Mapping[str, Any]) -> str:
-    """Return a tree of values as YAML."""
+    """Return values as YAML text."""
     return yaml.safe_dump(dict(tree), sort_keys=False)
 
 
 def _parse(path: Path, content: bytes) -> tuple[dict[str, Any] | None, dict[tuple[str, ...], int], list[str]]:
-    """Return the file's tree, None where there is none, the line of each key, and what is wrong with the text itself."""
+    """Return the values (None if the text is unusable), the line of each key, and error messages about the text itself."""
     try:
-        node, tree = _values(content)
-    except (yaml.YAMLError, ValueError) as error:  # a date that no calendar has is the second
+        node, tree = _read_yaml(content)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = path if mark is None else f"{path}:{mark.line + 1}"
         return None, {}, [f"{where}: not YAML: {_one_line(error)}"]
     if not isinstance(tree, dict):
         return None, {}, [f"{path}: expected keys and values, got {type(tree).__name__}"]
-    twice = [f"{path}:{line}: {'.'.join(key)}: is here twice; a key is accepted once" for key, line in _repeated(node)]
-    return tree, _line_numbers(node), twice
+    repeated = [f"{path}:{line}: {'.'.join(key)}: is set twice; set it once" for key, line in _repeated_keys(node)]
+    return tree, _line_numbers(node), repeated
 
 
-def _values(content: bytes | str) -> tuple[yaml.Node | None, Any]:
-    """Return a text's nodes and values; raises `yaml.YAMLError` or `ValueError`.
+def _read_yaml(content: bytes | str) -> tuple[yaml.Node | None, Any]:
+    """Return the nodes and the values of a YAML text; raises `yaml.YAMLError` or `ValueError`.
 
-    An alias stands for all that its anchor holds, so a few lines can stand for more values than memory has, and an alias
-    inside its own anchor for infinitely many. Both are refused before anything walks over them.
+    An alias repeats everything in its anchor, so a few lines can mean more values than fit into memory, and an alias inside
+    its own anchor means infinitely many. Both are refused before any code visits the values.
     """
     try:
         node = yaml.compose(content, Loader=yaml.SafeLoader)
         counted: dict[int, int | None] = {}
-        if node is not None and _count(node, counted) - len(counted) > MAX_ALIASED:
-            problem = f"its aliases stand for more than {MAX_ALIASED} values; write out what is meant"
+        if node is not None and _count_values(node, counted) - len(counted) > MAX_ALIASED:
+            problem = f"its aliases repeat more than {MAX_ALIASED} values; write the values without aliases"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node, yaml.safe_load(content)
     except RecursionError:
         raise yaml.YAMLError("lists and sections are nested too deeply") from None
 
 
-def _count(node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """Return the number of values that a node stands for, its aliases written out."""
+def _count_values(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Return the number of values in a node, aliases expanded. `counted`: the nodes already counted, None while in progress."""
     if id(node) in counted:
         if (known := counted[id(node)]) is None:
-            raise yaml.MarkedYAMLError(problem="an alias stands inside its own anchor", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="an alias is inside its own anchor", problem_mark=node.start_mark)
         return known
-    counted[id(node)] = None  # as long as it is being counted
+    counted[id(node)] = None
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         children = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    counted[id(node)] = total = 1 + sum(_count(child, counted) for child in children)
+    counted[id(node)] = total = 1 + sum(_count_values(child, counted) for child in children)
     return total
 
 
 def _describe(
-    path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int], places: Mapping[tuple[str, ...], str]
+    path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int], variables: Mapping[tuple[str, ...], str]
 ) -> str:
-    """Return the line for an error; `places` says which environment variables have set a key."""
+    """Return the message for a validation error. `variables`: the environment variable that set each overridden key."""
     key = tuple(str(part) for part in details["loc"] if not str(part).startswith(INNER))
     if key[-1:] in {("int",), ("str",)}:
         key = key[:-1]
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
     where = f"{path}:{line}" if line is not None else str(path)
-    where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), where)
+    where = next((variables[key[:n]] for n in range(len(key), 0, -1) if key[:n] in variables), where)
     value = (
         ""
         if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
-        else f" is {_show(key, details['input'])};"
+        else f" is {_shown(key, details['input'])};"
     )
     hint = HINT if isinstance(details["input"], bool) and key[:1] == ("classes",) else ""
-    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {expected(details, model_at(Config, key[:-1]))}{hint}"
+    return f"{where}: {'.'.join(key) or '(top level)'}:{value} {describe_accepted(details, section_at(Config, key[:-1]))}{hint}"
 
 
-def _show(key: Sequence[str], value: Any) -> str:
+def _shown(key: Sequence[str], value: Any) -> str:
     if _is_secret(key):
         return REDACTED
     shown = repr(value)
@@ -182,9 +193,9 @@ def _show(key: Sequence[str], value: Any) -> str:
 
 
 def _is_secret(key: Sequence[str]) -> bool:
-    """Tell whether a value may be a secret, by a key that may be mistyped."""
+    """Return whether a value may be a secret. The key may be mistyped, so a similar key counts too."""
     if "sasl" in key:
-        return key[-1] not in SHOWN_OF_SASL
+        return key[-1] not in PUBLIC_SASL_KEYS
     return any(word in part.lower() for part in key for word in SECRET_WORDS)
 
 
@@ -192,37 +203,39 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-def _overlay(tree: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[tuple[str, ...], str], list[str]]:
-    """Lay the environment's values over a tree; return which key each has set, and what is wrong with the others."""
-    places, problems = {}, []
+def _apply_environment(
+    tree: dict[str, Any], environ: Mapping[str, str]
+) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Set the environment's values in `tree`. Return the variable that set each key, and error messages about the others."""
+    variables, problems = {}, []
     for name, text in sorted(environ.items()):
-        section, _, below = name.removeprefix(NEARLY).lower().partition("__")
-        if name.startswith(NEARLY) and below and section in Config.model_fields:
-            problems.append(f"{name}: no key of the configuration; one begins with {ENV_PREFIX}")
+        section, _, below = name.removeprefix(MISTYPED_PREFIX).lower().partition("__")
+        if name.startswith(MISTYPED_PREFIX) and below and section in Config.model_fields:
+            problems.append(f"{name}: sets no key; a variable that sets a key begins with {ENV_PREFIX}")
         if not name.startswith(ENV_PREFIX):
             continue
         *parents, last = name.removeprefix(ENV_PREFIX).lower().split("__")
         node = tree
         for part in parents:
             if not isinstance(node.get(part), dict):
-                node[part] = _written_out(part, node.get(part))
+                node[part] = _expand_short_form(part, node.get(part))
             node = node[part]
-        places[*parents, last] = name
-        try:  # a secret is text whatever it looks like
-            node[last] = text if "password" in last or "secret" in last else _values(text)[1]
+        variables[*parents, last] = name
+        try:  # a secret is text, even if it looks like a number
+            node[last] = text if "password" in last or "secret" in last else _read_yaml(text)[1]
         except (yaml.YAMLError, ValueError) as error:
-            problems.append(f"{name}: is {_show((*parents, last), text)}; not YAML: {_one_line(error)}")
-    return places, problems
+            problems.append(f"{name}: is {_shown((*parents, last), text)}; not YAML: {_one_line(error)}")
+    return variables, problems
 
 
-def _written_out(key: str, value: Any) -> dict[str, Any]:
-    """Return what a section's short form stands for, so that a key below it is laid over that; else an empty section."""
+def _expand_short_form(key: str, value: Any) -> dict[str, Any]:
+    """Return the section that a short form means, so that a variable can set one key in it; otherwise an empty section."""
     if key == "strategy" and isinstance(value, (str, list)):
         return {str(name): {} for name in ([value] if isinstance(value, str) else value)}
-    return {SHORT[key]: value} if key in SHORT and isinstance(value, str) else {}
+    return {SHORT_FORMS[key]: value} if key in SHORT_FORMS and isinstance(value, str) else {}
 
 
-def _instead(key: tuple[str, ...]) -> str:
+def _secret_sources(key: tuple[str, ...]) -> str:
     name = ENV_PREFIX + "__".join(key).upper()
     return f"{name} in the environment" + ("" if key[-1].startswith("ssl") else f", or {key[-1]}_file")
 
@@ -237,16 +250,16 @@ def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tup
     return lines
 
 
-def _repeated(node: yaml.Node | None, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Give each key that its section has already, and the line where it comes again: YAML keeps the last one."""
+def _repeated_keys(node: yaml.Node | None, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield each key that its section already has, and the line where it is repeated; PyYAML would use the last one."""
     if isinstance(node, yaml.MappingNode):
-        met = set()
+        seen = set()
         for name, value in node.value:
-            one, below = (name.tag, str(name.value)), (*key, str(name.value))
-            if one in met:
+            identity, below = (name.tag, str(name.value)), (*key, str(name.value))
+            if identity in seen:
                 yield below, name.start_mark.line + 1
-            met.add(one)
-            yield from _repeated(value, below)
+            seen.add(identity)
+            yield from _repeated_keys(value, below)
 
 
 def _get(tree: Any, key: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""`streamlearn config`: check a file, show what is in force, give editors the schema."""
+"""`streamlearn config`: check a configuration file, print the effective values, print the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import typer
 
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
 
-app = typer.Typer(help="Check a configuration, show the values in force, or the JSON Schema.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check a configuration file, print the effective values, or print the JSON Schema.", no_args_is_help=True
+)
 
 
 @app.command()
 def check(config: ConfigArgument) -> None:
-    """Print every error with its key, value and what is accepted; 78 where there is one."""
-    if (absent := load_config(config, warn=True).unreadable_secret()) is not None:
-        print_error(f"warning: {absent}")
-    print_line(f"{config}: fine")
+    """Check a file: print each error with its key, its value and what is accepted. The exit code is 78 if there is an error."""
+    if (problem := load_config(config, warn=True).unreadable_secret()) is not None:
+        print_error(f"warning: {problem}")
+    print_line(f"{config}: valid")
 
 
 @app.command()
 def show(config: ConfigArgument, json_: JsonOption = False) -> None:
-    """Print the values in force, secrets redacted."""
+    """Print the effective values: those of the file, the environment and the defaults. Secrets are redacted."""
     tree = load_config(config).effective()
     if json_:
         print_json(tree)
@@ -32,7 +34,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of the file."""
+    """Print the JSON Schema of the file, for completion in editors."""
     from streamlearn.configfile import schema as make_schema
     from streamlearn.strategies.recipes import RECIPES
 

@@ -1,4 +1,4 @@
-"""Configuration: every error at once, overrides, secrets, and the files that ship."""
+"""The configuration: all errors at once, environment overrides, secrets, and the files in configs/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"to
 BOMB = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
     b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 12)
 )
-TWO = {**MINIMAL, "stream": {"topics": ["a", "b"]}}  # so that the first task ends
+TWO = {**MINIMAL, "stream": {"topics": ["a", "b"]}}  # a second topic, so that the first task ends
 
 
 def written(tmp_path: Path, tree: Any, **environ: str) -> Config:
@@ -35,18 +35,18 @@ def written(tmp_path: Path, tree: Any, **environ: str) -> Config:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_files_are_valid(path: Path) -> None:
-    """Every file under configs/ loads."""
+def test_files_in_configs_are_valid(path: Path) -> None:
+    """Every file in configs/ is valid."""
     assert load(path, RECIPES, {}).name
 
 
 def test_every_recipe_has_a_file() -> None:
-    """A strategy that ships has a configuration that shows it."""
+    """Each recipe has an example configuration in configs/."""
     assert {name for name in RECIPES if not (ROOT / "configs" / f"{name}.yaml").exists()} == set()
 
 
-def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
-    """Each error names file, line, key, value and what is accepted."""
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
+    """Each error message names the file, line, key, value and what is accepted."""
     text = "input: {shape: [4], dtyp: uint8}\nclasses: 0\nstream: {topics: [a], batch_size: -1}\n"
     text += "strategy: {foo: {}}\nextra: 1\n"
     with pytest.raises(StreamlearnError) as caught:
@@ -64,15 +64,15 @@ def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
 
 
 def refused(tmp_path: Path, tree: Any, **environ: str) -> list[str]:
-    """Return the lines that refuse a tree, without the directory."""
+    """Return the error messages for an invalid configuration, without the directory."""
     with pytest.raises(StreamlearnError) as caught:
         written(tmp_path, tree, **environ)
     assert caught.value.code == 78
     return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
 
-def test_rules_between_keys_are_told_with_errors_of_keys(tmp_path: Path) -> None:
-    """A wrong key hides no rule that does not read it, and a broken rule no other: in the file as in its sections."""
+def test_violations_of_rules_are_reported_with_invalid_keys(tmp_path: Path) -> None:
+    """An invalid key hides only the rules that read it, and a violated rule hides no other, in every section."""
     text = """
 input: {shape: [4]}
 classes: 3
@@ -86,10 +86,10 @@ strategy: [pnn, gem]
 log: {level: loud}
 """
     lines = refused(tmp_path, text)
-    wrong = [
+    messages = [
         "4: threads: is 0; Input should be greater than or equal to 1",
         "5: scenario: scenario domain needs scenario.tasks",
-        "6: grow_head: is True; grow_head needs classes as a number",
+        "6: grow_head: is True; grow_head needs a number of classes",
         "7: learner.augment: learner.augment needs images",
         "8: stream.batch_size: is -1; Input should be greater than or equal to 1",
         "8: stream.topics: is ['a', 'a']; a topic is listed twice",
@@ -100,28 +100,28 @@ log: {level: loud}
         "10: strategy.gem: learner.optimizer is adam",
         "11: log.level: is 'loud'; Input should be 'debug', 'info', 'warning' or 'error'",
     ]
-    assert [sum(line.startswith(f"job.yaml:{one}") for line in lines) for one in wrong] == [1] * len(wrong), lines
-    assert len(lines) == len(wrong)
+    assert [sum(line.startswith(f"job.yaml:{one}") for line in lines) for one in messages] == [1] * len(messages), lines
+    assert len(lines) == len(messages)
 
 
-def test_a_rule_is_silent_where_a_key_that_it_reads_is_wrong(tmp_path: Path) -> None:
-    """What would follow from a default in place of what was meant is not told."""
+def test_a_rule_is_skipped_if_a_key_that_it_reads_is_invalid(tmp_path: Path) -> None:
+    """It would otherwise judge the default in place of the invalid value."""
     wrong = {"scenario": "domian", "model": {"name": "mlq"}, "input": TEXT["input"], "strategy": "er"}
     lines = refused(tmp_path, {**MINIMAL, **wrong, "grow_head": True, "stream": {}})
     assert [line.split(": ")[1] for line in lines] == ["scenario.kind", "stream", "model.name"]
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    """YAML would take the second without a word; the line of the second is told, in sections too."""
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    """PyYAML would silently use the second one. The message names its line, in sections too."""
     text = "input: {shape: [4]}\nclasses: 3\nstream:\n  topics: [a]\n  topics: [b]\nclasses: 4\n"
     assert refused(tmp_path, text) == [
-        "job.yaml:5: stream.topics: is here twice; a key is accepted once",
-        "job.yaml:6: classes: is here twice; a key is accepted once",
+        "job.yaml:5: stream.topics: is set twice; set it once",
+        "job.yaml:6: classes: is set twice; set it once",
     ]
 
 
-def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
-    """One line names the variable, beside all other errors."""
+def test_an_override_that_is_not_yaml_is_reported(tmp_path: Path) -> None:
+    """The message names the variable; all other errors are reported too."""
     lines = refused(tmp_path, {**MINIMAL, "threads": 0}, STREAMLEARN__NAME="[", STREAMLEARN__SEED="2020-13-45")
     assert lines == [
         "STREAMLEARN__NAME: is '['; not YAML: expected the node content, but found '<stream end>'",
@@ -135,17 +135,17 @@ def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     [
         (b"name: \xff\xfe\n", "job.yaml: not YAML: unacceptable character #x00ff: invalid start byte"),
         (b"a: [1\nb: 2\n", "job.yaml:2: not YAML: expected ',' or ']', but got ':'"),
-        (BOMB, "job.yaml:1: not YAML: its aliases stand for more than 100000 values; write out what is meant"),
-        (b"a: &a [*a]\n", "job.yaml:1: not YAML: an alias stands inside its own anchor"),
-        (b"b: 1\na: &a {c: {<<: *a}}\n", "job.yaml:2: not YAML: an alias stands inside its own anchor"),
+        (BOMB, "job.yaml:1: not YAML: its aliases repeat more than 100000 values; write the values without aliases"),
+        (b"a: &a [*a]\n", "job.yaml:1: not YAML: an alias is inside its own anchor"),
+        (b"b: 1\na: &a {c: {<<: *a}}\n", "job.yaml:2: not YAML: an alias is inside its own anchor"),
         (b"a: " + b"[" * 5000, "job.yaml: not YAML: lists and sections are nested too deeply"),
         (b"a: 2020-13-45\n", "job.yaml: not YAML: month must be in 1..12"),
         (b"- a\n", "job.yaml: expected keys and values, got list"),
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_a_file_that_is_not_yaml_is_one_line(tmp_path: Path, content: bytes, line: str) -> None:
-    """The environment's errors are told with it."""
+def test_a_file_that_is_not_yaml_gives_one_message(tmp_path: Path, content: bytes, line: str) -> None:
+    """One message; errors in the environment are reported too."""
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
     with pytest.raises(StreamlearnError) as caught:
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path: Path, content: bytes, lin
 NUMBERS: list[tuple[dict[str, Any], str]] = [
     ({"input": {"shape": [80_000_000_000, 8]}}, "input.shape.0: is 80000000000; Input should be less than"),
     ({"input": {"shape": [1 << 20, 1 << 20]}}, "input.shape: is [1048576, 1048576]; a sample may have 268435456"),
-    ({"classes": 10**12}, "classes: is 1000000000000; a number of classes must be at least 1, and 1000000 at most"),
+    ({"classes": 10**12}, "classes: is 1000000000000; a number of classes must be between 1 and 1000000"),
     ({"threads": 10**10}, "threads: is 10000000000; Input should be less than or equal to 1024"),
     ({"seed": 1 << 63}, "seed: is 9223372036854775808; Input should be less than or equal to 9007199254740992"),
     ({"shutdown_grace": float("inf")}, "shutdown_grace: is inf; Input should be less than or equal to"),
@@ -171,14 +171,14 @@ NUMBERS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("over", "line"), NUMBERS)
-def test_numbers_are_bounded_and_no_booleans(tmp_path: Path, over: dict[str, Any], line: str) -> None:
-    """What no machine can bear is refused before it is tried, and yes is not 1."""
+def test_numbers_have_limits_and_are_no_booleans(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """A number too large for every machine is refused, and `yes` does not mean 1."""
     assert any(line in one for one in refused(tmp_path, {**MINIMAL, **over}))
 
 
 @pytest.mark.parametrize("name", ["", "a b", "x/y", "a" * 300, "..", "ä", "a\n"])
-def test_topics_are_named_as_kafka_accepts(tmp_path: Path, name: str) -> None:
-    """A name that no broker takes would be waited for without end."""
+def test_topic_names_are_those_that_kafka_accepts(tmp_path: Path, name: str) -> None:
+    """The daemon would otherwise wait for ever for a topic that cannot exist."""
     assert "1 to 249 letters" in refused(tmp_path, {**MINIMAL, "stream": {"topics": [name]}})[0]
     letters = {"topics": ["a"], "dead_letter": {"topic": name}}
     assert "1 to 249 letters" in refused(tmp_path, {**MINIMAL, "stream": letters})[0]
@@ -186,50 +186,50 @@ def test_topics_are_named_as_kafka_accepts(tmp_path: Path, name: str) -> None:
 
 APART = {"topics": ["a", "b.dlq"], "dead_letter": {"topic": "a"}}
 TASKS: list[tuple[dict[str, Any], str]] = [
-    ({"scenario": {"kind": "domain", "tasks": {"b": [1]}}}, "has none for topic a"),
+    ({"scenario": {"kind": "domain", "tasks": {"b": [1]}}}, "there are none for topic a"),
     ({"scenario": {"kind": "domain", "tasks": {"a": [1], "b": [1]}}}, "b: not in stream.topics; accepted: a"),
     ({"scenario": {"kind": "task", "tasks": {"b": [1]}}}, "b: not in stream.topics; accepted: a"),
-    ({"stream": APART}, "stream.dead_letter.topic: is 'a'; dead letters may not go to a task's topic"),
-    ({"stream": {"topics": ["b.dlq"]}, "name": "b"}, "stream.dead_letter.topic: dead letters may not go to"),
+    ({"stream": APART}, "stream.dead_letter.topic: is 'a'; the dead-letter topic cannot be a task, but a is in"),
+    ({"stream": {"topics": ["b.dlq"]}, "name": "b"}, "stream.dead_letter.topic: the dead-letter topic cannot be"),
 ]
 
 
 @pytest.mark.parametrize(("over", "line"), TASKS)
 def test_topics_and_tasks_agree(tmp_path: Path, over: dict[str, Any], line: str) -> None:
-    """Each topic's classes are known where they must be, no task is a stranger, and dead letters are apart."""
+    """Scenario domain has classes for every topic, each declared task is a topic, and no task is the dead-letter topic."""
     assert any(line in one for one in refused(tmp_path, {**MINIMAL, **over}))
 
 
-def test_a_domain_needs_its_classes_once(tmp_path: Path) -> None:
-    """A list that all topics share will do, of listed topics and of those that a pattern will find."""
+def test_scenario_domain_accepts_one_list_of_classes(tmp_path: Path) -> None:
+    """All topics share the list, whether they are listed or found by a pattern."""
     for stream in ({"topics": ["a", "b"]}, {"pattern": ".*"}):
         tree = {**MINIMAL, "classes": ["no", "yes"], "scenario": "domain", "stream": stream}
         assert written(tmp_path, tree).scenario.tasks == {}
-    told = refused(tmp_path, {**MINIMAL, "classes": 2, "scenario": "domain"})
-    assert any("or classes as a list that all topics share" in line for line in told)
+    lines = refused(tmp_path, {**MINIMAL, "classes": 2, "scenario": "domain"})
+    assert any("or set classes to a list that all topics share" in line for line in lines)
 
 
-def test_labels_that_look_alike_are_told(tmp_path: Path) -> None:
-    """1 and "1" are two labels: a task that declares the other one is refused, and both together are warned of."""
+def test_labels_that_look_alike_are_reported(tmp_path: Path) -> None:
+    """1 and "1" are two labels: declaring the other one for a task is an error, declaring both gives a warning."""
     tasks = {"scenario": {"kind": "task", "tasks": {"a": ["0", "1"]}}}
-    told = refused(tmp_path, {**MINIMAL, "classes": [0, 1], **tasks})
-    assert any("'0', '1'; a number and text that is written the same are two classes" in line for line in told)
-    warned = written(tmp_path, {**MINIMAL, "classes": [1, 2, "1", "٣"]}).warnings(RECIPES)
-    assert any(line.startswith("classes '1', 1: ") for line in warned)
+    lines = refused(tmp_path, {**MINIMAL, "classes": [0, 1], **tasks})
+    assert any("'0', '1'; a number and a string that look the same are two classes" in line for line in lines)
+    warnings = written(tmp_path, {**MINIMAL, "classes": [1, 2, "1", "٣"]}).warnings(RECIPES)
+    assert any(line.startswith("classes '1', 1: ") for line in warnings)
     assert not any(
         "two classes" in line for line in written(tmp_path, {**MINIMAL, "classes": [3, "٣", "03"]}).warnings(RECIPES)
     )
 
 
-def test_a_class_is_of_256_bytes_at_most(tmp_path: Path) -> None:
-    """What no record may have for a label is no class."""
-    told = refused(tmp_path, {**MINIMAL, "classes": ["é" * 129]})
-    assert any("a label has at most 256 bytes" in line for line in told)
+def test_a_class_has_at_most_256_bytes(tmp_path: Path) -> None:
+    """A longer label would be rejected in every record."""
+    lines = refused(tmp_path, {**MINIMAL, "classes": ["é" * 129]})
+    assert any("a label has at most 256 bytes" in line for line in lines)
     assert written(tmp_path, {**MINIMAL, "classes": ["é" * 128]}).classes == ["é" * 128]
 
 
-def test_what_need_not_agree_is_accepted(tmp_path: Path) -> None:
-    """Some topics of scenario task may have no declaration, and a pattern's topics are found later."""
+def test_tasks_may_stay_undeclared(tmp_path: Path) -> None:
+    """In scenario task some topics may lack a declaration, and the topics of a pattern are found later."""
     some = {"scenario": {"kind": "task", "tasks": {"a": [1]}}, "stream": {"topics": ["a", "b"]}}
     assert written(tmp_path, {**MINIMAL, **some}).stream.topics == ["a", "b"]
     domain = {"scenario": {"kind": "domain", "tasks": {"a": [1]}}, "stream": {"pattern": ".*"}}
@@ -244,17 +244,17 @@ WRONG_ENCODERS: list[tuple[Any, str]] = [
     ),
     (
         {"name": "m:f", "options": {"day": dt.date(2024, 1, 2)}},
-        ".options: expected what JSON can hold: Object of type date is not JSON serializable",
+        ".options: expected values that JSON can represent: Object of type date is not JSON serializable",
     ),
     (
         {"name": "m:f", "options": {"much": float("inf")}},
-        ".options: expected what JSON can hold: Out of range float values are not JSON compliant",
+        ".options: expected values that JSON can represent: Out of range float values are not JSON compliant",
     ),
 ]
 
 
-def test_where_an_encoder_lies_may_change(tmp_path: Path) -> None:
-    """Its options shape no state: what it is, its saved weights know."""
+def test_options_of_an_encoder_may_change(tmp_path: Path) -> None:
+    """They are not among the values that a checkpoint must agree with, because its weights are saved."""
     trees = [{"name": "m:f", "options": {"file": name}} for name in ("a", "b")]
     one, other = (
         written(tmp_path, {**MINIMAL, "strategy": "er", "input": {"shape": [4], "encoder": tree}}).shaping()
@@ -265,40 +265,40 @@ def test_where_an_encoder_lies_may_change(tmp_path: Path) -> None:
 
 
 def test_an_encoder_may_be_a_name(tmp_path: Path) -> None:
-    """Where it has no options, `input.encoder` is the function alone; what it gives is no image, and not bounded."""
+    """`input.encoder` may be the function's name alone. Its features are no images and have no bounds."""
     config = written(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}, "strategy": "er"})
     assert config.effective()["input"]["encoder"] == {"name": "mine:front", "options": {}}
     image = {"shape": [4, 4], "encoder": "mine:front"}
     pixels = {"generative": {"likelihood": "bernoulli"}}
     lines = refused(tmp_path, {**MINIMAL, "input": image, "strategy": pixels, "learner": {"augment": {}}})
     assert sorted(line.split(": ", 1)[1] for line in lines) == [
-        "learner.augment: learner.augment distorts what the model sees, and with input.encoder that is no image",
+        "learner.augment: learner.augment needs images, but with input.encoder the model sees features",
         (
             "strategy.generative: with input.encoder it replays features, which are not in [0, 1]; "
             "accepted: generative: {likelihood: gaussian}"
         ),
     ]
-    for encoder, told in WRONG_ENCODERS:
+    for encoder, message in WRONG_ENCODERS:
         lines = refused(tmp_path, {**MINIMAL, "strategy": "er", "input": {"shape": [4], "encoder": encoder}})
-        assert [line.split("input.encoder", 1)[1][: len(told)] for line in lines] == [told]
+        assert [line.split("input.encoder", 1)[1][: len(message)] for line in lines] == [message]
     lines = refused(tmp_path, {**MINIMAL, "input": {"shape": [4], "encoder": "front"}})
     assert lines[0].endswith("input.encoder.name: is 'front'; expected package.module:function")
 
 
-def test_a_generator_of_features_is_gaussian_by_itself(tmp_path: Path) -> None:
-    """With an encoder every way to name `generative`, the default too, stands for the likelihood that features need."""
+def test_the_likelihood_of_features_is_gaussian_by_default(tmp_path: Path) -> None:
+    """With an encoder, `generative` gets likelihood gaussian in every short form, and also as the default strategy."""
     encoded = {**MINIMAL, "input": {"shape": [4], "encoder": "mine:front"}}
-    said = {"strategy": {"generative": {"likelihood": "gaussian"}, "si": {}}}
+    explicit = {"strategy": {"generative": {"likelihood": "gaussian"}, "si": {}}}
     shapings = [
         written(tmp_path, {**encoded, **over}).shaping()
-        for over in (said, {}, {"strategy": ["generative", "si"]}, {"strategy": {"generative": None, "si": None}})
+        for over in (explicit, {}, {"strategy": ["generative", "si"]}, {"strategy": {"generative": None, "si": None}})
     ]
     assert shapings[1:] == shapings[:1] * 3
     assert shapings[0]["strategy.generative.likelihood"] == "gaussian"
     assert written(tmp_path, MINIMAL).strategy["generative"]["likelihood"] == "bernoulli"
 
 
-REFUSED = [
+REFUSED_STRATEGIES = [
     ("naive + er", {"strategy": ["naive", "er"]}, "strategy.naive: cannot be combined with er: it is the lower bound"),
     (
         "joint + ewc",
@@ -363,7 +363,7 @@ REFUSED = [
 ]
 
 
-NOWHERE: list[tuple[dict[str, Any], str]] = [
+UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"model": {"hidden": [0]}}, "job.yaml:6: model.hidden.0: is 0; Input should be greater than or equal to 1"),
     ({"model": ":f"}, "job.yaml:5: model.name: is ':f'; accepted: mlp, resnet, memnet, package.module:function"),
     ({"state_dir": ""}, "job.yaml:5: state_dir: is ''; expected a directory"),
@@ -380,9 +380,9 @@ NOWHERE: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("over", "line"), NOWHERE)
-def test_values_that_lead_nowhere_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
-    """What would be ignored, or fail only when it runs, is told by its key."""
+@pytest.mark.parametrize(("over", "line"), UNUSABLE)
+def test_unusable_values_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """Values that would be ignored, or would fail only while running, are reported with their key."""
     lines = refused(tmp_path, {**MINIMAL, **over})
     assert [one for one in lines if one.startswith(line)], lines
     assert "constrained" not in " ".join(lines)
@@ -393,13 +393,13 @@ def test_values_that_lead_nowhere_are_refused(tmp_path: Path, over: dict[str, An
     [
         (
             {"name": "nets:make", "width": 4},
-            "model.width is ignored: model nets:make has no such parameter; it has options",
+            "model.width is ignored: model nets:make does not use it; it uses options",
         ),
-        ({"options": {"a": 1}}, "model.options is ignored: model mlp has no such parameter; it has hidden"),
+        ({"options": {"a": 1}}, "model.options is ignored: model mlp does not use it; it uses hidden"),
     ],
 )
-def test_parameters_of_another_model_are_warned_of(tmp_path: Path, model: dict[str, Any], line: str) -> None:
-    """They say something and do nothing."""
+def test_parameters_of_another_model_give_a_warning(tmp_path: Path, model: dict[str, Any], line: str) -> None:
+    """They would have no effect."""
     assert written(tmp_path, {**TWO, "model": model}).warnings(RECIPES) == [line]
 
 
@@ -407,13 +407,13 @@ SERVERS = ["a", "a:1,b:2", ["a:1 ", " b"], "[::1]:9092", "::1", "[fe80::1%eth0]:
 
 
 @pytest.mark.parametrize("servers", SERVERS)
-def test_servers_are_taken_as_the_client_takes_them(tmp_path: Path, servers: Any) -> None:
-    """With a port or without, addresses of either kind, and as a listener's setting has them."""
+def test_every_form_of_a_server_address_is_accepted(tmp_path: Path, servers: Any) -> None:
+    """With or without a port, IPv4 and IPv6, and with the protocol in front, as in a broker's listener setting."""
     assert written(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": servers}}).kafka is not None
 
 
 def test_a_strength_may_have_an_exponent(tmp_path: Path) -> None:
-    """To YAML 1e4 is a string."""
+    """1e4 is a number, although it is a string in YAML 1.1."""
     text = "input: {shape: [4]}\nstream: {topics: [a, b]}\nclasses: 3\nstrategy: {ewc: {strength: 1e4}}\n"
     path = tmp_path / "job.yaml"
     path.write_text(text)
@@ -421,28 +421,28 @@ def test_a_strength_may_have_an_exponent(tmp_path: Path) -> None:
 
 
 def test_what_yaml_reads_as_a_boolean_is_explained(tmp_path: Path) -> None:
-    """`yes` and `no` are labels to people only."""
+    """Unquoted `yes` and `no` are booleans in YAML, so they cannot be labels."""
     lines = refused(tmp_path, "input: {shape: [4]}\nstream: {topics: [a, b]}\nclasses: [yes, no]\n")
     assert lines[0].startswith("job.yaml:3: classes.0: is True; ")
-    assert lines[0].endswith("; to YAML 1.1 yes, no, on and off are true and false: quote them")
+    assert lines[0].endswith("; in YAML 1.1 yes, no, on and off mean true and false: write them in quotes")
 
 
-def test_a_wrong_override_is_told_by_its_variable(tmp_path: Path) -> None:
-    """The line of the file is right, so it is not named; and a variable that nearly has the prefix is not ignored."""
+def test_an_invalid_override_is_reported_with_its_variable(tmp_path: Path) -> None:
+    """Not with a line of the file, which is valid. A variable with one underscore too few is an error too."""
     others = {"STREAMLEARN_STATE_DIR": "s", "STREAMLEARN_DB__URL": "of another program"}
     environ = {"STREAMLEARN__INPUT__SHAPE": "8,8", "STREAMLEARN_LEARNER__AVERAGE": "0.9", **others}
     lines = refused(tmp_path, MINIMAL, **environ)
     assert lines == [
-        "STREAMLEARN_LEARNER__AVERAGE: no key of the configuration; one begins with STREAMLEARN__",
+        "STREAMLEARN_LEARNER__AVERAGE: sets no key; a variable that sets a key begins with STREAMLEARN__",
         "STREAMLEARN__INPUT__SHAPE: input.shape: is '8,8'; Input should be a valid list",
     ]
 
 
-def test_values_that_a_generator_cannot_make_are_warned_of(tmp_path: Path) -> None:
-    """Integers that are not divided lie outside [0, 1]."""
+def test_values_that_a_generator_cannot_generate_give_a_warning(tmp_path: Path) -> None:
+    """Integers that are not divided are outside [0, 1]."""
     pixels = {**TWO, "input": {"shape": [4], "dtype": "uint8"}}
-    (told,) = written(tmp_path, pixels).warnings(RECIPES)
-    assert told.startswith("input.scale is 1 for dtype uint8: generative replays values from 0 to 1")
+    (warning,) = written(tmp_path, pixels).warnings(RECIPES)
+    assert warning.startswith("input.scale is 1 for dtype uint8, but generative replays values from 0 to 1")
     for fine in (
         {"input": {**pixels["input"], "scale": 255}},
         {"strategy": {"generative": {"likelihood": "gaussian"}}},
@@ -450,9 +450,11 @@ def test_values_that_a_generator_cannot_make_are_warned_of(tmp_path: Path) -> No
         assert written(tmp_path, {**pixels, **fine}).warnings(RECIPES) == []
 
 
-@pytest.mark.parametrize(("over", "line"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
-def test_strategies_that_make_no_sense_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
-    """One line names the key, and says why or what is accepted, before anything is consumed."""
+@pytest.mark.parametrize(
+    ("over", "line"), [case[1:] for case in REFUSED_STRATEGIES], ids=[case[0] for case in REFUSED_STRATEGIES]
+)
+def test_strategies_that_cannot_work_are_refused(tmp_path: Path, over: dict[str, Any], line: str) -> None:
+    """One message names the key and says why, or what is accepted."""
     with pytest.raises(StreamlearnError) as caught:
         written(tmp_path, {**MINIMAL, **over})
     assert [line in one for one in str(caught.value).splitlines()] == [True], caught.value
@@ -468,7 +470,7 @@ TEXT: dict[str, Any] = {
 
 
 def test_input_may_be_text(tmp_path: Path) -> None:
-    """A text's shape follows from its bounds: a row for the question, then one for each sentence."""
+    """The shape of a text: a row for the question, then one for each sentence."""
     config = written(tmp_path, TEXT)
     assert (config.input.shape, config.input.dtype, config.input.scale) == ([4, 5], "int32", 1.0)
     assert written(tmp_path, config.effective()) == config
@@ -491,24 +493,24 @@ INPUTS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "message"), INPUTS)
-def test_errors_of_either_input_are_told(tmp_path: Path, value: Any, message: str) -> None:
-    """Each names its key, its value and what that kind of input accepts."""
+def test_errors_in_either_kind_of_input_are_reported(tmp_path: Path, value: Any, message: str) -> None:
+    """Each message names the key, the value and what this kind of input accepts."""
     with pytest.raises(StreamlearnError, match=message):
         written(tmp_path, {**TEXT, "input": value})
 
 
-MISFITS: list[tuple[dict[str, Any], str]] = [
-    ({"strategy": "generative"}, "strategy generative replays what a VAE of numbers makes"),
-    ({"strategy": ["generative", "si"]}, "cannot make the token ids of a text; er and joint replay stored samples"),
-    ({"model": "mlp"}, "model mlp sees numbers, and input is text; accepted: memnet"),
-    ({"input": {"shape": [4, 5]}}, "model memnet sees text"),
-    ({"stream": {"topics": ["a"], "codec": "batch"}}, r"stream\.codec batch holds numbers"),
+UNFIT_FOR_TEXT: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": "generative"}, "strategy generative cannot replay text, because its VAE generates numbers"),
+    ({"strategy": ["generative", "si"]}, "and not token ids; er and joint replay stored samples"),
+    ({"model": "mlp"}, "model mlp needs numbers, but input is text; accepted: memnet"),
+    ({"input": {"shape": [4, 5]}}, "model memnet needs text"),
+    ({"stream": {"topics": ["a"], "codec": "batch"}}, r"stream\.codec batch contains numbers"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), MISFITS)
+@pytest.mark.parametrize(("change", "message"), UNFIT_FOR_TEXT)
 def test_what_cannot_learn_text_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    """Models, strategies and codecs of numbers do not go with text, and the line says why."""
+    """Models, strategies and codecs that need numbers are refused with the reason."""
     with pytest.raises(StreamlearnError, match=message):
         written(tmp_path, {**TEXT, **change})
 
@@ -520,19 +522,19 @@ def test_two_recipes_for_one_slot_are_refused(tmp_path: Path) -> None:
 
 
 def test_recipe_parameters_are_checked(tmp_path: Path) -> None:
-    """A recipe's signature is its schema."""
+    """A recipe accepts the parameters of its signature and no others."""
     with pytest.raises(StreamlearnError, match=r"strategy\.er\.budgt.*did you mean budget"):
         written(tmp_path, {**MINIMAL, "strategy": {"er": {"budgt": 3}}})
 
 
 def test_environment_overrides(tmp_path: Path) -> None:
-    """Double underscores lead into sections; values are read as YAML."""
+    """Two underscores separate sections from keys; values are read as YAML."""
     config = written(tmp_path, MINIMAL, STREAMLEARN__LEARNER__UPDATES_PER_BATCH="3", STREAMLEARN__SEED="7", OTHER="1")
     assert (config.learner.updates_per_batch, config.seed) == (3, 7)
 
 
-def test_a_password_is_never_in_the_file_nor_shown(tmp_path: Path) -> None:
-    """Secrets come from the environment or a file, and are redacted wherever values are shown."""
+def test_a_password_is_refused_in_the_file_and_never_shown(tmp_path: Path) -> None:
+    """Secrets come from the environment or a file of their own, and are redacted wherever values are printed."""
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": {"username": "me"}}
     tree = {**MINIMAL, "kafka": kafka}
     config = written(tmp_path, tree, STREAMLEARN__KAFKA__SASL__PASSWORD="12345")
@@ -549,8 +551,8 @@ def test_a_password_is_never_in_the_file_nor_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["KAFKA__SASL__PASSWRD", "KAFKA__SASL__PW", "KAFKA__SASL", "API_TOKEN", "KAFKA__PASS"])
-def test_a_mistyped_secret_is_not_echoed(tmp_path: Path, name: str) -> None:
-    """The line names the key and not the value, whatever it looks like."""
+def test_the_value_of_a_mistyped_secret_is_not_printed(tmp_path: Path, name: str) -> None:
+    """The message names the key but never the value."""
     for value in ("canary", "canary: [", "[canary"):
         lines = refused(tmp_path, MINIMAL, **{f"STREAMLEARN__{name}": value})
         assert lines
@@ -561,7 +563,7 @@ OAUTH: dict[str, Any] = {"mechanism": "OAUTHBEARER", "token_url": "https://id.ex
 
 
 def test_a_client_secret_is_text_and_never_shown(tmp_path: Path) -> None:
-    """It comes from the environment, whatever it looks like, and is refused in the file."""
+    """It comes from the environment, as text even if it looks like a number, and is refused in the file."""
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": OAUTH}
     name = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
     config = written(tmp_path, {**MINIMAL, "kafka": kafka}, **{name: "12345"})
@@ -571,15 +573,15 @@ def test_a_client_secret_is_text_and_never_shown(tmp_path: Path) -> None:
     assert config.effective()["kafka"]["sasl"]["client_secret"] == "***"
     assert "12345" not in json.dumps(config.effective()) + repr(config)
     lines = refused(tmp_path, {**MINIMAL, "kafka": {**kafka, "sasl": {**OAUTH, "client_secret": "12345"}}})
-    use = f"use {name} in the environment, or client_secret_file"
+    use = f"set {name} in the environment, or client_secret_file"
     assert lines == [f"job.yaml: kafka.sasl.client_secret: a secret is not accepted in the file; {use}"]
     lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "ssl_password": "12345"}})
-    use = "use STREAMLEARN__KAFKA__SSL_PASSWORD in the environment"
+    use = "set STREAMLEARN__KAFKA__SSL_PASSWORD in the environment"
     assert lines == [f"job.yaml: kafka.ssl_password: a secret is not accepted in the file; {use}"]
 
 
-def test_the_environment_is_laid_over_what_a_short_form_stands_for(tmp_path: Path) -> None:
-    """`scenario: task` and one key of it from the environment are still scenario task; so with model, strategy and encoder."""
+def test_an_override_keeps_the_rest_of_a_short_form(tmp_path: Path) -> None:
+    """`scenario: task` stays scenario task if a variable sets another key of it; so do model, strategy and encoder."""
     tree = {
         **MINIMAL,
         "scenario": "task",
@@ -644,23 +646,23 @@ WRONG_SASL: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("sasl", "told"), WRONG_SASL, ids=[str(n) for n in range(len(WRONG_SASL))])
-def test_each_mechanism_has_its_own_keys(tmp_path: Path, sasl: dict[str, Any], told: list[str]) -> None:
-    """What a mechanism needs and has not, and what it does not know, are told by key."""
+@pytest.mark.parametrize(("sasl", "messages"), WRONG_SASL, ids=[str(n) for n in range(len(WRONG_SASL))])
+def test_each_mechanism_has_its_own_keys(tmp_path: Path, sasl: dict[str, Any], messages: list[str]) -> None:
+    """Missing keys and keys that the mechanism does not use are reported."""
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
     lines = refused(tmp_path, {**MINIMAL, "kafka": kafka})
-    assert sorted(line.split(": ", 1)[1] for line in lines) == sorted(told)
+    assert sorted(line.split(": ", 1)[1] for line in lines) == sorted(messages)
 
 
-def test_a_secret_in_an_address_is_refused_unseen(tmp_path: Path) -> None:
-    """Credentials in token_url would be shown by `config show`, so they are refused, and not echoed."""
+def test_a_secret_in_a_url_is_refused_and_not_printed(tmp_path: Path) -> None:
+    """`config show` would print credentials in token_url, so they are refused, and the message does not contain them."""
     sasl = {**OAUTH, "client_secret_file": "s", "token_url": "https://me:canary@id.example/token"}
     lines = refused(tmp_path, {**MINIMAL, "kafka": {"bootstrap_servers": "a:1", "sasl": sasl}})
     assert "canary" not in "".join(lines)
 
 
-def test_a_token_over_plain_http_is_warned_of(tmp_path: Path) -> None:
-    """On this machine alone it is no risk."""
+def test_a_token_over_plain_http_gives_a_warning(tmp_path: Path) -> None:
+    """A server on the same machine gives no warning."""
     secret = tmp_path / "s"
     secret.write_text("12345")
     sasl = {**OAUTH, "client_secret_file": str(secret)}
@@ -668,12 +670,12 @@ def test_a_token_over_plain_http_is_warned_of(tmp_path: Path) -> None:
     for url in ("http://id.example/token", "http://localhost:8080/token", "https://id.example/token"):
         kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": {**sasl, "token_url": url}}
         found[url] = written(tmp_path, {**TWO, "kafka": kafka}).warnings(RECIPES)
-    told = "kafka.sasl.token_url is http: the client's secret and the token travel without encryption"
-    assert list(found.values()) == [[told], [], []]
+    warning = "kafka.sasl.token_url is http: the client secret and the token are sent unencrypted"
+    assert list(found.values()) == [[warning], [], []]
 
 
-def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
-    """It may be where the daemon will run, so it is no error yet."""
+def test_a_secret_that_cannot_be_read_here_gives_a_warning(tmp_path: Path) -> None:
+    """It is no error, because the daemon may run on another machine."""
     path = tmp_path / "absent"
     sasl = {**OAUTH, "client_secret_file": str(path)}
     kafka = {"bootstrap_servers": "a:1", "security_protocol": "SASL_SSL", "sasl": sasl}
@@ -685,31 +687,31 @@ def test_a_secret_that_cannot_be_read_here_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL"])
-def test_credentials_that_nobody_would_be_shown_are_refused(tmp_path: Path, protocol: str) -> None:
-    """A `sasl` section beside a protocol without it is a mistake: the broker would see an anonymous client."""
+def test_credentials_without_authentication_are_refused(tmp_path: Path, protocol: str) -> None:
+    """A `sasl` section with a protocol without SASL is a mistake: the client would be anonymous."""
     sasl = {**OAUTH, "client_secret_file": "s"}
     kafka = {"bootstrap_servers": "a:1", "security_protocol": protocol, "sasl": sasl}
-    why = f"security_protocol {protocol} signs nobody in; expected SASL_SSL or SASL_PLAINTEXT"
+    why = f"a sasl section needs security_protocol SASL_SSL or SASL_PLAINTEXT, not {protocol}"
     assert refused(tmp_path, {**MINIMAL, "kafka": kafka}) == [f"job.yaml:7: kafka.sasl: {why}"]
 
 
 @pytest.mark.parametrize("value", ["rollback", None, 3])
-def test_a_section_is_expected_in_plain_words(tmp_path: Path, value: object) -> None:
-    """What is no section is told so, without the name of a class."""
+def test_a_value_that_is_no_section_gets_a_plain_message(tmp_path: Path, value: object) -> None:
+    """The message does not name a Python class."""
     found = refused(tmp_path, {**MINIMAL, "divergence": value})
     assert found == [f"job.yaml:2: divergence: is {value!r}; expected a section: keys and values"]
 
 
 def test_a_password_file_may_not_be_empty(tmp_path: Path) -> None:
-    """An empty secret is a mistake, told before a broker refuses it."""
+    """An empty secret is reported before a broker refuses it."""
     (tmp_path / "secret").write_text("\n")
     sasl = SaslConfig(username="me", password_file=tmp_path / "secret")
     with pytest.raises(StreamlearnError, match="secret is empty"):
         sasl.secret()
 
 
-def test_only_what_shapes_the_state_must_agree(tmp_path: Path) -> None:
-    """Ports, learning rates and log levels may change between starts; the model and the batch may not."""
+def test_only_values_that_shape_the_state_must_stay(tmp_path: Path) -> None:
+    """Ports, intervals and log levels may change between starts; the model, strategy, seed and classes may not."""
     one = written(tmp_path, MINIMAL)
     free = {
         "log": {"level": "debug"},
@@ -728,36 +730,36 @@ def test_only_what_shapes_the_state_must_agree(tmp_path: Path) -> None:
         assert written(tmp_path, {**MINIMAL, **change}).shaping() != one.shaping()
 
 
-def test_importance_alone_is_warned_about(tmp_path: Path) -> None:
+def test_importance_alone_gives_a_warning(tmp_path: Path) -> None:
     """EWC or SI without replay does not protect class-incremental learning."""
     assert written(tmp_path, {**TWO, "strategy": "ewc"}).warnings(RECIPES) != []
     assert written(tmp_path, {**TWO, "strategy": ["er", "ewc"]}).warnings(RECIPES) == []
     assert written(tmp_path, {**TWO, "strategy": "ewc", "scenario": "task"}).warnings(RECIPES) == []
 
 
-def test_a_task_that_never_ends_is_warned_about(tmp_path: Path) -> None:
-    """What protects past tasks begins at a task's end, and the only topic has none by itself."""
+def test_a_task_that_never_ends_gives_a_warning(tmp_path: Path) -> None:
+    """A strategy protects a task only after it has ended, and the only topic does not end without a marker."""
     alone = {"stream": {"topics": ["a"]}}
-    (told,) = written(tmp_path, {**MINIMAL, **alone, "strategy": "er"}).warnings(RECIPES)
-    assert told == (
-        "strategy er: protects nothing until a task has ended, and the only topic, a, ends by a marker alone; "
-        "stream.task_end records: N or idle: SECONDS would end it"
+    (warning,) = written(tmp_path, {**MINIMAL, **alone, "strategy": "er"}).warnings(RECIPES)
+    assert warning == (
+        "strategy er: protects nothing until a task has ended, and only a marker ends the only topic, a; "
+        "set stream.task_end to records: N or idle: SECONDS"
     )
     assert written(tmp_path, {**MINIMAL, **alone, "strategy": "naive"}).warnings(RECIPES) == []
     ended = {"stream": {"topics": ["a"], "task_end": {"records": 500}}}
     assert written(tmp_path, {**MINIMAL, **ended, "strategy": "er"}).warnings(RECIPES) == []
 
 
-def test_a_budget_below_the_number_of_tasks_is_warned_about(tmp_path: Path) -> None:
-    """Such a memory cannot hold a sample of each."""
+def test_a_budget_below_the_number_of_tasks_gives_a_warning(tmp_path: Path) -> None:
+    """Such a memory has no room for a sample of each task."""
     topics = {"stream": {"topics": ["a", "b", "c"]}}
-    (told,) = written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 2}}}).warnings(RECIPES)
-    assert told == "strategy.er.budget is 2: too few for a sample of each of 3 tasks"
+    (warning,) = written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 2}}}).warnings(RECIPES)
+    assert warning == "strategy.er.budget is 2: too few for a sample of each of 3 tasks"
     assert written(tmp_path, {**MINIMAL, **topics, "strategy": {"er": {"budget": 3}}}).warnings(RECIPES) == []
 
 
 def keys(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give every key below a part of the schema, and what the schema says of it."""
+    """Yield every key below a part of the schema, with its schema."""
     for name, value in node.get("properties", {}).items():
         yield f"{path}.{name}", value
         yield from keys(value, f"{path}.{name}")
@@ -766,7 +768,7 @@ def keys(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def test_every_key_has_a_description() -> None:
-    """Sections, their keys, recipes and their parameters: an editor can say of each what it means."""
+    """Sections, keys, recipes and their parameters have one, which editors show."""
     tree = schema(RECIPES)
     found = list(keys(tree, "")) + [pair for name, node in tree["$defs"].items() for pair in keys(node, name)]
     assert len(found) > 190
@@ -780,8 +782,8 @@ def test_every_key_is_in_the_document() -> None:
     assert "| `divergence.slow_down` | `0.5` |" in text
 
 
-def test_schema_accepts_what_ships() -> None:
-    """The JSON Schema for editors agrees with the files under configs/."""
+def test_the_schema_accepts_the_files_in_configs() -> None:
+    """The JSON Schema for editors accepts every file in configs/."""
     import jsonschema
 
     validator = jsonschema.Draft202012Validator(schema(RECIPES))
