@@ -1,4 +1,4 @@
-"""The nouns that every layer shares: labels, positions, batches, tasks, and what a turn of the loop applies."""
+"""The data types that all layers share: labels, positions, batches, tasks, deliveries and progress."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ Label = int | str
 Partition = tuple[str, int]
 
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
-"""What Kafka takes for a topic's name, as a whole."""
+"""A whole topic name that Kafka accepts."""
+
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+"""A whole text that is an integer in its usual form: 007 and +7 are not."""
 
 OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
-"""How a consumed sample can end; until then it is queued. Their sum is the number consumed."""
+"""What can become of a consumed sample. Until then it is queued. The counts of all outcomes add up to the samples consumed."""
 
 MAX_LABEL_BYTES = 256
-"""The longest label that is accepted: labels stand in every checkpoint, every status and every page."""
+"""The longest accepted label. Every checkpoint, every status and every status page contains all labels."""
 
 CODEC_VERSION = 2
-"""How samples are read, where that has changed; a job keeps the version that it began with, or its hold-out would change.
+"""The version of the rules by which samples are decoded. A job keeps its first version, or its hold-out would change.
 
-1: words of text without their combining marks. 2: words with their marks, in Unicode's form NFC.
+1: words of text without combining marks. 2: words with combining marks, in Unicode's form NFC.
 """
 
 REJECT_REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
-"""Why a sample can be rejected: a closed set, so that it can be a metric's label."""
+"""All reasons for which a sample can be rejected. The set is closed, because a metric has the reason as a label."""
 
 DEAD_LETTER_REASONS = (*REJECT_REASONS, "late")
-"""Why a sample can be in the dead-letter topic."""
+"""All reasons for which a sample can be in the dead-letter topic."""
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the program
@@ -51,7 +54,7 @@ class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the progra
 
 
 class StreamlearnError(Exception):
-    """An expected failure: one line for the user, and the exit code that operators act on.
+    """An expected failure: a message of one line for the user, and the exit code of the process.
 
     Codes follow sysexits: 1 failure, 69 broker unavailable, 73 state locked, 74 input/output, 75 temporary,
     77 permission or authentication, 78 configuration.
@@ -63,7 +66,7 @@ class StreamlearnError(Exception):
 
     @classmethod
     def from_os_error(cls, error: OSError, what: object = None) -> Self:
-        """Return what the system refused: a line that names the file, or `what`; 77 for a missing permission, else 74."""
+        """Convert an `OSError`: the message names the file, or `what`; the code is 77 for a missing permission, else 74."""
         name = what if what is not None else error.filename
         reason = error.strerror or str(error)
         code = 77 if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else 74
@@ -71,25 +74,33 @@ class StreamlearnError(Exception):
 
     @classmethod
     def from_out_of_memory(cls, error: Exception) -> Self:
-        """Return that there was no memory left (75), with what was asked for where it is known."""
+        """Convert an out-of-memory error to code 75; the original message often says how much memory was requested."""
         return cls(f"out of memory: {error!r:.200}", code=75)
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether the host or the device had no memory left; torch says so by a type, or by words alone."""
+    """Return whether the host or the device was out of memory. Torch reports it by an error type, or only in the message."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in str(error) for words in OUT_OF_MEMORY)
+        or any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
     )
+
+
+def parse_digits(text: str | bytes, max_digits: int) -> int | None:
+    """Return a number that is written with at most `max_digits` of the digits 0 to 9 alone, or None for other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= max_digits else None
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """The next record that is not used up, and how many of its samples, in order and of any outcome, are done."""
+    """A place in a partition: the next record, and how many of its first samples are already done.
+
+    A sample is done when it has an outcome, whichever it is.
+    """
 
     offset: int
     skip: int = 0
@@ -97,9 +108,9 @@ class Position:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where learning stands in every partition; immutable, and never goes backwards.
+    """The position of learning in every partition; immutable, and never moved backwards.
 
-    `topic_ids` and `cluster_id` tell a topic from another one that was created later under its name.
+    `topic_ids` and `cluster_id` show whether a topic was deleted and created again under the same name.
     """
 
     by_partition: Mapping[Partition, Position] = field(default_factory=dict)
@@ -107,7 +118,7 @@ class Positions:
     cluster_id: str | None = None
 
     def advance(self, later: Positions) -> Positions:
-        """Return these positions moved on to `later`; raises `StreamlearnError` if one would go backwards."""
+        """Return these positions, updated by `later`; raises `StreamlearnError` if one would go backwards."""
         for partition, position in later.by_partition.items():
             if (known := self.by_partition.get(partition)) is not None and position < known:
                 raise StreamlearnError(
@@ -120,7 +131,7 @@ class Positions:
         )
 
     def by_topic(self) -> dict[str, dict[str, int]]:
-        """Return `{topic: {partition: next_offset}}`, as shown to people and reported to the broker."""
+        """Return `{topic: {partition: next_offset}}`, as the status shows it."""
         tree: dict[str, dict[str, int]] = {}
         for (topic, partition), position in sorted(self.by_partition.items()):
             tree.setdefault(topic, {})[str(partition)] = position.offset
@@ -136,24 +147,27 @@ class Positions:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Positions:
-        """Return the positions that `to_json` described."""
-        at = {
+        """Return the positions that `to_json` wrote."""
+        by_partition = {
             (topic, int(partition)): Position(value["offset"], value["skip"])
             for topic, entry in tree["topics"].items()
             for partition, value in entry["partitions"].items()
         }
         ids = {topic: entry["topic_id"] for topic, entry in tree["topics"].items() if entry["topic_id"] is not None}
-        return cls(at, ids, tree["cluster_id"])
+        return cls(by_partition, ids, tree["cluster_id"])
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an update eats.
+    """The samples of one update.
 
-    `x [B, ...]` in the dtype it arrived in, or scaled floats; `y [B]` output indices; `task [B]` task indices, kept on
-    the host so that routing never waits for the device; `weight [B]` the samples' shares of the loss (None before the
-    update has joined replay to it, unless the replay weighs its samples itself); `soft [R, C]` targets of the last R
-    samples: distributions at `temperature`, or where `logits` is set, logits, -inf for outputs that they do not speak of.
+    `x [B, ...]`: inputs, in the dtype in which they arrived, or as scaled floats.
+    `y [B]`: output indices.
+    `task [B]`: task indices, on the host, so that routing by task never waits for the device.
+    `weight [B]`: each sample's share of the loss. None before the update has added the replayed samples, unless the replay
+    weights its samples itself.
+    `soft_targets [R, C]`: the targets of the last R samples. They are distributions at `temperature`, or logits if
+    `targets_are_logits`: then -inf stands for an output for which there is no target.
     """
 
     x: Tensor
@@ -168,37 +182,38 @@ class Batch:
         return len(self.y)
 
     def with_replay(self, replayed: Batch | None, share: float) -> Batch:
-        """Return these samples followed by the replayed ones, which together have `share` of the loss."""
+        """Return these samples followed by the replayed ones. The replayed samples together have `share` of the loss."""
         import torch
 
         own = 1.0 if replayed is None else 1.0 - share
         weight = torch.full((len(self),), own / len(self), device=self.x.device)
         if replayed is None:
             return replace(self, weight=weight)
-        rest = replayed.weight
-        if rest is None:
-            rest = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
+        replayed_weight = replayed.weight
+        if replayed_weight is None:
+            replayed_weight = torch.full((len(replayed),), share / len(replayed), device=self.x.device)
         return Batch(
             torch.cat([self.x, replayed.x]),
             torch.cat([self.y, replayed.y]),
             torch.cat([self.task, replayed.task]),
-            torch.cat([weight, rest]),
+            torch.cat([weight, replayed_weight]),
             replayed.soft_targets,
             replayed.temperature,
             replayed.targets_are_logits,
         )
 
     def scale_weights(self, factor: float) -> Batch:
-        """Return these samples with `factor` times their shares of the loss."""
+        """Return these samples with every weight multiplied by `factor`."""
         return self if factor == 1 or self.weight is None else replace(self, weight=self.weight * factor)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples kept for a task's probe: `x [n, ...]` as they arrived, `y [n]` output indices.
+    """Samples for a task's probe: `x [n, ...]` as they arrived, `y [n]` output indices.
 
-    A label that no trained sample has had yet has no output. `y` is then -1 less its place in `Progress.probe_labels`.
-    In a text, a word that no trained sample has had yet stands in the same way for its place in `Progress.probe_words`.
+    A label that no trained sample has had yet has no output. Then `y` is -1 minus the label's index in
+    `Progress.probe_labels`. In a text, a word that no trained sample has had yet is stored in the same way: -1 minus the
+    word's index in `Progress.probe_words`.
     """
 
     task: int
@@ -208,67 +223,72 @@ class HeldOut:
 
 @dataclass
 class Observations:
-    """What the reader met on the way to a batch; it takes effect when that batch is learned, never earlier."""
+    """What the reader observed while it collected a batch. It takes effect when that batch is learned, never earlier."""
 
-    consumed: Counter[str] = field(default_factory=Counter)  # samples by topic
-    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples by (topic, outcome), never "trained"
-    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples by (topic, reason)
+    consumed: Counter[str] = field(default_factory=Counter)  # samples, by topic
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples, by (topic, outcome); never "trained"
+    rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples, by (topic, reason)
     records: Counter[Partition] = field(default_factory=Counter)
-    num_bytes: Counter[str] = field(default_factory=Counter)
-    lost_offsets: Counter[tuple[str, str]] = field(default_factory=Counter)  # offsets lost, by (topic, reason)
+    num_bytes: Counter[str] = field(default_factory=Counter)  # of keys and values, by topic
+    lost_offsets: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (topic, reason)
     held_out: list[HeldOut] = field(default_factory=list)
-    new_labels: list[tuple[int, Label]] = field(default_factory=list)  # (task index, label) when first met in that task
+    new_labels: list[tuple[int, Label]] = field(
+        default_factory=list
+    )  # (task index, label), at its first sample in a task
     new_words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
-    new_probe_labels: list[Label] = field(default_factory=list)  # of held-out samples, and without an output so far
-    new_probe_words: list[str] = field(default_factory=list)  # of held-out texts, and not in the vocabulary so far
-    task_end_markers: list[Partition] = field(default_factory=list)  # partitions whose task-end marker was read
+    new_probe_labels: list[Label] = field(
+        default_factory=list
+    )  # of held-out samples; no trained sample had them so far
+    new_probe_words: list[str] = field(default_factory=list)  # of held-out texts; no trained text had them so far
+    task_end_markers: list[Partition] = field(default_factory=list)  # partitions in which a task-end marker was read
 
     def __bool__(self) -> bool:
         return bool(self.consumed or self.records or self.lost_offsets)
 
 
 class Labels(list[Label]):
-    """Distinct labels in order of first appearance. A label's place is found in constant time."""
+    """A list of distinct labels in order of first appearance, with `in` and `index` in constant time."""
 
     def __init__(self, labels: Iterable[Label] = ()) -> None:
         super().__init__(labels)
-        self._places = {label: place for place, label in reversed(list(enumerate(self)))}
+        self._indices = {label: index for index, label in reversed(list(enumerate(self)))}
 
     def append(self, label: Label) -> None:
         """Add a label at the end."""
-        self._places.setdefault(label, len(self))
+        self._indices.setdefault(label, len(self))
         super().append(label)
 
     def __contains__(self, label: object) -> bool:
-        return label in self._places
+        return label in self._indices
 
     def index(self, value: Label, *bounds: SupportsIndex) -> int:
-        """Return where a label is; raises `ValueError` if it is not here."""
-        return super().index(value, *bounds) if bounds or value not in self._places else self._places[value]
+        """Return a label's index; raises `ValueError` if the list does not contain it."""
+        return super().index(value, *bounds) if bounds or value not in self._indices else self._indices[value]
 
 
 def label_of_other_type(label: Label) -> Label | None:
-    """Return the label of the other type that is written the same, 1 for "1" and "1" for 1, or None: they are two labels."""
+    """Return the label of the other type with the same text: 1 for "1", and "1" for 1. None if there is none.
+
+    An integer and a string are two different labels, even if they have the same text.
+    """
     if isinstance(label, int):
         return str(label)
-    return int(label) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", label) else None
+    return int(label) if INTEGER.fullmatch(label) and len(label.lstrip("-")) <= 18 else None
 
 
 @dataclass
 class Task:
-    """One topic's worth of experience, from its first sample to its end."""
+    """One task: what is learned from one topic, from its first sample to its end."""
 
     index: int
     name: str
     state: str = "active"  # active | refining | ended
     labels: list[Label] = field(default_factory=list)  # declared, or in order of first appearance in training
-    counts: Counter[str] = field(default_factory=Counter)  # consumed and every outcome but late
-    end_offsets: dict[int, int] | None = None  # end offset of each partition, once fixed
-    fixed_by: str = "next_topic"  # what fixed them: next_topic | command
-    marked_partitions: list[int] = field(default_factory=list)  # partitions whose marker was applied
-    forgiven_below: dict[int, int] = field(
-        default_factory=dict
-    )  # rejects below these offsets count for no further burst
+    counts: Counter[str] = field(default_factory=Counter)  # consumed, and every outcome except late
+    end_offsets: dict[int, int] | None = None  # by partition; None until they are fixed
+    fixed_by: str = "next_topic"  # what fixed the end offsets: next_topic | command
+    marked_partitions: list[int] = field(default_factory=list)  # partitions whose task-end marker was applied
+    forgiven_below: dict[int, int] = field(default_factory=dict)  # rejects below these offsets start no further burst
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.labels)
@@ -292,7 +312,7 @@ class Task:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Task:
-        """Return the task that `to_json` described."""
+        """Return the task that `to_json` wrote."""
         tree = update_task_keys(tree)
         ends = tree["ends"]
         return cls(
@@ -314,33 +334,31 @@ class Delivery:
 
     positions: Positions = field(default_factory=Positions)
     observations: Observations = field(default_factory=Observations)
-    new_task: Task | None = None
+    new_task: Task | None = None  # a task that begins with this delivery
     batch: Batch | None = None
-    is_refinement: bool = False  # the batch is a further pass over the reservoir, not new experience
-    end_offsets: Mapping[int, int] | None = None  # end offsets of the current task, fixed now
-    fixed_by: str = "next_topic"  # what fixed them: next_topic | command
-    forgives_below: Mapping[int, int] | None = None  # up to where rejects count for no further burst, by partition
-    task_end_reason: str | None = (
-        None  # how the current task's end was found: marker | count | next_topic | idle | command
-    )
-    ends_refinement: bool = False  # refinement is over; what was learned is made to last
-    newest_timestamp: float | None = None  # timestamp of the newest record in it, Unix seconds
+    is_refinement: bool = False  # the batch repeats samples of the reservoir; it has no new samples
+    end_offsets: Mapping[int, int] | None = None  # of the current task, by partition, if they are fixed now
+    fixed_by: str = "next_topic"  # what fixed the end offsets: next_topic | command
+    forgives_below: Mapping[int, int] | None = None  # the new value of `Task.forgiven_below`
+    task_end_reason: str | None = None  # if the current task ends now: marker | count | next_topic | idle | command
+    ends_refinement: bool = False  # refinement is over, so the strategy consolidates the task
+    newest_timestamp: float | None = None  # of the newest record in this delivery, Unix seconds
 
 
 @dataclass
 class Progress:
-    """Where the stream stands, as far as it was applied to the model: positions, tasks, labels, words and totals. All state.
+    """The applied part of the stream: positions, tasks, labels, words and counts. All of it is saved in checkpoints.
 
-    Only trained samples add to `labels` and `vocabulary`, so that no probe takes an output or an id. What probes alone
-    contain is listed apart.
+    Only trained samples add to `labels` and `vocabulary`, so that a probe never takes an output or a word id. Labels and
+    words that only probes contain are listed separately.
     """
 
     positions: Positions = field(default_factory=Positions)
     tasks: list[Task] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)  # in order of first appearance; append-only
-    counts_by_topic: dict[str, Counter[str]] = field(default_factory=dict)  # topic -> samples consumed and by outcome
+    counts_by_topic: dict[str, Counter[str]] = field(default_factory=dict)  # samples consumed, and by outcome
     vocabulary: list[str] = field(default_factory=list)  # of text: in order of first appearance; append-only
-    probe_labels: list[Label] = field(default_factory=list)  # met in a probe before training met them; append-only
+    probe_labels: list[Label] = field(default_factory=list)  # seen in a probe before any trained sample; append-only
     probe_words: list[str] = field(default_factory=list)  # the same for words
     codec_version: int = CODEC_VERSION
 
@@ -349,11 +367,11 @@ class Progress:
 
     @property
     def current(self) -> Task | None:
-        """The task that is being learned, if one is."""
+        """The task that is being learned, or None."""
         return self.tasks[-1] if self.tasks and self.tasks[-1].state != "ended" else None
 
     def register_labels(self, observations: Observations) -> None:
-        """Note the labels and words of a delivery, so that its own batch can be learned with them."""
+        """Add a delivery's new labels and words. Call this before its batch is learned: the batch may contain them."""
         self.vocabulary += observations.new_words
         self.probe_labels += observations.new_probe_labels
         self.probe_words += observations.new_probe_words
@@ -365,15 +383,15 @@ class Progress:
                 self.labels.append(label)
 
     def advance(self, delivery: Delivery, outcome: str, unusable: int = 0) -> None:
-        """Move on past a delivery whose batch, where it has one, ended as `outcome` (trained or skipped).
+        """Move the positions and counts past a delivery. `outcome` is that of its batch: trained or skipped.
 
-        Of the batch, `unusable` samples were left out, and count as skipped.
+        `unusable` samples of the batch were left out of the update; they count as skipped.
         """
         self.positions = self.positions.advance(delivery.positions)
-        found = delivery.observations
-        for topic, count in found.consumed.items():
+        observations = delivery.observations
+        for topic, count in observations.consumed.items():
             self.counts_by_topic.setdefault(topic, Counter())["consumed"] += count
-        for (topic, kind), count in found.outcomes.items():
+        for (topic, kind), count in observations.outcomes.items():
             self.counts_by_topic.setdefault(topic, Counter())[kind] += count
         if (task := self.current) is None:
             return
@@ -383,10 +401,12 @@ class Progress:
                     self.counts_by_topic.setdefault(task.name, Counter())[kind] += count
                     task.counts[kind] += count
         for kind in ("held_out", "rejected", "duplicates"):
-            task.counts[kind] += found.outcomes[task.name, kind]
-        uncounted = found.outcomes[task.name, "late"] + found.outcomes[task.name, "duplicates"]
-        task.counts["consumed"] += found.consumed[task.name] - uncounted
-        task.marked_partitions.extend(partition for topic, partition in found.task_end_markers if topic == task.name)
+            task.counts[kind] += observations.outcomes[task.name, kind]
+        uncounted = observations.outcomes[task.name, "late"] + observations.outcomes[task.name, "duplicates"]
+        task.counts["consumed"] += observations.consumed[task.name] - uncounted
+        task.marked_partitions.extend(
+            partition for topic, partition in observations.task_end_markers if topic == task.name
+        )
         if delivery.end_offsets is not None:
             task.end_offsets, task.fixed_by = dict(delivery.end_offsets), delivery.fixed_by
         if delivery.forgives_below is not None:
@@ -395,7 +415,7 @@ class Progress:
             task.forgiven_below = {}
 
     def totals(self) -> Counter[str]:
-        """Return samples consumed and by outcome, over all topics."""
+        """Return samples consumed and by outcome, summed over all topics."""
         totals = Counter(dict.fromkeys(("consumed", *OUTCOMES), 0))
         for count in self.counts_by_topic.values():
             totals.update(count)
@@ -406,7 +426,7 @@ class Progress:
         return self.counts_by_topic.get(topic, Counter())
 
     def unaccounted(self) -> dict[str, int]:
-        """Return, for each topic where they differ, samples consumed less the sum of their outcomes."""
+        """Return the samples consumed minus the sum of all outcomes, for each topic where they differ."""
         gaps = {
             topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES)
             for topic, count in self.counts_by_topic.items()
@@ -414,7 +434,7 @@ class Progress:
         return {topic: gap for topic, gap in gaps.items() if gap}
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON tree from which `from_json` makes equal progress (positions apart: they have a file of theirs)."""
+        """Return a JSON tree from which `from_json` makes equal progress. Positions are not in it: they have their own file."""
         return {
             "tasks": [task.to_json() for task in self.tasks],
             "labels": self.labels,
@@ -427,17 +447,17 @@ class Progress:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any], positions: Positions) -> Progress:
-        """Return the progress that `to_json` described."""
-        ledger = {topic: Counter(count) for topic, count in tree["ledger"].items()}
+        """Return the progress that `to_json` wrote."""
+        counts_by_topic = {topic: Counter(count) for topic, count in tree["ledger"].items()}
         tasks = [Task.from_json(task) for task in tree["tasks"]]
         labels, words = list(tree["labels"]), list(tree["vocabulary"])
-        # older checkpoints have none of these
+        # older checkpoints have none of these keys
         probe_labels, probe_words = list(tree.get("probe_labels", [])), list(tree.get("probe_words", []))
-        return cls(positions, tasks, labels, ledger, words, probe_labels, probe_words, tree.get("codec", 1))
+        return cls(positions, tasks, labels, counts_by_topic, words, probe_labels, probe_words, tree.get("codec", 1))
 
 
 def format_outcomes(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return a line for each topic of a status: its samples, and how they ended."""
+    """Return one line for each topic of a status: the samples consumed, as the sum of their outcomes."""
     return [
         f"{topic}: {count['consumed']} samples = "
         + " + ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in count.items() if kind != "consumed")
@@ -446,7 +466,9 @@ def format_outcomes(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that compares digits (0 to 9) as numbers: `task-2` comes before `task-10`."""
-    parts = re.split(r"([0-9]+)", name)  # every second one is a number: the one with fewer digits is smaller
+    """Return a sort key that compares the digits 0 to 9 as numbers: `task-2` comes before `task-10`."""
+    parts = re.split(
+        r"([0-9]+)", name
+    )  # every second part is a number; of two numbers, the one with fewer digits is smaller
     parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
     return [(n % 2, len(part) if n % 2 else 0, part) for n, part in enumerate(parts)]

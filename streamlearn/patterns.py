@@ -1,18 +1,18 @@
-"""Regular expressions of users on names of anybody: a match takes limited time, and other threads run meanwhile."""
+"""Match topic names against the user's regular expressions, within a time limit and without blocking other threads."""
 
 from __future__ import annotations
 
 import logging
 from functools import lru_cache
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-MATCH_SECONDS = 1.0  # an ordinary pattern takes microseconds
+MATCH_SECONDS = 1.0  # an ordinary match takes microseconds
 
 
 def syntax_error(pattern: str) -> str | None:
-    """Return why a text is no regular expression, or None."""
-    import regex  # only where there is a pattern: most commands have none
+    """Return what is wrong with a regular expression, or None if it is valid."""
+    import regex  # imported late: most commands use no pattern
 
     try:
         regex.compile(pattern)
@@ -23,19 +23,19 @@ def syntax_error(pattern: str) -> str | None:
 
 @lru_cache(maxsize=100_000)
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a pattern matches a whole name. One that takes too long does not match, and a warning says so once.
+    """Return whether a pattern matches a whole name. A match that takes too long counts as no match, and is logged once.
 
-    Whoever may create a topic chooses its name, and a pattern such as `([a-z]+-?)+` backtracks for ever on some names.
-    The interpreter's own `re` cannot be interrupted, and keeps every thread waiting.
+    Anybody who may create a topic chooses its name, and a pattern such as `([a-z]+-?)+` takes exponential time on some
+    names. Python's own `re` cannot be interrupted, and blocks all threads meanwhile.
     """
     import regex
 
     try:
         return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS, concurrent=True) is not None
     except TimeoutError:
-        log.warning(
-            "stream.pattern %.60s backtracks for more than %.0f s on topic %.60s, which is left out: avoid a repetition "
-            "inside a repetition",
+        logger.warning(
+            "stream.pattern %.60s backtracks for more than %.0f s on topic %.60s, so the topic is ignored: do not put a "
+            "repetition inside a repetition",
             pattern,
             MATCH_SECONDS,
             ascii(name)[1:-1],

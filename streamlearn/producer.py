@@ -1,4 +1,4 @@
-"""Publishes tasks to topics: labelled samples from files or a named example set, split into tasks."""
+"""Publish tasks to topics: read labelled samples from files or an example set, and split them into tasks."""
 
 from __future__ import annotations
 
@@ -29,175 +29,180 @@ if TYPE_CHECKING:
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, Sink
 
-DIGITS_TEST = 0.25
-INT64 = np.iinfo(np.int64)  # of labels, as a batch record holds them
+DIGITS_TEST_FRACTION = 0.25
+INT64 = np.iinfo(np.int64)  # the range of integer labels in a batch record
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled samples: `x [n, ...]`, of text n objects with `story` and `question`; n labels; the tasks they name."""
+    """Labelled samples.
+
+    `x [n, ...]`: numbers; or, for text, n dictionaries with `story` and `question`.
+    `y`: n labels.
+    `task`: the task of each sample, if the file names tasks; otherwise empty.
+    """
 
     x: np.ndarray
     y: list[Label]
     task: list[str] = field(default_factory=list)
-    has_splits: bool = False  # of a source that has several splits
+    has_splits: bool = False  # the source has several splits, such as train and test
 
     def __len__(self) -> int:
         return len(self.y)
 
     @property
     def is_text(self) -> bool:
-        """Whether they are stories with questions."""
+        """Whether the samples are stories with questions."""
         return self.x.dtype == object
 
-    def select(self, chosen: np.ndarray) -> Samples:
-        """Return those with these indices, in this order."""
-        indices = chosen.tolist()
-        task = [self.task[index] for index in indices] if self.task else []
-        return Samples(self.x[chosen], [self.y[index] for index in indices], task)
+    def select(self, indices: np.ndarray) -> Samples:
+        """Return the samples with these indices, in this order."""
+        places = indices.tolist()
+        task = [self.task[index] for index in places] if self.task else []
+        return Samples(self.x[indices], [self.y[index] for index in places], task)
 
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """How tasks are written."""
+    """How `publish` writes tasks."""
 
     codec: str = "batch"
-    samples_per_record: int = 100  # samples in a batch record
-    partitions: int = 1
-    markers: bool = True
-    rate: float | None = None  # samples a second
+    samples_per_record: int = 100  # of codec batch
+    partitions: int = 1  # of a topic that is created
+    markers: bool = True  # write task-end markers
+    rate: float | None = None  # samples per second
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read: what their lines do not tell, and where every assumption about them is said."""
+    """How files are read, and where assumptions about a file are reported."""
 
-    header: bool | None = None  # whether the first line of a `.csv` names the columns; None: that line decides
-    keep_precision: bool = False  # numbers of text files as wide as they are, not as float32
-    notify: Callable[[str], None] = lambda _: None
+    header: bool | None = None  # whether the first line of a `.csv` names the columns; None: find out from the line
+    keep_precision: bool = False  # read numbers of text files as 64-bit numbers, not as float32
+    notify: Callable[[str], None] = lambda _: None  # called with one sentence for each assumption
 
 
-def read_samples(source: str, split: str = "train", how: ReadOptions = ReadOptions()) -> Samples:
-    """Return the samples of a `.npz`, `.csv`, `.jsonl` or `.jsonl.gz` file, or of the example set `digits`.
+def read_samples(source: str, split: str = "train", options: ReadOptions = ReadOptions()) -> Samples:
+    """Read the samples of a `.npz`, `.csv`, `.jsonl` or `.jsonl.gz` file, or of the example set `digits`.
 
-    An `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test`, `y_test`; a `.csv` has the label in its last column;
-    a `.jsonl` has an object with `x` and `y`, or with `story`, `question` and `answer`, on each line, and perhaps `task`
-    and `split`. Text files may be gzipped. Raises `StreamlearnError`, naming file and line.
+    A `.npz` has `x` and `y`, or `x_train`, `y_train`, `x_test` and `y_test`. A `.csv` has the label in its last column.
+    A `.jsonl` has on each line an object with `x` and `y`, or with `story`, `question` and `answer`, and optionally with
+    `task` and `split`. Text files may be gzipped. Raises `StreamlearnError` that names file and line.
     """
     if source == "digits":
-        return _digits(split)
+        return _read_digits(split)
     path = Path(source)
-    if how.header is not None and _kind(path) != ".csv":
+    if options.header is not None and _file_type(path) != ".csv":
         raise StreamlearnError(f"{source}: --header and --no-header are for .csv files", code=2)
-    with _naming(path):
-        match _kind(path):
+    with _errors_name(path):
+        match _file_type(path):
             case ".npz":
-                samples = _npz(path, split)
+                samples = _read_npz(path, split)
             case ".csv":
-                samples = Samples(
-                    *read_table(path, np.dtype("f8" if how.keep_precision else "f4"), header=how.header, say=how.notify)
-                )
+                dtype = np.dtype("f8" if options.keep_precision else "f4")
+                samples = Samples(*read_table(path, dtype, header=options.header, notify=options.notify))
             case ".jsonl":
-                samples = _jsonl(path, split, exact=how.keep_precision)
+                samples = _read_jsonl(path, split, keep_precision=options.keep_precision)
             case _:
                 raise StreamlearnError(
                     f"{source}: expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file, or the example set: digits",
                     code=2,
                 )
     if not len(samples):
-        raise StreamlearnError(f"{path}: holds no samples", code=74)
+        raise StreamlearnError(f"{path}: contains no samples", code=74)
     for index, label in enumerate(samples.y):
         if type(label) is not str and not (type(label) is int and INT64.min <= label <= INT64.max):
-            message = (
-                f"{path}: the label of sample {index} is {label!r:.60}; expected an integer of 64 bits or a string"
-            )
-            hint = ": convert labels, as with y.astype(int)" if isinstance(label, (float, bool)) else ""
+            message = f"{path}: the label of sample {index} is {label!r:.60}; expected a 64-bit integer or a string"
+            hint = ": convert labels, for example with y.astype(int)" if isinstance(label, (float, bool)) else ""
             raise StreamlearnError(message + hint, code=74)
     return samples
 
 
-def read_test_split(source: str, how: ReadOptions) -> Samples:
-    """Return a source's own test split; raises `StreamlearnError` (2) where it has none."""
-    samples = read_samples(source, "test", how)
+def read_test_split(source: str, options: ReadOptions) -> Samples:
+    """Read a source's own test split; raises `StreamlearnError` (2) if it has none."""
+    samples = read_samples(source, "test", options)
     if not samples.has_splits:
         raise StreamlearnError(f"{source}: has no test split; give a file of probes", code=2)
     return samples
 
 
-def fit_to_config(samples: Samples, topic: str, config: Config, say: Callable[[str], None]) -> Samples:
-    """Return a topic's samples in the shape, dtype and labels of a configuration; `say` is called for each change.
+def fit_to_config(samples: Samples, topic: str, config: Config, notify: Callable[[str], None]) -> Samples:
+    """Convert a topic's samples to the shape, dtype and labels of a configuration; `notify` is called for each change.
 
     Raises `StreamlearnError` (65) if the configuration's stream would reject one of them.
     """
     is_text = config.input.kind == "text"
     if samples.is_text != is_text:
         kinds = ("numbers", "text")
-        raise _misfit(f"the samples are {kinds[samples.is_text]}, and the configuration's input is {kinds[is_text]}")
+        raise _refuse(f"the samples are {kinds[samples.is_text]}, but the configuration's input is {kinds[is_text]}")
     if is_text:
         return samples
-    x = _as_dtype(_in_shape(samples.x, config.input.shape, say), np.dtype(config.input.dtype), say)
-    return Samples(x, _as_classes(samples.y, topic, config, say), samples.task, samples.has_splits)
+    x = _convert_dtype(_reshape(samples.x, config.input.shape, notify), np.dtype(config.input.dtype), notify)
+    return Samples(x, _convert_labels(samples.y, topic, config, notify), samples.task, samples.has_splits)
 
 
-def check_limits(parts: Sequence[Samples], how: PublishOptions, config: Config) -> None:
-    """Raise `StreamlearnError` (65) if a configuration's stream would reject some of these parts for their size or number."""
+def check_limits(parts: Sequence[Samples], options: PublishOptions, config: Config) -> None:
+    """Raise `StreamlearnError` (65) if a configuration's stream would reject records for their size, or labels as too many."""
     first, largest = parts[0], config.stream.max_record_bytes
-    if how.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * how.samples_per_record > largest:
-        text = (
-            f"a batch record of {how.samples_per_record} samples of {size} bytes is larger than stream.max_record_bytes"
-        )
-        raise _misfit(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or raise that key")
+    per_record = options.samples_per_record
+    if options.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * per_record > largest:
+        text = f"a batch record of {per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+        raise _refuse(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or increase that key")
     labels = {label for part in parts for label in part.y}
     if config.grow_head or config.scenario.kind == "domain" or not isinstance(config.classes, int):
         return
     if len(labels) > config.classes:
-        text = f"the samples have {len(labels)} labels, and classes is {config.classes}: the others would be rejected"
-        raise _misfit(f"{text}; set classes: {len(labels)}, or grow_head: true, or choose some with --groups")
+        text = f"the samples have {len(labels)} labels, but classes is {config.classes}: the others would be rejected"
+        raise _refuse(f"{text}; set classes: {len(labels)}, or grow_head: true, or choose some with --groups")
 
 
-def _misfit(why: str) -> StreamlearnError:
+def _refuse(why: str) -> StreamlearnError:
     return StreamlearnError(f"{why}; nothing was published", code=65)
 
 
-def _in_shape(x: np.ndarray, shape: Sequence[int], say: Callable[[str], None]) -> np.ndarray:
-    there, wanted = list(x.shape[1:]), list(shape)
-    if there == wanted:
+def _reshape(x: np.ndarray, shape: Sequence[int], notify: Callable[[str], None]) -> np.ndarray:
+    """Return samples in another shape; raises `StreamlearnError` if more than flattening or axes of length 1 is needed."""
+    given, wanted = list(x.shape[1:]), list(shape)
+    if given == wanted:
         return x
-    same = [size for size in there if size > 1] == [size for size in wanted if size > 1]
-    if math.prod(there) != math.prod(wanted) or not (same or len(there) == 1 or len(wanted) == 1):
-        raise _misfit(f"a sample has shape {there}, and the configuration's input.shape is {wanted}")
-    say(f"samples have shape {there}: published as {wanted}, the configuration's input.shape")
+    same = [size for size in given if size > 1] == [size for size in wanted if size > 1]
+    if math.prod(given) != math.prod(wanted) or not (same or len(given) == 1 or len(wanted) == 1):
+        raise _refuse(f"a sample has shape {given}, but the configuration's input.shape is {wanted}")
+    notify(f"samples have shape {given}: published as {wanted}, the configuration's input.shape")
     return x.reshape(len(x), *wanted)
 
 
-def _as_dtype(x: np.ndarray, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray:
-    """Return numbers as another dtype; raises `StreamlearnError` where one of them cannot be held, or is not finite."""
+def _convert_dtype(x: np.ndarray, dtype: np.dtype, notify: Callable[[str], None]) -> np.ndarray:
+    """Return numbers as another dtype; raises `StreamlearnError` if one is out of its range, or is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         converted = x.astype(dtype, copy=False)
-        held = np.isfinite(converted) if dtype.kind == "f" else converted == x
-    if not held.all():
-        place = tuple(np.argwhere(~held)[0].tolist())
-        count = int((~held.reshape(len(x), -1).all(axis=1)).sum())
-        what = "finite numbers" if dtype.kind == "f" else "integers from {0.min} to {0.max}".format(np.iinfo(dtype))
-        raise _misfit(
-            f"sample {place[0]} holds {x[place]}, and input.dtype {dtype.name} takes {what} "
-            f"({count} of {len(x)} samples do not fit): leave such samples out, or change input.dtype"
+        fits = np.isfinite(converted) if dtype.kind == "f" else converted == x
+    if not fits.all():
+        place = tuple(np.argwhere(~fits)[0].tolist())
+        count = int((~fits.reshape(len(x), -1).all(axis=1)).sum())
+        accepted = "finite numbers" if dtype.kind == "f" else "integers from {0.min} to {0.max}".format(np.iinfo(dtype))
+        raise _refuse(
+            f"sample {place[0]} contains {x[place]}, but input.dtype {dtype.name} accepts {accepted} "
+            f"({count} of {len(x)} samples do not fit): remove these samples, or change input.dtype"
         )
     if x.dtype.name != dtype.name:
         rounded = x.dtype.kind in "iu" and not np.array_equal(converted.astype(x.dtype), x)
-        say(
+        notify(
             f"x is {x.dtype.name}: published as {dtype.name}, the configuration's input.dtype"
-            + (", in which large integers are rounded" if rounded else "")
+            + (", which rounds large integers" if rounded else "")
         )
     return converted
 
 
-def _as_classes(labels: list[Label], topic: str, config: Config, say: Callable[[str], None]) -> list[Label]:
-    """Return labels as the classes of a topic name them, 1 and "1" alike; raises `StreamlearnError` for one that is none."""
+def _convert_labels(labels: list[Label], topic: str, config: Config, notify: Callable[[str], None]) -> list[Label]:
+    """Return labels in the type that the topic's declared classes have: "1" becomes 1 if 1 is declared, and the reverse.
+
+    Raises `StreamlearnError` for a label that is not declared.
+    """
     scenario = Scenario.from_config(config)
     classes, key = scenario.declared_classes(topic), f"scenario.tasks.{topic}"
     if classes is None and scenario.kind == "domain":
-        raise _misfit(f"scenario.tasks has no classes for topic {topic}")
+        raise _refuse(f"scenario.tasks has no classes for topic {topic}")
     if topic not in scenario.declared:
         key, classes = "classes", classes or (None if isinstance(config.classes, int) else config.classes)
     if classes is None:
@@ -206,31 +211,42 @@ def _as_classes(labels: list[Label], topic: str, config: Config, say: Callable[[
     known |= {str(label): label for label in classes}
     known |= {label: label for label in classes}
     known |= {label: known[str(label)] for label in set(labels) if label not in known and str(label) in known}
-    if (odd := next((n for n, label in enumerate(labels) if label not in known), None)) is not None:
+    if (unknown := next((n for n, label in enumerate(labels) if label not in known), None)) is not None:
         accepted = ", ".join(map(repr, classes))
-        raise _misfit(
-            f"the label of sample {odd} of {topic} is {labels[odd]!r:.60}; accepted by {key}: {accepted:.200}"
+        raise _refuse(
+            f"the label of sample {unknown} of {topic} is {labels[unknown]!r:.60}; accepted by {key}: {accepted:.200}"
         )
     if changed := next((label for label in labels if type(known[label]) is not type(label)), None):
-        say(f"the label {changed!r:.60} is published as {known[changed]!r:.60}, as {key} has it; so are others")
+        notify(
+            f"the label {changed!r:.60} is published as {known[changed]!r:.60}, the class in {key}; "
+            "other labels are converted in the same way"
+        )
     return [known[label] for label in labels]
 
 
+def parse_labels(text: str) -> list[str]:
+    """Return the labels of a list that is separated by commas, as strings; `resolve_groups` finds their types."""
+    return [label.strip() for label in text.split(",")]
+
+
 def resolve_groups(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Label]]:
-    """Return groups of labels given as text; raises `StreamlearnError` (2) where 1 and "1" are different labels here."""
+    """Return groups of labels, given as strings, with the types that the labels have in the samples.
+
+    Raises `StreamlearnError` (2) if the samples have such a label both as an integer and as a string.
+    """
     known: dict[str, list[Label]] = {}
     for label in dict.fromkeys(samples.y):
         known.setdefault(str(label), []).append(label)
     for text in (text for group in groups for text in group):
         if len(known.get(text, [])) > 1:
             raise StreamlearnError(
-                f"{text} is both an integer and a string among the labels: write it in one way in the samples", code=2
+                f"the samples have {text} both as an integer and as a string label: write it in one way", code=2
             )
     return [[known.get(text, [text])[0] for text in group] for group in groups]
 
 
 def split_by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
-    """Return a task for each group of classes; raises `StreamlearnError` for a class that no sample has."""
+    """Return one task for each group of classes; raises `StreamlearnError` (2) if no sample has a class of a group."""
     tasks = []
     for group in groups:
         wanted = set(group)
@@ -242,36 +258,36 @@ def split_by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> lis
 
 
 def task_names(samples: Samples, count: int | None) -> list[str]:
-    """Return the tasks that the samples name, numbers in their order; of them the first `count`."""
+    """Return the tasks that the samples name, sorted with digits compared as numbers; only the first `count`, if given."""
     if not samples.task:
         raise StreamlearnError("the samples name no task: expected a .jsonl file with a field task", code=2)
     names = sorted(set(samples.task), key=natural_key)
     if count is not None and count > len(names):
-        raise StreamlearnError(f"{len(names)} tasks are named: {', '.join(names)}; expected {count}", code=2)
+        raise StreamlearnError(f"the samples name {len(names)} tasks: {', '.join(names)}; expected {count}", code=2)
     return names[:count]
 
 
 def split_by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
-    """Return the samples of each task that is named; raises `StreamlearnError` for one that no sample names."""
-    places: dict[str, list[int]] = {name: [] for name in names}
-    for place, name in enumerate(samples.task):
-        if name in places:
-            places[name].append(place)
-    if missing := [name for name, chosen in places.items() if not chosen]:
+    """Return the samples of each of these tasks; raises `StreamlearnError` (2) if a task has no sample."""
+    indices: dict[str, list[int]] = {name: [] for name in names}
+    for index, name in enumerate(samples.task):
+        if name in indices:
+            indices[name].append(index)
+    if missing := [name for name, chosen in indices.items() if not chosen]:
         raise StreamlearnError(f"no sample is of task {', '.join(missing)}", code=2)
-    return [samples.select(np.asarray(chosen)) for chosen in places.values()]
+    return [samples.select(np.asarray(chosen)) for chosen in indices.values()]
 
 
 def equal_class_groups(samples: Samples, count: int) -> list[list[Label]]:
-    """Return the classes in order, cut into `count` groups as equal as can be."""
+    """Return the sorted classes, divided into `count` groups of equal size, as far as possible."""
     classes = sorted(set(samples.y), key=lambda label: (isinstance(label, str), label))
     if not 1 <= count <= len(classes):
-        raise StreamlearnError(f"{len(classes)} classes cannot make {count} tasks", code=2)
+        raise StreamlearnError(f"{len(classes)} classes cannot be divided into {count} tasks", code=2)
     return [[classes[index] for index in part] for part in np.array_split(np.arange(len(classes)), count)]
 
 
 def make_permuted_tasks(samples: Samples, count: int, seed: int) -> list[Samples]:
-    """Return all samples `count` times, their features in a fixed random order each time (the first as they are)."""
+    """Return `count` tasks with all samples; each has its features in another fixed random order, the first is unchanged."""
     if samples.is_text:
         raise StreamlearnError("permutation needs numbers, got text", code=2)
     flat = samples.x.reshape(len(samples), -1)
@@ -282,14 +298,14 @@ def make_permuted_tasks(samples: Samples, count: int, seed: int) -> list[Samples
 
 
 def make_rotated_tasks(samples: Samples, count: int) -> list[Samples]:
-    """Return all images `count` times, turned by equal steps from 0 up to 180 degrees (nearest pixel)."""
+    """Return `count` tasks with all images, rotated by equal steps from 0 to 180 degrees."""
     if samples.x.ndim != 3:
         raise StreamlearnError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}", code=2)
     return [Samples(rotate_images(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
 
 
 def shuffle(samples: Samples, seed: int) -> Samples:
-    """Return the samples in a random order that depends on the seed alone."""
+    """Return the samples in a random order that depends only on the seed."""
     return samples.select(np.random.default_rng(seed).permutation(len(samples)))
 
 
@@ -297,23 +313,28 @@ def publish(
     sink: Sink,
     topic: str,
     samples: Samples,
-    how: PublishOptions,
+    options: PublishOptions,
     *,
     probe: Samples | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write a task to its topic, its probe first and its marker last; returns when all is acknowledged."""
-    sink.create_topic(topic, how.partitions)
+    """Write a task to its topic: the probe, the samples, then the markers. Returns when all records are acknowledged.
+
+    `progress` is called with the number of samples of each record that was written.
+    """
+    sink.create_topic(topic, options.partitions)
     partitions = sink.partitions(topic)
-    if samples.is_text and how.codec == "batch":
-        raise StreamlearnError("codec batch holds numbers, and these samples are text: use json or msgpack", code=2)
-    typed: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[how.codec]),)
+    if samples.is_text and options.codec == "batch":
+        raise StreamlearnError(
+            "codec batch is for numbers, but these samples are text: use codec json or msgpack", code=2
+        )
+    headers: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[options.codec]),)
     if probe is not None:
-        _write(sink, topic, probe, how, partitions, (*typed, (USE, PROBE)), lambda _: None)
-    _write(sink, topic, samples, how, partitions, typed, progress)
-    if how.markers:
+        _write(sink, topic, probe, options, partitions, (*headers, (USE, PROBE)), lambda _: None)
+    _write(sink, topic, samples, options, partitions, headers, progress)
+    if options.markers:
         for partition in range(partitions):
-            sink.append(topic, partition, TASK_END, headers=((CONTROL, TASK_END),))  # Kafka wants a key or a value
+            sink.append(topic, partition, TASK_END, headers=((CONTROL, TASK_END),))  # Kafka requires a key or a value
     sink.flush()
 
 
@@ -321,58 +342,60 @@ def _write(
     sink: Sink,
     topic: str,
     samples: Samples,
-    how: PublishOptions,
+    options: PublishOptions,
     partitions: int,
     headers: Headers,
     progress: Callable[[int], None],
 ) -> None:
-    size = how.samples_per_record if how.codec == "batch" else 1
-    begun = time.monotonic()
+    size = options.samples_per_record if options.codec == "batch" else 1
+    start_time = time.monotonic()
     for number, start in enumerate(range(0, len(samples), size)):
         x, y = samples.x[start : start + size], samples.y[start : start + size]
         if samples.is_text:
-            value = encode_text(how.codec, x[0], y[0])
+            value = encode_text(options.codec, x[0], y[0])
         else:
-            value = encode(how.codec, x, y) if how.codec == "batch" else encode(how.codec, x[0], y[0])
+            value = encode(options.codec, x, y) if options.codec == "batch" else encode(options.codec, x[0], y[0])
         sink.append(topic, number % partitions, value, headers=headers)
         progress(len(y))
-        if how.rate is not None:
+        if options.rate is not None:
             sink.flush()
-            ahead = (start + len(y)) / how.rate - (time.monotonic() - begun)
+            ahead = (start + len(y)) / options.rate - (time.monotonic() - start_time)
             time.sleep(max(0.0, ahead))
     sink.flush()
 
 
-def _npz(path: Path, split: str) -> Samples:
-    with _arrays(path) as arrays:
-        whole = "x" in arrays
-        names = ("x", "y") if whole else (f"x_{split}", f"y_{split}")
+def _read_npz(path: Path, split: str) -> Samples:
+    with _load_arrays(path) as arrays:
+        is_whole = "x" in arrays
+        names = ("x", "y") if is_whole else (f"x_{split}", f"y_{split}")
         missing = [name for name in names if name not in arrays]
         if missing:
             raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
         x, y = (np.asarray(arrays[name]) for name in names)
     if not x.ndim or y.ndim != 1 or len(x) != len(y):
-        raise StreamlearnError(f"{path}: x is {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]", code=74)
-    return Samples(_numbers(x), y.tolist(), has_splits=not whole)
+        raise StreamlearnError(
+            f"{path}: x has shape {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]", code=74
+        )
+    return Samples(_to_numbers(x), y.tolist(), has_splits=not is_whole)
 
 
 def read_unlabelled(path: Path, split: str) -> Samples | None:
-    """Return the samples of a `.npz` or `.jsonl` that has no labels, or None where it has some, or is another file."""
-    if _kind(path) == ".jsonl":
-        with _naming(path):
-            samples = _jsonl(path, split, labelled=False)
+    """Read a `.npz` or `.jsonl` file without labels; return None if it has labels, or is another kind of file."""
+    if _file_type(path) == ".jsonl":
+        with _errors_name(path):
+            samples = _read_jsonl(path, split, labelled=False)
         return None if samples.y or not len(samples.x) else samples
     if path.suffix != ".npz":
         return None
-    with _naming(path):
-        with _arrays(path) as arrays:
+    with _errors_name(path):
+        with _load_arrays(path) as arrays:
             x = arrays["x"] if "x" in arrays and "y" not in arrays else None
-        return None if x is None else Samples(_numbers(x), [])
+        return None if x is None else Samples(_to_numbers(x), [])
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name a file that cannot be read, or makes no sense."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Convert the errors of reading a file to `StreamlearnError`s that name the file."""
     try:
         yield
     except OSError as error:
@@ -384,44 +407,48 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+def _load_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yield the arrays of a `.npz` file; raises `ValueError` if it is not one."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays
     except (ValueError, EOFError, BadZipFile, TypeError) as error:
         hint = (
-            ": arrays of objects are not read; save strings as y.astype(str)" if "Object arrays" in str(error) else ""
+            ": arrays of Python objects are not accepted; save strings with y.astype(str)"
+            if "Object arrays" in str(error)
+            else ""
         )
         raise ValueError(f"not a .npz file of plain arrays{hint}") from error
 
 
-def _numbers(values: Any) -> np.ndarray:
-    """Return an array of real numbers; raises ValueError for anything else."""
+def _to_numbers(values: Any) -> np.ndarray:
+    """Return an array of real numbers; raises `ValueError` for other values."""
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"x holds {array.dtype}; expected numbers")
+        raise ValueError(f"x contains {array.dtype}; expected numbers")
     return array
 
 
-def _floats(path: Path, rows: list[Any], lines: list[int], *, exact: bool) -> np.ndarray:
-    """Return rows as float32, or as they are (`exact`).
+def _stack_rows(path: Path, rows: list[Any], lines: list[int], *, keep_precision: bool) -> np.ndarray:
+    """Return the rows of a `.jsonl` file as one array of float32, or with their own precision.
 
-    Raises `StreamlearnError` (74), naming the line, where they are not numbers of one shape, or too large.
+    Raises `StreamlearnError` (74) that names the line if they are not numbers of one shape, or one is too large.
     """
     try:
         with np.errstate(over="raise"):
-            return _numbers(rows) if exact else _numbers(rows).astype(np.float32)
+            return _to_numbers(rows) if keep_precision else _to_numbers(rows).astype(np.float32)
     except (FloatingPointError, ValueError) as error:
         first = _shape(rows[0])
         for row, line in zip(rows, lines, strict=True):
             if (shape := _shape(row)) is None:
-                why = (
-                    f"x is {row!r:.60}; expected numbers, nested as [height][width] where there are several dimensions"
-                )
+                why = f"x is {row!r:.60}; expected numbers; with several dimensions, nested as [height][width]"
             elif shape != first:
-                why = f"x has shape {list(shape)}, and line {lines[0]} has {list(first or ())}; expected one shape on all lines"
-            elif np.abs(np.asarray(row, float)).max(initial=0) > np.finfo(np.float32).max and not exact:
-                why = "x holds a number that is too large for float32"
+                why = (
+                    f"x has shape {list(shape)}, but line {lines[0]} has {list(first or ())}; "
+                    "expected one shape on all lines"
+                )
+            elif np.abs(np.asarray(row, float)).max(initial=0) > np.finfo(np.float32).max and not keep_precision:
+                why = "x contains a number that is too large for float32"
             else:
                 continue
             raise StreamlearnError(f"{path}:{line}: {why}", code=74) from error
@@ -429,29 +456,30 @@ def _floats(path: Path, rows: list[Any], lines: list[int], *, exact: bool) -> np
 
 
 def _shape(row: Any) -> tuple[int, ...] | None:
-    """Return the shape of nested numbers, or None for anything else."""
+    """Return the shape of nested lists of numbers, or None for anything else."""
     try:
-        return _numbers(row).shape
+        return _to_numbers(row).shape
     except ValueError:
         return None
 
 
-def _kind(path: Path) -> str:
+def _file_type(path: Path) -> str:
+    """Return a file's suffix; for `a.csv.gz` it is `.csv`."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
-def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False) -> Samples:
+def _read_jsonl(path: Path, split: str, *, labelled: bool = True, keep_precision: bool = False) -> Samples:
     x: list[Any] = []
     y: list[Label] = []
     tasks: list[str] = []
     lines: list[int] = []
-    is_text = is_split = False
+    is_text = has_splits = False
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 tree = orjson.loads(line)
                 is_text = "question" in tree if number == 1 else is_text
-                is_split |= "split" in tree
+                has_splits |= "split" in tree
                 if tree.get("split", split) != split:
                     continue
                 x.append({"story": tree["story"], "question": tree["question"]} if is_text else tree["x"])
@@ -466,32 +494,32 @@ def _jsonl(path: Path, split: str, *, labelled: bool = True, exact: bool = False
                 raise StreamlearnError(f"{path}:{number}: {error}; expected {{{expected}: ...}}", code=74) from error
     for what, some in (("name a task", tasks), ("have a label", y)):
         if some and len(some) != len(x):
-            raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all, or none", code=74)
+            raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all or none", code=74)
     if is_text:
-        return Samples(_objects(x), y, tasks, is_split)
-    return Samples(_floats(path, x, lines, exact=exact), y, tasks, is_split)
+        return Samples(_object_array(x), y, tasks, has_splits)
+    return Samples(_stack_rows(path, x, lines, keep_precision=keep_precision), y, tasks, has_splits)
 
 
-def _objects(texts: Sequence[Any]) -> np.ndarray:
-    made = np.empty(len(texts), object)
-    made[:] = texts
-    return made
+def _object_array(texts: Sequence[Any]) -> np.ndarray:
+    array = np.empty(len(texts), object)
+    array[:] = texts
+    return array
 
 
-def _digits(split: str) -> Samples:
-    """Return scikit-learn's 1,797 handwritten digits, 8 by 8 and 0 to 16; a quarter, evenly over the file, is `test`."""
+def _read_digits(split: str) -> Samples:
+    """Return scikit-learn's 1,797 handwritten digits, 8 by 8 pixels, 0 to 16. Every fourth sample is in the split `test`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise StreamlearnError("digits: needs scikit-learn: pip install 'streamlearn[demo]'", code=78) from error
     digits = load_digits()
-    test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST) == 0
-    chosen = test if split == "test" else ~test
+    is_test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST_FRACTION) == 0
+    chosen = is_test if split == "test" else ~is_test
     return Samples(digits.images[chosen].astype(np.uint8), digits.target[chosen].tolist(), has_splits=True)
 
 
 def rotate_images(x: np.ndarray, degrees: float) -> np.ndarray:
-    """Return images `[n, height, width]` turned about their middle, each pixel that of the nearest."""
+    """Return images `[n, height, width]` rotated about their centre; each pixel takes the value of the nearest one."""
     height, width = x.shape[1:]
     angle = np.deg2rad(degrees)
     row, column = np.mgrid[:height, :width]
@@ -499,6 +527,6 @@ def rotate_images(x: np.ndarray, degrees: float) -> np.ndarray:
     from_row = np.rint(np.cos(angle) * up - np.sin(angle) * right + (height - 1) / 2).astype(int)
     from_column = np.rint(np.sin(angle) * up + np.cos(angle) * right + (width - 1) / 2).astype(int)
     inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
-    turned = np.zeros_like(x)
-    turned[:, inside] = x[:, from_row[inside], from_column[inside]]
-    return turned
+    rotated = np.zeros_like(x)
+    rotated[:, inside] = x[:, from_row[inside], from_column[inside]]
+    return rotated

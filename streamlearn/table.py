@@ -1,16 +1,15 @@
-"""Tables of samples (CSV): numbers, then the label in the last column. Nothing about them is guessed in silence."""
+"""Read samples from CSV files: numbers, then the label in the last column. Every assumption is reported to the user."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamlearn.data import StreamlearnError
+from streamlearn.data import INTEGER, StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,15 +17,14 @@ if TYPE_CHECKING:
 
     from streamlearn.data import Label
 
-INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # as an integer is written: 007 and +7 are something else
-MAX_DIGITS = 20  # of an integer of 64 bits, the sign included
-GAPS = {"", "?", "-", "na", "n/a", "nan", "null", "none"}  # how a missing value is written, in any case of letters
-CHOOSE = "give --header if it names the columns, --no-header if it is a sample"
+MAX_DIGITS = 20  # of a 64-bit integer with its sign
+MISSING_VALUES = {"", "?", "-", "na", "n/a", "nan", "null", "none"}  # compared in lower case
+CHOOSE_HEADER = "give --header if it names the columns, or --no-header if it is a sample"
 
 
 @dataclass
 class _Table:
-    """The rows read so far, and the line that the first of them stood on."""
+    """The rows read so far, and the number of the line where the first row was."""
 
     path: Path
     first_line: int = 0
@@ -35,23 +33,23 @@ class _Table:
     labels: list[str] = field(default_factory=list)
 
     def add(self, line: int, row: list[str], dtype: np.dtype) -> None:
-        """Take one sample; raises `StreamlearnError`, naming the line, if it is none."""
+        """Add one sample; raises `StreamlearnError` (74) that names the line if the row is not a sample."""
         where = f"{self.path}:{line}"
         if len(row) != self.width:
             raise StreamlearnError(
-                f"{where}: {_columns(len(row))}, and line {self.first_line} has {self.width}; "
+                f"{where}: {_count_columns(len(row))}, but line {self.first_line} has {self.width}; "
                 "expected the same number on every line",
                 code=74,
             )
         if not (label := row[-1].strip()):
             raise StreamlearnError(
-                f"{where}: no label: the last column is empty; write the label there, or leave the line out", code=74
+                f"{where}: no label: the last column is empty; write the label there, or remove the line", code=74
             )
-        values = _values(row[:-1])
+        values = _to_floats(row[:-1])
         bad = next((n for n, value in enumerate(values) if not np.isfinite(value)), None)
         if bad is not None:
             raise StreamlearnError(
-                f"{where}: column {bad + 1} is {row[bad]!r:.60}; expected a number: fill the gap, or leave the line out",
+                f"{where}: column {bad + 1} is {row[bad]!r:.60}; expected a number: write one there, or remove the line",
                 code=74,
             )
         with np.errstate(over="ignore"):
@@ -65,13 +63,13 @@ class _Table:
 
 
 def read_table(
-    path: Path, dtype: np.dtype, *, header: bool | None, say: Callable[[str], None]
+    path: Path, dtype: np.dtype, *, header: bool | None, notify: Callable[[str], None]
 ) -> tuple[np.ndarray, list[Label]]:
-    """Return the samples of a CSV file, gzipped or not: `x [n, columns - 1]` and n labels.
+    """Read the samples of a CSV file, gzipped or not: return `x [n, columns - 1]` and n labels.
 
-    `header` tells whether the first line names the columns; if it is None that line decides, and `say` is called with one
-    sentence for everything that is assumed. Raises `StreamlearnError` (74), naming the line, where nothing can be assumed.
-    Labels are integers if all are written as such, strings otherwise.
+    `header` says whether the first line names the columns. If it is None, this is found out from the line itself.
+    `notify` is called with one sentence for each assumption. Raises `StreamlearnError` (74) that names the line if the
+    file is ambiguous. Labels are integers if all of them are written as integers, otherwise strings.
     """
     table = _Table(path)
     with (
@@ -85,59 +83,61 @@ def read_table(
         line, cells = first
         table.first_line, table.width = line, len(cells)
         is_header = _is_header(f"{path}:{line}", cells) if header is None else header
-        numbered = is_header and header is None and all(map(_is_integer, cells))
+        is_numeric_header = is_header and header is None and all(map(_is_integer, cells))
         if not is_header:
             table.add(line, cells, dtype)
         for number, row in rows:
             table.add(number, row, dtype)
-            if numbered and all(map(_is_integer, row[:-1])):
+            if is_numeric_header and all(map(_is_integer, row[:-1])):
                 raise StreamlearnError(
-                    f"{path}:{line}: {_shown(cells)} may be a header of numbers, or a sample as line {number} is; {CHOOSE}",
+                    f"{path}:{line}: {_quote(cells)} may be a header of numbers, or a sample like line {number}; "
+                    f"{CHOOSE_HEADER}",
                     code=74,
                 )
     if is_header and not cells[0].strip():
-        say(f"{path}:{line}: column 1 has no name, as an index that pandas writes; it is taken for a number of x")
+        notify(f"{path}:{line}: column 1 has no name, like an index that pandas writes; it is read as a value of x")
     if header is None and is_header:
-        say(f"{path}:{line}: taken for a header: {_shown(cells)} (--no-header reads it as a sample)")
+        notify(f"{path}:{line}: read as a header: {_quote(cells)} (--no-header reads it as a sample)")
     elif header is None:
-        say(f"{path}:{line}: taken for a sample, so the file has no header (--header leaves it out)")
+        notify(f"{path}:{line}: read as a sample, so the file has no header (--header reads this line as a header)")
     if not table.labels:
         return np.zeros((0, 0), dtype), []
-    return np.stack(table.x), _labels(path, table.labels, say)
+    return np.stack(table.x), _convert_labels(path, table.labels, notify)
 
 
 def _rows(path: Path, lines: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Give each row that is not empty with its line; raises `StreamlearnError` for one without a comma."""
+    """Yield each row that is not empty, with its line number; raises `StreamlearnError` for a row without a comma."""
     for row in lines:
         line: int = lines.line_num  # type: ignore[attr-defined]  # a csv.reader, whose class has no public name
         if len(row) == 1:
             raise StreamlearnError(
-                f"{path}:{line}: one column; expected numbers, then a label, with commas between", code=74
+                f"{path}:{line}: one column; expected numbers, then a label, separated by commas", code=74
             )
         if row:
             yield line, row
 
 
 def _is_header(where: str, cells: list[str]) -> bool:
-    """Tell whether a first line names the columns; raises `StreamlearnError` if that cannot be known."""
+    """Return whether the first line names the columns; raises `StreamlearnError` if it is ambiguous."""
     cells = [cell.strip() for cell in cells]
     features = cells[:-1]
-    numbers = [bool(np.isfinite(value)) for value in _values(features)]
-    if all(numbers):
+    are_numbers = [bool(np.isfinite(value)) for value in _to_floats(features)]
+    if all(are_numbers):
+        # only consecutive integers, such as 0,1,2, can be column names
         if not all(map(_is_integer, cells)) or len({int(cell) - n for n, cell in enumerate(cells)}) > 1:
             return False
-        if int(cells[0]) == 0 and len(cells) > 2:  # as pandas writes columns without names
+        if int(cells[0]) == 0 and len(cells) > 2:  # pandas numbers unnamed columns in this way
             return True
         raise StreamlearnError(
-            f"{where}: {_shown(cells)} may be a header of numbers, or the first sample; {CHOOSE}", code=74
+            f"{where}: {_quote(cells)} may be a header of numbers, or the first sample; {CHOOSE_HEADER}", code=74
         )
-    gap = next((n for n, cell in enumerate(features) if cell.lower() in GAPS), None)
-    odd = gap if gap is not None else numbers.index(False) if any(numbers) else None
-    if odd is None:
+    missing = next((n for n, cell in enumerate(features) if cell.lower() in MISSING_VALUES), None)
+    ambiguous = missing if missing is not None else are_numbers.index(False) if any(are_numbers) else None
+    if ambiguous is None:
         return True
     raise StreamlearnError(
-        f"{where}: column {odd + 1} is {cells[odd]!r:.60}: the line may be a header, or a sample with a gap; "
-        "give --header if it names the columns; else fill the gap, or leave the line out",
+        f"{where}: column {ambiguous + 1} is {cells[ambiguous]!r:.60}: the line may be a header, or a sample with a missing "
+        "value; give --header if it names the columns; otherwise write a number there, or remove the line",
         code=74,
     )
 
@@ -146,37 +146,37 @@ def _is_integer(cell: str) -> bool:
     return len(cell) <= MAX_DIGITS and INTEGER.fullmatch(cell) is not None
 
 
-def _values(cells: list[str]) -> np.ndarray:
-    """Return numbers as float64; NaN for what is none. Python's 1_000 and digits of other scripts are none."""
+def _to_floats(cells: list[str]) -> np.ndarray:
+    """Return numbers as float64, and NaN for other text. 1_000 and digits of other scripts are not numbers here."""
     text = "".join(cells)
     if text.isascii() and "_" not in text:
         try:
             return np.array([float(cell) for cell in cells])
         except ValueError:
             pass
-    return np.array([_number(cell) for cell in cells])
+    return np.array([_to_float(cell) for cell in cells])
 
 
-def _number(cell: str) -> float:
+def _to_float(cell: str) -> float:
     try:
         return float(cell) if cell.isascii() and "_" not in cell else np.nan
     except ValueError:
         return np.nan
 
 
-def _labels(path: Path, labels: list[str], say: Callable[[str], None]) -> list[Label]:
-    """Return integers if all labels are written as such, else every one as the string that it is."""
+def _convert_labels(path: Path, labels: list[str], notify: Callable[[str], None]) -> list[Label]:
+    """Return integers if all labels are written as integers, otherwise all labels as strings, unchanged."""
     other = next((label for label in labels if not _is_integer(label)), None)
     if other is None:
-        say(f"{path}: labels (last column) are integers, as {labels[0]}")
+        notify(f"{path}: labels (last column) are integers, such as {labels[0]}")
         return [int(label) for label in labels]
-    say(f"{path}: labels (last column) are strings, as {other!r:.60}")
+    notify(f"{path}: labels (last column) are strings, such as {other!r:.60}")
     return list(labels)
 
 
-def _columns(count: int) -> str:
+def _count_columns(count: int) -> str:
     return f"{count} column{'s' if count > 1 else ''}"
 
 
-def _shown(cells: list[str]) -> str:
+def _quote(cells: list[str]) -> str:
     return f"{','.join(cells)!r:.60}"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from streamlearn import __version__
-from streamlearn.cli import checkpoints, config, data, letters, lifecycle, reports, tasks
+from streamlearn.cli import checkpoints, config, dlq, lifecycle, predict, produce, reports, tasks, topics
 from streamlearn.cli.common import JsonOption, print_error, print_json, print_line, to_streamlearn_error
 
 app = typer.Typer(
@@ -58,10 +58,12 @@ def version_command(json_: JsonOption = False) -> None:
 
 
 lifecycle.add_to(app)
-data.add_to(app)
+app.command()(topics.topics)
+app.command()(produce.produce)
+app.command()(predict.predict)
 reports.add_to(app)
 app.add_typer(checkpoints.app, name="checkpoint")
-app.add_typer(letters.app, name="dlq")
+app.add_typer(dlq.app, name="dlq")
 app.add_typer(tasks.app, name="task")
 app.add_typer(config.app, name="config")
 

@@ -1,4 +1,4 @@
-"""The dead-letter topic: what cannot be used goes there, with its reason, before any position moves past it."""
+"""Write samples that cannot be used to the dead-letter topic, with the reason, before any position moves past them."""
 
 from __future__ import annotations
 
@@ -15,52 +15,53 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from streamlearn.data import Rejected
-    from streamlearn.stream.log import Record, Sink
+    from streamlearn.stream.log import Headers, Record, Sink
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 HEADER_PREFIX = "streamlearn.errors."
-MAX_SINGLE_LETTERS = 1000  # letters of one sample each; what further samples of the record are rejected share a letter
-SHARED_SPAN = 1 << 20  # sample numbers of one shared letter: its header must fit into a broker's message
+MAX_SINGLE_LETTERS = 1000  # letters of one sample each, for one record; its other rejected samples share letters
+SHARED_SPAN = 1 << 20  # sample indices that one shared letter can cover: its header must fit into a broker's message
 SPAN_BYTES = SHARED_SPAN // 8
-MAX_SAMPLES = 1 << 30  # of one record: it has a byte for each at least
+MAX_SAMPLES = 1 << 30  # in one record: each sample has at least one byte
 NO_PERMISSION = 77  # the exit code of a missing permission
-ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before reading stands still
+ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before the reader pauses
 
 
 class DeadLetterWriter:
-    """Writes rejected samples to one topic; one thread sends, any may flush.
+    """Writes rejected samples to the dead-letter topic. One thread writes, any thread may call `flush`.
 
-    The value and headers are the record's own (but for names that begin with `streamlearn.errors.`, which are ours); a batch
-    record's value stands in the letter of its first rejected sample, which the others name in `streamlearn.errors.value-in`.
-    The key is `topic-partition-offset-index`, so that a repeat after a crash is recognised; a header has the topic's id,
-    because a topic that is deleted and created again has other samples at the same offsets. The record's own key stands in a
-    header.
+    A letter is a record of the dead-letter topic. Its value and headers are those of the original record, but original
+    headers whose names begin with `streamlearn.errors.` are replaced. Of a batch record, only the letter of the first
+    rejected sample has the value; the other letters name that letter in the header `streamlearn.errors.value-in`. The
+    letter's key is `topic-partition-offset-index`, so that a letter that is written again after a crash can be recognised.
+    The topic's id is in a header too, because a topic that is deleted and created again has other samples at the same
+    offsets. The original record's key is in a header.
     """
 
     def __init__(self, sink: Sink, topic: str) -> None:
         self.sink = sink
         self.topic = topic
         self.sent = 0
-        self.failures = 0  # attempts to have letters acknowledged that failed
+        self.failures = 0  # failed attempts to write a letter, or to get letters acknowledged
         self._unacknowledged = False
         self._failure: str | None = None
         self._num_partitions = 1
-        self._last: tuple[object, bytes] | None = None  # the last record's place, and the key of its first letter
+        self._last: tuple[object, bytes] | None = None  # the last record, and the key of its first letter
 
     def prepare(self) -> None:
-        """Make sure that the topic is there; raises `StreamlearnError` if it is not and may not be created."""
-        made = self.sink.create_topic(self.topic, 1)
-        self._num_partitions = (
-            1 if made else self.sink.partitions(self.topic)
-        )  # brokers list a new topic a little later
+        """Create the topic if it does not exist; raises `StreamlearnError` if that is not possible."""
+        created = self.sink.create_topic(self.topic, 1)
+        # brokers take a moment to list a new topic, so do not ask for the partitions of one
+        self._num_partitions = 1 if created else self.sink.partitions(self.topic)
 
     def write_rejected(
         self, record: Record, rejected: Mapping[int, Rejected], samples: int, topic_id: str | None
     ) -> None:
-        """Write the rejected samples of a record of `samples`, by index.
+        """Write letters for the rejected samples of a record, by index. The record has `samples` samples.
 
-        Past `MAX_SINGLE_LETTERS` the samples of one reason share a letter: a record of a megabyte may have 300,000 samples.
+        Beyond `MAX_SINGLE_LETTERS`, the samples with the same reason share a letter: a record of a megabyte may have 300,000
+        samples.
         """
         indices = list(rejected)
         for index in indices[:MAX_SINGLE_LETTERS]:
@@ -80,7 +81,7 @@ class DeadLetterWriter:
         topic_id: str | None,
         further: Sequence[int] = (),
     ) -> None:
-        """Write one rejected sample of a record's `samples`, with further ones where given; safe after the next `flush`."""
+        """Write a letter for one sample of a record, and for `further` samples that share it; durable after `flush`."""
         more = f" (and {len(further)} further samples of this record)" if further else ""
         facts = {
             "topic": record.topic,
@@ -101,48 +102,49 @@ class DeadLetterWriter:
         key = f"{record.topic}-{record.partition}-{record.offset}-{index}".encode()
         partition = record.partition % self._num_partitions
         value = record.value
-        place = (topic_id, record.topic, record.partition, record.offset)
-        carrier = self._last[1] if self._last is not None and self._last[0] == place else key
-        if carrier != key:  # a batch record's bytes are written once, not for each sample
+        record_id = (topic_id, record.topic, record.partition, record.offset)
+        value_key = self._last[1] if self._last is not None and self._last[0] == record_id else key
+        if value_key != key:  # the bytes of a batch record are written once, not again for each sample
             value = None
-            added += ((HEADER_PREFIX + "value-in", carrier),)
-        # Kafka allows null, its client does not
-        kept = tuple((name, data or b"") for name, data in record.headers if not name.startswith(HEADER_PREFIX))
+            added += ((HEADER_PREFIX + "value-in", value_key),)
         self._unacknowledged = True
         try:
-            self.sink.append(self.topic, partition, value, key=key, headers=(*kept, *added))
+            self.sink.append(self.topic, partition, value, key=key, headers=(*original_headers(record), *added))
         except StreamlearnError as error:
             self.failures += 1
             if error.code != 74:
                 raise
-            raise BrokerUnavailable(str(error)) from error  # as a full disk: the record is left unread, and read again
-        self._last = (place, carrier)  # not before: only what was taken can be named
+            # for example a full disk: the reader then keeps its position, and reads the record again later
+            raise BrokerUnavailable(str(error)) from error
+        self._last = (record_id, value_key)  # only now: later letters may name only a letter that was accepted
         self.sent += 1
 
     def flush(self) -> None:
-        """Return when every letter is acknowledged; raises `StreamlearnError` where one is not, at once if that is known."""
+        """Wait until all letters are acknowledged; raises `StreamlearnError` if one is not, at once if that is known."""
         if self._failure is not None:
             raise StreamlearnError(self._failure, code=74)
         self._flush()
 
     def retry_failed(self) -> str | None:
-        """Return why letters are not acknowledged, or None; tries those again that failed. For the thread that sends.
+        """Try to get all letters acknowledged; return why that failed, or None. Only the writing thread may call this.
 
-        Raises `StreamlearnError` (77) where we may not write them.
+        Raises `StreamlearnError` (77) if we have no permission to write them.
         """
         if not self._unacknowledged:
             return None
         self._unacknowledged = False
         try:
             if self._failure is not None:
-                self.prepare()  # it may have been deleted
+                self.prepare()  # the topic may have been deleted
             self._flush()
         except StreamlearnError as error:
             self._unacknowledged = True
             if error.code == NO_PERMISSION:
-                raise  # no later try would help
+                raise  # another try would not help
             if self._failure is None:
-                log.error("dead-letter topic %s: %s; reading stands still until it is written", self.topic, error)  # noqa: TRY400 - the line says all
+                logger.error(  # noqa: TRY400 - the message contains the whole error
+                    "dead-letter topic %s: %s; reading is paused until the letters are written", self.topic, error
+                )
             self._failure = f"dead-letter topic {self.topic}: {error}"
         else:
             self._failure = None
@@ -156,15 +158,21 @@ class DeadLetterWriter:
             raise
 
 
+def original_headers(record: Record) -> Headers:
+    """Return the headers of a record, or of the original record of a letter: those without our prefix."""
+    # a header's value may be null in Kafka, but not in its client
+    return tuple((name, data or b"") for name, data in record.headers if not name.startswith(HEADER_PREFIX))
+
+
 def pack_indices(indices: Sequence[int], samples: int) -> bytes:
-    """Return the bytes of a set of sample numbers below `samples`, of one span: a bit for each sample, compressed."""
+    """Return a set of sample indices below `samples` as compressed bytes, one bit for each sample; all in one span."""
     bits = np.zeros(samples, bool)
     bits[list(indices)] = True
     return zlib.compress(np.packbits(bits).tobytes())
 
 
 def unpack_indices(data: bytes, samples: int) -> list[int]:
-    """Return the sample numbers that `pack_indices` packed; raises `ValueError` if these bytes are no such set."""
+    """Return the sample indices that `pack_indices` packed; raises `ValueError` if the bytes are not such a set."""
     size = -(-samples // 8)
     if samples > MAX_SAMPLES:
         raise ValueError(f"{samples} samples")
@@ -172,11 +180,11 @@ def unpack_indices(data: bytes, samples: int) -> list[int]:
         raw = zlib.decompressobj().decompress(data, size + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    # whoever may write to the topic chooses these bytes: only a span of them is ever made into a list
+    # anybody who may write to the topic can forge these bytes: never make a list of more than one span
     first = len(raw) - len(raw.lstrip(b"\0"))
     start = first - first % SPAN_BYTES
     span, rest = raw[start : start + SPAN_BYTES], raw[start + SPAN_BYTES :]
-    found: list[int] = (np.flatnonzero(np.unpackbits(np.frombuffer(span, np.uint8))) + 8 * start).tolist()
-    if len(raw) != size or (found and found[-1] >= samples) or rest.strip(b"\0"):
-        raise ValueError(f"no set of numbers below {samples}")
-    return found
+    indices: list[int] = (np.flatnonzero(np.unpackbits(np.frombuffer(span, np.uint8))) + 8 * start).tolist()
+    if len(raw) != size or (indices and indices[-1] >= samples) or rest.strip(b"\0"):
+        raise ValueError(f"not a set of indices below {samples}")
+    return indices

@@ -1,16 +1,15 @@
-"""Dead letters read back: what each of them says, and the records that send their samples again."""
+"""Read letters back from the dead-letter topic, and send their samples again."""
 
 from __future__ import annotations
 
 import math
-import re
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamlearn.data import TOPIC_NAME, StreamlearnError
+from streamlearn.data import TOPIC_NAME, StreamlearnError, parse_digits
 from streamlearn.stream.codec import batch_subset
-from streamlearn.stream.deadletter import HEADER_PREFIX, unpack_indices
+from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
 from streamlearn.stream.log import ATTEMPT, CONTROL, CUT, BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -18,58 +17,57 @@ if TYPE_CHECKING:
 
     from streamlearn.stream.log import Headers, Log, Record, Sink
 
-    Identity = tuple[str | None, str]  # the topic's id and the key; letters of earlier versions have no id
-    Group = list[tuple[Record, bytes, list["Letter"]]]
+    SampleId = tuple[str | None, str]  # the topic's id and the letter's key; letters of earlier versions have no id
+    Group = list[tuple[Record, bytes, list["Letter"]]]  # records, each with the bytes to send and its letters
 
-NUMBER = re.compile(rb"[0-9]{1,19}")
-LATEST_SECONDS = (2**63 - 1) / 1000  # Kafka's timestamps are milliseconds of 64 bits
+LATEST_SECONDS = (2**63 - 1) / 1000  # Kafka's timestamps are milliseconds in 64 bits
 POLL_SECONDS = 0.5
 SILENCE_SECONDS = 30.0
-REPLAYED = HEADER_PREFIX + "replayed-to"  # header of a mark: the letter of the same key was sent to this topic
-GROUP_RECORDS = 100  # that are sent, acknowledged and then marked: so many are sent twice after a crash between the two
+REPLAYED = HEADER_PREFIX + "replayed-to"  # header of a mark: the letter with the same key was sent to this topic
+GROUP_RECORDS = 100  # records sent before their letters are marked: a crash in between sends so many records twice
 GROUP_BYTES = 8 << 20
-NEVER_SENT = (REPLAYED, CUT, CONTROL)  # headers of a mark, of bytes that were cut, and of a record that is no sample
+NEVER_SENT = (REPLAYED, CUT, CONTROL)  # headers of a mark, of a value that was cut, and of a control record
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """What one letter says of its sample; `rejected` and `timestamp`, the record's own, in Unix seconds."""
+    """The facts of one letter. `rejected` and `timestamp` (of the original record) are in Unix seconds."""
 
     key: str
     topic: str
-    topic_id: str | None  # a topic that is deleted and created again has another; None in letters of earlier versions
+    topic_id: str | None  # changes when a topic is deleted and created again; None in letters of earlier versions
     partition: int
     offset: int
     index: int  # of the sample in its record
-    samples: int  # of the record
+    samples: int  # in the record
     reason: str
     message: str
     rejected: float
     timestamp: float
-    attempts: int  # how often it was sent again before
-    value_key: str  # key of the letter that has the record's bytes
-    letter_partition: int  # partition of the dead-letter topic
+    attempts: int  # how often the sample was sent again before
+    value_key: str  # the key of the letter that has the record's bytes
+    letter_partition: int  # of the dead-letter topic
     replayed: bool = False
-    further: bytes = b""  # packed: further samples of the record that this letter is about
+    further: bytes = b""  # packed indices of further samples of the record that share this letter
 
     @property
     def indices(self) -> list[int]:
-        """The samples of the record that this letter is about."""
+        """The indices of this letter's samples in their record."""
         return [self.index, *(unpack_indices(self.further, self.samples) if self.further else ())]
 
     @property
-    def sample_id(self) -> Identity:
-        """What tells this letter's sample from every other sample."""
+    def sample_id(self) -> SampleId:
+        """An identity that no other sample has."""
         return self.topic_id, self.key
 
     @property
     def record_id(self) -> tuple[str | None, str, int, int, int]:
-        """The record of the sample: topic id, topic, partition, offset, and how many samples it has."""
+        """The sample's record: topic id, topic, partition, offset, and number of samples."""
         return self.topic_id, self.topic, self.partition, self.offset, self.samples
 
     @classmethod
     def from_record(cls, record: Record) -> Letter | None:
-        """Return what a record of the dead-letter topic says, or None if it is no letter: anybody may write there."""
+        """Return the letter that a record is, or None if it is not a valid one: anybody may write to the topic."""
         facts = {
             name.removeprefix(HEADER_PREFIX): data or b""
             for name, data in record.headers
@@ -81,10 +79,10 @@ class Letter:
                 key=key,
                 topic=facts["topic"].decode(),
                 topic_id=_topic_id(record),
-                partition=_number(facts["partition"]),
-                offset=_number(facts["offset"]),
-                index=_number(facts["index"]),
-                samples=_number(facts["samples"]),
+                partition=_parse_number(facts["partition"]),
+                offset=_parse_number(facts["offset"]),
+                index=_parse_number(facts["index"]),
+                samples=_parse_number(facts["samples"]),
                 reason=facts["reason"].decode(errors="replace"),
                 message=facts["message"].decode(errors="replace"),
                 rejected=record.timestamp,
@@ -94,7 +92,7 @@ class Letter:
                 letter_partition=record.partition,
                 further=facts.get("further", b""),
             )
-            _ = letter.indices  # raises where they are none
+            _ = letter.indices  # raises if they are invalid
         except (KeyError, ValueError):
             return None
         return letter if letter.is_consistent else None
@@ -113,143 +111,141 @@ class Letter:
 
 @dataclass(frozen=True)
 class LetterList:
-    """The letters of a topic, oldest first, and how many records look like letters and are none."""
+    """The letters of a topic, oldest first, and the number of records that look like letters but are not valid."""
 
     letters: list[Letter]
     skipped: int
 
 
-def _number(data: bytes) -> int:
-    """Return a number in plain digits; raises `ValueError` for anything else."""
-    if not NUMBER.fullmatch(data):
-        raise ValueError(f"{data!r:.40} is no number")
-    return int(data)
+def _parse_number(data: bytes) -> int:
+    """Return a number of digits only; raises `ValueError` for other text."""
+    if (number := parse_digits(data, 19)) is None:
+        raise ValueError(f"{data!r:.40} is not a number")
+    return number
 
 
 def _topic_id(record: Record) -> str | None:
-    """Return the id of the topic of a letter's or a mark's sample, or None if it has none."""
+    """Return the topic id in a letter or a mark, or None if it has none."""
     data = record.header(HEADER_PREFIX + "topic-id")
     return None if data is None else data.decode(errors="replace")
 
 
 def replay_attempts(record: Record) -> int:
     """Return how often a record was sent again."""
-    count = record.header(ATTEMPT) or b""
-    return int(count) if count.isdigit() and len(count) < 10 else 0  # bytes.isdigit: 0 to 9 alone
+    return parse_digits(record.header(ATTEMPT) or b"", 9) or 0
 
 
 def read_records(log: Log, topic: str) -> Iterator[Record]:
-    """Give a topic's records up to where it ends now; none where there is no such topic.
+    """Yield the records of a topic up to its present end; none if the topic does not exist.
 
-    Raises `BrokerUnavailable` when nothing comes for long.
+    Raises `BrokerUnavailable` if nothing can be read for `SILENCE_SECONDS`.
     """
     info = log.topics().get(topic)
-    places = [(topic, p) for p in info.partitions] if info is not None else []
-    bounds, silent_since = log.bounds(places), time.monotonic()
-    while len(bounds) < len(places):  # a topic of a moment ago, of which the client has yet to learn
-        _give_up(topic, silent_since)
+    partitions = [(topic, p) for p in info.partitions] if info is not None else []
+    bounds, last_progress = log.bounds(partitions), time.monotonic()
+    while len(bounds) < len(partitions):  # the client does not know a topic that was created a moment ago
+        _check_silence(topic, last_progress)
         time.sleep(POLL_SECONDS)
-        bounds = log.bounds(places)
-    log.assign({place: bounds[place].begin for place in places})
-    at: list[int] = []
-    while (now := [min(log.position(place), bounds[place].end) for place in places]) != [bounds[p].end for p in places]:
-        if now != at:
-            at, silent_since = now, time.monotonic()
-        _give_up(topic, silent_since)
+        bounds = log.bounds(partitions)
+    log.assign({place: bounds[place].begin for place in partitions})
+    ends = [bounds[place].end for place in partitions]
+    previous: list[int] = []
+    while (current := [min(log.position(place), bounds[place].end) for place in partitions]) != ends:
+        if current != previous:
+            previous, last_progress = current, time.monotonic()
+        _check_silence(topic, last_progress)
         for record in log.poll(POLL_SECONDS):
             if record.offset < bounds[record.topic, record.partition].end:
                 yield record
 
 
-def _give_up(topic: str, silent_since: float) -> None:
-    if time.monotonic() - silent_since > SILENCE_SECONDS:
+def _check_silence(topic: str, last_progress: float) -> None:
+    if time.monotonic() - last_progress > SILENCE_SECONDS:
         raise BrokerUnavailable(f"{topic}: nothing was read for {SILENCE_SECONDS:.0f} s")
 
 
 def list_letters(log: Log, topic: str) -> LetterList:
-    """Return the letters of a topic, oldest first, each sample's newest letter alone, and whether it was replayed."""
-    found: dict[Identity, Letter] = {}
-    replayed: set[Identity] = set()
+    """Return the letters of a topic, oldest first: only the newest letter of each sample, and whether it was replayed."""
+    newest: dict[SampleId, Letter] = {}
+    replayed: set[SampleId] = set()
     skipped = 0
     for record in read_records(log, topic):
         if record.header(REPLAYED) is not None:
             replayed.add((_topic_id(record), (record.key or b"").decode(errors="replace")))
         elif (letter := Letter.from_record(record)) is not None:
-            found[letter.sample_id] = letter  # a later letter, under another configuration, may give another reason
+            newest[letter.sample_id] = (
+                letter  # after a change of the configuration a later letter may have another reason
+            )
         else:
             skipped += any(name.startswith(HEADER_PREFIX) for name, _ in record.headers)
-    letters = sorted(found.values(), key=lambda letter: letter.rejected)
+    letters = sorted(newest.values(), key=lambda letter: letter.rejected)
     return LetterList([replace(letter, replayed=letter.sample_id in replayed) for letter in letters], skipped)
 
 
 def find_letter(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
-    """Return a key's newest letter, and the letter that has its bytes or None if retention removed that one.
+    """Return the newest letter with a key, and the letter that has its bytes, or None if retention removed that one.
 
     Raises `StreamlearnError` if there is no such letter.
     """
-    known: dict[Identity, Record] = {}
+    holders: dict[SampleId, Record] = {}
     found: tuple[Record, Letter] | None = None
     for record in read_records(log, topic):
         letter = Letter.from_record(record)
         if letter is None or record.header(REPLAYED) is not None:
             continue
         if letter.key == letter.value_key and letter.key.rpartition("-")[0] == key.rpartition("-")[0]:
-            known.setdefault(letter.sample_id, record)
+            holders.setdefault(letter.sample_id, record)
         if letter.key == key:
             found = record, letter
     if found is not None:
-        return found[0], known.get((found[1].topic_id, found[1].value_key))
+        return found[0], holders.get((found[1].topic_id, found[1].value_key))
     raise StreamlearnError(f"no letter {key} in topic {topic}")
 
 
-def original_headers(carrier: Record) -> tuple[tuple[str, bytes], ...]:
-    """Return the headers that the record had when it was rejected."""
-    # Kafka allows null, its client does not
-    return tuple((name, data or b"") for name, data in carrier.headers if not name.startswith(HEADER_PREFIX))
-
-
-def original_key(carrier: Record) -> bytes | None:
-    """Return the key that the record had."""
-    return carrier.header(HEADER_PREFIX + "key")
+def original_key(record: Record) -> bytes | None:
+    """Return the key of the original record of a letter."""
+    return record.header(HEADER_PREFIX + "key")
 
 
 def records_to_send(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, bytes, list[Letter]]]:
-    """Give the records whose samples can be sent again, each with the bytes to send and its letters among those chosen.
+    """Yield the records for which the samples of the chosen letters can be sent again.
 
-    Some letters cannot be sent: their record's bytes are gone, were cut, never were (a tombstone), or contradict the letter.
+    Each comes with the bytes to send and those of the chosen letters that it contains. A letter is left out if its record's
+    bytes no longer exist, were cut, never existed (a tombstone), or contradict the letter.
     """
-    wanted: dict[Identity, list[Letter]] = {}
+    wanted: dict[SampleId, list[Letter]] = {}
     for letter in chosen:
         wanted.setdefault((letter.topic_id, letter.value_key), []).append(letter)
     for record in read_records(log, topic):
-        carrier = Letter.from_record(record)
-        if carrier is None or carrier.value_key != carrier.key or carrier.sample_id not in wanted:
+        holder = Letter.from_record(record)
+        if holder is None or holder.value_key != holder.key or holder.sample_id not in wanted:
             continue
-        letters = [letter for letter in wanted[carrier.sample_id] if letter.record_id == carrier.record_id]
+        letters = [letter for letter in wanted[holder.sample_id] if letter.record_id == holder.record_id]
         if not letters or record.value is None or any(record.header(name) is not None for name in NEVER_SENT):
             continue
         try:
-            value = _value(record.value, letters)
+            value = _value_to_send(record.value, letters)
         except ValueError:
             continue
-        del wanted[carrier.sample_id]
+        del wanted[holder.sample_id]
         yield record, value, letters
 
 
 def target_partitions(
     sink: Sink, topic: str, chosen: Iterable[Letter], to: str | None
 ) -> tuple[dict[str, int], dict[str, StreamlearnError]]:
-    """Return the partitions of each topic that letters go to, and why the other topics cannot be written.
+    """Return the number of partitions of each topic that letters go to, and why the other topics cannot be written to.
 
-    Raises `StreamlearnError` if that one topic is given (`to`), or if no broker answers.
+    Letters go to their own topics, or all to the topic `to`. Raises `StreamlearnError` if `to` cannot be written to, or if no
+    broker answers.
     """
     if to is not None:
         return {to: sink.partitions(to)}, {}
     partitions: dict[str, int] = {}
     refused: dict[str, StreamlearnError] = {}
     for name in sorted({letter.topic for letter in chosen}):
-        if name == topic or name.startswith("__"):  # no sample comes from there: somebody else wrote the letter
-            refused[name] = StreamlearnError(f"{name} is no topic of samples")
+        if name == topic or name.startswith("__"):  # our samples never come from there: the letter is forged
+            refused[name] = StreamlearnError(f"{name} is not a topic of samples")
             continue
         try:
             partitions[name] = sink.partitions(name)
@@ -263,14 +259,15 @@ def target_partitions(
 def replay(
     log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None, partitions: Mapping[str, int]
 ) -> Iterator[Letter]:
-    """Send what is sendable of letters to their own topic or another, and mark the letters; give those that were sent.
+    """Send the samples of letters to their own topics, or all to the topic `to`, and mark the letters; yield the sent ones.
 
-    `partitions` is what `targets` returned: letters of other topics are left alone. Raises `StreamlearnError` where a record
-    cannot be sent.
+    `partitions` is the result of `target_partitions`: letters of other topics are ignored. Raises `StreamlearnError` if a
+    record cannot be sent.
     """
     group: Group = []
     size = 0
-    for record, value, letters in records_to_send(log, topic, [e for e in chosen if (to or e.topic) in partitions]):
+    reachable = [letter for letter in chosen if (to or letter.topic) in partitions]
+    for record, value, letters in records_to_send(log, topic, reachable):
         group.append((record, value, letters))
         size += len(value)
         if len(group) == GROUP_RECORDS or size >= GROUP_BYTES:
@@ -280,7 +277,7 @@ def replay(
 
 
 def _send(sink: Sink, topic: str, group: Group, partitions: Mapping[str, int], to: str | None) -> Iterator[Letter]:
-    """Send some records, and mark their letters only when they are acknowledged."""
+    """Send a group of records, and mark their letters after all of them are acknowledged."""
     for record, value, letters in group:
         target = to or letters[0].topic
         headers = tuple(header for header in original_headers(record) if header[0] != ATTEMPT)
@@ -303,10 +300,10 @@ def _send(sink: Sink, topic: str, group: Group, partitions: Mapping[str, int], t
     yield from sent
 
 
-def _value(value: bytes, letters: list[Letter]) -> bytes:
-    """Return the bytes to be sent: of a record of many samples those alone that were rejected, the others were learned.
+def _value_to_send(value: bytes, letters: list[Letter]) -> bytes:
+    """Return the bytes to send. Of a batch record these are only the letters' samples: the others were learned.
 
-    Raises `ValueError` if they are not a record of so many samples.
+    Raises `ValueError` if the bytes are not a record with as many samples as the letters say.
     """
     if letters[0].samples == 1:
         return value

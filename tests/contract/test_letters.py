@@ -284,7 +284,7 @@ def test_a_record_of_many_bad_samples_has_few_letters(world: World, monkeypatch:
     found = index(world)
     assert [letter.key for letter in found] == [f"{a}-0-0-{n}" for n in (1, 2, 3, 4, 20)]
     assert [len(letter.indices) for letter in found] == [1, 1, 1, 33, 2]
-    assert found[4].message == "x holds a value that is not finite (and 1 further samples of this record)"
+    assert found[4].message == "x has a value that is not finite (and 1 further samples of this record)"
     chosen = [letter for letter in found if letter.reason == "label_range"]
     assert replay(world, chosen, b) == chosen
     world.mark(b)

@@ -23,7 +23,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
-from streamlearn.stream.deadletter import HEADER_PREFIX
+from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
 from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, Headers, Record
 from tests.contract.test_streams import TYPED, Unwilling, World, everything, places, until, world
@@ -295,7 +295,7 @@ def test_hostile_records_change_nothing(tmp_path: Path) -> None:
         assert [letter.value for letter in own] == [sent.value] + [None] * (sent.samples - 1)
         assert own[0].header(HEADER_PREFIX + "key") == sent.key
         kept = tuple(header for header in sent.headers if not header[0].startswith(HEADER_PREFIX))
-        assert letters.original_headers(own[0]) == kept
+        assert original_headers(own[0]) == kept
         assert {(letter.header(HEADER_PREFIX + "reason") or b"").decode() for letter in own} <= set(REJECT_REASONS)
 
     totals = job.progress.totals()
@@ -355,7 +355,7 @@ def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> N
     found = world.read_all("dlq")
     assert [letter.key for letter in found] == [f"{a}-0-{offset}-0".encode() for offset in range(2, 2 + len(CATALOGUE))]
     assert [letter.value for letter in found] == [value for value, _ in CATALOGUE.values()]
-    assert [letters.original_headers(letter) for letter in found] == [headers for _, headers in CATALOGUE.values()]
+    assert [original_headers(letter) for letter in found] == [headers for _, headers in CATALOGUE.values()]
     reasons = [(letter.header(HEADER_PREFIX + "reason") or b"").decode() for letter in found]
     assert reasons == [name.split()[0] for name in CATALOGUE]
     assert [letter.header(HEADER_PREFIX + "key") for letter in found] == [b"key %d" % n for n in range(len(CATALOGUE))]

@@ -199,7 +199,7 @@ def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, stream={"topics": ["t1", "t3"]})
     own = cli("topics", "--config", config)
     assert [line.split()[0] for line in own.stdout.splitlines()] == ["TOPIC", "job.dlq", "t1"]
-    assert one_line(own) == "of stream.topics there is not yet: t3"
+    assert one_line(own) == "listed in stream.topics, but not created yet: t3"
     tree = jobs.settings(tmp_path)
     del tree["stream"]["topics"]
     tree["stream"]["pattern"] = "t[0-9]"
@@ -226,10 +226,10 @@ def test_a_probe_is_cut_by_the_classes_of_what_is_trained(tmp_path: Path) -> Non
 
 
 WRONG = [
-    (["--by", "file", "--probe", "missing.npz"], "--probe takes `test`"),
+    (["--by", "file", "--probe", "missing.npz"], "--probe accepts only `test`"),
     (["--probe", "test"], "has no test split"),
     (["--header", "--probe", "a.npz"], "--header and --no-header are for .csv files"),
-    (["--groups", "0/1", "--tasks", "5"], "--tasks is 5, but --groups names 2"),
+    (["--groups", "0/1", "--tasks", "5"], "--tasks is 5, but --groups has 2 groups"),
     (["--topic", "a b"], "topic 'a b': expected 1 to 249 letters"),
     (["--seed", "-1"], "Invalid value for '--seed'"),
     (["--bootstrap-servers", ""], "--bootstrap-servers is ''; expected HOST:PORT"),

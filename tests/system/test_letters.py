@@ -135,7 +135,7 @@ def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> No
     assert (alone.returncode, "--yes sends them" in one_line(alone)) == (2, True)
     assert cli("dlq", "replay", config, "--to", b, "--yes").stdout == f"3 samples sent to {b}\n"
     assert cli("dlq", "replay", config, "--to", b, "--yes").stdout == "nothing to send\n"
-    assert cli("dlq", "list", config).stdout == "3 more were replayed (--all shows them)\n"
+    assert cli("dlq", "list", config).stdout == "3 replayed letters are not shown (--all shows them)\n"
     assert len(cli("dlq", "list", config, "--all").stdout.splitlines()) == 4
     over["stream"]["topics"] = [b]
     other = jobs.write_config(tmp_path / "other", **{**over, "classes": [7, 8, 9], "name": "other"})
@@ -157,10 +157,10 @@ def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
     mark(sink, "a")
     sink.close()
     jobs.run_to_end(config)
-    rest = "their bytes are gone, were cut, never were, or are not what the letter says"
+    rest = "their bytes no longer exist, were cut, never existed, or contradict the letter"
     ended = (
         "warning: the task of topic a has ended: what is sent there counts as late and is not learned; "
-        "--to sends it to a topic that is still to be learned"
+        "--to sends it to a topic that can still be learned"
     )
     would = cli("dlq", "replay", config, "--dry-run")
     assert (would.returncode, would.stdout) == (1, "1 samples would be sent to a\n")
@@ -195,7 +195,7 @@ def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> Non
     assert tree["skipped"] == 1
     text = cli("dlq", "list", config)
     assert (text.returncode, "\x1b" in text.stdout, r"gone: 1 \x1b[31m" in text.stdout) == (0, False, True)
-    skipped = "1 records of topic job.dlq look like letters and are none: skipped"
+    skipped = "1 records of topic job.dlq look like letters but are not valid: skipped"
     assert one_line(text) == skipped
     assert "timestamp  +292278994-08-17T07:12:55.807+00:00" in cli("dlq", "show", config, "a-0-0-0").stdout
     replayed = cli("dlq", "replay", config, "--yes")
@@ -250,7 +250,7 @@ def test_a_run_that_rejects_everything_does_not_end_with_0(tmp_path: Path) -> No
     assert made.stderr.splitlines() == [
         "samples have shape [2, 1]: published as [2], the configuration's input.shape",
         "x is float64: published as float32, the configuration's input.dtype",
-        "the label '0' is published as 0, as classes has it; so are others",
+        "the label '0' is published as 0, the class in classes; other labels are converted in the same way",
     ]
     assert jobs.run_to_end(config).read_json("status.json")["samples"]["trained"] == 8
     other = tmp_path / "other"

@@ -86,7 +86,7 @@ def test_samples_that_the_stream_would_reject_are_rejected(tmp_path: Path) -> No
     code, out, err = cli(rows(tmp_path, x), "--state", tmp_path / "state")
     assert (code, out.splitlines()) == (0, [tree["predictions"][0], "", "", "", tree["predictions"][4]])
     assert err.startswith("warning: ")
-    assert "3 of 5 samples are rejected, first sample 1 (nonfinite): x holds a value that is not finite" in err
+    assert "3 of 5 samples are rejected, first sample 1 (nonfinite): x has a value that is not finite" in err
 
 
 def test_a_file_with_only_rejected_samples_is_an_error(tmp_path: Path) -> None:

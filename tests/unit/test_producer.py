@@ -27,7 +27,7 @@ def test_classes_make_tasks() -> None:
     assert [task.y for task in producer.split_by_classes(IMAGES, groups)] == [[0, 1, 0], ["x"]]
     with pytest.raises(StreamlearnError, match="no sample has a class of 7"):
         producer.split_by_classes(IMAGES, [[7]])
-    with pytest.raises(StreamlearnError, match="3 classes cannot make 4 tasks"):
+    with pytest.raises(StreamlearnError, match="3 classes cannot be divided into 4 tasks"):
         producer.equal_class_groups(IMAGES, 4)
 
 
@@ -37,7 +37,7 @@ def test_every_sample_is_in_one_task_though_labels_look_alike() -> None:
     groups = producer.equal_class_groups(mixed, 2)
     assert groups == [[1, 2], ["1", "2"]]
     assert [task.x.ravel().tolist() for task in producer.split_by_classes(mixed, groups)] == [[0, 2, 4], [1, 3, 5]]
-    with pytest.raises(StreamlearnError, match="1 is both an integer and a string among the labels") as caught:
+    with pytest.raises(StreamlearnError, match="the samples have 1 both as an integer and as a string label") as caught:
         producer.resolve_groups(mixed, [["1"]])
     assert caught.value.code == 2
     assert producer.resolve_groups(IMAGES, [["0", "x"], ["7"]]) == [[0, "x"], ["7"]]
@@ -59,7 +59,7 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     assert said == [
         "samples have shape [2, 2]: published as [4], the configuration's input.shape",
         "x is int64: published as uint8, the configuration's input.dtype",
-        "the label '1' is published as 1, as classes has it; so are others",
+        "the label '1' is published as 1, the class in classes; other labels are converted in the same way",
     ]
     said.clear()
     same = producer.Samples(np.ones((1, 4), ">f4"), [7])
@@ -67,35 +67,33 @@ def test_samples_are_published_as_the_configuration_takes_them() -> None:
     assert said == []
     large = producer.Samples(np.full((1, 4), 2**24 + 1), [7])
     producer.fit_to_config(large, "a", configured(), said.append)
-    assert said == [
-        "x is int64: published as float32, the configuration's input.dtype, in which large integers are rounded"
-    ]
+    assert said == ["x is int64: published as float32, the configuration's input.dtype, which rounds large integers"]
     text = {"kind": "text", "sentences": 1, "words": 2, "vocabulary": 9}
     stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
     assert producer.fit_to_config(stories, "a", configured(input=text, model="memnet"), said.append) is stories
 
 
 MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
-    (np.ones((2, 3)), [0, 1], {}, r"a sample has shape \[3\], and the configuration's input.shape is \[4\]"),
+    (np.ones((2, 3)), [0, 1], {}, r"a sample has shape \[3\], but the configuration's input.shape is \[4\]"),
     (np.ones((2, 2, 3)), [0, 1], {"input": {"shape": [3, 2]}}, r"a sample has shape \[2, 3\]"),
     (
         np.array([[1, 2, 3, 4], [0, np.nan, 0, 0]]),
         [0, 1],
         {},
-        r"sample 1 holds nan, and input.dtype float32 takes finite numbers \(1 of 2 samples do not fit\)",
+        r"sample 1 contains nan, but input.dtype float32 accepts finite numbers \(1 of 2 samples do not fit\)",
     ),
-    (np.full((1, 4), 1e39), [0], {}, r"sample 0 holds 1e\+39, and input.dtype float32 takes finite numbers"),
+    (np.full((1, 4), 1e39), [0], {}, r"sample 0 contains 1e\+39, but input.dtype float32 accepts finite numbers"),
     (
         np.full((1, 4), 0.5),
         [0],
         {"input": {"shape": [4], "dtype": "uint8"}},
-        "sample 0 holds 0.5, .* integers from 0 to 255",
+        "sample 0 contains 0.5, .* integers from 0 to 255",
     ),
     (
         np.full((1, 4), -1),
         [0],
         {"input": {"shape": [4], "dtype": "uint8"}},
-        "sample 0 holds -1, .* integers from 0 to 255",
+        "sample 0 contains -1, .* integers from 0 to 255",
     ),
     (np.ones((1, 4)), ["x"], {"classes": [0, 1]}, "the label of sample 0 of a is 'x'; accepted by classes: 0, 1"),
     (
@@ -113,7 +111,7 @@ MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
         {"scenario": {"kind": "domain", "tasks": {"b": [0, 1]}}, "classes": [0, 1], "stream": {"pattern": ".*"}},
         r"scenario\.tasks has no classes for topic a",
     ),
-    (np.array([{}], object), ["x"], {}, "the samples are text, and the configuration's input is numbers"),
+    (np.array([{}], object), ["x"], {}, "the samples are text, but the configuration's input is numbers"),
 ]
 
 
@@ -131,7 +129,7 @@ def test_too_many_labels_and_too_large_records_are_refused() -> None:
     """What would be rejected for its number or its size alone is not published."""
     three = producer.Samples(np.ones((3, 4), np.float32), [0, 1, 2])
     how = producer.PublishOptions()
-    with pytest.raises(StreamlearnError, match="the samples have 3 labels, and classes is 2: the others would be"):
+    with pytest.raises(StreamlearnError, match="the samples have 3 labels, but classes is 2: the others would be"):
         producer.check_limits([three], how, configured())
     producer.check_limits([three], how, configured(grow_head=True))
     producer.check_limits([three], how, configured(classes=[0, 1, 2]))
@@ -191,9 +189,9 @@ def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
     record = store.records["t", 0][0]
     assert record.value == b'{"story":["Mary went home."],"question":"Where is Mary?","answer":"home"}'
     assert record.header(CONTENT_TYPE) == CONTENT_TYPE_OF["json"]
-    with pytest.raises(StreamlearnError, match="codec batch holds numbers"):
+    with pytest.raises(StreamlearnError, match="codec batch is for numbers"):
         producer.publish(store, "t", second, producer.PublishOptions("batch"))
-    with pytest.raises(StreamlearnError, match="2 tasks are named: 2, 10; expected 3"):
+    with pytest.raises(StreamlearnError, match="the samples name 2 tasks: 2, 10; expected 3"):
         producer.task_names(train, 3)
     with pytest.raises(StreamlearnError, match="no sample is of task 7"):
         producer.split_by_task(train, ["2", "7"])
@@ -226,31 +224,31 @@ CASES = [
     ("a.txt", b"", "expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file"),
     ("a.npz", b"no", "not a .npz file of plain arrays"),
     ("a.npz", b"", "not a .npz file of plain arrays"),
-    ("a.csv", b"", "holds no samples"),
-    ("a.csv", b"1;2;3;cat\n", r"a\.csv:1: one column; expected numbers, then a label, with commas between"),
-    ("a.csv", b"1,2,0\n1,0\n", r"a\.csv:2: 2 columns, and line 1 has 3; expected the same number on every line"),
+    ("a.csv", b"", "contains no samples"),
+    ("a.csv", b"1;2;3;cat\n", r"a\.csv:1: one column; expected numbers, then a label, separated by commas"),
+    ("a.csv", b"1,2,0\n1,0\n", r"a\.csv:2: 2 columns, but line 1 has 3; expected the same number on every line"),
     (
         "a.jsonl",
         b'{"x": [1], "y": [2]}\n',
-        r"the label of sample 0 is \[2\]; expected an integer of 64 bits or a string",
+        r"the label of sample 0 is \[2\]; expected a 64-bit integer or a string",
     ),
     ("a.csv", b"1,2,0\n1,b,0\n", r"a\.csv:2: column 2 is 'b'; expected a number"),
     ("a.jsonl", b'{"x": [1], "y": 0}\nno\n', r"a\.jsonl:2:"),
     (
         "a.jsonl",
         b'{"x": [1], "y": 0}\n{"x": [1, 2], "y": 0}\n',
-        r"a\.jsonl:2: x has shape \[2\], and line 1 has \[1\]; expected one shape on all lines",
+        r"a\.jsonl:2: x has shape \[2\], but line 1 has \[1\]; expected one shape on all lines",
     ),
-    ("a.jsonl", b'{"x": [1], "y": 1.0}\n', r"sample 0 is 1\.0; .*: convert labels, as with y\.astype\(int\)"),
+    ("a.jsonl", b'{"x": [1], "y": 1.0}\n', r"sample 0 is 1\.0; .*: convert labels, for example with y\.astype\(int\)"),
     ("a.csv", b"a,b\nc,d\n1,2\n", r"a\.csv:2: column 1 is 'c'; expected a number"),
     ("a.csv", b"1,\xe9\n", r"a\.csv: not UTF-8"),
     ("a.csv", b"1e300,0\n", "too large for float32"),
-    ("a.jsonl", b'{"x": [0], "y": 0}\n{"x": [-1e300], "y": 0}\n', r"a\.jsonl:2: x holds a number that is too large"),
+    ("a.jsonl", b'{"x": [0], "y": 0}\n{"x": [-1e300], "y": 0}\n', r"a\.jsonl:2: x contains a number that is too large"),
     ("a.jsonl", b'{"x": {"a": 1}, "y": 0}\n', r"a\.jsonl:1: x is \{'a': 1\}; expected numbers"),
     ("a.jsonl", b'{"x": [1], "y": 0}\n{"x": ["1"], "y": 0}\n', r"a\.jsonl:2: x is \['1'\]; expected numbers"),
     ("a.jsonl", b'{"x": [1, null], "y": 0}\n', r"a\.jsonl:1: x is \[1, None\]; expected numbers"),
     ("a.jsonl", b'{"x": [[1], [1, 2]], "y": 0}\n', r"a\.jsonl:1: x is \[\[1\], \[1, 2\]\]; expected numbers"),
-    ("a.jsonl", b'{"x": [1], "y": 18446744073709551615}\n', "expected an integer of 64 bits"),
+    ("a.jsonl", b'{"x": [1], "y": 18446744073709551615}\n', "expected a 64-bit integer"),
     ("a.jsonl", b"[]\n", r'a\.jsonl:1: .*; expected \{"x": \.\.\., "y": \.\.\.\}'),
     (
         "a.jsonl",
@@ -258,7 +256,7 @@ CASES = [
         r"a\.jsonl:1: 'answer'; expected \{\"story\": .*\"answer\": \.\.\.\}",
     ),
     ("a.jsonl", b'{"x": [1], "y": 0, "task": 1}\n{"x": [1], "y": 0}\n', "1 of 2 lines name a task"),
-    ("a.jsonl", b'{"x": [1], "y": 0, "split": "test"}\n', "holds no samples"),
+    ("a.jsonl", b'{"x": [1], "y": 0, "split": "test"}\n', "contains no samples"),
     ("a.jsonl.gz", b"no", r"a\.jsonl\.gz: Not a gzipped file"),
     ("a.jsonl.gz", gzip.compress(TEXTS)[:-20], r"a\.jsonl\.gz: "),
     ("a.gz", b"", "expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file"),
@@ -266,11 +264,11 @@ CASES = [
 
 
 ARRAYS: list[tuple[dict[str, Any], str]] = [
-    ({"x": ["a", "b"], "y": [0, 1]}, "x holds <U1; expected numbers"),
-    ({"x": [1j, 2j], "y": [0, 1]}, "x holds complex128; expected numbers"),
-    ({"x": 1, "y": 1}, r"x is \[\], y \[\]; expected \[n, \.\.\.\] and \[n\]"),
-    ({"x": [1, 2], "y": [0]}, r"x is \[2\], y \[1\]"),
-    ({"x": [1.0], "y": np.array([2**63], np.uint64)}, "is 9223372036854775808; expected an integer of 64 bits"),
+    ({"x": ["a", "b"], "y": [0, 1]}, "x contains <U1; expected numbers"),
+    ({"x": [1j, 2j], "y": [0, 1]}, "x contains complex128; expected numbers"),
+    ({"x": 1, "y": 1}, r"x has shape \[\], y \[\]; expected \[n, \.\.\.\] and \[n\]"),
+    ({"x": [1, 2], "y": [0]}, r"x has shape \[2\], y \[1\]"),
+    ({"x": [1.0], "y": np.array([2**63], np.uint64)}, "is 9223372036854775808; expected a 64-bit integer"),
 ]
 
 
@@ -282,7 +280,7 @@ def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, 
         producer.read_samples(str(tmp_path / "a.npz"))
     assert caught.value.code == 74
     np.savez(tmp_path / "b.npz", x=arrays["x"])
-    if "holds" in message:
+    if "contains" in message:
         with pytest.raises(StreamlearnError, match=message):
             producer.read_unlabelled(tmp_path / "b.npz", "test")
 
@@ -290,7 +288,7 @@ def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, 
 def test_objects_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """Labels as pandas gives them are an array of objects, which a file may not hold."""
     np.savez(tmp_path / "a.npz", x=np.ones((1, 2)), y=np.array(["a"], object))
-    with pytest.raises(StreamlearnError, match=r"plain arrays: .* save strings as y\.astype\(str\)$"):
+    with pytest.raises(StreamlearnError, match=r"plain arrays: .* save strings with y\.astype\(str\)$"):
         producer.read_samples(str(tmp_path / "a.npz"))
 
 

@@ -25,11 +25,11 @@ def read(
     """Return a file's numbers and labels, and what was said of them without the path."""
     path, said = directory / name, list[str]()
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    x, y = read_table(path, np.dtype(dtype), header=header, say=said.append)
+    x, y = read_table(path, np.dtype(dtype), header=header, notify=said.append)
     return x.tolist(), y, [line.removeprefix(f"{path}:").strip() for line in said]
 
 
-INTEGERS = "labels (last column) are integers, as 0"
+INTEGERS = "labels (last column) are integers, such as 0"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
@@ -37,9 +37,9 @@ def test_what_is_assumed_is_said(tmp_path: Path, name: str) -> None:
     """A first line of words, or of pandas' column numbers, is a header; any other is a sample; each with one line."""
     x = np.array([[5.1, 3.5], [4.9, 3], [6.1, 2.9]], np.float32).tolist()
     for first, said in (
-        ("a,b,label\n", "1: taken for a header: 'a,b,label' (--no-header reads it as a sample)"),
-        ("0,1,2\n", "1: taken for a header: '0,1,2' (--no-header reads it as a sample)"),
-        ("", "1: taken for a sample, so the file has no header (--header leaves it out)"),
+        ("a,b,label\n", "1: read as a header: 'a,b,label' (--no-header reads it as a sample)"),
+        ("0,1,2\n", "1: read as a header: '0,1,2' (--no-header reads it as a sample)"),
+        ("", "1: read as a sample, so the file has no header (--header reads this line as a header)"),
     ):
         content = (first + ROWS).encode()
         packed = gzip.compress(content) if name.endswith("gz") else content
@@ -51,27 +51,27 @@ def test_a_header_is_one_where_somebody_says_so(tmp_path: Path) -> None:
     assert read(tmp_path, "2019,2020,2021\n1,2,0\n", header=True) == ([[1, 2]], [0], [INTEGERS])
     assert read(tmp_path, "0,1,2\n0,1,0\n", header=False)[:2] == ([[0, 1], [0, 1]], [2, 0])
     assert read(tmp_path, "?,b,label\n1,2,0\n", header=True)[:2] == ([[1, 2]], [0])
-    index = "1: column 1 has no name, as an index that pandas writes; it is taken for a number of x"
+    index = "1: column 1 has no name, like an index that pandas writes; it is read as a value of x"
     assert read(tmp_path, ",b,label\n1,2,0\n", header=True)[2] == [index, INTEGERS]
 
 
 UNKNOWN = [
     ("1,2,3\n1,2,0\n", "1: '1,2,3' may be a header of numbers, or the first sample; give --header"),
     ("0,1\n5,1\n", "1: '0,1' may be a header of numbers, or the first sample; give --header"),
-    ("0,1,2\n7,8,1\n", "1: '0,1,2' may be a header of numbers, or a sample as line 2 is; give --header"),
-    ("?,3.5,0\n" + ROWS, r"1: column 1 is '\?': the line may be a header, or a sample with a gap"),
-    (",,0\n" + ROWS, "1: column 1 is '': the line may be a header, or a sample with a gap"),
-    ("NaN,b,0\n" + ROWS, "1: column 1 is 'NaN': the line may be a header, or a sample with a gap"),
-    ("1,b,0\n" + ROWS, "1: column 2 is 'b': the line may be a header, or a sample with a gap"),
-    ("a,b,c\n1,2,\n", "2: no label: the last column is empty; write the label there, or leave the line out"),
+    ("0,1,2\n7,8,1\n", "1: '0,1,2' may be a header of numbers, or a sample like line 2; give --header"),
+    ("?,3.5,0\n" + ROWS, r"1: column 1 is '\?': the line may be a header, or a sample with a missing value"),
+    (",,0\n" + ROWS, "1: column 1 is '': the line may be a header, or a sample with a missing value"),
+    ("NaN,b,0\n" + ROWS, "1: column 1 is 'NaN': the line may be a header, or a sample with a missing value"),
+    ("1,b,0\n" + ROWS, "1: column 2 is 'b': the line may be a header, or a sample with a missing value"),
+    ("a,b,c\n1,2,\n", "2: no label: the last column is empty; write the label there, or remove the line"),
     ("a,b,c,\n1,2,0,\n", "2: no label: the last column is empty"),
     ("1,2,  \n", "1: no label: the last column is empty"),
-    (ROWS + "1,,0\n", "4: column 2 is ''; expected a number: fill the gap, or leave the line out"),
+    (ROWS + "1,,0\n", "4: column 2 is ''; expected a number: write one there, or remove the line"),
     (ROWS + "1,nan,0\n", "4: column 2 is 'nan'; expected a number"),
     (ROWS + "1,1_000,0\n", "4: column 2 is '1_000'; expected a number"),
     (ROWS + "1,٣,0\n", "4: column 2 is '٣'; expected a number"),
     (ROWS + "1,1e39,0\n", "4: column 2 is '1e39', which is too large for float32"),
-    (ROWS + "\n1,2,3,0\n", "5: 4 columns, and line 1 has 3; expected the same number on every line"),
+    (ROWS + "\n1,2,3,0\n", "5: 4 columns, but line 1 has 3; expected the same number on every line"),
 ]
 
 
@@ -86,20 +86,20 @@ def test_what_cannot_be_known_is_refused(tmp_path: Path, content: str, message: 
 def test_labels_are_kept_as_they_are_written(tmp_path: Path) -> None:
     """Integers if all are written as integers are; else every label is the string in the file, spaces around it apart."""
     for text, labels, kind in (
-        ("0 -7 10", [0, -7, 10], "integers, as 0"),
-        ("007 7 010", ["007", "7", "010"], "strings, as '007'"),
-        ("1_000 1000", ["1_000", "1000"], "strings, as '1_000'"),
-        ("٣ 3", ["٣", "3"], "strings, as '٣'"),
-        ("1 2 cat", ["1", "2", "cat"], "strings, as 'cat'"),
-        ("1.0 2.0", ["1.0", "2.0"], "strings, as '1.0'"),
-        ("+1 -0", ["+1", "-0"], "strings, as '+1'"),
-        ("9" * 5000 + " 1", ["9" * 5000, "1"], f"strings, as {'9' * 5000!r:.60}"),  # more than Python converts
+        ("0 -7 10", [0, -7, 10], "integers, such as 0"),
+        ("007 7 010", ["007", "7", "010"], "strings, such as '007'"),
+        ("1_000 1000", ["1_000", "1000"], "strings, such as '1_000'"),
+        ("٣ 3", ["٣", "3"], "strings, such as '٣'"),
+        ("1 2 cat", ["1", "2", "cat"], "strings, such as 'cat'"),
+        ("1.0 2.0", ["1.0", "2.0"], "strings, such as '1.0'"),
+        ("+1 -0", ["+1", "-0"], "strings, such as '+1'"),
+        ("9" * 5000 + " 1", ["9" * 5000, "1"], f"strings, such as {'9' * 5000!r:.60}"),  # more than Python converts
     ):
         rows = "".join(f"5,{label} \n" for label in text.split())
         assert read(tmp_path, "x, label\n" + rows)[1:] == (
             labels,
             [
-                "1: taken for a header: 'x, label' (--no-header reads it as a sample)",
+                "1: read as a header: 'x, label' (--no-header reads it as a sample)",
                 f"labels (last column) are {kind}",
             ],
         )

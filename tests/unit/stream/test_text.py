@@ -88,7 +88,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"story": ["a", 1]}, "schema", "expected a list of strings"),
     ({"story": ["a b c d e f"]}, "shape", "a sentence has 6 words; expected at most 5"),
     ({"question": "a b c d e f?"}, "shape", "a sentence has 6 words"),
-    ({"task": 1}, "unknown_task", "task is 1; expected 't', the topic's"),
+    ({"task": 1}, "unknown_task", "task is 1; expected 't', the topic's name"),
 ]
 
 

@@ -1,0 +1,71 @@
+"""The options that choose which topics a command works on, and how it opens them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from streamlearn.cli.common import load_config
+from streamlearn.data import StreamlearnError
+from streamlearn.logs import quiet_kafka
+
+if TYPE_CHECKING:
+    from streamlearn.config import Config
+    from streamlearn.stream.log import Log, Sink
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
+ServersOption = Annotated[
+    str | None, typer.Option("--bootstrap-servers", help="Kafka brokers, without a configuration.")
+]
+EmbeddedOption = Annotated[Path | None, typer.Option("--embedded", help="A file of embedded topics.")]
+HeaderOption = Annotated[
+    bool | None,
+    typer.Option("--header/--no-header", help="Say whether the first line of a .csv names the columns."),
+]
+
+
+def find_config(config: Path | None, servers: str | None, embedded: Path | None) -> Config | None:
+    """Return the configuration of a command: the given one, or ./streamlearn.yaml if no option chooses the topics.
+
+    Returns None if there is neither. Raises `StreamlearnError` (2) if several options choose the topics.
+    """
+    if sum(option is not None for option in (config, servers, embedded)) > 1:
+        raise StreamlearnError("give only one of --config, --bootstrap-servers and --embedded", code=2)
+    here = Path("streamlearn.yaml")
+    if config is None and servers is None and embedded is None and here.is_file():
+        config = here
+    return None if config is None else load_config(config)
+
+
+def open_topics(
+    config: Config | None, servers: str | None, embedded: Path | None, *, reading: bool = False
+) -> tuple[Log, Sink]:
+    """Return a reader and a writer for the topics that the options choose.
+
+    An embedded file is created if it does not exist, except for `reading`: then `StreamlearnError` (74) is raised.
+    """
+    quiet_kafka()
+    if servers is not None:
+        from streamlearn.config import SERVER, KafkaConfig
+
+        if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
+            raise StreamlearnError(
+                f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas", code=2
+            )
+        from streamlearn.stream.kafka import KafkaLog, KafkaSink
+
+        kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
+        return KafkaLog(kafka, "streamlearn.cli"), KafkaSink(kafka)
+    if embedded is not None:
+        from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+
+        if reading and not embedded.is_file():
+            raise StreamlearnError(f"{embedded}: no such file", code=74)
+        return EmbeddedLog(embedded), EmbeddedSink(embedded)
+    if config is None:
+        raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
+    from streamlearn.daemon import open_log
+
+    return open_log(config)
