@@ -1,4 +1,4 @@
-"""`streamlearn`, and `python -m streamlearn`: so small that Ctrl-C is understood from the first import on."""
+"""The entry point of `streamlearn` and `python -m streamlearn`; small, so that Ctrl-C is handled even during imports."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""Commands: thin, and without torch or kafka at import, so that asking is quick."""
+"""The commands. Their modules import neither torch nor kafka at the top, so that quick commands stay quick."""

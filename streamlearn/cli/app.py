@@ -23,7 +23,7 @@ app = typer.Typer(
 
 
 def show_version(value: bool) -> None:
-    """Print the version and end, where asked."""
+    """Print the version and exit, if the option is given."""
     if value:
         print_line(f"streamlearn {__version__}")
         raise typer.Exit
@@ -44,7 +44,7 @@ def root(
 
 @app.command("version")
 def version_command(json_: JsonOption = False) -> None:
-    """Show the versions of streamlearn and of what it stands on."""
+    """Show the versions of streamlearn and its main dependencies."""
     import platform
     from importlib.metadata import version
 
@@ -69,14 +69,14 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line and an exit code."""
+    """Run the command line; print an expected error as one line, and exit with its code."""
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("STREAMLEARN_DEBUG"))
     replace_closed_streams()
     try:
         app()
     except Exception as error:
         if isinstance(error, OSError):
-            # perhaps of stdout itself: the interpreter would try again at its end, and complain
+            # stdout itself may have failed: without this the interpreter would flush it at exit, and print an error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
@@ -88,7 +88,10 @@ def main() -> None:
 
 
 def replace_closed_streams() -> None:
-    """Stand in for what the caller closed (`>&-`): else a file or socket opened later takes its number, and its output."""
+    """Open /dev/null for standard streams that the caller closed (`>&-`).
+
+    Otherwise a file or socket that is opened later gets their descriptor, and receives what is printed.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - for life, at the lowest free number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 - stays open; gets the lowest free number

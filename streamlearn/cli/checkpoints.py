@@ -1,4 +1,4 @@
-"""`streamlearn checkpoint`: everything here works on files, except `create`, which asks the daemon."""
+"""`streamlearn checkpoint`: all commands work on the files, except `create`, which asks the daemon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from streamlearn.service.statedir import is_locked, locked
 app = typer.Typer(help="Create, list, show, verify, tag, restore and remove checkpoints.", no_args_is_help=True)
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="An id, its number, a tag, or `latest`.")]
-TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A name of yours.")]
+TagArgument = Annotated[str, typer.Argument(metavar="TAG", help="A name of your choice.")]
 
 
 @app.command()
@@ -32,10 +32,11 @@ def create(
     state: StateOption = None,
     json_: JsonOption = False,
     tag: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Keep it, under this name too, until it is removed or untagged.")
+        str | None,
+        typer.Option(metavar="NAME", help="Also a tag: the checkpoint is kept until it is removed or untagged."),
     ] = None,
 ) -> None:
-    """Have the daemon save now; returns when the checkpoint is durable. Without a tag, retention removes it in its turn."""
+    """Let the daemon save now; returns when the checkpoint is durable. Without a tag, retention may remove it later."""
     found = Client(find_state_dir(state), timeout=COMMAND_SECONDS).command(
         "checkpoint", **({} if tag is None else {"tag": tag})
     )
@@ -71,7 +72,7 @@ def list_(state: StateOption = None, json_: JsonOption = False) -> None:
 
 @app.command()
 def show(id_: IdArgument = "latest", state: StateOption = None, json_: JsonOption = False) -> None:
-    """Show a checkpoint: where the stream stood, what the accuracy was, and its files."""
+    """Show a checkpoint: its positions in the stream, its accuracy and its files."""
     found = Store(find_state_dir(state)).find(id_, "offsets.json")
     tree = {**dict(found.manifest), "tags": found.tags, "positions": found.read_json("offsets.json")}
     if json_:
@@ -95,7 +96,7 @@ def verify(
     state: StateOption = None,
     everything: Annotated[bool, typer.Option("--all", help="Verify every checkpoint.")] = False,
 ) -> None:
-    """Compare every file with its hash; 74 where one does not match."""
+    """Compare every file with its hash; the exit code is 74 if one does not match."""
     store = Store(find_state_dir(state))
     names = [path.name for path in store.paths()]
     if not everything:
@@ -115,11 +116,11 @@ def verify(
 
 @app.command()
 def restore(id_: IdArgument, state: StateOption = None) -> None:
-    """Make an older checkpoint the newest, as a new one; the daemon must be stopped, and goes on from there."""
+    """Copy an older checkpoint as the newest; the daemon must be stopped, and continues from there at its next start."""
     directory = find_state_dir(state)
     if is_locked(directory):
-        raise StreamlearnError(f"{directory}: the daemon runs; stop it first", code=73)
-    Store(directory).find(id_)  # before the lock, which would make a directory that is not there
+        raise StreamlearnError(f"{directory}: the daemon is running; stop it first", code=73)
+    Store(directory).find(id_)  # before the lock, which would create a missing directory
     with locked(directory):
         store = Store(directory)
         before = next(iter(store.all()), None)
@@ -129,42 +130,42 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
         old, new = (c.read_json("status.json")["positions"] for c in (before, restored))
         for topic, partitions in old.items():
             for partition, offset in partitions.items():
-                again = offset - new.get(topic, {}).get(partition, 0)
-                if again:
-                    print_line(f"{topic}[{partition}]: {again} records will be learned again")
+                count = offset - new.get(topic, {}).get(partition, 0)
+                if count:
+                    print_line(f"{topic}[{partition}]: {count} records will be learned again")
 
 
 @app.command()
 def tag(id_: IdArgument, tag: TagArgument, state: StateOption = None) -> None:
-    """Give a checkpoint a name: it is kept until it is removed or untagged, and every ID may be this name."""
+    """Give a checkpoint a tag: it is kept until it is removed or untagged, and the tag can be used as its ID."""
     print_line(f"{Store(find_state_dir(state)).tag(id_, tag).id} has the tag {tag}")
 
 
 @app.command()
 def untag(tag: TagArgument, state: StateOption = None) -> None:
-    """Take a name off its checkpoint; retention removes that one in its turn."""
+    """Remove a tag; retention may then remove its checkpoint."""
     print_line(f"{Store(find_state_dir(state)).untag(tag)} no longer has the tag {tag}")
 
 
 @app.command()
 def remove(id_: IdArgument, state: StateOption = None) -> None:
-    """Remove a checkpoint, whatever tags it has; never the newest."""
+    """Remove a checkpoint, even one with tags; never the newest."""
     print_line(f"{Store(find_state_dir(state)).remove(id_).id} removed")
 
 
 @app.command()
 def prune(
     state: StateOption = None,
-    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest to keep.")] = 3,
-    hourly: Annotated[int, typer.Option(min=0, help="How many older ones to keep, one for each hour.")] = 24,
+    keep_last: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")] = 3,
+    hourly: Annotated[int, typer.Option(min=0, help="Number of older ones to keep, one for each hour.")] = 24,
     task_ends: Annotated[
-        str, typer.Option(metavar="N|all", help="Of how many tasks to keep the checkpoint of the end.")
+        str, typer.Option(metavar="N|all", help="Number of last tasks whose checkpoint at the end is kept.")
     ] = "5",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
 ) -> None:
-    """Remove old checkpoints; never the newest, and never one that has a tag."""
+    """Remove old checkpoints; never the newest, and never one with a tag."""
     if task_ends != "all" and not (task_ends.isascii() and task_ends.isdigit()):
-        raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number, or all", code=2)
+        raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number or `all`", code=2)
     ends: int | Literal["all"] = "all" if task_ends == "all" else int(task_ends)
     for checkpoint in Store(find_state_dir(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
-        print_line(f"{checkpoint.id} {'would go' if dry_run else 'removed'}")
+        print_line(f"{checkpoint.id} {'would be removed' if dry_run else 'removed'}")

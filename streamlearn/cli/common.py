@@ -1,4 +1,4 @@
-"""What several commands share: finding the state directory, reading a configuration, printing."""
+"""Helpers of several commands: find the state directory, read a configuration, print."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ StateOption = Annotated[
     typer.Option(
         "--state",
         envvar="STREAMLEARN_STATE_DIR",
-        help="State directory; else that of ./streamlearn.yaml.",
-        readable=False,  # whether it is, reading tells, in one line and with the right code
+        help="State directory. Default: that of ./streamlearn.yaml.",
+        readable=False,  # click's own check is off: reading it gives a better message and exit code
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -30,7 +30,7 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML
 
 
 def load_config(path: Path, *, warn: bool = False) -> Config:
-    """Return a configuration, its warnings printed where it is to be learned by; raises `StreamlearnError` (78)."""
+    """Return a configuration, and print its warnings if `warn` is set; raises `StreamlearnError` (78)."""
     from streamlearn.configfile import load
     from streamlearn.strategies.recipes import RECIPES
 
@@ -41,48 +41,49 @@ def load_config(path: Path, *, warn: bool = False) -> Config:
 
 
 def find_state_dir(state: Path | None) -> Path:
-    """Return the state directory that a command is about; raises `StreamlearnError` (2) when nothing names one."""
+    """Return the state directory for a command; raises `StreamlearnError` (2) if none is given."""
     if state is not None:
         return state
     here = Path("streamlearn.yaml")
     if here.is_file():
         return load_config(here).state_dir
     raise StreamlearnError(
-        "which daemon? give --state DIR, set STREAMLEARN_STATE_DIR, or stand beside a streamlearn.yaml", code=2
+        "no state directory: use --state DIR, set STREAMLEARN_STATE_DIR, or run in a directory with a streamlearn.yaml",
+        code=2,
     )
 
 
 def to_streamlearn_error(error: Exception) -> StreamlearnError:
-    """Return any failure as one line and an exit code."""
+    """Return any exception as a `StreamlearnError`: one line and an exit code."""
     if isinstance(error, StreamlearnError):
         return error
     if isinstance(error, OSError):
         return StreamlearnError.from_os_error(error)
     if is_out_of_memory(error):
         return StreamlearnError.from_out_of_memory(error)
-    return StreamlearnError(f"{type(error).__name__}: {error} (this is a fault of ours; --debug shows where)")
+    return StreamlearnError(f"{type(error).__name__}: {error} (this is a bug in streamlearn; --debug shows where)")
 
 
 def print_line(line: object) -> None:
-    """Print a line on stdout, as a terminal may show it."""
+    """Print a line on stdout, with control characters escaped."""
     typer.echo(printable(str(line)))
 
 
 def print_json(tree: Any, indent: int | None = 2) -> None:
-    """Print one JSON object on stdout."""
+    """Print a JSON value on stdout."""
     typer.echo(json.dumps(tree, indent=indent, allow_nan=False))
 
 
 def print_error(line: str) -> None:
-    """Print a line, or several, on stderr, as a terminal may show them."""
+    """Print one or more lines on stderr, with control characters escaped."""
     sys.stderr.write(printable_lines(line) + "\n")
 
 
 def format_percent(value: float | None) -> str:
-    """Return a ratio for people; a dash where it is undefined."""
+    """Return a ratio as percent; a dash if it is None."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def format_megabytes(num_bytes: int) -> str:
-    """Return a size for people."""
+    """Return a number of bytes as megabytes."""
     return f"{num_bytes / 1e6:.1f} MB"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STOPPED = 3
-ENDING_SECONDS = 30.0  # between a process's last word and its end
+ENDING_SECONDS = 30.0  # for a process to exit after its last message
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,12 +57,12 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No live table.")] = False,
     ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Learn in the foreground until stopped: a live table on a terminal, JSON log lines otherwise."""
+    """Learn in the foreground until stopped. Shows a live table on a terminal, otherwise JSON log lines."""
     pipe = os.fdopen(ready_fd, "w", buffering=1) if ready_fd is not None else None
 
-    def tell(event: dict[str, Any]) -> None:
+    def send_event(event: dict[str, Any]) -> None:
         if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):  # who started us has gone
+            with contextlib.suppress(BrokenPipeError):  # the process of `start` has ended
                 pipe.write(json.dumps(event) + "\n")
 
     try:
@@ -71,10 +71,10 @@ def run(
 
         logs.set_up(loaded.log.level, loaded.log.format)
         live = sys.stdout.isatty() and not quiet and ready_fd is None
-        daemon.run(loaded, on_event=tell, live_view=_live_table if live else None)
+        daemon.run(loaded, on_event=send_event, live_view=_live_table if live else None)
     except Exception as error:
         failure = to_streamlearn_error(error)
-        tell({"event": "failed", "error": str(failure), "code": failure.code})
+        send_event({"event": "failed", "error": str(failure), "code": failure.code})
         raise
     finally:
         if pipe is not None:
@@ -86,15 +86,15 @@ def start(
     wait: Annotated[Literal["ready", "running"], typer.Option(help="What to wait for.")] = "running",
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 120.0,
 ) -> None:
-    """Learn in the background; returns when the daemon runs, or with its error and exit code."""
+    """Learn in the background; returns when the daemon runs, or fails with its error and exit code."""
     loaded = load_config(config, warn=True)
     if is_locked(loaded.state_dir):
         raise already_running(loaded.state_dir)
     log_file = open_daemon_log(loaded.state_dir)
     reading, writing = os.pipe()
-    # `-m` puts the working directory first on the import path; with `-P` the child's path is this process's own
-    safe = [] if sys.path[:1] in ([""], [str(Path.cwd())]) else ["-P"]
-    command = [sys.executable, *safe, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
+    # `-m` puts the working directory first on the import path, and `-P` prevents that: the child gets our own path
+    safe_path = [] if sys.path[:1] in ([""], [str(Path.cwd())]) else ["-P"]
+    command = [sys.executable, *safe_path, "-m", "streamlearn", "run", str(config), "--ready-fd", str(writing)]
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
         command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True, pass_fds=(writing,)
     )
@@ -102,21 +102,22 @@ def start(
     os.close(log_file)
     event = _await_event(reading, {wait, "failed"}, timeout)
     if event is None:
-        why = why_not_ready(loaded.state_dir)
-        raise StreamlearnError(f"not {wait} after {timeout:.0f} s: {why}; it goes on as process {child.pid}", code=75)
+        reason = why_not_ready(loaded.state_dir)
+        line = f"not {wait} after {timeout:.0f} s: {reason}; it continues to run as process {child.pid}"
+        raise StreamlearnError(line, code=75)
     if event["event"] == "ended":
         code = child.wait(ENDING_SECONDS)
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise StreamlearnError(f"the daemon {how}; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1))
     if event["event"] == "failed":
         child.wait(ENDING_SECONDS)
         raise StreamlearnError(event["error"], code=event["code"])
-    child.returncode = 0  # it is no longer ours to wait for
+    child.returncode = 0  # so that Python does not wait for it
     print_line(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
 
 
 def why_not_ready(directory: Path) -> str:
-    """Return what a daemon says of why it is not ready, as `status` and `/readyz` do."""
+    """Return why a daemon is not ready, from its `/status` and `/readyz`."""
     client = Client(directory, timeout=2)
     try:
         tree, checks = client.get("/status"), client.get("/readyz")["checks"]
@@ -129,45 +130,49 @@ def why_not_ready(directory: Path) -> str:
 
 def stop(
     state: StateOption = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait; it ends by itself after shutdown_grace.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait; the daemon itself ends after shutdown_grace.")
+    ] = 120.0,
     force: Annotated[
-        bool, typer.Option("--force", help="After the timeout, kill it; what was not saved is learned again.")
+        bool, typer.Option("--force", help="Kill it after the timeout; what was not saved is learned again.")
     ] = False,
 ) -> None:
-    """Save a last checkpoint and end the daemon; returns when the state directory is free."""
+    """Save a last checkpoint and end the daemon; returns when the daemon has ended."""
     directory = find_state_dir(state)
     if not is_locked(directory):
         print_line("not running")
         return
-    hints = read_process_record(directory)
+    record = read_process_record(directory)
     try:
         Client(directory, timeout=min(timeout, 10)).command("stop")
     except StreamlearnError:
-        if hints is not None and hints.is_alive:
-            send_signal(directory, hints, signal.SIGTERM)
-        elif is_locked(directory):  # else it has ended by itself meanwhile
+        if record is not None and record.is_alive:
+            send_signal(directory, record, signal.SIGTERM)
+        elif is_locked(directory):  # otherwise the daemon has ended by itself meanwhile
             raise
     deadline, forced = time.monotonic() + timeout, False
     while is_locked(directory):
         if time.monotonic() > deadline:
-            if not force or hints is None or not hints.is_alive:
+            if not force or record is None or not record.is_alive:
                 raise StreamlearnError(f"still running after {timeout:.0f} s; --force kills it", code=75)
-            send_signal(directory, hints, signal.SIGKILL)
+            send_signal(directory, record, signal.SIGKILL)
             deadline = time.monotonic() + 10
             force, forced = False, True
         time.sleep(0.05)
     if not forced and not ended_cleanly(directory):
-        raise StreamlearnError("it ended, and not as it should: its log says why, and what was not saved", code=74)
+        raise StreamlearnError(
+            "the daemon ended with an error: see its log for the reason and for what was not saved", code=74
+        )
     print_line("stopped")
 
 
 def pause(state: StateOption = None) -> None:
-    """Stop learning, but stay: metrics, status and checkpoints go on. A restart does not keep it."""
+    """Pause learning; metrics, status and checkpoints continue. A restart ends the pause."""
     print_line(Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("pause")["state"])
 
 
 def resume(state: StateOption = None) -> None:
-    """Go on learning."""
+    """Continue to learn after a pause, or after a burst of rejected samples has stopped the reading."""
     print_line(Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("resume")["state"])
 
 
@@ -175,10 +180,10 @@ def status(
     state: StateOption = None,
     json_: JsonOption = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C; with --json a line each.")
+        bool, typer.Option("--watch", help="Repeat every second until Ctrl-C; with --json one line each time.")
     ] = False,
 ) -> None:
-    """Show what is learned and what was forgotten; without a daemon (exit code 3), as of the last checkpoint."""
+    """Show what is learned and what was forgotten; without a daemon, that of the last checkpoint (exit code 3)."""
     directory = find_state_dir(state)
     if watch:
         _watch(directory, json_)
@@ -197,9 +202,9 @@ def status(
 
 
 def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
-    """Return the daemon's status, or without one that of the last checkpoint, its `pid` None.
+    """Return the status of the daemon, or of the last checkpoint with `pid` None if no daemon runs.
 
-    `matrix`: with the accuracy matrix too where there are so many tasks that the status leaves it out.
+    With `matrix`, the accuracy matrix is included even if there are too many tasks for the usual status.
     """
     if is_locked(directory):
         tree: dict[str, Any] = Client(directory).get("/status")
@@ -211,7 +216,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
     try:
         checkpoint = Store(directory).find("latest", "status.json")
     except StreamlearnError as error:
-        raise StreamlearnError(f"no daemon runs here; {error}", code=STOPPED) from error
+        raise StreamlearnError(f"no daemon is running; {error}", code=STOPPED) from error
     tree = {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
     if matrix and tree.get("tasks") and tree["matrix"] is None:
         from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -221,7 +226,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
 
 
 def print_plain(tree: dict[str, Any]) -> None:
-    """Print a status without decoration."""
+    """Print a status as plain lines."""
     print_line(headline(tree))
     if tree.get("problem"):
         print_line(f"problem: {tree['problem']}")
@@ -238,21 +243,21 @@ def print_plain(tree: dict[str, Any]) -> None:
 
 
 def headline(tree: dict[str, Any]) -> str:
-    """Return the one line that says who learns what."""
+    """Return the first line of a status: name, state, strategy, device and step."""
     known = [f"{key} {tree[key]}" for key in ("strategy", "device", "step") if tree.get(key) is not None]
     pid = f" (process {tree['pid']})" if tree["pid"] is not None else ""
     return f"{tree['name']}: {tree['state']}{pid}" + "".join(f", {part}" for part in known)
 
 
 def format_summary(tree: dict[str, Any]) -> str:
-    """Return the lines of figures below the tasks."""
+    """Return the lines of a status below its tasks: mean accuracies, samples, lag and the last checkpoint."""
     counts = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in tree["samples"].items())
     lag = "-"
     if tree["lag"] is not None:
         lag = f"{sum(count for partitions in tree['lag'].values() for count in partitions.values())} records"
     waiting = f"; waiting for topic {printable(tree['waiting_for'])}" if tree.get("waiting_for") is not None else ""
-    held = sum(count for partitions in tree.get("held_back", {}).values() for count in partitions.values())
-    behind = f"; {held} offsets behind open transactions" if held else ""
+    held_back = sum(count for partitions in tree.get("held_back", {}).values() for count in partitions.values())
+    behind = f"; {held_back} offsets behind open transactions" if held_back else ""
     saved = tree["checkpoint"]
     last = "none yet" if saved is None else f"{saved['id']} at step {saved['step']}, {format_megabytes(saved['bytes'])}"
     age = tree.get("batches_since_evaluation")
@@ -269,7 +274,7 @@ def format_summary(tree: dict[str, Any]) -> str:
 
 
 def render(tree: dict[str, Any]) -> Table:
-    """Return a status as a table for a terminal. What comes from outside is no markup."""
+    """Return a status as a table for a terminal. Names and messages are shown as they are, not as rich markup."""
     from rich.table import Table
     from rich.text import Text
 
@@ -313,7 +318,7 @@ def _watch(directory: Path, json_: bool) -> None:
 
 
 def _live_table(desk: Any) -> Any:
-    """Return a context in which the daemon's status is drawn below its log lines."""
+    """Return a context that shows the daemon's status as a live table below its log lines."""
     import threading
     from contextlib import contextmanager
 
@@ -341,7 +346,7 @@ def _live_table(desk: Any) -> Any:
 
 
 def _await_event(reading: int, wanted: set[str], timeout: float) -> dict[str, Any] | None:
-    """Return the first wanted event that the child writes, `ended` when it writes no more, or None when the time is over."""
+    """Return the first wanted event from the child; `ended` if it closes the pipe, or None after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     buffered = b""
     while (left := deadline - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""`streamlearn task`: what a person decides about tasks."""
+"""`streamlearn task`: commands about tasks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def group() -> None:
 
 @app.command()
 def end(state: StateOption = None, json_: JsonOption = False) -> None:
-    """End the open task where its topic was read up to; returns once what was read is learned and made to last.
+    """End the open task at the records read so far; returns when these are learned and the task has ended.
 
-    What comes later in its topic is late. Where no task is open, that is said and the exit code is 1.
+    Later records of its topic count as late. The exit code is 1 if no task is open.
     """
     found = Client(find_state_dir(state), timeout=COMMAND_SECONDS).command("end_task")
     if json_:

@@ -1,1 +1,1 @@
-"""HTTP: a Unix socket for control, a read-only listener for scraping, and the client that the CLI uses."""
+"""The daemon's HTTP services: a Unix socket for commands, a read-only TCP port for metrics, and the CLI's client."""

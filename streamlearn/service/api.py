@@ -1,4 +1,4 @@
-"""Routes. The read-only application has no others; the control application adds what changes something."""
+"""HTTP routes: the read-only application has those that only read; the control application adds the commands."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ TOO_LARGE = {"error": f"the request is too large: at most {MAX_BODY_BYTES} bytes
 
 
 class Backend(Protocol):
-    """What the routes need of the daemon; every method is safe to call from any thread."""
+    """The part of the daemon that the routes use. Every method may be called from any thread."""
 
     def status(self) -> dict[str, Any]:
-        """Return what `status --json` shows."""
+        """Return what `status --json` prints."""
 
     def matrix(self) -> list[list[float | None]]:
-        """Return the accuracy matrix: it grows with the square of the tasks, and the status leaves a large one out."""
+        """Return the accuracy matrix. It grows with the square of the tasks, so the status omits a large one."""
 
     def liveness(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether the process works, whatever its broker does, and why."""
+        """Return whether the loop is alive, and details. An outage of the broker does not matter here."""
 
     def readiness(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether every condition holds, and each of them."""
+        """Return whether every readiness check passes, and the checks."""
 
     def expose(self, accept: str) -> tuple[bytes, str]:
-        """Return metrics and their content type."""
+        """Return the metrics in the format of an Accept header, and their content type."""
 
     def command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Do what was asked and return once it is done; raises `StreamlearnError`."""
+        """Execute a command and return its answer when it is done; raises `StreamlearnError` if it is refused."""
 
 
 def read_only_app(backend: Backend) -> Starlette:
-    """Return the application for scraping and health checks."""
+    """Return the application for metrics and health checks."""
     return Starlette(routes=_reading(backend), middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
 
 
 def control_app(backend: Backend) -> Starlette:
-    """Return the application for the owner's Unix socket."""
+    """Return the application for the Unix socket, which only its owner can use."""
 
     async def command(request: Request) -> Response:
         name = request.path_params["name"]
@@ -67,7 +67,7 @@ def control_app(backend: Backend) -> Starlette:
                 if len(body) > MAX_BODY_BYTES:  # the rest is not read
                     return JSONResponse(TOO_LARGE, status_code=413, headers={"connection": "close"})
         except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
+            return Response(status_code=400)  # nobody reads this answer
         try:
             arguments = json.loads(body or b"{}")
         except (ValueError, RecursionError) as error:
@@ -90,8 +90,8 @@ def _reading(backend: Backend) -> list[Route]:
 
     async def healthz(request: Request) -> Response:
         del request
-        sound, detail = backend.liveness()
-        return JSONResponse({"status": "ok" if sound else "stalled", **detail}, status_code=200 if sound else 503)
+        alive, details = backend.liveness()
+        return JSONResponse({"status": "ok" if alive else "stalled", **details}, status_code=200 if alive else 503)
 
     async def readyz(request: Request) -> Response:
         del request
@@ -104,7 +104,7 @@ def _reading(backend: Backend) -> list[Route]:
 
     async def matrix(request: Request) -> Response:
         del request
-        # beside the event loop: a large one takes a while, and health checks must not wait for it
+        # in a thread, because a large matrix takes a while and health checks must not wait for it
         return await run_in_threadpool(lambda: JSONResponse({"matrix": backend.matrix()}))
 
     return [

@@ -1,4 +1,4 @@
-"""The CLI's side of the control socket: HTTP by the standard library, because `status` must answer at once."""
+"""The CLI's client of the control socket. It uses the standard library, whose quick import keeps `status` fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-COMMAND_SECONDS = 610.0  # a command waits until the loop has applied it; the daemon gives up after 600, and says so
+COMMAND_SECONDS = 610.0  # a command's answer comes when it is done; the daemon answers with an error after 600 s
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -29,18 +29,21 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class Client:
-    """Requests to the daemon of one state directory."""
+    """Sends requests to the daemon of one state directory."""
 
     def __init__(self, state_dir: Path, timeout: float = 10.0) -> None:
         self.state_dir = state_dir
         self.timeout = timeout
 
     def get(self, path: str) -> Any:
-        """Return the JSON answer to a GET, whatever its status; raises `StreamlearnError` (75) where nothing answers."""
+        """Return the JSON answer to a GET request, whatever its HTTP status.
+
+        Raises `StreamlearnError`: 3 if no daemon runs, 75 if it does not answer, 77 if it belongs to another user.
+        """
         return self._ask("GET", path, None)[1]
 
     def command(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """Have the daemon do something, and return its answer; raises `StreamlearnError` where it refuses."""
+        """Send a command and return its answer; raises `StreamlearnError` as `get` does, or if the daemon refuses it."""
         status, answer = self._ask("POST", f"/v1/{name}", arguments)
         if status != http.HTTPStatus.OK:
             raise StreamlearnError(answer.get("error", f"HTTP {status}"), code=answer.get("code", 1))
@@ -50,17 +53,17 @@ class Client:
     def _ask(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if not is_locked(self.state_dir):
             raise StreamlearnError(f"{self.state_dir}: not running", code=3)
-        hints = read_process_record(self.state_dir)
-        if hints is None:
-            raise StreamlearnError(f"{self.state_dir}: the daemon is only starting", code=75)
-        connection = _UnixConnection(hints.socket, self.timeout)
+        record = read_process_record(self.state_dir)
+        if record is None:
+            raise StreamlearnError(f"{self.state_dir}: the daemon is still starting", code=75)
+        connection = _UnixConnection(record.socket, self.timeout)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         except PermissionError as error:
-            raise StreamlearnError(f"{hints.socket}: belongs to another user", code=77) from error
+            raise StreamlearnError(f"{record.socket}: belongs to another user", code=77) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise StreamlearnError(f"{hints.socket}: the daemon does not answer: {error}", code=75) from error
+            raise StreamlearnError(f"{record.socket}: the daemon does not answer: {error}", code=75) from error
         finally:
             connection.close()

@@ -1,4 +1,4 @@
-"""Listeners: sockets are bound before anything slow happens, so that a busy port is known at once."""
+"""The HTTP listeners. Sockets are bound before anything slow happens, so that a busy port is reported at once."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ SOCKETS_UNSUPPORTED = {
     errno.EPERM,
     errno.ENOTSUP,
     errno.ENOSYS,
-}  # of a file system that has none: SMB, exFAT, many FUSE mounts
-MAX_SOCKET_PATH = 107  # bytes, Linux
-TIMEOUT_SECONDS = 5  # for a whole request, and for an idle connection
-ANSWER_SECONDS = 10  # for a client to take its answer
+}  # errors of file systems without sockets: SMB, exFAT, many FUSE mounts
+MAX_SOCKET_PATH = 107  # bytes, on Linux
+TIMEOUT_SECONDS = 5  # to send a whole request; also for an idle connection
+ANSWER_SECONDS = 10  # for a client to read its answer
 MAX_CONNECTIONS = 64  # on each listener
-BACKLOG = 16  # connections that wait to be accepted; asyncio accepts as many at once, each with a descriptor
+BACKLOG = 16  # connections that wait to be accepted; asyncio accepts so many at once, and each needs a descriptor
 
 
 def control_socket_path(state_dir: Path) -> Path:
-    """Return where the control socket of a state directory lies: below it, or where its path would be too long, elsewhere."""
+    """Return the path of the control socket: in the state directory, or elsewhere if that path is too long."""
     path = state_dir.resolve() / "run" / "control.sock"
     return path if len(os.fsencode(path)) <= MAX_SOCKET_PATH else _socket_path_elsewhere(state_dir)
 
 
 def _socket_path_elsewhere(state_dir: Path) -> Path:
-    base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - the directory below it is ours alone
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp")  # noqa: S108 - the directory in it is only ours
     digest = hashlib.sha256(os.fsencode(state_dir.resolve())).hexdigest()[:16]
     return base / f"streamlearn-{os.getuid()}" / f"{digest}.sock"
 
 
 def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
-    """Return the bound control socket (0600, in a directory of the owner's alone) and its path.
+    """Return the bound control socket and its path; only the owner can use it (mode 0600, in a directory with mode 0700).
 
-    The caller holds the state directory's lock, so a socket that lies there is a dead one's.
+    The caller holds the lock of the state directory, so an existing socket was left by a dead process. Raises
+    `StreamlearnError`.
     """
     path = control_socket_path(state_dir)
     try:
@@ -60,7 +61,7 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
         elsewhere = _socket_path_elsewhere(state_dir)
         if error.errno not in SOCKETS_UNSUPPORTED or path == elsewhere:
             raise StreamlearnError.from_os_error(error, path) from error
-        logger.info("%s: no socket can lie there (%s); it lies at %s", path, error.strerror, elsewhere)
+        logger.info("%s: no socket can be created there (%s); using %s", path, error.strerror, elsewhere)
     try:
         return _bind(elsewhere), elsewhere
     except OSError as error:
@@ -68,16 +69,16 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
 
 
 def _bind(path: Path) -> socket.socket:
-    """Return a socket bound to a path; raises `OSError`, and `StreamlearnError` (77) where the directory is another's."""
+    """Return a socket bound to a path; raises `OSError`, and `StreamlearnError` (77) if others may use the directory."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.parent.stat().st_uid != os.getuid() or path.parent.stat().st_mode & 0o022:
-        raise StreamlearnError(f"{path.parent}: must belong to you, and be writable by nobody else", code=77)
+        raise StreamlearnError(f"{path.parent}: must belong to you, and nobody else may write there", code=77)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
         listener.bind(str(path))
-        listener.listen(BACKLOG)  # from here on who connects waits, and is not refused
+        listener.listen(BACKLOG)  # from now on clients wait, and are not refused
     except OSError:
         listener.close()
         raise
@@ -87,7 +88,7 @@ def _bind(path: Path) -> socket.socket:
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
-    """Return a bound TCP socket; raises `StreamlearnError` (78) where the port is busy or not ours to take."""
+    """Return a bound TCP socket; raises `StreamlearnError` (78) if the port is busy or needs other permissions."""
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -99,23 +100,23 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         if listener is not None:
             listener.close()
         raise StreamlearnError(
-            f"service: {host}:{port} cannot be taken: {error.strerror}; 0 takes any free port", code=78
+            f"service: {host}:{port} cannot be used: {error.strerror}; port 0 means any free port", code=78
         ) from error
     return listener
 
 
 class TimedConnection(H11Protocol):
-    """One connection that cannot hold a place for ever.
+    """An HTTP connection with time limits, so that no client can block the listener.
 
-    A request, idleness before it included, has to be whole within a time limit, however its bytes are spread; an answer
-    has to be taken within another. A new connection is always accepted. Where there are too many then, the oldest one that
-    waits for a request is closed, or else the oldest. So whoever asks at once, as probes of health and metrics do, finds
-    room whatever the others do.
+    A request must be complete within `TIMEOUT_SECONDS`, counted from the start of the idle time before it. Its answer must be
+    read within `ANSWER_SECONDS`. A new connection is always accepted. If there are then more than `MAX_CONNECTIONS`, the
+    oldest one that waits for a request is closed, or else the oldest. So health checks and Prometheus, which send their
+    request at once, are always answered.
     """
 
     _since = 0.0
     _timer: asyncio.TimerHandle | None = None
-    _phase: tuple[int, bool] | None = None  # requests answered, and whether one is with the application
+    _phase: tuple[int, bool] | None = None  # number of answers, and whether the application works on a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
@@ -141,14 +142,14 @@ class TimedConnection(H11Protocol):
 
     @property
     def _is_busy(self) -> bool:
-        """Whether a whole request has arrived and the application is at it: that takes as long as it takes."""
+        """Whether the application works on a complete request; this has no time limit."""
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and not (cycle.response_complete or cycle.more_body)
 
     def _restart_timer(self, answered: int = 0) -> None:
-        """Begin the time limit of a phase when the connection enters it; further bytes do not prolong it."""
-        before = self._phase or (0, True)
-        if before == (phase := (before[0] + answered, self._is_busy)):
+        """Start the time limit of a phase when the connection enters it; later bytes do not extend it."""
+        previous = self._phase or (0, True)
+        if previous == (phase := (previous[0] + answered, self._is_busy)):
             return
         self._phase, self._since = phase, self.loop.time()
         if self._timer is not None:
@@ -158,7 +159,7 @@ class TimedConnection(H11Protocol):
 
 
 class Server:
-    """One application on one socket, in a thread."""
+    """Serves one application on one socket, in a thread."""
 
     def __init__(self, app: Starlette, listener: socket.socket, name: str) -> None:
         self.listener = listener
@@ -172,7 +173,7 @@ class Server:
         self._thread = threading.Thread(target=self._server.run, args=([listener],), name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start to answer."""
         self._thread.start()
 
     @property
@@ -181,7 +182,7 @@ class Server:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Answer what was asked, and end."""
+        """Answer the requests that have arrived, then end."""
         self._server.should_exit = True
         if self._thread.ident is not None:
             self._thread.join(timeout=TIMEOUT_SECONDS + 1)

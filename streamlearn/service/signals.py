@@ -1,4 +1,4 @@
-"""Signals that ask for a stop. A thread receives them, so nothing of ours runs inside a signal handler."""
+"""Stop signals. A thread receives them, so that none of our code runs inside a signal handler."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def call_on_stop(stop: Callable[[], None]) -> None:
-    """Call `stop` in a thread when a stop signal arrives, for as long as the process lives. The main thread calls this.
+    """Call `stop` in a thread whenever a stop signal arrives. Only the main thread may call this function.
 
-    The interpreter's C handler writes the number of each signal into a pipe at once, and a thread reads the pipe. The
-    Python handler, which runs in the main thread in the middle of anything, does nothing. A signal that was ignored
-    before stays ignored: `nohup` ignores SIGHUP, and a shell ignores SIGINT for its background jobs.
+    The interpreter's C handler writes the number of each signal into a pipe, and a thread reads the pipe. The Python handler
+    does nothing, because it interrupts the main thread at any point. A signal that was ignored before stays ignored: `nohup`
+    ignores SIGHUP, and a shell ignores SIGINT for its background jobs.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -32,23 +32,24 @@ def call_on_stop(stop: Callable[[], None]) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore further stop signals: the work is done, and one that arrives during the exit must not change the exit code."""
+    """Ignore further stop signals, so that one that arrives during the exit does not change the exit code."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _do_nothing(*_: object) -> None:
-    """Replace the default action of a signal."""
+    """Handle a signal by doing nothing; this replaces its default action."""
 
 
 def _receive(reading: int, stop: Callable[[], None]) -> None:
+    """Read signal numbers from the pipe, and call `stop` for stop signals."""
     while numbers := os.read(reading, 64):
         if any(number in STOP_SIGNALS for number in numbers):  # a user's model may handle signals of its own
             stop()
 
 
 def _block() -> None:
-    """Hold stop signals back around a fork: one to the child must not arrive before its handlers are the default ones."""
+    """Block stop signals during a fork: the child must not receive one before it has the default handlers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
@@ -57,8 +58,8 @@ def _unblock() -> None:
 
 
 def _restore_defaults() -> None:
-    """Give a forked child, such as a user's data worker, its default handlers: else a signal to it would stop the daemon."""
-    with contextlib.suppress(ValueError):  # forked in a way that leaves no main thread
+    """Restore the default handlers in a forked child, such as a data worker: a signal to it must not stop the daemon."""
+    with contextlib.suppress(ValueError):  # the child was forked from another thread than the main one
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is _do_nothing:

@@ -231,7 +231,7 @@ def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
         done = cli("stop", "--state", daemon.state)
         assert (done.returncode, one_line(done)) == (
             74,
-            "streamlearn: it ended, and not as it should: its log says why, and what was not saved",
+            "streamlearn: the daemon ended with an error: see its log for the reason and for what was not saved",
         )
         assert daemon.finish(60) == 74
     log = daemon.log.read_text()

@@ -139,7 +139,7 @@ def test_start_tells_what_its_daemon_died_of(tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text("import os\ndef model(*_):\n    os.kill(os.getpid(), 9)\n")
     config = jobs.write_config(tmp_path, model={"name": "dying:model"}, strategy="naive")
     done = cli("start", config, environment={"PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, "the daemon was ended by signal 9; see " in one_line(done)) == (1, True)
+    assert (done.returncode, "the daemon was killed by signal 9; see " in one_line(done)) == (1, True)
 
 
 def test_run_tells_who_started_it_of_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_run_tells_who_started_it_of_any_failure(tmp_path: Path, monkeypatch: py
         lifecycle.run(jobs.write_config(tmp_path), ready_fd=writing)
     event = json.loads(os.read(reading, 4096))
     os.close(reading)
-    assert (event["event"], event["code"], "KeyError: 'x' (this is a fault of ours" in event["error"]) == (
+    assert (event["event"], event["code"], "KeyError: 'x' (this is a bug in streamlearn" in event["error"]) == (
         "failed",
         1,
         True,

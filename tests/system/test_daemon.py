@@ -330,7 +330,7 @@ def test_a_busy_port_is_78(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         done = cli("run", jobs.write_config(tmp_path, service={"port": port}))
     assert done.returncode == 78
-    assert f"127.0.0.1:{port} cannot be taken" in one_line(done)
+    assert f"127.0.0.1:{port} cannot be used" in one_line(done)
 
 
 def test_a_locked_state_directory_is_73(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_locked_state_directory_is_73(tmp_path: Path) -> None:
         daemon.until(lambda status: status["state"] == "running")
         done = cli("run", config)
         assert done.returncode == 73
-        assert f"another daemon runs here (process {daemon.process.pid})" in one_line(done)
+        assert f"another daemon already runs here (process {daemon.process.pid})" in one_line(done)
         assert daemon.stop() == 0
 
 

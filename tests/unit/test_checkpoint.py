@@ -375,7 +375,7 @@ def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
     with pytest.raises(StreamlearnError, match="no checkpoint has the tag 'v2'; there are: none"):
         store.untag("v2")
     for tag in ("latest", "7", "ckpt-1", "../x", "", ".x", "a/b", "a" * 65, "x\n"):
-        with pytest.raises(StreamlearnError, match="expected up to 64 letters") as caught:
+        with pytest.raises(StreamlearnError, match="expected at most 64 letters") as caught:
             store.tag("latest", tag)
         assert caught.value.code == 2
 
@@ -410,7 +410,7 @@ def test_tags_on_the_command_line(tmp_path: Path) -> None:
     assert "tag        before-deploy\n" in run("show", "before-deploy")
     assert run("verify", "before-deploy") == "ckpt-000000000001: valid\n"
     gone = run("prune", "--keep-last", "1", "--hourly", "0", "--task-ends", "all", "--dry-run").splitlines()
-    assert gone == ["ckpt-000000000003 would go", "ckpt-000000000002 would go"]
+    assert gone == ["ckpt-000000000003 would be removed", "ckpt-000000000002 would be removed"]
     assert run("untag", "before-deploy") == "ckpt-000000000001 no longer has the tag before-deploy\n"
     assert run("remove", "1") == "ckpt-000000000001 removed\n"
     run("remove", "latest", code=1)

@@ -265,7 +265,7 @@ def test_a_start_that_was_not_ready_in_time_says_why(tmp_path: Path) -> None:
     stream.status.problem = "no broker answers"
     with locked(tmp_path):
         assert why_not_ready(tmp_path) == (
-            f"{tmp_path}: the daemon is only starting; see {tmp_path / 'daemon.log'}"
+            f"{tmp_path}: the daemon is still starting; see {tmp_path / 'daemon.log'}"
         )  # fmt: skip
         listener, path = bind_control(tmp_path)
         control_server = Server(control_app(desk), listener, "control")

@@ -74,7 +74,7 @@ def test_a_directory_that_others_may_write_into_is_refused(tmp_path: Path) -> No
     error = refusal(tmp_path)
     assert (error.code, str(error)) == (
         77,
-        f"{tmp_path}: other users may write there (mode 0777): use chmod go-w, or another directory",
+        f"{tmp_path}: other users may write there (mode 0777): use chmod go-w, or choose another state_dir",
     )
     tmp_path.chmod(0o700)
     with locked(tmp_path):
@@ -122,7 +122,9 @@ def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
         start_time = process_start_time(innocent.pid)
         assert start_time is not None
         hints = ProcessRecord(innocent.pid, start_time, tmp_path / "none", "")
-        with pytest.raises(StreamlearnError, match="is no daemon of this directory: it gets no signal") as caught:
+        with pytest.raises(
+            StreamlearnError, match="is not the daemon of this directory, so no signal was sent"
+        ) as caught:
             send_signal(tmp_path, hints, signal.SIGTERM)
         assert (caught.value.code, innocent.poll()) == (77, None)
         innocent.kill()
