@@ -22,12 +22,12 @@ from streamlearn.data import Progress
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 from tests.support.jobs import DATA
 
@@ -74,8 +74,8 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     spec = config.stream
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     dead = DeadLetterWriter(store, "dlq")
-    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
-    stream = Stream(MemoryLog(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    rules = AssemblerSettings(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.process_time()
     stream.start()
     loop.run(job, stream, NoCommands())

@@ -14,12 +14,12 @@ from streamlearn.checkpoint import Store
 from streamlearn.data import Position, Positions, Progress, Task
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
@@ -31,20 +31,22 @@ WIDTHS = {"1 M": 690, "10 M": 2790, "100 M": 9600}  # of two hidden layers
 DEFAULT: dict[str, dict[str, Any]] = {"generative": {}, "si": {}}
 
 
-def made(directory: Path, **over: Any) -> tuple[Job, Stream]:
+def made(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
     """Return a job in its first task, and the stream that it would be fed from."""
     config: Config = settings(directory, "t").model_copy(update=over)
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     store = MemoryStore()
     dead = DeadLetterWriter(store, "dlq")
-    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
+    rules = AssemblerSettings(
+        Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size
+    )
     task = Task(0, "t", labels=list(range(10)))
     job.progress.tasks.append(task)
     job.progress.labels = list(range(10))
     job.progress.positions = Positions({("t", 0): Position(1)})
     job.learner.begin_task(task)
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
-    return job, Stream(MemoryLog(store), Assembler(rules, Progress()), config.stream, dead, "bench", 1.0)
+    return job, StreamReader(MemoryReader(store), Assembler(rules, Progress()), config.stream, dead, "bench", 1.0)
 
 
 def throughput() -> dict[str, Any]:

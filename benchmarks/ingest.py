@@ -16,19 +16,19 @@ from streamlearn.data import Progress
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.kafka import KafkaLog, KafkaSink
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
-    from streamlearn.stream.log import Log, Sink
+    from streamlearn.stream.log import LogReader, LogWriter
 
 SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
 TARGET = 0.8
@@ -40,7 +40,7 @@ class NoCommands:
     stopping = False
     paused = False
 
-    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+    def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
         """Answer nobody."""
 
     def wait(self, seconds: float) -> None:
@@ -65,13 +65,13 @@ def settings(directory: Path, topic: str) -> Config:
     return configfile.load(path, RECIPES, {})
 
 
-def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:
+def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float:
     """Return samples a second through the whole loop."""
     spec = config.stream
     job = Job.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(sink, "dlq")
-    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
-    stream = Stream(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    rules = AssemblerSettings(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    stream = StreamReader(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.perf_counter()
     stream.start()
     loop.run(job, stream, NoCommands())
@@ -81,7 +81,7 @@ def rate(log: Log, sink: Sink, config: Config, samples: int) -> float:
     return samples / seconds
 
 
-def measure(log: Log, sink: Sink, topic: str, samples: int, codec: str) -> float:
+def measure(log: LogReader, sink: LogWriter, topic: str, samples: int, codec: str) -> float:
     """Publish to a topic and return the rate at which it is learned."""
     rng = np.random.default_rng(0)
     content = producer.Samples(rng.integers(0, 255, (samples, PIXELS), np.uint8), rng.integers(0, 10, samples).tolist())
@@ -94,20 +94,20 @@ def run() -> dict[str, Any]:
     """Measure every source; print and return samples a second, and the ratio to memory."""
     configure_torch(1)
     store = MemoryStore()
-    rates: dict[str, float] = {"memory, batched": measure(MemoryLog(store), store, "m", SAMPLES, "batch")}
+    rates: dict[str, float] = {"memory, batched": measure(MemoryReader(store), store, "m", SAMPLES, "batch")}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with KafkaBroker(directory / "kafka") as broker:
             kafka = KafkaConfig.model_validate({"bootstrap_servers": broker.address})
-            sink = KafkaSink(kafka)
-            rates["kafka, batched"] = measure(KafkaLog(kafka, "bench"), sink, "k", SAMPLES, "batch")
-            rates["kafka, single (msgpack)"] = measure(KafkaLog(kafka, "bench"), sink, "k1", SINGLE, "msgpack")
-            rates["kafka, single (json)"] = measure(KafkaLog(kafka, "bench"), sink, "k2", SINGLE, "json")
+            sink = KafkaWriter(kafka)
+            rates["kafka, batched"] = measure(KafkaReader(kafka, "bench"), sink, "k", SAMPLES, "batch")
+            rates["kafka, single (msgpack)"] = measure(KafkaReader(kafka, "bench"), sink, "k1", SINGLE, "msgpack")
+            rates["kafka, single (json)"] = measure(KafkaReader(kafka, "bench"), sink, "k2", SINGLE, "json")
             sink.close()
         path = directory / "topics.sqlite"
-        embedded = EmbeddedSink(path)
-        rates["embedded, batched"] = measure(EmbeddedLog(path), embedded, "e", SAMPLES, "batch")
-        rates["embedded, single (msgpack)"] = measure(EmbeddedLog(path), embedded, "e1", SINGLE, "msgpack")
+        embedded = EmbeddedWriter(path)
+        rates["embedded, batched"] = measure(EmbeddedReader(path), embedded, "e", SAMPLES, "batch")
+        rates["embedded, single (msgpack)"] = measure(EmbeddedReader(path), embedded, "e1", SINGLE, "msgpack")
         embedded.close()
     results: dict[str, Any] = {}
     for source, value in rates.items():

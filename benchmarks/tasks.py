@@ -24,7 +24,7 @@ from streamlearn.checkpoint import Store
 from streamlearn.data import StreamlearnError
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.service.client import Client
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ TARGETS = {"ratio": 2.0, "status_seconds": 0.1, "files": 50}
 
 def publish(path: Path, tasks: int) -> None:
     """Publish tasks of two classes that lie apart."""
-    sink = EmbeddedSink(path)
+    sink = EmbeddedWriter(path)
     for task in range(tasks):
         rng = np.random.default_rng(task)
         y = rng.integers(0, 2, SAMPLES)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from streamlearn.config import Config
     from streamlearn.job import Diverged, Job, PendingSave
-    from streamlearn.stream.log import Log, Sink
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class ControlDesk:
 
     # -- called by the loop
 
-    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+    def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
         """Answer finished requests, execute the new ones, and publish the status if that is due.
 
         Raises `StreamlearnError` if a listener has ended, and `Diverged` if a command had to save and training has diverged.
@@ -124,7 +124,7 @@ class ControlDesk:
         self._wake_event.wait(seconds)
         self._wake_event.clear()
 
-    def publish(self, job: Job, stream: Stream) -> None:
+    def publish(self, job: Job, stream: StreamReader) -> None:
         """Update status, readiness checks and gauges."""
         start = time.monotonic()
         self._checks = self._check(job, stream)
@@ -143,7 +143,7 @@ class ControlDesk:
         """Call a function once, when every readiness check passes for the first time."""
         self._on_ready = call
 
-    def _apply(self, request: Request, job: Job, stream: Stream) -> None:
+    def _apply(self, request: Request, job: Job, stream: StreamReader) -> None:
         """Execute a request.
 
         It is answered here, after `status` shows the change. Only a checkpoint and the end of a task are answered later, when
@@ -162,7 +162,7 @@ class ControlDesk:
                     self._refuse_task_ends()
                 case "resume":
                     self.paused = False
-                    stream.acknowledge()
+                    stream.resume_after_burst()
             job.state = self._state()
             self.publish(job, stream)
         except StreamlearnError as error:  # the request is refused, and the loop continues
@@ -172,7 +172,7 @@ class ControlDesk:
             return
         request.answer.set_result({"state": job.state})
 
-    def _save(self, request: Request, job: Job, stream: Stream) -> None:
+    def _save(self, request: Request, job: Job, stream: StreamReader) -> None:
         """Start a checkpoint, with the request's tag if it has one; raises `StreamlearnError` if the tag is taken."""
         tag = request.arguments.get("tag")
         if tag is not None:
@@ -181,7 +181,7 @@ class ControlDesk:
                 raise StreamlearnError(f"tag {tag}: the checkpoint that is being written has it")
         self._save_requests.append((request, job.save(stream, "manual", tag)))
 
-    def _end_task(self, job: Job, stream: Stream) -> int:
+    def _end_task(self, job: Job, stream: StreamReader) -> int:
         """End the open task where it was read up to; return its index. Raises `StreamlearnError` if no task can be ended."""
         task = job.progress.current
         if task is None or task.state != "active":
@@ -193,7 +193,7 @@ class ControlDesk:
         stream.end_task(task.name)
         return task.index
 
-    def _answer_task_ends(self, job: Job, stream: Stream) -> None:
+    def _answer_task_ends(self, job: Job, stream: StreamReader) -> None:
         """Answer the requests to end a task that has ended."""
         for request, index in list(self._task_end_requests):
             tasks = job.progress.tasks
@@ -286,8 +286,8 @@ class ControlDesk:
     def _state(self) -> str:
         return "draining" if self.stopping else "paused" if self.paused else "running"
 
-    def _check(self, job: Job, stream: Stream) -> dict[str, Any]:
-        contact = stream.status.contacted
+    def _check(self, job: Job, stream: StreamReader) -> dict[str, Any]:
+        contact = stream.status.last_contact_monotonic
         silent = None if contact is None else time.monotonic() - contact
         return {
             "restored": {"ok": True},
@@ -376,7 +376,7 @@ def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
     return None
 
 
-def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
+def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
     """Run the loop; at its end save what was learned, whatever the reason, and check the outcome of every sample.
 
     Raises `StreamlearnError`: 75 if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
@@ -418,7 +418,7 @@ def learn(job: Job, stream: Stream, desk: ControlDesk) -> None:
         )
 
 
-def save_last(job: Job, stream: Stream) -> Diverged | None:
+def save_last(job: Job, stream: StreamReader) -> Diverged | None:
     """Save the last checkpoint; return the error if training diverged and nothing may be saved, else None."""
     from streamlearn.job import Diverged
 
@@ -430,20 +430,20 @@ def save_last(job: Job, stream: Stream) -> Diverged | None:
     return None
 
 
-def make_stream_reader(job: Job) -> Stream:
+def make_stream_reader(job: Job) -> StreamReader:
     """Return a reader of the job's stream, from its positions on. The reader gets a copy of the progress."""
-    from streamlearn.stream.assembler import Assembler, Rules
+    from streamlearn.stream.assembler import Assembler, AssemblerSettings
     from streamlearn.stream.codec import Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
     config = job.config
     source, sink = open_log(config)
     dead_letters = DeadLetterWriter(sink, config.dead_letter_topic)
     spec = config.stream
     codec = Codec.from_config(config, job.progress.codec_version)
-    rules = Rules(
+    rules = AssemblerSettings(
         codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records, spec.late == "dead_letter",
     )  # fmt: skip
@@ -452,19 +452,19 @@ def make_stream_reader(job: Job) -> Stream:
     job.metrics.declare_topics(spec.topics or [])
     for key in ("dead letters", "dead letter failures"):  # the new dead-letter writer counts from 0
         job.metrics.set_baseline(key, 0)
-    return Stream(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
+    return StreamReader(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
 
 
-def open_log(config: Config) -> tuple[Log, Sink]:
+def open_log(config: Config) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
     if config.source == "kafka":
-        from streamlearn.stream.kafka import KafkaLog, KafkaSink
+        from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 
         assert config.kafka is not None
-        return KafkaLog(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaSink(config.kafka)
-    from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+        return KafkaReader(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaWriter(config.kafka)
+    from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 
-    return EmbeddedLog(config.embedded.path), EmbeddedSink(config.embedded.path)
+    return EmbeddedReader(config.embedded.path), EmbeddedWriter(config.embedded.path)
 
 
 def record_versions(job: Job, cause: str) -> None:

@@ -78,11 +78,11 @@ def run(output: Path) -> None:
 
 
 def _publish(work: Path) -> None:
-    from streamlearn.stream.embedded import EmbeddedSink
+    from streamlearn.stream.embedded import EmbeddedWriter
 
     train, test = producer.read_samples("digits"), producer.read_samples("digits", "test")
     groups = producer.equal_class_groups(train, TASKS)
-    sink = EmbeddedSink(work / "topics.sqlite")
+    sink = EmbeddedWriter(work / "topics.sqlite")
     tasks, probes = producer.split_by_classes(train, groups), producer.split_by_classes(test, groups)
     for number, (topic, samples, probe) in enumerate(zip(topics(), tasks, probes, strict=True)):
         how = producer.PublishOptions(samples_per_record=10)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from streamlearn.data import HeldOut, Partition, Task
     from streamlearn.learner import LearnStats
     from streamlearn.metrics import Metrics
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +315,7 @@ class Job:
         by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
-    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> PendingSave:
+    def save(self, stream: StreamReader, trigger: str, tag: str | None = None) -> PendingSave:
         """Take a snapshot and let the writer thread write it; `finish_save` handles the result.
 
         Learning pauses only for the copy, never for the disk. One checkpoint is written at a time, and at most one waits. A
@@ -343,7 +343,7 @@ class Job:
         self._write_next(stream)
         return save
 
-    def finish_save(self, stream: Stream, *, seconds: float = 0.0) -> None:
+    def finish_save(self, stream: StreamReader, *, seconds: float = 0.0) -> None:
         """Record the result of the save that is being written, if it ends within `seconds`, and start the next one.
 
         A checkpoint that could not be written is logged and counted, and training continues. Any other error is raised, and
@@ -369,12 +369,12 @@ class Job:
             self._set_newest_checkpoint(checkpoint, save.snapshot)
             self.metrics.gauges.set("checkpoints_kept", num_kept)
             save.checkpoint = checkpoint
-            stream.report(save.snapshot.positions)
+            stream.commit_positions(save.snapshot.positions)
             extra = {"checkpoint": checkpoint.id, "trigger": save.trigger, "step": checkpoint.manifest["step"]}
             logger.info("saved %s", checkpoint.id, extra=extra)
         self._write_next(stream)
 
-    def wait_for_saves(self, stream: Stream, heartbeat: Callable[[], None] = lambda: None) -> None:
+    def wait_for_saves(self, stream: StreamReader, heartbeat: Callable[[], None] = lambda: None) -> None:
         """Wait until no save is pending; calls `heartbeat` meanwhile, so that the liveness check passes."""
         while self.current_save is not None:
             heartbeat()
@@ -387,15 +387,17 @@ class Job:
         newest = self.next_save or self.current_save
         return self.saved_positions if newest is None else newest.snapshot.positions
 
-    def _write_next(self, stream: Stream) -> None:
+    def _write_next(self, stream: StreamReader) -> None:
         """Start to write the current save, unless that has started."""
         if (save := self.current_save) is not None and save.written is None:
             save.written = self._writer.submit(self._write, stream, save.snapshot, save.tags)
 
-    def _write(self, stream: Stream, snapshot: Snapshot, tags: Sequence[str]) -> tuple[Checkpoint, int | None, float]:
+    def _write(
+        self, stream: StreamReader, snapshot: Snapshot, tags: Sequence[str]
+    ) -> tuple[Checkpoint, int | None, float]:
         """Write a snapshot, in the writer thread; return the checkpoint, the number of checkpoints, and the duration."""
         start = time.perf_counter()
-        stream.settle()  # the dead letters before these positions must be durable first
+        stream.flush_dead_letters()  # the dead letters before these positions must be durable first
         # the store links files of its newest checkpoint; that is not ours if another process wrote one
         newest = self.store.newest()
         ours = newest is not None and newest.id == self._parent
@@ -584,9 +586,9 @@ class Job:
             "step": self.learner.step,
         }
 
-    def status(self, stream: Stream | None) -> dict[str, Any]:
+    def status(self, stream: StreamReader | None) -> dict[str, Any]:
         """Return what `status --json` prints; undefined values are None."""
-        queued = stream.queued if stream is not None else Counter[str]()
+        queued = stream.queued_samples if stream is not None else Counter[str]()
         sizes, ledger = self.probes.sizes, self.progress.counts_by_topic
         totals = self.progress.totals()
         samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
@@ -629,7 +631,7 @@ class Job:
             **self.matrix.metrics(),
             "positions": self.progress.positions.by_topic(),
             "lag": lag if reader is not None and reader.connected else None,  # unknown is not 0
-            "held_back": _by_topic(reader.held_back) if reader is not None else {},
+            "held_back": _by_topic(reader.behind_open_transaction) if reader is not None else {},
             "checkpoint": self.checkpoint.summary() if self.checkpoint is not None else None,
         }
 
@@ -649,11 +651,11 @@ class Job:
             },
         }
 
-    def record_gauges(self, stream: Stream) -> None:
+    def record_gauges(self, stream: StreamReader) -> None:
         """Update every gauge that follows the stream, the memories and the device."""
         metrics, now = self.metrics, time.time()
         committed = {p: position.offset for p, position in self.saved_positions.by_partition.items()}
-        metrics.record_stream(stream.status, self.progress, committed, stream.queued.total())
+        metrics.record_stream(stream.status, self.progress, committed, stream.queued_samples.total())
         metrics.gauges.set("train_batch_queue_capacity_samples", self.config.stream.queue.samples)
         names = {task.index: task.name for task in self.progress.tasks}
         metrics.record_memory(self.learner.strategy.memory_usage(), names)

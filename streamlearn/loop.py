@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from streamlearn.data import Delivery
     from streamlearn.job import Job
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +25,22 @@ class Control(Protocol):
     stopping: bool
     paused: bool
 
-    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+    def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
         """Execute the waiting commands, and publish the status."""
 
     def wait(self, seconds: float) -> None:
         """Return after `seconds`, or earlier if a command arrives."""
 
 
-def run(job: Job, stream: Stream, control: Control) -> None:
+def run(job: Job, stream: StreamReader, control: Control) -> None:
     """Learn until a stop is requested, or the stream is finished."""
     if job.progress.current is not None and job.progress.current.state == "refining":
-        stream.splice(job.learner.refine())  # continue where the last process stopped
+        stream.prepend(job.learner.refine())  # continue where the last process stopped
     while not (control.stopping or stream.finished):
         delivery = None
         if control.paused:
             control.wait(POLL_SECONDS)
-        elif (delivery := stream.next(POLL_SECONDS)) is not None:
+        elif (delivery := stream.next_delivery(POLL_SECONDS)) is not None:
             turn(job, stream, delivery)
         job.finish_save(stream)
         if job.evaluation_due(idle=delivery is None):
@@ -50,7 +50,7 @@ def run(job: Job, stream: Stream, control: Control) -> None:
         control.serve(job, stream, idle=delivery is None)
 
 
-def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
+def turn(job: Job, stream: StreamReader, delivery: Delivery) -> None:
     """Apply one delivery. All state changes between two sets of positions happen here.
 
     Raises `Diverged` as `Job.check_divergence`, `Job.evaluate` and `Job.save` do. After an error the job stays `mid_delivery`,
@@ -99,7 +99,7 @@ def turn(job: Job, stream: Stream, delivery: Delivery) -> None:
     if delivery.task_end_reason is not None and task is not None:
         task.state = "refining"
         logger.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
-        stream.splice(learner.refine())  # usually only the delivery that ends the refinement
+        stream.prepend(learner.refine())  # usually only the delivery that ends the refinement
 
     if delivery.ends_refinement and task is not None:
         learner.end_task()

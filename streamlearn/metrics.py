@@ -401,18 +401,22 @@ class Metrics:
         self, status: StreamStatus, progress: Progress, committed: Mapping[Partition, int], queued: int
     ) -> None:
         """Show where the reader and the applied positions stand."""
-        self.declare_partitions(status.ends)
+        self.declare_partitions(status.end_offsets)
         applied = {p: position.offset for p, position in progress.positions.by_partition.items()}
-        shown = {p: (p[0], str(p[1])) for p in {*status.ends, *applied, *committed} if self._may_show("topic", p[0])}
+        shown = {
+            p: (p[0], str(p[1])) for p in {*status.end_offsets, *applied, *committed} if self._may_show("topic", p[0])
+        }
         lag = status.lag(progress.positions.by_partition)
         self.gauges.replace("consumer_position_offset", {shown[p]: o for p, o in applied.items() if p in shown})
         self.gauges.replace("consumer_committed_offset", {shown[p]: o for p, o in committed.items() if p in shown})
-        self.gauges.replace("consumer_log_end_offset", {shown[p]: o for p, o in status.ends.items() if p in shown})
+        self.gauges.replace(
+            "consumer_log_end_offset", {shown[p]: o for p, o in status.end_offsets.items() if p in shown}
+        )
         self.gauges.replace("consumer_lag_records", {shown[p]: o for p, o in lag.items() if p in shown})
         unread = {shown[p]: count for p, count in status.unread().items() if p in shown}
         self.gauges.replace("consumer_unread_records", unread)
         self.gauges.set("checkpoint_records_since", sum(o - committed.get(p, 0) for p, o in applied.items()))
-        self.gauges.set("consumer_assigned_partitions", status.assigned)
+        self.gauges.set("consumer_assigned_partitions", status.num_assigned)
         self.gauges.set("broker_connected", status.connected)
         self.gauges.set("broker_last_contact_timestamp_seconds", status.last_contact)
         self.gauges.set("train_batch_queue_samples", queued)

@@ -19,7 +19,7 @@ import orjson
 from streamlearn.data import StreamlearnError, natural_key
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.table import read_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from streamlearn.config import Config
     from streamlearn.data import Label
-    from streamlearn.stream.log import Headers, Sink
+    from streamlearn.stream.log import Headers, LogWriter
 
 DIGITS_TEST_FRACTION = 0.25
 INT64 = np.iinfo(np.int64)  # the range of integer labels in a batch record
@@ -310,7 +310,7 @@ def shuffle(samples: Samples, seed: int) -> Samples:
 
 
 def publish(
-    sink: Sink,
+    sink: LogWriter,
     topic: str,
     samples: Samples,
     options: PublishOptions,
@@ -330,16 +330,17 @@ def publish(
         )
     headers: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[options.codec]),)
     if probe is not None:
-        _write(sink, topic, probe, options, partitions, (*headers, (USE, PROBE)), lambda _: None)
+        _write(sink, topic, probe, options, partitions, (*headers, (USE_HEADER, PROBE)), lambda _: None)
     _write(sink, topic, samples, options, partitions, headers, progress)
     if options.markers:
         for partition in range(partitions):
-            sink.append(topic, partition, TASK_END, headers=((CONTROL, TASK_END),))  # Kafka requires a key or a value
+            # Kafka requires a key or a value
+            sink.append(topic, partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     sink.flush()
 
 
 def _write(
-    sink: Sink,
+    sink: LogWriter,
     topic: str,
     samples: Samples,
     options: PublishOptions,

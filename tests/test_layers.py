@@ -29,7 +29,7 @@ ROWS = [
     {"__main__"},
 ]
 ONLY_IN = {
-    "kafka": {"stream/kafka.py", "stream/batches.py", "stream/connection.py", "stream/oauth.py"},
+    "kafka": {"stream/kafka.py", "stream/kafka_batches.py", "stream/connection.py", "stream/oauth.py"},
     "httpx": {"stream/oauth.py"},
     "sqlite3": {"stream/embedded.py"},
     "prometheus_client": {"metrics.py"},

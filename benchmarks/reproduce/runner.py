@@ -26,12 +26,12 @@ from streamlearn.data import Positions, Progress, StreamlearnError
 from streamlearn.job import Job, PendingSave, Snapshot
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryLog
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.memory import MemoryReader
+from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 from tests.support.jobs import merged
 
@@ -135,7 +135,7 @@ class Cell:
 class JobWithoutCheckpoints(Job):
     """A job that writes no checkpoints: a cell that was cut off begins again."""
 
-    def save(self, stream: Stream, trigger: str, tag: str | None = None) -> PendingSave:
+    def save(self, stream: StreamReader, trigger: str, tag: str | None = None) -> PendingSave:
         del stream, tag
         return PendingSave(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), finished=True)
 
@@ -150,7 +150,7 @@ class ProgressControl:
         self.batches = batches
         self.progress = progress
 
-    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+    def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
         del stream, idle
         self.progress(job.learner.batches / self.batches)
 
@@ -169,8 +169,12 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     )
     job = JobWithoutCheckpoints.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(store, "dlq")
-    rules = Rules(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size)
-    stream = Stream(MemoryLog(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0)
+    rules = AssemblerSettings(
+        Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size
+    )
+    stream = StreamReader(
+        MemoryReader(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0
+    )
     batches = sum(-(-total // config.stream.batch_size) for total in totals)
     begun, used = time.perf_counter(), time.process_time()
     stream.start()

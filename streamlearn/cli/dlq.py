@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from streamlearn.stream.letters import Letter
-    from streamlearn.stream.log import Log, Sink
+    from streamlearn.stream.log import LogReader, LogWriter
 
 app = typer.Typer(help="List, show and replay dead letters: samples that could not be used.", no_args_is_help=True)
 
@@ -255,7 +255,7 @@ def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:
 
 
 @contextmanager
-def _open_letters(path: Path) -> Iterator[tuple[Log, Sink, str, Path]]:
+def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]]:
     """Yield a connected log, a sink, the dead-letter topic and the state directory of a configuration file."""
     quiet_kafka()
     config = load_config(path)

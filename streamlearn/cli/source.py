@@ -13,7 +13,7 @@ from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
     from streamlearn.config import Config
-    from streamlearn.stream.log import Log, Sink
+    from streamlearn.stream.log import LogReader, LogWriter
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
 ServersOption = Annotated[
@@ -41,7 +41,7 @@ def find_config(config: Path | None, servers: str | None, embedded: Path | None)
 
 def open_topics(
     config: Config | None, servers: str | None, embedded: Path | None, *, reading: bool = False
-) -> tuple[Log, Sink]:
+) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer for the topics that the options choose.
 
     An embedded file is created if it does not exist, except for `reading`: then `StreamlearnError` (74) is raised.
@@ -54,16 +54,16 @@ def open_topics(
             raise StreamlearnError(
                 f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas", code=2
             )
-        from streamlearn.stream.kafka import KafkaLog, KafkaSink
+        from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 
         kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
-        return KafkaLog(kafka, "streamlearn.cli"), KafkaSink(kafka)
+        return KafkaReader(kafka, "streamlearn.cli"), KafkaWriter(kafka)
     if embedded is not None:
-        from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+        from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 
         if reading and not embedded.is_file():
             raise StreamlearnError(f"{embedded}: no such file", code=74)
-        return EmbeddedLog(embedded), EmbeddedSink(embedded)
+        return EmbeddedReader(embedded), EmbeddedWriter(embedded)
     if config is None:
         raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
     from streamlearn.daemon import open_log

@@ -30,7 +30,7 @@ class Burst:
             self._reasons.clear()
             self._examples.clear()
 
-    def follow(self, record: Record, rejected: np.ndarray, bad: Mapping[int, Rejected], first: int) -> None:
+    def update(self, record: Record, rejected: np.ndarray, bad: Mapping[int, Rejected], first: int) -> None:
         """Take in what became of a record's samples from its sample `first` on, `rejected [n]` of booleans."""
         used = np.flatnonzero(~rejected[first:])
         if len(used):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from streamlearn.data import Rejected
-    from streamlearn.stream.log import Headers, Record, Sink
+    from streamlearn.stream.log import Headers, LogWriter, Record
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class DeadLetterWriter:
     offsets. The original record's key is in a header.
     """
 
-    def __init__(self, sink: Sink, topic: str) -> None:
+    def __init__(self, sink: LogWriter, topic: str) -> None:
         self.sink = sink
         self.topic = topic
         self.sent = 0

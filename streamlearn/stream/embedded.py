@@ -101,7 +101,7 @@ class _Transaction:
                 self.database.execute("ROLLBACK")
 
 
-class EmbeddedLog:
+class EmbeddedReader:
     """One reader of the file."""
 
     def __init__(self, path: Path) -> None:
@@ -165,7 +165,7 @@ class EmbeddedLog:
     def position(self, partition: Partition) -> int:
         return self._at[partition]
 
-    def hold(self, partitions: Collection[Partition]) -> None:
+    def pause_partitions(self, partitions: Collection[Partition]) -> None:
         self._held = set(partitions)
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
@@ -211,7 +211,7 @@ class EmbeddedLog:
         return found
 
 
-class EmbeddedSink:
+class EmbeddedWriter:
     """A writer to the file; records are gathered and written in transactions."""
 
     def __init__(self, path: Path) -> None:

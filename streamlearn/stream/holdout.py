@@ -18,7 +18,7 @@ class HoldOut:
         self.by = by
         self.threshold = int(fraction * 2**64)
 
-    def takes(self, x: np.ndarray, y: Label, key: bytes | None) -> bool:
+    def is_held_out(self, x: np.ndarray, y: Label, key: bytes | None) -> bool:
         """Tell whether a sample is held out; the same in every codec and at every repetition."""
         if self.threshold == 0:
             return False

@@ -19,9 +19,18 @@ from kafka.protocol.consumer import IsolationLevel, ListOffsetsRequest, OffsetSp
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.batches import Unread, bound_unpacking
 from streamlearn.stream.connection import PERMISSION, REQUEST_MS, client_settings, connected, reason
-from streamlearn.stream.log import CUT, FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo, Unreadable
+from streamlearn.stream.kafka_batches import Unread, bound_unpacking
+from streamlearn.stream.log import (
+    FLUSH_SECONDS,
+    ORIGINAL_SIZE_HEADER,
+    Bounds,
+    BrokerUnavailable,
+    Headers,
+    Record,
+    TopicInfo,
+    Unreadable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -77,7 +86,7 @@ def told(error: kafka_errors.KafkaError) -> StreamlearnError:
     return BrokerUnavailable(text) if isinstance(error, PASSING) else Unreadable(f"the broker answers with {text}")
 
 
-class KafkaLog:
+class KafkaReader:
     """One reader. kafka-python's consumer is not thread safe: the reader thread alone calls this."""
 
     def __init__(self, kafka: KafkaConfig, group: str, max_record_bytes: int = 0) -> None:
@@ -147,12 +156,12 @@ class KafkaLog:
         leaders = self._leaders(partitions)
         begins = self._offsets(leaders, OffsetSpec.EARLIEST)
         ends = self._offsets({place: leaders[place] for place in begins}, OffsetSpec.LATEST)
-        open_from: dict[Partition, int] = {}
+        last_stable: dict[Partition, int] = {}
         if self.kafka.isolation_level == "read_committed":  # asked last: what is before the end now stays before it
             asked = {place: leaders[place] for place in ends}
             stable = self._offsets(asked, OffsetSpec.LATEST, IsolationLevel.READ_COMMITTED)
-            open_from = {place: offset for place, offset in stable.items() if offset < ends[place]}
-        return {place: Bounds(begins[place], end, open_from.get(place)) for place, end in ends.items()}
+            last_stable = {place: offset for place, offset in stable.items() if offset < ends[place]}
+        return {place: Bounds(begins[place], end, last_stable.get(place)) for place, end in ends.items()}
 
     def _leaders(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return the leader of each partition that has one now."""
@@ -211,7 +220,7 @@ class KafkaLog:
         self._consumer.assign([TopicPartition(*partition) for partition in offsets])
         for partition, offset in offsets.items():
             self._consumer.seek(TopicPartition(*partition), offset)
-        self.hold(self._held)
+        self.pause_partitions(self._held)
 
     def poll(self, timeout: float) -> list[Record]:
         try:
@@ -226,7 +235,7 @@ class KafkaLog:
     def position(self, partition: Partition) -> int:
         return int(self._ask(self._consumer.position, TopicPartition(*partition), 0))
 
-    def hold(self, partitions: Collection[Partition]) -> None:
+    def pause_partitions(self, partitions: Collection[Partition]) -> None:
         self._held = set(partitions)
         there = self._consumer.assignment()
         held = {TopicPartition(*partition) for partition in partitions} & there
@@ -272,7 +281,7 @@ def _record(found: Any) -> Record:
     )
 
 
-class KafkaSink:
+class KafkaWriter:
     """A writer: acks from all replicas, idempotent; `flush` tells of every record that was not acknowledged."""
 
     def __init__(self, kafka: KafkaConfig) -> None:
@@ -441,4 +450,10 @@ def _cut(record: _Sent, cuts: int) -> _Sent:
     size = CUT_BYTES[cuts - 1]
     if size == 0:
         headers = tuple((name[:CUT_HEADER_BYTES], data[:CUT_HEADER_BYTES]) for name, data in headers)
-    return topic, partition, (value or b"")[:size], key, (*headers, (CUT, str(len(value or b"")).encode()))
+    return (
+        topic,
+        partition,
+        (value or b"")[:size],
+        key,
+        (*headers, (ORIGINAL_SIZE_HEADER, str(len(value or b"")).encode())),
+    )

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from streamlearn.data import TOPIC_NAME, StreamlearnError, parse_digits
 from streamlearn.stream.codec import batch_subset
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
-from streamlearn.stream.log import ATTEMPT, CONTROL, CUT, BrokerUnavailable
+from streamlearn.stream.log import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from streamlearn.stream.log import Headers, Log, Record, Sink
+    from streamlearn.stream.log import Headers, LogReader, LogWriter, Record
 
     SampleId = tuple[str | None, str]  # the topic's id and the letter's key; letters of earlier versions have no id
     Group = list[tuple[Record, bytes, list["Letter"]]]  # records, each with the bytes to send and its letters
@@ -26,7 +26,8 @@ SILENCE_SECONDS = 30.0
 REPLAYED = HEADER_PREFIX + "replayed-to"  # header of a mark: the letter with the same key was sent to this topic
 GROUP_RECORDS = 100  # records sent before their letters are marked: a crash in between sends so many records twice
 GROUP_BYTES = 8 << 20
-NEVER_SENT = (REPLAYED, CUT, CONTROL)  # headers of a mark, of a value that was cut, and of a control record
+# headers of a mark, of a value that was cut, and of a control record
+NEVER_SENT = (REPLAYED, ORIGINAL_SIZE_HEADER, CONTROL_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +133,10 @@ def _topic_id(record: Record) -> str | None:
 
 def replay_attempts(record: Record) -> int:
     """Return how often a record was sent again."""
-    return parse_digits(record.header(ATTEMPT) or b"", 9) or 0
+    return parse_digits(record.header(ATTEMPT_HEADER) or b"", 9) or 0
 
 
-def read_records(log: Log, topic: str) -> Iterator[Record]:
+def read_records(log: LogReader, topic: str) -> Iterator[Record]:
     """Yield the records of a topic up to its present end; none if the topic does not exist.
 
     Raises `BrokerUnavailable` if nothing can be read for `SILENCE_SECONDS`.
@@ -164,7 +165,7 @@ def _check_silence(topic: str, last_progress: float) -> None:
         raise BrokerUnavailable(f"{topic}: nothing was read for {SILENCE_SECONDS:.0f} s")
 
 
-def list_letters(log: Log, topic: str) -> LetterList:
+def list_letters(log: LogReader, topic: str) -> LetterList:
     """Return the letters of a topic, oldest first: only the newest letter of each sample, and whether it was replayed."""
     newest: dict[SampleId, Letter] = {}
     replayed: set[SampleId] = set()
@@ -182,7 +183,7 @@ def list_letters(log: Log, topic: str) -> LetterList:
     return LetterList([replace(letter, replayed=letter.sample_id in replayed) for letter in letters], skipped)
 
 
-def find_letter(log: Log, topic: str, key: str) -> tuple[Record, Record | None]:
+def find_letter(log: LogReader, topic: str, key: str) -> tuple[Record, Record | None]:
     """Return the newest letter with a key, and the letter that has its bytes, or None if retention removed that one.
 
     Raises `StreamlearnError` if there is no such letter.
@@ -207,7 +208,9 @@ def original_key(record: Record) -> bytes | None:
     return record.header(HEADER_PREFIX + "key")
 
 
-def records_to_send(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[tuple[Record, bytes, list[Letter]]]:
+def records_to_send(
+    log: LogReader, topic: str, chosen: Iterable[Letter]
+) -> Iterator[tuple[Record, bytes, list[Letter]]]:
     """Yield the records for which the samples of the chosen letters can be sent again.
 
     Each comes with the bytes to send and those of the chosen letters that it contains. A letter is left out if its record's
@@ -232,7 +235,7 @@ def records_to_send(log: Log, topic: str, chosen: Iterable[Letter]) -> Iterator[
 
 
 def target_partitions(
-    sink: Sink, topic: str, chosen: Iterable[Letter], to: str | None
+    sink: LogWriter, topic: str, chosen: Iterable[Letter], to: str | None
 ) -> tuple[dict[str, int], dict[str, StreamlearnError]]:
     """Return the number of partitions of each topic that letters go to, and why the other topics cannot be written to.
 
@@ -257,7 +260,7 @@ def target_partitions(
 
 
 def replay(
-    log: Log, sink: Sink, topic: str, chosen: Sequence[Letter], to: str | None, partitions: Mapping[str, int]
+    log: LogReader, sink: LogWriter, topic: str, chosen: Sequence[Letter], to: str | None, partitions: Mapping[str, int]
 ) -> Iterator[Letter]:
     """Send the samples of letters to their own topics, or all to the topic `to`, and mark the letters; yield the sent ones.
 
@@ -276,18 +279,18 @@ def replay(
     yield from _send(sink, topic, group, partitions, to)
 
 
-def _send(sink: Sink, topic: str, group: Group, partitions: Mapping[str, int], to: str | None) -> Iterator[Letter]:
+def _send(sink: LogWriter, topic: str, group: Group, partitions: Mapping[str, int], to: str | None) -> Iterator[Letter]:
     """Send a group of records, and mark their letters after all of them are acknowledged."""
     for record, value, letters in group:
         target = to or letters[0].topic
-        headers = tuple(header for header in original_headers(record) if header[0] != ATTEMPT)
+        headers = tuple(header for header in original_headers(record) if header[0] != ATTEMPT_HEADER)
         count = str(max(letter.attempts for letter in letters) + 1).encode()
         sink.append(
             target,
             letters[0].partition % partitions[target],
             value,
             key=original_key(record),
-            headers=(*headers, (ATTEMPT, count)),
+            headers=(*headers, (ATTEMPT_HEADER, count)),
         )
     sink.flush()
     sent = [letter for _, _, letters in group for letter in letters]

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from streamlearn.data import Partition
 
 CONTENT_TYPE = "content-type"
-USE = "streamlearn-use"  # header; the value `probe` sends a sample to the probe whatever its hash says
-CONTROL = "streamlearn-control"  # header; the value `task-end` makes a record a marker
-ATTEMPT = "streamlearn-attempt"  # header of a dead letter that was sent again: how often
-CUT = "streamlearn.cut-from-bytes"  # header of a record that was too large for its topic: its size
+USE_HEADER = "streamlearn-use"  # header; the value `probe` sends a sample to the probe whatever its hash says
+CONTROL_HEADER = "streamlearn-control"  # header; the value `task-end` makes a record a marker
+ATTEMPT_HEADER = "streamlearn-attempt"  # header of a dead letter that was sent again: how often
+ORIGINAL_SIZE_HEADER = "streamlearn.cut-from-bytes"  # header of a record that was too large for its topic: its size
 PROBE = b"probe"
 TASK_END = b"task-end"
 
@@ -72,33 +72,33 @@ class Record:
 class TopicInfo:
     """A topic as the log describes it; the id differs when a topic of the same name is created anew.
 
-    `refused` says which permission is missing where the topic may not be read.
+    `missing_permission` says which permission is missing where the topic may not be read.
     """
 
     name: str
     topic_id: str | None
     partitions: tuple[int, ...]
-    refused: str | None = None
+    missing_permission: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """The first offset that is kept and the one that the next record will get.
 
-    `open_from` is the first offset of a transaction that is still open: from there on nothing can be read before it ends.
+    `last_stable` is the first offset of a transaction that is still open: from there on nothing can be read before it ends.
     """
 
     begin: int
     end: int
-    open_from: int | None = None
+    last_stable: int | None = None
 
     @property
     def readable(self) -> int:
         """The offset up to which records can be read now."""
-        return self.end if self.open_from is None else self.open_from
+        return self.end if self.last_stable is None else self.last_stable
 
 
-class Log(Protocol):
+class LogReader(Protocol):
     """Reading: one thread owns it. Every method may raise `BrokerUnavailable`, `Unreadable`, and `StreamlearnError` (77)."""
 
     def connect(self) -> None:
@@ -126,7 +126,7 @@ class Log(Protocol):
     def position(self, partition: Partition) -> int:
         """Return the next offset to be read, past any hole that holds no record; never waits."""
 
-    def hold(self, partitions: Collection[Partition]) -> None:
+    def pause_partitions(self, partitions: Collection[Partition]) -> None:
         """Return nothing of exactly these from `poll`, but stay connected."""
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
@@ -139,7 +139,7 @@ class Log(Protocol):
         """Let go of everything."""
 
 
-class Sink(Protocol):
+class LogWriter(Protocol):
     """Writing: safe to call from any thread."""
 
     def create_topic(self, name: str, partitions: int) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MemoryStore:
-    """The topics themselves, shared by any number of `MemoryLog` readers; also a `Sink`."""
+    """The topics themselves, shared by any number of `MemoryReader` readers; also a `LogWriter`."""
 
     def __init__(self) -> None:
         self.records: dict[Partition, list[Record]] = {}
@@ -53,7 +53,7 @@ class MemoryStore:
         """Nothing is held."""
 
 
-class MemoryLog:
+class MemoryReader:
     """One reader of a `MemoryStore`."""
 
     def __init__(self, store: MemoryStore, max_poll_records: int = 500) -> None:
@@ -92,7 +92,7 @@ class MemoryLog:
     def position(self, partition: Partition) -> int:
         return self._at[partition]
 
-    def hold(self, partitions: Collection[Partition]) -> None:
+    def pause_partitions(self, partitions: Collection[Partition]) -> None:
         self._held = set(partitions)
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:

@@ -15,7 +15,7 @@ MOST_RECORDS = 1000  # that a partition may have waiting for the others
 MOST_BYTES = 16 << 20
 
 
-class Merge:
+class PartitionMerge:
     """Records in order of offset, then partition: each waits until no other partition can still have one before it."""
 
     def __init__(self) -> None:

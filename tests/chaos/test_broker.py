@@ -12,8 +12,8 @@ from streamlearn.checkpoint import Store
 from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.kafka import KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
+from streamlearn.stream.kafka import KafkaWriter
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
 from tests.support.kafka_broker import KafkaBroker
@@ -38,7 +38,7 @@ class Publisher:
 
     def __init__(self, address: str, partitions: int, copies: int) -> None:
         kafka = {"bootstrap_servers": address.split(","), "replication_factor": copies}
-        self.sink = KafkaSink(KafkaConfig.model_validate(kafka))
+        self.sink = KafkaWriter(KafkaConfig.model_validate(kafka))
         self.partitions = partitions
         self.acknowledged = 0
         self._finish = threading.Event()
@@ -52,7 +52,7 @@ class Publisher:
         self._thread.join(SECONDS)
         assert not self._thread.is_alive(), "the publisher is stuck"
         for partition in range(self.partitions):
-            self.sink.append("t1", partition, TASK_END, headers=((CONTROL, TASK_END),))
+            self.sink.append("t1", partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
         self._settle()
         self.sink.close()
         return self.acknowledged

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn import producer
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 from tests.chaos.case import FULL, Case
 from tests.faults.test_kill import STRATEGIES
 from tests.support import jobs, models
@@ -121,7 +121,7 @@ def test_kills_counted(case: Case, tmp_path: Path, kills: int) -> None:
 
     def config(directory: Path) -> Path:
         path = jobs.write_tree(directory, models.settings(directory, SAMPLES, checkpoint={"every_batches": 1}))
-        sink = EmbeddedSink(directory / "topics.sqlite")
+        sink = EmbeddedWriter(directory / "topics.sqlite")
         producer.publish(sink, "t1", models.numbered(0, SAMPLES), producer.PublishOptions(samples_per_record=7))
         sink.close()
         return path

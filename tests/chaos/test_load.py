@@ -16,8 +16,8 @@ import pytest
 from streamlearn import producer
 from streamlearn.checkpoint import Store
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.embedded import EmbeddedSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
+from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
 from tests.system.test_daemon import get, scrape
@@ -89,7 +89,7 @@ def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_second
         "service": {"liveness_timeout": 30},
     }
     config = jobs.write_tree(tmp_path, models.settings(tmp_path, samples, update_seconds, **over))
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     how = producer.PublishOptions(samples_per_record=1, markers=False)
     producer.publish(sink, "t1", models.numbered(0, samples), how)
     sink.close()
@@ -132,7 +132,7 @@ class Feeder:
         return self.published
 
     def _run(self) -> None:
-        sink = EmbeddedSink(self.path)
+        sink = EmbeddedWriter(self.path)
         sink.create_topic(self.topic, 1)
         while not self._end.wait(0.02):
             if self.published < self.limit:
@@ -141,7 +141,7 @@ class Feeder:
                 sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
                 sink.flush()
                 self.published += CHUNK
-        sink.append(self.topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
+        sink.append(self.topic, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
         sink.flush()
         sink.close()
 
@@ -157,7 +157,7 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     }
     tree = models.settings(tmp_path, 0, **over)
     config = jobs.write_tree(tmp_path, {**tree, "model": {"name": "mlp", "hidden": [32]}})
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     producer.publish(sink, "t0", models.numbered(0, BEFORE), producer.PublishOptions())
     sink.close()
     feeder = Feeder(tmp_path / "topics.sqlite", "t1")

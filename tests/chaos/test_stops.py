@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 from tests.chaos.case import FULL, Case
 from tests.support import jobs
 from tests.support.pythons import python
@@ -54,7 +54,7 @@ def test_stops_at_idle(case: Case, tmp_path: Path, version: str, stops: int) -> 
     interpreter = python(version)
     over: dict[str, Any] = {"input": {"shape": [4], "dtype": "float32", "scale": 1}, "stream": {"on_finished": "wait"}}
     config = jobs.write_config(tmp_path, strategy={"naive": {}}, **over)
-    EmbeddedSink(tmp_path / "topics.sqlite").close()
+    EmbeddedWriter(tmp_path / "topics.sqlite").close()
     seconds, codes = [], []
     with load(os.cpu_count() or 1):
         for _ in range(stops):

@@ -9,7 +9,7 @@ import numpy as np
 from streamlearn.data import Progress
 from streamlearn.stream import deadletter, letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.log import ATTEMPT, CONTENT_TYPE, CONTROL, CUT, TASK_END
+from streamlearn.stream.log import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END
 from tests.contract.test_streams import TYPED, World, everything, places, world
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
     from streamlearn.stream.letters import Letter
-    from streamlearn.stream.log import Log, Record
+    from streamlearn.stream.log import LogReader, Record
 
 __all__ = ["world"]  # the fixture
 
@@ -33,11 +33,11 @@ def reject(world: World, classes: list[Any], topic: str, times: int = 1) -> Prog
         progress = Progress()
         stream = world.stream(topics=[topic], classes=classes)
         everything(stream, progress)
-        stream.settle()
+        stream.flush_dead_letters()
     return progress
 
 
-def asked(world: World, ask: Callable[[Log], T]) -> T:
+def asked(world: World, ask: Callable[[LogReader], T]) -> T:
     """Return what is read with a log of its own."""
     log = world.open_log()
     log.connect()
@@ -115,8 +115,8 @@ def test_of_a_batch_only_the_rejected_samples_are_sent_again(world: World) -> No
     sent = replay(world, index(world), b)
     assert [letter.key for letter in sent] == [f"{a}-0-0-{n}" for n in (1, 3, 4)] + [f"{a}-0-1-{n}" for n in (0, 2)]
     first, second = written(world, b)
-    assert (first.key, first.headers) == (b"k", (*BATCH, ("mine", b"1"), (ATTEMPT, b"1")))
-    assert (second.key, second.headers) == (None, (*BATCH, (ATTEMPT, b"1")))
+    assert (first.key, first.headers) == (b"k", (*BATCH, ("mine", b"1"), (ATTEMPT_HEADER, b"1")))
+    assert (second.key, second.headers) == (None, (*BATCH, (ATTEMPT_HEADER, b"1")))
     world.mark(b)
     again = Progress()
     assert places(everything(world.stream(topics=[b], classes=[7, 8, "a", "b"]), again)) == [[1, 3, 4, 10], [12]]
@@ -135,7 +135,7 @@ def test_what_could_not_be_decoded_is_sent_whole(world: World) -> None:
     assert [letter.offset for letter in replay(world, index(world))] == [0, 1]
     again = written(world, a)[4:]
     assert [(record.value, record.key) for record in again] == hostile[:2]
-    assert {record.headers for record in again} == {(*TYPED, ("odd", b"\xff"), ("odd", b""), (ATTEMPT, b"1"))}
+    assert {record.headers for record in again} == {(*TYPED, ("odd", b"\xff"), ("odd", b""), (ATTEMPT_HEADER, b"1"))}
 
 
 def test_a_letter_is_sent_once(world: World) -> None:
@@ -219,7 +219,7 @@ def test_a_forged_letter_ends_no_replay(world: World) -> None:
     forge(world, "__consumer_offsets-0-1-0", b"x")
     headers = written(world, dead)[-1].headers
     ends = tuple((name, b"0" if name.endswith("offset") else data) for name, data in headers)
-    world.sink.append(dead, 0, TASK_END, key=b"__consumer_offsets-0-0-0", headers=(*ends, (CONTROL, TASK_END)))
+    world.sink.append(dead, 0, TASK_END, key=b"__consumer_offsets-0-0-0", headers=(*ends, (CONTROL_HEADER, TASK_END)))
     world.sink.flush()
     chosen = index(world)
     assert len(chosen) == 13
@@ -231,7 +231,7 @@ def test_a_forged_letter_ends_no_replay(world: World) -> None:
         f"{dead}-0-1-0",
         "__consumer_offsets-0-1-0",
     ]
-    assert [record.header(CONTROL) for record in written(world, b)] == [None] * 4
+    assert [record.header(CONTROL_HEADER) for record in written(world, b)] == [None] * 4
 
 
 def test_attempts_are_counted(world: World) -> None:
@@ -243,7 +243,7 @@ def test_attempts_are_counted(world: World) -> None:
         assert letter.attempts == n
         replay(world, [letter], names[n + 1])
         world.mark(names[n + 1])
-    assert [record.header(ATTEMPT) for record in written(world, names[2])] == [b"2", None]
+    assert [record.header(ATTEMPT_HEADER) for record in written(world, names[2])] == [b"2", None]
 
 
 def test_what_was_cut_is_not_sent(world: World) -> None:
@@ -254,7 +254,7 @@ def test_what_was_cut_is_not_sent(world: World) -> None:
     record = written(world, world.name("dlq"))[0]
     dead = world.name("cut")
     world.sink.create_topic(dead, 1)
-    world.sink.append(dead, 0, b"{", key=record.key, headers=(*record.headers, (CUT, b"900")))
+    world.sink.append(dead, 0, b"{", key=record.key, headers=(*record.headers, (ORIGINAL_SIZE_HEADER, b"900")))
     world.sink.flush()
     assert asked(world, lambda log: list(letters.replay(log, world.sink, dead, [one, two], b, {b: 1}))) == []
     assert written(world, b) == []

@@ -19,11 +19,11 @@ from streamlearn.data import Delivery, Progress, Task
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.memory import MemoryStore
 from tests.support import jobs
 
@@ -46,16 +46,16 @@ class Direct:
     """Replaces the reader for the loop, without a thread."""
 
     def __init__(self) -> None:
-        self.spliced: list[Delivery] = []
+        self.prepended: list[Delivery] = []
 
-    def splice(self, deliveries: Iterable[Delivery]) -> None:
+    def prepend(self, deliveries: Iterable[Delivery]) -> None:
         """Keep the refinement deliveries for the next turns."""
-        self.spliced = list(deliveries)
+        self.prepended = list(deliveries)
 
-    def settle(self) -> None:
+    def flush_dead_letters(self) -> None:
         """Do nothing: there are no dead letters to write."""
 
-    def report(self, positions: Positions) -> None:
+    def commit_positions(self, positions: Positions) -> None:
         """Do nothing: no log wants the positions."""
 
 
@@ -78,12 +78,12 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
     job = Job.make(config, Store(directory), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     holdout = HoldOut(config.holdout.by, config.holdout.fraction)
-    rules = Rules(Codec.from_config(config), holdout, job.scenario, dead, config.stream.batch_size)
+    rules = AssemblerSettings(Codec.from_config(config), holdout, job.scenario, dead, config.stream.batch_size)
     assembler, stream = Assembler(rules, Progress()), Direct()
     for number, topic in enumerate(LABELS):
         declared = list(job.scenario.declared[topic]) if job.scenario.kind == "domain" else []
-        apply(job, stream, assembler.begin(Task(number, topic, labels=declared)))
-        assembler.follow(topic, None, (0,))
+        apply(job, stream, assembler.begin_task(Task(number, topic, labels=declared)))
+        assembler.set_partitions(topic, None, (0,))
         for each in store.records[topic, 0]:
             for delivery in assembler.feed(each):
                 apply(job, stream, delivery)
@@ -94,8 +94,8 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
 def apply(job: Job, stream: Direct, delivery: Delivery) -> None:
     """Run one turn of the loop, and the turns of the refinement that it may start."""
     loop.turn(job, stream, delivery)  # type: ignore[arg-type]  # has all methods that are called
-    spliced, stream.spliced = stream.spliced, []
-    for further in spliced:
+    prepended, stream.prepended = stream.prepended, []
+    for further in prepended:
         apply(job, stream, further)
 
 
@@ -113,12 +113,12 @@ def published(samples: Mapping[str, Sequence[Sample]], probes: Probes) -> Memory
         held = list(probes.get(topic, []))
         before, between = held[: len(held) // 2], held[len(held) // 2 :]
         for sample in before:
-            store.append(topic, 0, record(sample), headers=(*TYPED, (USE, PROBE)))
+            store.append(topic, 0, record(sample), headers=(*TYPED, (USE_HEADER, PROBE)))
         for place, sample in enumerate(some):
             store.append(topic, 0, record(sample), headers=TYPED)
             if place < len(between):
-                store.append(topic, 0, record(between[place]), headers=(*TYPED, (USE, PROBE)))
-        store.append(topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
+                store.append(topic, 0, record(between[place]), headers=(*TYPED, (USE_HEADER, PROBE)))
+        store.append(topic, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     return store
 
 
@@ -212,10 +212,13 @@ def test_the_log_has_accuracies_with_four_digits(tmp_path: Path, caplog: pytest.
 def test_samples_held_out_by_hash_do_not_change_what_is_learned(tmp_path: Path, choice: str) -> None:
     """A sample held out by its hash registers no label, as if it were not in the log."""
     samples = {topic: numbers(labels, 40, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
-    samples["b"].insert(0, next(s for s in numbers(["never"], 99, 5) if HoldOut("value", 0.3).takes(*hashed(s), None)))
+    samples["b"].insert(
+        0, next(s for s in numbers(["never"], 99, 5) if HoldOut("value", 0.3).is_held_out(*hashed(s), None))
+    )
     over = {**CHOICES[choice], "holdout": {"fraction": 0.3}, "strategy": {"er": {}, "si": {}}}
     kept = {
-        topic: [s for s in some if not HoldOut("value", 0.3).takes(*hashed(s), None)] for topic, some in samples.items()
+        topic: [s for s in some if not HoldOut("value", 0.3).is_held_out(*hashed(s), None)]
+        for topic, some in samples.items()
     }
     whole, rest = (
         learn(tmp_path / "a", published(samples, {}), **over),

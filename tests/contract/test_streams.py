@@ -15,21 +15,21 @@ from kafka import KafkaAdminClient
 from streamlearn.config import KafkaConfig, StreamConfig, TextInputConfig
 from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.kafka import KafkaLog, KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, BrokerUnavailable
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, BrokerUnavailable
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from streamlearn.stream.log import Log, Record, Sink
+    from streamlearn.stream.log import LogReader, LogWriter, Record
 
 TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
 SECONDS = 30
@@ -40,10 +40,10 @@ TEXT = TextInputConfig(kind="text", sentences=2, words=4, vocabulary=8)
 class World:
     """A log under test, a prefix of its own for topic names, and the streams that were made."""
 
-    open_log: Callable[[], Log]
-    sink: Sink
+    open_log: Callable[[], LogReader]
+    sink: LogWriter
     prefix: str
-    streams: list[Stream] = field(default_factory=list)
+    streams: list[StreamReader] = field(default_factory=list)
 
     def name(self, topic: str) -> str:
         """Return a topic's real name."""
@@ -75,7 +75,7 @@ class World:
     def mark(self, name: str, partitions: int = 1) -> None:
         """Publish a task's end."""
         for partition in range(partitions):
-            self.sink.append(name, partition, TASK_END, headers=((CONTROL, TASK_END),))
+            self.sink.append(name, partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
         self.sink.flush()
 
     def remake(self, name: str) -> None:
@@ -83,7 +83,7 @@ class World:
         if isinstance(self.sink, MemoryStore):
             with self.sink.changed:
                 del self.sink.infos[name]
-        elif isinstance(self.sink, EmbeddedSink):
+        elif isinstance(self.sink, EmbeddedWriter):
             for table, column in (("records", "topic"), ("topics", "name")):
                 self.sink._database.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
         else:
@@ -106,14 +106,14 @@ class World:
         scenario: Scenario | None = None,
         sink: Any = None,
         **spec: Any,
-    ) -> Stream:
+    ) -> StreamReader:
         """Return a started stream."""
         full = StreamConfig.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
         dead = DeadLetterWriter(sink or self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
         if text is not None:
             codec = Codec(text.shape, text.dtype, "json", full.max_record_bytes, text)
-        rules = Rules(
+        rules = AssemblerSettings(
             codec,
             HoldOut("value", fraction),
             scenario or Scenario("class", "seen", classes),
@@ -121,7 +121,9 @@ class World:
             full.batch_size,
             full.task_end.records,
         )
-        made = Stream(self.open_log(), Assembler(rules, progress or Progress()), full, dead, f"g-{self.prefix}", 0.2)
+        made = StreamReader(
+            self.open_log(), Assembler(rules, progress or Progress()), full, dead, f"g-{self.prefix}", 0.2
+        )
         self.streams.append(made)
         made.start()
         return made
@@ -146,27 +148,29 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     prefix = f"x{uuid.uuid4().hex[:8]}"
     if request.param == "memory":
         store = MemoryStore()
-        made = World(lambda: MemoryLog(store, 3), store, prefix)
+        made = World(lambda: MemoryReader(store, 3), store, prefix)
     elif request.param == "embedded":
         path = tmp_path / "topics.sqlite"
-        made = World(lambda: EmbeddedLog(path), EmbeddedSink(path), prefix)
+        made = World(lambda: EmbeddedReader(path), EmbeddedWriter(path), prefix)
     else:
         kafka: KafkaConfig = request.getfixturevalue("kafka")
-        made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
+        made = World(lambda: KafkaReader(kafka, f"g-{prefix}"), KafkaWriter(kafka), prefix)
     yield made
     for stream in made.streams:
         stream.stop()
     made.sink.close()
 
 
-def until(stream: Stream, holds: Callable[[list[Delivery]], bool], progress: Progress | None = None) -> list[Delivery]:
+def until(
+    stream: StreamReader, holds: Callable[[list[Delivery]], bool], progress: Progress | None = None
+) -> list[Delivery]:
     """Apply deliveries as the loop does until something holds; return them."""
     progress = progress if progress is not None else Progress()
     found: list[Delivery] = []
     deadline = time.monotonic() + SECONDS
     while not holds(found):
         assert time.monotonic() < deadline, f"not reached: {found}"
-        if (delivery := stream.next(0.2)) is not None:
+        if (delivery := stream.next_delivery(0.2)) is not None:
             found.append(delivery)
             apply(progress, delivery)
         elif stream.finished:
@@ -184,7 +188,7 @@ def apply(progress: Progress, delivery: Delivery) -> None:
         progress.current.state = "ended"
 
 
-def everything(stream: Stream, progress: Progress | None = None) -> list[Delivery]:
+def everything(stream: StreamReader, progress: Progress | None = None) -> list[Delivery]:
     """Return every delivery until the stream is finished."""
     return until(stream, lambda _: False, progress)
 
@@ -279,7 +283,7 @@ def test_garbage_goes_to_the_dead_letters_unchanged(world: World) -> None:
     progress = Progress()
     stream = world.stream(topics=[a])
     assert places(everything(stream, progress)) == [[0, 1]]
-    stream.settle()
+    stream.flush_dead_letters()
     assert progress.totals()["rejected"] == len(garbage)
     assert progress.unaccounted() == {}
     letters = world.read_all("dlq")
@@ -306,7 +310,7 @@ def test_one_bad_sample_rejects_itself_and_not_its_record(world: World) -> None:
 def test_a_probe_header_holds_a_sample_out(world: World) -> None:
     """A sample that was published as a probe is never trained on."""
     a = world.topic("a", [0, 1], marker=False)
-    world.send(a, 7.0, 1, headers=((USE, PROBE),))
+    world.send(a, 7.0, 1, headers=((USE_HEADER, PROBE),))
     world.mark(a)
     progress = Progress()
     found = everything(world.stream(topics=[a]), progress)
@@ -377,11 +381,14 @@ def test_merging_waits_for_the_slowest_and_for_no_more(world: World) -> None:
     stream = world.stream(topics=[name, world.name("b")], task_end="next_topic", merge="fixed", batch_size=1)
     progress = Progress()
     begun = until(stream, lambda found: len(places(found)) == 2, progress)
-    assert (places(begun), stream.next(1.0)) == ([[0], [10]], None)  # the next may still be offset 0 of partition 2
+    assert (places(begun), stream.next_delivery(1.0)) == (
+        [[0], [10]],
+        None,
+    )  # the next may still be offset 0 of partition 2
     world.send(name, 20.0, 1, partition=2)
     world.sink.flush()
     begun += until(stream, lambda found: len(places(found)) == 3, progress)
-    assert (places(begun), stream.next(1.0)) == ([[0], [10], [20], [1], [11]], None)
+    assert (places(begun), stream.next_delivery(1.0)) == ([[0], [10], [20], [1], [11]], None)
     world.topic("b", [0])
     rest = everything(stream, progress)
     assert places(rest) == [[2], [12], [3], [4], [5], [6], [0]]
@@ -480,7 +487,7 @@ def test_positions_are_reported(world: World) -> None:
     stream = world.stream(topics=[a], on_finished="wait")
     progress = Progress()
     until(stream, lambda found: bool(places(found)), progress)
-    stream.report(progress.positions)
+    stream.commit_positions(progress.positions)
     until(stream, lambda found: any(d.task_end_reason for d in found), progress)
     assert progress.totals()["trained"] == 8
 
@@ -543,12 +550,12 @@ def test_an_outage_is_not_silence(world: World) -> None:
     idle, connected, ends, progress = 1.5, list[float](), dict[Any, int](), Progress()
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], task_end={"idle": idle}, on_finished="wait")
-    until(stream, lambda found: bool(found) and stream.status.ends == {(a, 0): 2}, progress)
-    connect, poll, away = stream.source.connect, stream.source.poll, time.monotonic() + 2 * idle
+    until(stream, lambda found: bool(found) and stream.status.end_offsets == {(a, 0): 2}, progress)
+    connect, poll, away = stream.log_reader.connect, stream.log_reader.poll, time.monotonic() + 2 * idle
 
     def reconnect() -> None:
         connected.append(time.monotonic())
-        ends.update(stream.status.ends)
+        ends.update(stream.status.end_offsets)
         connect()
 
     def fail(timeout: float) -> list[Record]:
@@ -556,9 +563,9 @@ def test_an_outage_is_not_silence(world: World) -> None:
             raise BrokerUnavailable("away")
         return poll(timeout)
 
-    assert stream.status.ends == {(a, 0): 2}
+    assert stream.status.end_offsets == {(a, 0): 2}
     # An outage, where no broker can be stopped.
-    stream.source.connect, stream.source.poll = reconnect, fail  # type: ignore[method-assign]
+    stream.log_reader.connect, stream.log_reader.poll = reconnect, fail  # type: ignore[method-assign]
     until(stream, lambda found: any(delivery.task_end_reason == "idle" for delivery in found), progress)
     assert len(connected) > 1, "there was no outage"
     assert ends == {}, "nobody tells where the log ends"
@@ -574,7 +581,7 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
     world.mark(a)
     stream = world.stream(topics=[a], classes=[1, 2])
     everything(stream)
-    stream.settle()
+    stream.flush_dead_letters()
     letters = world.read_all("dlq")
     assert [letter.value for letter in letters] == [value] + [None] * 49
     assert {letter.header("streamlearn.errors.value-in") for letter in letters[1:]} == {letters[0].key}
@@ -583,7 +590,7 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
 class Unwilling:
     """A sink that keeps what it is given until it is willing, as one whose topic cannot be written."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: LogWriter) -> None:
         self.sink = sink
         self.willing = False
         self.kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -614,13 +621,13 @@ def test_what_cannot_be_written_to_the_dead_letters_stops_the_reading(world: Wor
     until(stream, lambda _: stream.status.problem is not None, progress)
     assert stream.status.problem == f"dead-letter topic {world.name('dlq')}: the topic is full"
     with pytest.raises(StreamlearnError, match="the topic is full") as caught:
-        stream.settle()
+        stream.flush_dead_letters()
     assert caught.value.code == 74
     assert stream.dead_letters.failures > 0
     world.mark(a)  # beyond what is read
     unwilling.willing = True
     until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
-    stream.settle()
+    stream.flush_dead_letters()
     assert (progress.totals()["trained"], progress.totals()["rejected"], progress.unaccounted()) == (4, 4, {})
     assert [letter.key for letter in world.read_all("dlq")] == [f"{a}-0-{n}-0".encode() for n in (2, 3, 6, 7)]
     assert stream.status.problem is None
@@ -647,7 +654,7 @@ def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
     stream = world.stream(topics=[a], classes=[1, 2], sink=Full(world.sink))
     progress = Progress()
     everything(stream, progress)
-    stream.settle()
+    stream.flush_dead_letters()
     assert progress.totals()["rejected"] == 3
     assert [letter.value for letter in world.read_all("dlq")] == [value, None, None]
 
@@ -658,7 +665,7 @@ def test_a_repeat_after_a_crash_has_the_same_key_and_bytes(world: World) -> None
     for _ in range(2):
         stream = world.stream(topics=[a], classes=[0, 1])
         everything(stream)
-        stream.settle()
+        stream.flush_dead_letters()
     letters = [(letter.key, letter.value, letter.headers) for letter in world.read_all("dlq")]
     assert len(letters) == 4
     assert letters[:2] == letters[2:]
@@ -672,7 +679,7 @@ def test_headers_of_a_record_cannot_pretend(world: World) -> None:
     world.mark(a)
     stream = world.stream(topics=[a], classes=[0, 1])
     everything(stream)
-    stream.settle()
+    stream.flush_dead_letters()
     (letter,) = world.read_all("dlq")
     assert [value for name, value in letter.headers if name == "streamlearn.errors.topic"] == [a.encode()]
     assert letter.header("streamlearn.errors.key") is None
@@ -708,8 +715,8 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
     begun = until(
         stream, lambda found: any(d.forgives_below for d in found) and stream.status.problem is not None, progress
     )
-    assert stream.next(0.5) is None
-    stream.settle()
+    assert stream.next_delivery(0.5) is None
+    stream.flush_dead_letters()
     assert len(world.read_all("dlq")) == letters + 5
     assert stream.status.problem == (
         f"{a}[0] offset 9: 5 samples in a row were rejected, mostly label_range (label 90 has no output; "
@@ -722,7 +729,7 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
         copied = Progress.from_json(tree, Positions.from_json(progress.positions.to_json()))
         stream = world.stream(copied, **spec, dead_letter={"burst": 5})
     else:
-        stream.acknowledge()
+        stream.resume_after_burst()
     rest = everything(stream, progress)
     assert places(begun) + places(rest) == expected
     assert progress.to_json() == whole.to_json()
@@ -785,7 +792,7 @@ def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> 
     progress = Progress()
     until(stream, lambda _: stream.status.problem is not None, progress)
     assert "offset 1: 6 samples in a row" in (stream.status.problem or "")
-    stream.acknowledge()
+    stream.resume_after_burst()
     everything(stream, progress)
     assert (progress.totals()["trained"], progress.totals()["rejected"]) == (12, 6)
 

@@ -24,14 +24,14 @@ from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, PROBE, TASK_END, USE, Headers, Record
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, Headers, Record
 from tests.contract.test_streams import TYPED, Unwilling, World, everything, places, until, world
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
 __all__ = ["world"]  # the fixture
 
@@ -171,10 +171,10 @@ def batches(draw: st.DrawFn) -> Hostile:
 
 
 names = st.one_of(
-    st.text(max_size=10).filter(lambda name: name not in {CONTENT_TYPE, CONTROL}),
+    st.text(max_size=10).filter(lambda name: name not in {CONTENT_TYPE, CONTROL_HEADER}),
     st.sampled_from(
         [
-            USE,
+            USE_HEADER,
             HEADER_PREFIX + "topic",
             HEADER_PREFIX + "key",
             HEADER_PREFIX + "value-in",
@@ -199,7 +199,7 @@ class Unattended:
     stopping = False
     paused = False
 
-    def serve(self, job: Job, stream: Stream, *, idle: bool) -> None:
+    def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
         """Have nothing to answer."""
 
     def wait(self, seconds: float) -> None:
@@ -218,7 +218,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
         },
         "strategy": {"er": {"budget": 50}, "si": {}}, "learner": {"updates_per_batch": 2},
     }  # fmt: skip
-    sink = EmbeddedSink(directory / "topics.sqlite")
+    sink = EmbeddedWriter(directory / "topics.sqlite")
     sink.create_topic(TOPIC, 1)
     after = np.sort(np.random.default_rng(SEED).integers(0, GOOD + 1, len(records)))
     chance = np.random.default_rng(SEED + 1)
@@ -230,7 +230,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
         if place < GOOD:
             label = int(chance.integers(0, 4))
             sink.append(TOPIC, 0, encode("json", chance.normal(label, 1, 2).astype(np.float32), label))
-    sink.append(TOPIC, 0, TASK_END, headers=((CONTROL, TASK_END),))
+    sink.append(TOPIC, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     sink.close()
     config = Config.model_validate(tree, context={"recipes": RECIPES})
     job = Job.make(config, Store(config.state_dir), Metrics())
@@ -277,7 +277,7 @@ def test_hostile_records_change_nothing(tmp_path: Path) -> None:
     records = [record for first in range(0, COUNT, ROUND) for record in drawn(SEED + first, min(ROUND, COUNT - first))]
     assert len(records) >= 0.9 * COUNT
     expected, job = learn(tmp_path / "good", []), learn(tmp_path / "bad", records)
-    log = EmbeddedLog(tmp_path / "bad" / "topics.sqlite")
+    log = EmbeddedReader(tmp_path / "bad" / "topics.sqlite")
     log.connect()
     published = {record.offset: record for record in letters.read_records(log, TOPIC)}
     bad = [record for record in published.values() if record.offset != len(published) - 1 and not usable(record)]
@@ -323,7 +323,7 @@ CATALOGUE: dict[str, tuple[bytes | None, Headers]] = {
     "shape": (b'{"x": [1, 2], "y": 1}', TYPED),
     "shape batch": (msgpack.packb({"x": b"\0" * 8, "shape": [3, 1], "y": [0, 1, 0]}), typed("batch")),
     "nonfinite": (msgpack.packb({"x": [float("nan")], "y": 1}), typed("msgpack")),
-    "label_range": (b'{"x": [1], "y": 99}', (*TYPED, (USE, PROBE))),
+    "label_range": (b'{"x": [1], "y": 99}', (*TYPED, (USE_HEADER, PROBE))),
     "missing_label": (b'{"x": [1]}', TYPED),
     "unknown_task": (b'{"x": [1], "y": 1, "task": "other"}', TYPED),
     "oversize": (b" " * 300_000, (*TYPED, ("", b""), ("twice", b"1"), ("twice", b"\xff"), ("n\u00e4me", b"x" * 9000))),
@@ -344,14 +344,14 @@ def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> N
     until(stream, lambda _: stream.status.problem is not None, progress)
     assert world.read_all("dlq") == []
     with pytest.raises(Exception, match="the topic is full"):
-        stream.settle()
+        stream.flush_dead_letters()
     stream.stop()  # as a crash would: nothing of it was saved
     world.mark(a)
 
     progress = Progress()
     stream = world.stream(**{**spec, "on_finished": "exit"})
     assert places(everything(stream, progress)) == [[0, 1, 2]]
-    stream.settle()
+    stream.flush_dead_letters()
     found = world.read_all("dlq")
     assert [letter.key for letter in found] == [f"{a}-0-{offset}-0".encode() for offset in range(2, 2 + len(CATALOGUE))]
     assert [letter.value for letter in found] == [value for value, _ in CATALOGUE.values()]

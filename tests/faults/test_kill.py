@@ -10,7 +10,7 @@ import pytest
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import KafkaConfig
-from streamlearn.stream.kafka import KafkaSink
+from streamlearn.stream.kafka import KafkaWriter
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 
@@ -75,7 +75,7 @@ def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
     """Three kills of the daemon and one of the broker itself leave every tensor as an undisturbed run has them."""
     print(f"seed {SEED}")
     with KafkaBroker(tmp_path / "kafka") as broker:
-        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
+        sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 1000)
         sink.close()
         expected = jobs.run_to_end(jobs.kafka_config(tmp_path / "a", broker.address, ""))

@@ -21,7 +21,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.models.mlp import MLP
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
-from streamlearn.stream.kafka import KafkaSink
+from streamlearn.stream.kafka import KafkaWriter
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 from tests.system.test_daemon import cli, one_line
@@ -100,7 +100,7 @@ def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> No
     """What was learned before the broker went is saved, in time, though no position can be reported."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
-        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
+        sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 200)
         sink.close()
         with jobs.Daemon(config) as daemon:

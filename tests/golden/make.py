@@ -12,7 +12,7 @@ import numpy as np
 from streamlearn import configfile, producer
 from streamlearn.checkpoint import FORMAT, Store
 from streamlearn.producer import PublishOptions, Samples
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 from tests.support import jobs
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def main() -> None:
     for name in STRATEGIES:
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)
-            sink = EmbeddedSink(directory / "topics.sqlite")
+            sink = EmbeddedWriter(directory / "topics.sqlite")
             for task, topic in enumerate(("a", "b")):
                 producer.publish(
                     sink, topic, samples(task, 60), PublishOptions(samples_per_record=7, markers=task == 0)

@@ -19,14 +19,14 @@ from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from streamlearn.stream.log import Sink
+    from streamlearn.stream.log import LogWriter
 
 DATA = Path(os.environ.get("STREAMLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` where there is one: what holds on a CPU holds there
@@ -109,7 +109,7 @@ def first(samples: producer.Samples, count: int) -> producer.Samples:
     return samples.select(np.arange(min(count, len(samples))))
 
 
-def publish(sink: Sink, per_task: int, prefix: str = "", **how: Any) -> None:
+def publish(sink: LogWriter, per_task: int, prefix: str = "", **how: Any) -> None:
     """Publish the five tasks."""
     for topic, (samples, probe) in zip(TOPICS, tasks(per_task), strict=True):
         producer.publish(
@@ -131,7 +131,7 @@ def kafka_config(directory: Path, bootstrap: str, prefix: str, **over: Any) -> P
 
 def publish_embedded(path: Path, per_task: int, **how: Any) -> None:
     """Publish the five tasks to embedded topics."""
-    sink = EmbeddedSink(path)
+    sink = EmbeddedWriter(path)
     publish(sink, per_task, **how)
     sink.close()
 

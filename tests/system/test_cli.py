@@ -18,8 +18,8 @@ from streamlearn import daemon
 from streamlearn.checkpoint import MANIFEST, Store
 from streamlearn.cli import lifecycle
 from streamlearn.stream import letters
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
-from streamlearn.stream.log import PROBE, USE
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
+from streamlearn.stream.log import PROBE, USE_HEADER
 from tests.support import jobs
 from tests.system.test_daemon import cli, one_line
 
@@ -192,7 +192,7 @@ def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:
 
 def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
     """The cluster of others is not listed unless it is asked for; a topic that does not exist yet is named."""
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     for name in ("t1", "t2", "job.dlq", "others"):
         sink.create_topic(name, 1)
     sink.close()
@@ -217,10 +217,10 @@ def test_a_probe_is_cut_by_the_classes_of_what_is_trained(tmp_path: Path) -> Non
     where = ["--embedded", str(tmp_path / "topics.sqlite"), "--codec", "json", "--no-markers"]
     done = cli("produce", tmp_path / "train.csv", "--tasks", "2", "--probe", tmp_path / "probe.csv", *where)
     assert done.stdout.splitlines() == ["task-1: 2 samples, 1 for the probe", "task-2: 2 samples, 3 for the probe"]
-    log = EmbeddedLog(tmp_path / "topics.sqlite")
+    log = EmbeddedReader(tmp_path / "topics.sqlite")
     log.connect()
     for topic, expected in (("task-1", [0]), ("task-2", [2, 3, 3])):
-        found = [record for record in letters.read_records(log, topic) if record.header(USE) == PROBE]
+        found = [record for record in letters.read_records(log, topic) if record.header(USE_HEADER) == PROBE]
         assert [json.loads(record.value or b"")["y"] for record in found] == expected
     log.close()
 

@@ -23,7 +23,7 @@ from streamlearn import producer
 from streamlearn.checkpoint import Store
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
-from streamlearn.stream.embedded import EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from tests.support import jobs
 
@@ -236,7 +236,7 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
 def test_a_task_is_ended_by_hand(tmp_path: Path) -> None:
     """No marker and no later topic: the command ends the task, and ends with 1 and one line where none is open."""
     config = jobs.write_config(tmp_path, stream={"topics": ["t1"], "on_finished": "wait"})
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     producer.publish(sink, "t1", jobs.tasks(70)[0][0], producer.PublishOptions(markers=False))
     sink.close()
     with jobs.Daemon(config) as daemon:
@@ -274,7 +274,7 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
     """1 % garbage records all end in the dead-letter topic; the tensors are those of a run without them."""
     clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))
     for name in ("clean", "dirty"):
-        sink = EmbeddedSink(tmp_path / name / "topics.sqlite")
+        sink = EmbeddedWriter(tmp_path / name / "topics.sqlite")
         for number, (samples, probe) in enumerate(jobs.tasks(1000)):
             topic = jobs.TOPICS[number]
             one_each = producer.PublishOptions(codec="msgpack", markers=False)
@@ -296,9 +296,9 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
 
 def dead_letters(path: Path) -> list[Record]:
     """Return what lies in the dead-letter topic."""
-    from streamlearn.stream.embedded import EmbeddedLog
+    from streamlearn.stream.embedded import EmbeddedReader
 
-    log = EmbeddedLog(path)
+    log = EmbeddedReader(path)
     log.connect()
     log.assign({("job.dlq", 0): 0})
     found = log.poll(1)

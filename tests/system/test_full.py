@@ -13,9 +13,9 @@ import pytest
 from streamlearn import producer
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.config import KafkaConfig
-from streamlearn.stream.embedded import EmbeddedSink
-from streamlearn.stream.kafka import KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, Sink
+from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.kafka import KafkaWriter
+from streamlearn.stream.log import CONTENT_TYPE, LogWriter
 from tests.faults.test_kill import killed_to_end
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
@@ -41,7 +41,7 @@ ALL: dict[str, Any] = {
 }
 
 
-def publish(sink: Sink, *, garbage: bool = False) -> None:
+def publish(sink: LogWriter, *, garbage: bool = False) -> None:
     """Publish all of MNIST, one record a sample where there is garbage among them."""
     for topic, (samples, probe) in zip(jobs.TOPICS, jobs.tasks(60_000, None), strict=True):
         if not garbage:
@@ -60,7 +60,7 @@ def publish(sink: Sink, *, garbage: bool = False) -> None:
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
     """Give a broker of this module's own, which may be killed."""
     with KafkaBroker(tmp_path_factory.mktemp("kafka")) as started:
-        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": started.address}))
+        sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": started.address}))
         publish(sink)
         sink.close()
         yield started
@@ -116,7 +116,7 @@ def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path
     """Embedded topics with the same records, killed five times, end with the very tensors of the Kafka run."""
     print(f"seed {SEED}")
     config = jobs.write_config(tmp_path, **ALL)
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     publish(sink)
     sink.close()
     killed_to_end(config, 5, random.Random(SEED), 50)
@@ -128,7 +128,7 @@ def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path
 def test_one_percent_of_garbage(undisturbed: Checkpoint, tmp_path: Path) -> None:
     """Garbage among single-sample records all ends in the dead-letter topic; the tensors are those without it."""
     config = jobs.write_config(tmp_path, **ALL)
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     publish(sink, garbage=True)
     sink.close()
     actual = jobs.run_to_end(config, SECONDS)

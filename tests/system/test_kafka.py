@@ -16,9 +16,9 @@ from kafka.structs import TopicPartition
 
 from streamlearn.config import KafkaConfig
 from streamlearn.data import Position, Progress, StreamlearnError
-from streamlearn.stream import batches, reader
-from streamlearn.stream.kafka import KafkaLog, KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, CUT
+from streamlearn.stream import kafka_batches, reader
+from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.log import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
 from tests.contract.test_streams import TYPED, World, everything, places, until
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
 pytestmark = pytest.mark.kafka
 SECONDS = 30
@@ -37,7 +37,7 @@ SECONDS = 30
 def world(kafka: KafkaConfig) -> Iterator[World]:
     """Give a broker's topics with a prefix of their own."""
     prefix = f"k{uuid.uuid4().hex[:8]}"
-    made = World(lambda: KafkaLog(kafka, f"g-{prefix}"), KafkaSink(kafka), prefix)
+    made = World(lambda: KafkaReader(kafka, f"g-{prefix}"), KafkaWriter(kafka), prefix)
     yield made
     for stream in made.streams:
         stream.stop()
@@ -52,7 +52,7 @@ def admin(kafka: KafkaConfig) -> Iterator[KafkaAdminClient]:
     client.close()
 
 
-def problem(stream: Stream) -> str:
+def problem(stream: StreamReader) -> str:
     """Return the problem that a stream shows, once it does."""
     deadline = time.monotonic() + SECONDS
     while stream.status.problem is None:
@@ -61,7 +61,7 @@ def problem(stream: Stream) -> str:
     return stream.status.problem
 
 
-def begun(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
+def begun(world: World, **spec: Any) -> tuple[StreamReader, Progress, str]:
     """Return a stream that has learned the first eight samples of an open task, its progress and the topic."""
     name = world.topic("a", [0, 1] * 4, marker=False)
     progress = Progress()
@@ -79,7 +79,7 @@ def deleted(admin: KafkaAdminClient, name: str) -> None:
         time.sleep(0.1)
 
 
-def said(stream: Stream, words: str) -> None:
+def said(stream: StreamReader, words: str) -> None:
     """Return when a stream's problem has these words in it."""
     deadline = time.monotonic() + SECONDS
     while words not in (stream.status.problem or ""):
@@ -94,7 +94,7 @@ def test_a_topic_made_anew_is_another_topic(world: World, admin: KafkaAdminClien
     deleted(admin, name)
     world.topic("a", [1] * samples, marker=False)
     said(stream, "deleted and created again")
-    assert stream.next(1.0) is None
+    assert stream.next_delivery(1.0) is None
 
 
 def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
@@ -102,7 +102,7 @@ def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
     stream, _, name = begun(world)
     deleted(admin, name)
     said(stream, f"topic {name} is gone")
-    assert stream.next(1.0) is None
+    assert stream.next_delivery(1.0) is None
 
 
 def add_partitions(world: World, admin: KafkaAdminClient, kafka: KafkaConfig, name: str, count: int) -> None:
@@ -113,7 +113,7 @@ def add_partitions(world: World, admin: KafkaAdminClient, kafka: KafkaConfig, na
         assert time.monotonic() < deadline
         time.sleep(0.1)
     world.sink.close()
-    world.sink = KafkaSink(kafka)  # the other would learn of them after minutes
+    world.sink = KafkaWriter(kafka)  # the other would learn of them after minutes
 
 
 def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: KafkaConfig) -> None:
@@ -159,7 +159,7 @@ def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
     """Restarted on an empty directory and filled anew, its topics are others: nothing is learned twice, or passed over."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
-        sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
+        sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 100, markers=False)
         sink.close()
         with jobs.Daemon(config) as daemon:
@@ -168,7 +168,7 @@ def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
             shutil.rmtree(broker.directory)
             broker.start()
             daemon.until(lambda status: "is gone" in (status.get("problem") or ""))
-            sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
+            sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
             jobs.publish(sink, 200, markers=False)
             sink.close()
             status = daemon.until(lambda status: "deleted and created again" in (status.get("problem") or ""))
@@ -191,7 +191,7 @@ def test_lost_records_stop_the_stream(world: World, admin: KafkaAdminClient) -> 
     lose(world, admin, name)
     stream = world.stream(Progress.from_json(progress.to_json(), progress.positions), topics=[name], on_finished="wait")
     assert "begins at 15, past our position 8" in problem(stream)
-    assert stream.next(1.0) is None
+    assert stream.next_delivery(1.0) is None
 
 
 def test_lost_records_may_be_jumped_over_and_are_counted(world: World, admin: KafkaAdminClient) -> None:
@@ -265,20 +265,20 @@ def test_what_lies_behind_an_open_transaction_is_not_late(
     stream = world.stream(topics=[name, after], on_finished="wait")
     closing = until(stream, lambda found: any(delivery.end_offsets for delivery in found), progress)
     assert [dict(delivery.end_offsets) for delivery in closing if delivery.end_offsets] == [{0: 6}]
-    until(stream, lambda _: stream.status.held_back == {(name, 0): 4}, progress)
+    until(stream, lambda _: stream.status.behind_open_transaction == {(name, 0): 4}, progress)
     assert (stream.status.problem, stream.status.unread()[name, 0]) == (None, 4)
     producer.abort_transaction()
     producer.close()
     ended = until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
     assert [place for batch in places([*closing, *ended]) for place in batch] == [0, 1, 2, 3, 4]
-    until(stream, lambda _: stream.status.held_back == {}, progress)
+    until(stream, lambda _: stream.status.behind_open_transaction == {}, progress)
     assert progress.totals()["late"] == 0
 
 
 def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: KafkaConfig) -> None:
     """A record that may yet be aborted ends no task."""
     stream, progress, name = begun(world, task_end="next_topic")
-    stream.spec.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]  # there is a list
+    stream.config.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]
     producer = transactional(kafka, name)
     producer.begin_transaction()
     producer.send(after, value=b'{"x": [50], "y": 0}', partition=0, headers=[*TYPED]).get(SECONDS)
@@ -333,26 +333,26 @@ def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
     for text in (b'{"x": [2], "y": 0}', b'{"x": [3], "y": 1}'):
         producer.send(name, value=text, partition=0, headers=[*TYPED])
     producer.flush()
-    producer.send(name, value=bytes(batches.UNPACKED_BYTES + 1), partition=0, headers=[*TYPED]).get(SECONDS)
+    producer.send(name, value=bytes(kafka_batches.UNPACKED_BYTES + 1), partition=0, headers=[*TYPED]).get(SECONDS)
     producer.close()
     world.send(name, 4.0, 0)
     world.mark(name)
     progress = Progress()
     stream = world.stream(topics=[name])
     assert places(everything(stream, progress)) == [[0, 1, 2, 3], [4]]
-    stream.settle()
+    stream.flush_dead_letters()
     assert (progress.totals()["rejected"], progress.unaccounted()) == (1, {})
     [letter] = world.read_all("dlq")
     assert (letter.value or None, letter.header("streamlearn.errors.reason")) == (None, b"oversize")
-    assert f"a {codec} batch of 1 record unpacks to more than {batches.UNPACKED_BYTES} bytes" in caplog.text
+    assert f"a {codec} batch of 1 record unpacks to more than {kafka_batches.UNPACKED_BYTES} bytes" in caplog.text
 
 
 def test_a_large_batch_of_many_records_is_counted_whole(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The offsets that the one rejected sample stands for are counted as never seen."""
-    monkeypatch.setattr(batches.Batch, "limit", 1000)
-    monkeypatch.setattr(batches, "UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(kafka_batches.Batch, "limit", 1000)
+    monkeypatch.setattr(kafka_batches, "UNPACKED_BYTES", 1000)
     name = world.topic("a", [], marker=False)
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip", linger_ms=1000)
     for _ in range(50):
@@ -366,26 +366,26 @@ def test_a_large_batch_of_many_records_is_counted_whole(
     assert progress.positions.by_partition[name, 0] == Position(51)
 
 
-def rejecting(world: World, **spec: Any) -> tuple[Stream, Progress, str]:
+def rejecting(world: World, **spec: Any) -> tuple[StreamReader, Progress, str]:
     """Return a stream that has rejected one sample of an open task, and written its letter."""
     name = world.topic("a", [0, 1, 0, 1, 99], marker=False)
     progress = Progress()
     stream = world.stream(topics=[name], on_finished="wait", classes=[0, 1], **spec)
     until(stream, lambda _: progress.totals()["rejected"] == 1, progress)
-    stream.settle()
+    stream.flush_dead_letters()
     return stream, progress, name
 
 
-def settles(stream: Stream) -> bool:
+def settles(stream: StreamReader) -> bool:
     """Tell whether the letters are acknowledged; a checkpoint is refused where they are not."""
     try:
-        stream.settle()
+        stream.flush_dead_letters()
     except StreamlearnError:
         return False
     return True
 
 
-def settled(stream: Stream) -> None:
+def settled(stream: StreamReader) -> None:
     """Return when the letters are acknowledged."""
     deadline = time.monotonic() + 2 * SECONDS
     while not settles(stream):
@@ -421,7 +421,7 @@ def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, 
     dead = world.name("dlq")
     assert f"dead-letter topic {dead}: 1 records: {dead}: not acknowledged: MessageSizeTooLargeError" in problem(stream)
     with pytest.raises(StreamlearnError, match="not acknowledged"):
-        stream.settle()
+        stream.flush_dead_letters()
     assert stream.dead_letters.failures >= 1
     world.send(name, 6.0, 97)
     alter(admin, world.name("dlq"), max_message_bytes="1000000")
@@ -431,7 +431,7 @@ def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, 
     settled(stream)
     letters = world.read_all("dlq")
     assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (4, 5, 6)]
-    assert {letter.header(CUT) for letter in letters} == {None}
+    assert {letter.header(ORIGINAL_SIZE_HEADER) for letter in letters} == {None}
     assert (progress.totals()["rejected"], progress.unaccounted()) == (3, {})
 
 
@@ -447,7 +447,10 @@ def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: Ka
     settled(stream)
     assert stream.dead_letters.failures == 0
     cut = world.read_all("dlq")[1:]
-    assert [(len(letter.value or b""), letter.header(CUT)) for letter in cut] == [(1024, b"100001"), (0, b"1")]
+    assert [(len(letter.value or b""), letter.header(ORIGINAL_SIZE_HEADER)) for letter in cut] == [
+        (1024, b"100001"),
+        (0, b"1"),
+    ]
     assert {len(letter.header("streamlearn.errors.message") or b"") > 0 for letter in cut} == {True}
 
 
@@ -475,7 +478,7 @@ def test_a_header_name_that_is_no_text_stops_nothing(world: World) -> None:
     world.mark(name)
     stream = world.stream(topics=[name], classes=[0, 1])
     assert places(everything(stream)) == [[0, 1, 2, 4]]
-    stream.settle()
+    stream.flush_dead_letters()
     letters = world.read_all("dlq")
     assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (3, 5)]
     kept = (*TYPED, ("first", b"1"), ("??\u00e4xx", b"2"), ("third", b"3"))

@@ -17,9 +17,9 @@ import yaml
 
 from streamlearn.config import KafkaConfig
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.embedded import EmbeddedSink
-from streamlearn.stream.kafka import KafkaSink
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL, TASK_END
+from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.kafka import KafkaWriter
+from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from tests.support import jobs
 from tests.system.test_daemon import cli, get, one_line, scrape
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streamlearn.stream.log import Sink
+    from streamlearn.stream.log import LogWriter
 
 SMALL: dict[str, Any] = {
     "input": {"shape": [2], "dtype": "float32", "scale": 1},
@@ -39,15 +39,15 @@ BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 BAD = b'{"x": [1, 2], "y": 7, "note": "\xc2\x9b2J"}'
 
 
-def send(sink: Sink, topic: str, labels: list[int]) -> None:
+def send(sink: LogWriter, topic: str, labels: list[int]) -> None:
     """Publish samples, one a record."""
     for place, label in enumerate(labels):
         sink.append(topic, 0, encode("json", np.array([label, place / 100], np.float32), label))
 
 
-def mark(sink: Sink, topic: str) -> None:
+def mark(sink: LogWriter, topic: str) -> None:
     """Publish a task's end."""
-    sink.append(topic, 0, TASK_END, headers=((CONTROL, TASK_END),))
+    sink.append(topic, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     sink.flush()
 
 
@@ -57,7 +57,7 @@ class Rejecting:
 
     config: Path
     over: dict[str, Any]
-    sink: Sink
+    sink: LogWriter
     a: str
     b: str
     dead: str
@@ -72,9 +72,9 @@ def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Reject
     if request.param == "kafka":
         over["kafka"] = {"bootstrap_servers": request.getfixturevalue("bootstrap"), "metadata_refresh_seconds": 1}
     config = jobs.write_config(tmp_path, **over)
-    sink: Sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink: LogWriter = EmbeddedWriter(tmp_path / "topics.sqlite")
     if request.param == "kafka":
-        sink = KafkaSink(KafkaConfig.model_validate(over["kafka"]))
+        sink = KafkaWriter(KafkaConfig.model_validate(over["kafka"]))
     none = cli("dlq", "list", config)
     assert (none.returncode, none.stdout, one_line(none)) == (0, "", f"no dead letters in topic {dead}")
 
@@ -150,7 +150,7 @@ def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> No
 def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
     """A tombstone's letter has nothing to send: `--dry-run` says so as `replay` does, and both end with 1."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     sink.create_topic("a", 1)
     send(sink, "a", [0, 9])
     sink.append("a", 0, None, key=b"k")
@@ -173,7 +173,7 @@ def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
 def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> None:
     """Dates that no calendar has, and letters that somebody else wrote, fail neither `list` nor `show` nor `replay`."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     for name in ("a", "job.dlq"):
         sink.create_topic(name, 1)
     for offset, (seconds, topic) in enumerate(
@@ -206,7 +206,7 @@ def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> Non
 def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
     """On a terminal `replay` says how many samples go where, and sends none unless it is told to."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
-    sink = EmbeddedSink(tmp_path / "topics.sqlite")
+    sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     sink.create_topic("a", 1)
     send(sink, "a", [0, 9])
     mark(sink, "a")
@@ -230,7 +230,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "topics.sqlite"
     assert (missing.returncode, one_line(missing)) == (74, f"streamlearn: {path}: no such file")
     assert not path.exists()
-    EmbeddedSink(path).close()
+    EmbeddedWriter(path).close()
     mistakes: list[tuple[list[Path | str], int, str]] = [
         (["list", config, "--reason", "bad"], 2, "--reason is 'bad'; expected one of decode, schema"),
         (["replay", config, "--key", "a-0-0-0"], 1, "no letter a-0-0-0 to be sent in topic job.dlq"),
@@ -270,7 +270,7 @@ def test_a_burst_makes_the_daemon_unready_until_it_is_acknowledged(tmp_path: Pat
     paused = jobs.write_config(tmp_path / "a", **SMALL, stream={**spec, "dead_letter": {"burst": 25}})
     plain = jobs.write_config(tmp_path / "b", **SMALL, stream={**spec, "dead_letter": {"burst": None}})
     for directory in ("a", "b"):
-        sink = EmbeddedSink(tmp_path / directory / "topics.sqlite")
+        sink = EmbeddedWriter(tmp_path / directory / "topics.sqlite")
         sink.create_topic("a", 1)
         send(sink, "a", [0, 1] * 35 + [5] * 40 + [1, 0] * 40)  # ten samples wait for their batch at the burst
         mark(sink, "a")

@@ -258,7 +258,7 @@ def test_counters_of_topics_exist_at_zero() -> None:
     """Named by the configuration or found by a pattern, a topic's counters are there before they grow."""
     metrics = Metrics()
     metrics.declare_topics(["named"])
-    status = StreamStatus(ends={("found", 1): 10})
+    status = StreamStatus(end_offsets={("found", 1): 10})
     metrics.record_stream(status, Progress(), {}, 0)
     text = metrics.expose("")[0].decode()
     for topic in ("named", "found"):

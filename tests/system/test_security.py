@@ -15,7 +15,7 @@ import yaml
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import KafkaConfig
-from streamlearn.stream.kafka import KafkaLog, KafkaSink
+from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from tests.support import jobs
 from tests.support.secure_broker import SecureBroker, make_authority
 from tests.support.token_server import TokenServer
@@ -49,7 +49,7 @@ class Job:
         self.directory = directory
         prefix = f"s{uuid.uuid4().hex[:8]}"
         self.topic, self.letters, self.group = f"{prefix}-t", f"{prefix}-dlq", f"{prefix}-g"
-        self.sink = KafkaSink(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
+        self.sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         for name in (self.topic, self.letters):
             self.sink.create_topic(name, 1)
         for number in range(SAMPLES):
@@ -163,7 +163,7 @@ def test_a_connection_outlives_its_token(job: Job) -> None:
     job.allow()
     with TokenServer(USER, CLIENT_SECRET, lifetime=3) as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER, "client_secret": CLIENT_SECRET}
-        log = KafkaLog(job.kafka(sasl=sasl), job.group)
+        log = KafkaReader(job.kafka(sasl=sasl), job.group)
         log.connect()
         log.assign({(job.topic, 0): 0})
         count, deadline = 0, time.monotonic() + 60
@@ -295,10 +295,10 @@ def test_an_ended_topic_that_is_withdrawn_ends_nothing(job: Job) -> None:
         assert daemon.stop() == 0
 
 
-def refusal(log: KafkaLog, topic: str) -> str:
+def refusal(log: KafkaReader, topic: str) -> str:
     """Poll, and ask for the topics, until they say why one is refused, or half a minute is over."""
     deadline = time.monotonic() + 30
-    while (refused := log.topics()[topic].refused) is None:
+    while (refused := log.topics()[topic].missing_permission) is None:
         assert time.monotonic() < deadline
         assert log.poll(0.1) == []
     return refused
@@ -308,11 +308,11 @@ def refusal(log: KafkaLog, topic: str) -> str:
 def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
     """While the queue is full nothing is fetched, so that nothing can be refused: the list of topics tells."""
     job.allow()
-    log = KafkaLog(job.kafka(), job.group)
+    log = KafkaReader(job.kafka(), job.group)
     log.connect()
     log.assign({(job.topic, 0): 0})
-    log.hold({(job.topic, 0)})
-    assert log.topics()[job.topic].refused is None
+    log.pause_partitions({(job.topic, 0)})
+    assert log.topics()[job.topic].missing_permission is None
     for operation in WITHDRAWN[case]:
         job.broker.withdraw(USER, "TOPIC", job.topic, operation)
     assert refusal(log, job.topic) in {"no permission to see it (DESCRIBE)", "no permission to read it (READ)"}

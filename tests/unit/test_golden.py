@@ -126,5 +126,5 @@ def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
     """The reader of a restored job reads as the version did that began it."""
     job = restored(tmp_path, next(path for path in GOLDEN if path.name == "default"))
     stream = make_stream_reader(job)
-    assert stream.assembler.rules.codec.version == 1
+    assert stream.assembler.settings.codec.version == 1
     assert job.describe_model()["codec"] == 1

@@ -25,16 +25,16 @@ from streamlearn.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 from tests.support.counting import work
 
 
-def made(tmp_path: Path, **over: Any) -> tuple[Job, Stream]:
+def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:
     """Return a job that stands at offset 3 of its topic, and its stream, which was not started."""
     tree: dict[str, Any] = {
         "input": {"shape": [1]},
@@ -49,8 +49,8 @@ def made(tmp_path: Path, **over: Any) -> tuple[Job, Stream]:
     job.progress.positions = Positions({("a", 0): Position(3)})
     store = MemoryStore()
     letters = DeadLetterWriter(store, "dlq")
-    rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
-    return job, Stream(MemoryLog(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
+    rules = AssemblerSettings(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
+    return job, StreamReader(MemoryReader(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
 
 
 def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
         assert "lag -" in format_summary(status)
     assert "lag -; waiting for topic a" in format_summary(status)
     stream.status.connected = True
-    stream.status.ends = {("a", 0): 10}
+    stream.status.end_offsets = {("a", 0): 10}
     status = job.status(stream)
     assert status["lag"] == {"a": {"0": 7}}
     assert status["topics"] == {}
@@ -218,7 +218,7 @@ def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.
         job.evaluate(live=True)
 
 
-def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, Stream]:
+def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, StreamReader]:
     """Return a job that has lost a past task since the last evaluation, and its stream."""
     job, stream = made(tmp_path, **over)
     job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "a")]
@@ -306,8 +306,8 @@ def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
     for number in range(20):
         store.append("a", 0, json.dumps({"x": [number], "y": number % 2}).encode())
     letters = DeadLetterWriter(store, "dlq")
-    rules = Rules(Codec([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5)
-    stream = Stream(MemoryLog(store), Assembler(rules, Progress()), job.config.stream, letters, "group")
+    rules = AssemblerSettings(Codec([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5)
+    stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), job.config.stream, letters, "group")
 
     class Idle:
         stopping = paused = False

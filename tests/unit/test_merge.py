@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.stream.log import Record
-from streamlearn.stream.merge import MOST_RECORDS, Merge
+from streamlearn.stream.merge import MOST_RECORDS, PartitionMerge
 
 
 def record(partition: int, offset: int) -> Record:
@@ -23,7 +23,7 @@ def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: ob
     assert hasattr(chance, "choice")
     left = {p: sorted(each) for p, each in enumerate(offsets)}
     ends = {p: max(each, default=-1) + 1 for p, each in left.items()}
-    merge, given_out, at = Merge(), [], dict.fromkeys(left, 0)
+    merge, given_out, at = PartitionMerge(), [], dict.fromkeys(left, 0)
     while any(left.values()):
         p = chance.choice([p for p, each in left.items() if each])
         polled = left[p][: chance.choice([1, 2, 5])]
@@ -38,7 +38,7 @@ def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: ob
 
 def test_what_waits_too_much_is_full() -> None:
     """A partition that others keep waiting is to be read no further, until it was given out or forgotten."""
-    merge = Merge()
+    merge = PartitionMerge()
     merge.add([record(0, offset) for offset in range(MOST_RECORDS)])
     assert merge.full == {("t", 0)}
     assert list(merge.ready([("t", 1)], lambda _: 0)) == [record(0, 0)]

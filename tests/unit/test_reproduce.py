@@ -20,7 +20,7 @@ from benchmarks.reproduce.cells import Row, Table
 from benchmarks.reproduce.result_file import ResultFile
 from benchmarks.reproduce.streams import Curriculum
 from streamlearn.producer import Samples
-from streamlearn.stream.log import CONTROL, PROBE, TASK_END, USE
+from streamlearn.stream.log import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from tests.support.jobs import DATA, require
 
 SIZE = 7  # samples in a record
@@ -67,7 +67,9 @@ def topic(total: int) -> streams.RepeatedTopic:
 def learned(records: list[Any]) -> np.ndarray:
     """Return which samples the training records hold, in order."""
     trees = [
-        msgpack.unpackb(record.value) for record in records if not record.header(CONTROL) and not record.header(USE)
+        msgpack.unpackb(record.value)
+        for record in records
+        if not record.header(CONTROL_HEADER) and not record.header(USE_HEADER)
     ]
     pixels = np.concatenate([np.frombuffer(tree["x"], np.uint8) for tree in trees])
     return pixels[::4] // 4
@@ -84,8 +86,8 @@ def test_records_made_when_read_are_those_of_a_list(total: int) -> None:
         assert [(r.offset, r.value, r.headers) for r in again[piece]] == [
             (r.offset, r.value, r.headers) for r in whole[piece]
         ]
-    assert again[-1].header(CONTROL) == TASK_END
-    assert again[0].header(USE) == PROBE
+    assert again[-1].header(CONTROL_HEADER) == TASK_END
+    assert again[0].header(USE_HEADER) == PROBE
     with pytest.raises(IndexError):
         again[len(whole)]
 

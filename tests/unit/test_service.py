@@ -145,7 +145,7 @@ def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypa
     """Both are asked for within one turn of the loop: reading goes on where a burst had stopped it, and then it pauses."""
     job, stream = made(tmp_path)
     acknowledged = []
-    monkeypatch.setattr(stream, "acknowledge", lambda: acknowledged.append(job.state))
+    monkeypatch.setattr(stream, "resume_after_burst", lambda: acknowledged.append(job.state))
     desk = ControlDesk(job.config, Metrics())
     answers = ask(desk, "pause", "resume", "pause")
     assert (desk.paused, acknowledged) == (False, [])  # nothing is done before the loop has its turn

@@ -25,9 +25,9 @@ MEETINGS = """
 import os, random, signal, sys, threading, time
 from streamlearn.config import StreamConfig
 from streamlearn.service.signals import call_on_stop
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.reader import StreamReader
 
-stream = Stream(None, None, StreamConfig(topics=["a"]), None, "group")
+stream = StreamReader(None, None, StreamConfig(topics=["a"]), None, "group")
 heard = threading.Semaphore(0)
 
 def stop():
@@ -38,9 +38,9 @@ call_on_stop(stop)
 for turn in range(300):
     timeout = random.uniform(0.001, 0.004)
     threading.Timer(timeout, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    stream.next(timeout)
+    stream.next_delivery(timeout)
     heard.acquire()
-    stream.next(timeout)
+    stream.next_delivery(timeout)
 print("met", "torch" in sys.modules)
 """
 FORKING = """
@@ -80,7 +80,7 @@ def test_a_handler_that_outlasts_the_deadline_does_not_lengthen_a_wait(tmp_path:
     """A signal comes before a wait's deadline and its handler returns after it: the wait ends all the same."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
-    waits: dict[str, Callable[[float], object]] = {"next": stream.next, "wait": desk.wait}
+    waits: dict[str, Callable[[float], object]] = {"next": stream.next_delivery, "wait": desk.wait}
     before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.3))
 
     def end_both() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from streamlearn.data import Delivery, Position, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
@@ -32,10 +32,10 @@ def made(
     letters = DeadLetterWriter(store or MemoryStore(), "dlq")
     letters.prepare()
     codec = Codec([1], "float32", "json", max_record_bytes)
-    chosen = Rules(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
+    chosen = AssemblerSettings(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
     assembler = Assembler(chosen, progress or Progress())
     if progress is None:
-        assembler.begin(Task(0, "a"))
+        assembler.begin_task(Task(0, "a"))
     return assembler
 
 
@@ -99,14 +99,14 @@ def test_a_late_sample_is_logged_once_and_kept_where_configured(
 ) -> None:
     """What comes after the task's end is counted late, also in the record that ends it; where configured it is a letter too."""
     store = MemoryStore()
-    assembler = made(store=store, records=7, keep_late=keep)
+    assembler = made(store=store, samples_per_task=7, dead_letter_late=keep)
     with caplog.at_level("WARNING"):
         found = [
             delivery
             for offset, count in enumerate((5, 4, 2))
             for delivery in assembler.feed(batch_record(count, offset))
         ]
-        last = assembler.flush()
+        last = assembler.flush_observations()
     assert last is not None
     progress = applied([*found, last])
     assert (progress.counts_of("a")["trained"], progress.counts_of("a")["late"], progress.unaccounted()) == (7, 4, {})
@@ -122,7 +122,7 @@ def test_a_late_sample_is_logged_once_and_kept_where_configured(
 def test_a_late_letter_that_cannot_be_sent_leaves_its_record_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is counted, so the record is read again."""
     store = MemoryStore()
-    assembler = made(store=store, records=2, keep_late=True)
+    assembler = made(store=store, samples_per_task=2, dead_letter_late=True)
     list(assembler.feed(batch_record(2)))
 
     def full(*_: object, **__: object) -> None:
@@ -132,6 +132,6 @@ def test_a_late_letter_that_cannot_be_sent_leaves_its_record_unread(monkeypatch:
         patched.setattr(store, "append", full)
         with pytest.raises(BrokerUnavailable, match="the disk is full"):
             list(assembler.feed(batch_record(3, 1)))
-    assert (assembler.flush(), assembler.scanned(("a", 0))) == (None, Position(1))
+    assert (assembler.flush_observations(), assembler.read_position(("a", 0))) == (None, Position(1))
     list(assembler.feed(batch_record(3, 1)))
     assert len(store.records["dlq", 0]) == 3

@@ -117,9 +117,9 @@ def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: fl
     for name in ("json", "msgpack", "batch"):
         value = encode("batch", x[None], [y]) if name == "batch" else encode(name, x, y)
         chunk = codec.decode(record(value, name))
-        fates.add(hold_out.takes(chunk.x[0], chunk.y[0], None))
+        fates.add(hold_out.is_held_out(chunk.x[0], chunk.y[0], None))
     assert len(fates) == 1
-    assert not fates.pop() or HoldOut("value", min(fraction + 0.005, 0.999)).takes(x, y, None)
+    assert not fates.pop() or HoldOut("value", min(fraction + 0.005, 0.999)).is_held_out(x, y, None)
 
 
 @given(y=st.one_of(st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=6), st.lists(labels, min_size=1, max_size=6)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.log import Bounds, BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 def steps(path: Path, records: int) -> list[int]:
     """Return the steps of SQLite's machine that bounds and first record cost, in a topic of so many records."""
-    sink = EmbeddedSink(path)
+    sink = EmbeddedWriter(path)
     sink.create_topic("a", 2)
     for number in range(records):
         sink.append("a", number % 2, b"x" * 10)
     sink.close()
-    log = EmbeddedLog(path)
+    log = EmbeddedReader(path)
     log.connect()
     info, taken = log.topics()["a"], [0]
 
@@ -48,7 +48,7 @@ def test_a_look_at_a_topic_costs_the_same_whatever_its_size(tmp_path: Path) -> N
 
 def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
     """The failure is what SQLite said first, for topics, records and positions; with room again each record is there once."""
-    sink, log = EmbeddedSink(tmp_path / "a"), EmbeddedLog(tmp_path / "a")
+    sink, log = EmbeddedWriter(tmp_path / "a"), EmbeddedReader(tmp_path / "a")
     sink.create_topic("a", 1)
     log.connect()
     for database in (sink._database, log.database):
@@ -79,14 +79,14 @@ def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
 def test_a_file_that_is_removed_is_noticed_at_once(tmp_path: Path, *, made_anew: bool) -> None:
     """Reader and writer have the removed file open, and nobody else sees it: both say so, and both find the new one."""
     path = tmp_path / "a"
-    sink, log = EmbeddedSink(path), EmbeddedLog(path)
+    sink, log = EmbeddedWriter(path), EmbeddedReader(path)
     sink.create_topic("a", 1)
     log.connect()
     old = log.topics()["a"].topic_id
     for file in tmp_path.iterdir():
         file.unlink()
     if made_anew:
-        other = EmbeddedSink(path)
+        other = EmbeddedWriter(path)
         other.create_topic("a", 1)
         other.close()
     with pytest.raises(BrokerUnavailable, match="was removed or replaced while it was read"):

@@ -11,7 +11,7 @@ import pytest
 
 from streamlearn.data import Position, Progress, StreamlearnError
 from streamlearn.stream.log import Bounds, BrokerUnavailable, TopicInfo, Unreadable
-from streamlearn.stream.memory import MemoryLog, MemoryStore
+from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
 from tests.contract.test_streams import SECONDS, World, places, until
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from streamlearn.data import Partition
     from streamlearn.stream.log import Record
-    from streamlearn.stream.reader import Stream
+    from streamlearn.stream.reader import StreamReader
 
 
-class FlawedLog(MemoryLog):
+class FlawedLog(MemoryReader):
     """A log of which some batches are damaged, and some topics refused or without a leader."""
 
     def __init__(self, store: MemoryStore) -> None:
@@ -90,7 +90,7 @@ class Waits(threading.Event):
         return super().wait(0.001)
 
 
-def waits(stream: Stream) -> list[float]:
+def waits(stream: StreamReader) -> list[float]:
     """Return the pauses that a stream makes from here on, without making them."""
     noted = Waits()
     stream._stopping = noted
@@ -200,7 +200,7 @@ def test_an_ended_topic_that_does_not_answer_stops_nothing(
     stream = world.stream(topics=[a, b], on_finished="wait", linger=0.1)
     until(stream, lambda _: progress.totals()["trained"] == 3, progress)
     getattr(log, how).add(a)
-    eventually(lambda: stream.status.assigned == 1)
+    eventually(lambda: stream.status.num_assigned == 1)
     for place in range(3):
         world.send(b, float(place), 2)
         until(stream, lambda _: progress.totals()["trained"] == 4 + place, progress)  # noqa: B023 - it is called at once
@@ -231,7 +231,7 @@ def test_a_topic_that_is_gone_while_another_is_refused_does_not_end_its_task(
 
     monkeypatch.setattr(log, "poll", refuse)
     eventually(lambda: stream.status.problem == f"topic {b} is gone")
-    assert stream.next(0.5) is None
+    assert stream.next_delivery(0.5) is None
     assert stream.assembler.task is not None
 
 
@@ -268,8 +268,10 @@ def test_a_current_topic_without_a_leader_is_an_outage(
 
 def test_lag_where_nothing_was_read_is_what_the_log_holds() -> None:
     """Offsets that retention took before anything was read wait for nobody."""
-    status = StreamStatus(begins={("a", 0): 500, ("a", 1): 40}, ends={("a", 0): 500, ("a", 1): 50, ("a", 2): 7})
+    status = StreamStatus(
+        begin_offsets={("a", 0): 500, ("a", 1): 40}, end_offsets={("a", 0): 500, ("a", 1): 50, ("a", 2): 7}
+    )
     assert status.lag({}) == {("a", 0): 0, ("a", 1): 10, ("a", 2): 7}
     assert status.lag({("a", 1): Position(45)}) == {("a", 0): 0, ("a", 1): 5, ("a", 2): 7}
-    status.read = {("a", 1): 48}
+    status.next_offsets = {("a", 1): 48}
     assert status.unread() == {("a", 0): 0, ("a", 1): 2, ("a", 2): 7}

@@ -160,9 +160,9 @@ def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: st
     hold_out, fates = HoldOut("value", fraction), set()
     for codec, tell in (("json", story), ("msgpack", [f"{sentence.upper()} ." for sentence in story])):
         chunk = CODEC.decode(record(encode_text(codec, {"story": tell, "question": question}, "a"), codec))
-        fates.add(hold_out.takes(chunk.hash_input(0), chunk.y[0], None))
+        fates.add(hold_out.is_held_out(chunk.hash_input(0), chunk.y[0], None))
         chunk.x[0] = 7
-        fates.add(hold_out.takes(chunk.hash_input(0), chunk.y[0], None))
+        fates.add(hold_out.is_held_out(chunk.hash_input(0), chunk.y[0], None))
     assert len(fates) == 1
 
 

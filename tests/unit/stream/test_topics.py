@@ -13,19 +13,19 @@ from streamlearn.config import StreamConfig
 from streamlearn.data import Delivery, Progress
 from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
-from streamlearn.stream.assembler import Assembler, Rules
+from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedLog, EmbeddedSink
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryLog, MemoryStore
-from streamlearn.stream.reader import Stream
+from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from streamlearn.stream.log import Log, Sink
+    from streamlearn.stream.log import LogReader, LogWriter
 
 SECONDS = 20
 
@@ -33,13 +33,13 @@ SECONDS = 20
 class Reading:
     """A stream of JSON samples over a log, by default in memory, and what it has delivered."""
 
-    def __init__(self, source: Log | None = None, sink: Sink | None = None) -> None:
+    def __init__(self, source: LogReader | None = None, sink: LogWriter | None = None) -> None:
         self.store = MemoryStore()
-        self.source: Log = source or MemoryLog(self.store, 5)
-        self.sink: Sink = sink or self.store
+        self.source: LogReader = source or MemoryReader(self.store, 5)
+        self.sink: LogWriter = sink or self.store
         self.progress = Progress()
         self.found: list[Delivery] = []
-        self.stream: Stream | None = None
+        self.stream: StreamReader | None = None
 
     def publish(self, topic: str, count: int) -> None:
         """Append samples of label 0 to a topic."""
@@ -47,14 +47,16 @@ class Reading:
         for _ in range(count):
             self.store.append(topic, 0, b'{"x": [1], "y": 0}')
 
-    def start(self, scenario: Scenario | None = None, **spec: Any) -> Stream:
+    def start(self, scenario: Scenario | None = None, **spec: Any) -> StreamReader:
         """Begin to read, from where the progress stands."""
         full = StreamConfig.model_validate({"batch_size": 4, **spec})
         letters = DeadLetterWriter(self.sink, "dlq")
         codec = Codec([1], "float32", "json", full.max_record_bytes)
-        rules = Rules(codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size)
+        rules = AssemblerSettings(
+            codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size
+        )
         copied = Progress.from_json(self.progress.to_json(), self.progress.positions)
-        self.stream = Stream(self.source, Assembler(rules, copied), full, letters, "g", 0.2)
+        self.stream = StreamReader(self.source, Assembler(rules, copied), full, letters, "g", 0.2)
         self.stream.start()
         return self.stream
 
@@ -64,7 +66,7 @@ class Reading:
         deadline = time.monotonic() + SECONDS
         while not holds():
             assert time.monotonic() < deadline, self.found
-            if (delivery := self.stream.next(0.05)) is None:
+            if (delivery := self.stream.next_delivery(0.05)) is None:
                 continue
             self.found.append(delivery)
             if delivery.new_task is not None:
@@ -97,8 +99,8 @@ def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.Lo
         with reading.store.changed:
             del reading.store.infos["a"]
         reading.until(lambda: stream.status.problem == "topic a is gone")
-        checked = stream.status.contacted
-        reading.until(lambda: stream.status.contacted != checked)
+        checked = stream.status.last_contact_monotonic
+        reading.until(lambda: stream.status.last_contact_monotonic != checked)
     told = [record.message for record in caplog.records if "is gone" in record.message]
     assert told == ["topic a is gone: reading stands still until it is there again"]
 
@@ -108,14 +110,14 @@ def test_a_file_of_topics_that_is_made_anew_stops_the_reading(tmp_path: Path) ->
     path = tmp_path / "topics.sqlite"
 
     def publish() -> None:
-        sink = EmbeddedSink(path)
+        sink = EmbeddedWriter(path)
         sink.create_topic("a", 1)
         for _ in range(4):
             sink.append("a", 0, b'{"x": [1], "y": 0}')
         sink.close()
 
     publish()
-    reading = Reading(EmbeddedLog(path), EmbeddedSink(path))
+    reading = Reading(EmbeddedReader(path), EmbeddedWriter(path))
     stream = reading.start(topics=["a"])
     reading.until(lambda: reading.consumed() == 4)
     for file in tmp_path.iterdir():
@@ -130,7 +132,7 @@ def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
     """Somebody asks: what was read is learned as a short batch, what comes later is late, and the next task begins."""
     reading.publish("a", 6)
     stream = reading.start(topics=["a", "b"])
-    reading.until(lambda: stream.queued.total() == 2)
+    reading.until(lambda: stream.queued_samples.total() == 2)
     stream.end_task("b")  # not the current one
     stream.end_task("a")
     stream.end_task("a")
@@ -151,7 +153,7 @@ def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None
     """The place is durable before the task's last batch is learned, so what came since does not belong to it."""
     reading.publish("a", 6)
     stream = reading.start(topics=["a"])
-    reading.until(lambda: stream.queued.total() == 2)
+    reading.until(lambda: stream.queued_samples.total() == 2)
     stream.end_task("a")
     reading.until(lambda: reading.progress.tasks[0].end_offsets is not None)  # as far as a crash may let it come
     stream.stop()
@@ -176,9 +178,9 @@ def test_a_silent_task_that_only_a_marker_ends_is_told(
     with caplog.at_level(logging.WARNING):
         stream = reading.start(topics=["a"])
         for _ in range(2):
-            reading.until(lambda: stream.status.contacted is not None)
-            checked = stream.status.contacted
-            reading.until(lambda before=checked: stream.status.contacted != before)  # type: ignore[misc]
+            reading.until(lambda: stream.status.last_contact_monotonic is not None)
+            checked = stream.status.last_contact_monotonic
+            reading.until(lambda before=checked: stream.status.last_contact_monotonic != before)  # type: ignore[misc]
     told = [record.message for record in caplog.records if "stays open" in record.message]
     assert len(told) == 1
     assert "task a has had no record for" in told[0]

@@ -16,7 +16,7 @@ from kafka.codec import snappy_encode
 from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
-from streamlearn.stream import batches
+from streamlearn.stream import kafka_batches
 from streamlearn.stream.log import Unreadable
 
 if TYPE_CHECKING:
@@ -44,19 +44,19 @@ def test_what_fits_is_unpacked_as_it_was(how: str) -> None:
     """Every form that clients write is read, up to the last byte of the bound."""
     codec, pack = PACK[how]
     data = bytes(range(256)) * 12_000  # several steps
-    assert batches.UNPACK[codec](pack(data), len(data)) == data
+    assert kafka_batches.UNPACK[codec](pack(data), len(data)) == data
 
 
 @pytest.mark.parametrize("how", PACK)
 def test_what_does_not_fit_is_not_unpacked(how: str) -> None:
     """One byte too many is refused; of a hundred megabytes hardly more than the bound is ever in memory."""
     codec, pack = PACK[how]
-    with pytest.raises(batches.Oversize):
-        batches.UNPACK[codec](pack(bytes(10_001)), 10_000)
+    with pytest.raises(kafka_batches.Oversize):
+        kafka_batches.UNPACK[codec](pack(bytes(10_001)), 10_000)
     packed = pack(bytes(100 << 20))
     tracemalloc.start()
-    with pytest.raises(batches.Oversize):
-        batches.UNPACK[codec](packed, 1 << 20)
+    with pytest.raises(kafka_batches.Oversize):
+        kafka_batches.UNPACK[codec](packed, 1 << 20)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 40 << 20
@@ -70,7 +70,7 @@ def test_what_ends_too_early_is_no_content(how: str) -> None:
     packed = pack(data)
     unpacked = None
     with contextlib.suppress(Exception):  # each codec has its own
-        unpacked = batches.UNPACK[codec](packed[: len(packed) * 2 // 3], 1 << 20)
+        unpacked = kafka_batches.UNPACK[codec](packed[: len(packed) * 2 // 3], 1 << 20)
     assert unpacked != data
 
 
@@ -84,7 +84,7 @@ def batch(codec: int = 0, records: int = 3, value: bytes = b"x" * 100) -> bytear
 
 def taken(*parts: bytearray) -> list[object]:
     """Return what the client takes of these batches, values and errors in the order in which they come."""
-    fetched = batches.PartitionRecords(0, TopicPartition("t", 5), MemoryRecords(b"".join(map(bytes, parts))))
+    fetched = kafka_batches.PartitionRecords(0, TopicPartition("t", 5), MemoryRecords(b"".join(map(bytes, parts))))
     found: list[object] = []
     try:
         while records := fetched.take(100):
@@ -118,10 +118,10 @@ def test_a_damaged_batch_says_where_it_is() -> None:
 
 def test_a_batch_beyond_the_bound_is_one_record_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the batch's last offset, so that the position moves past all of it."""
-    monkeypatch.setattr(batches.Batch, "limit", 1000)
+    monkeypatch.setattr(kafka_batches.Batch, "limit", 1000)
     before, value, after = taken(batch(1, 1), shifted(batch(1, 50), 1), shifted(batch(0, 1, b"after"), 51))
     assert (before, after) == (b"x" * 100, b"after")
-    assert isinstance(value, batches.Unread)
+    assert isinstance(value, kafka_batches.Unread)
     assert (value.why, value.begin) == ("a gzip batch of 50 records unpacks to more than 1000 bytes", 1)
 
 

@@ -9,8 +9,8 @@ from kafka import errors as kafka_errors
 
 from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaSink
-from streamlearn.stream.log import CUT, BrokerUnavailable
+from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaWriter
+from streamlearn.stream.log import ORIGINAL_SIZE_HEADER, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,16 +65,16 @@ class Refusing(Producer):
         raise kafka_errors.KafkaTimeoutError(f"{topic} {record['partition']}")
 
 
-class Sink(KafkaSink):
+class FakeWriter(KafkaWriter):
     """One whose new producer is its old one."""
 
     def _renew(self) -> None:
         self._refused.clear()
 
 
-def sink(*failures: Exception) -> tuple[KafkaSink, Producer]:
+def sink(*failures: Exception) -> tuple[KafkaWriter, Producer]:
     """Return a sink whose producer fails so."""
-    made, producer = Sink(KafkaConfig.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
+    made, producer = FakeWriter(KafkaConfig.model_validate({"bootstrap_servers": "a:1"})), Producer(list(failures))
     made._admin, made._producer = object(), producer
     return made, producer
 
@@ -116,7 +116,7 @@ def test_what_is_too_large_is_cut_and_says_so() -> None:
     made, producer = sink(*[kafka_errors.MessageSizeTooLargeError()] * 4)
     made.append("t", 0, b"x" * 100_000, headers=(("mine", b"y" * 1000),))
     made.flush()
-    assert producer.sent == [("t", b"", {"mine": b"y" * CUT_HEADER_BYTES, CUT: b"100000"})]
+    assert producer.sent == [("t", b"", {"mine": b"y" * CUT_HEADER_BYTES, ORIGINAL_SIZE_HEADER: b"100000"})]
 
 
 def test_what_cannot_be_sent_again_is_kept() -> None:
