@@ -1,7 +1,8 @@
 """Learning without forgetting: Li & Hoiem 2016.
 
-With k tasks begun, loss = 1/k * CE(new) + (1 - 1/k) * T^2 * CE(old solver's softmax at T, new solver's at T), both on the
-*new* samples: replay of the current inputs, labelled by the solver as it was when the last task ended. Stores no sample.
+With k tasks begun, loss = 1/k * CE(labels) + (1 - 1/k) * T^2 * CE(teacher's softmax at T, model's softmax at T). Both terms
+use the *new* samples: the current inputs are replayed with targets from the teacher, a copy of the model from the end of the
+last task. No sample is stored.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
 
 class LearningWithoutForgetting(Replay):
-    """Replays the current inputs as if each belonged to a past task, drawn at random, so that no task adds to the cost."""
+    """Replays the current inputs. Each gets a past task at random, so that the cost does not grow with the tasks."""
 
     def __init__(self, context: BuildContext, *, temperature: float, balance: str) -> None:
         self.context = context
         self.temperature = temperature
         self.replay_share = ReplayShare(balance)
         self.teacher: Teacher | None = None
-        self.teacher_tasks: list[int] = []  # tasks that the teacher has outputs for
-        self._choice = seeded_generator(context.seed, "distillation")
+        self.teacher_tasks: list[int] = []  # tasks for which the teacher has outputs
+        self._generator = seeded_generator(context.seed, "distillation")
 
     def sample(self, batch: Batch) -> Batch | None:
         self.replay_share.add_samples(len(batch))
@@ -39,11 +40,11 @@ class LearningWithoutForgetting(Replay):
             self.share = 0.0
             return None
         self.share = self.replay_share.value
-        chosen = torch.randint(len(self.teacher_tasks), (len(batch),), generator=self._choice)
+        chosen = torch.randint(len(self.teacher_tasks), (len(batch),), generator=self._generator)
         task = torch.tensor(self.teacher_tasks)[chosen]
         logits = self.teacher.logits(batch.x, task)
-        soft = torch.softmax(logits / self.temperature, 1)
-        return Batch(batch.x, logits.argmax(1), task, soft_targets=soft, temperature=self.temperature)
+        targets = torch.softmax(logits / self.temperature, 1)
+        return Batch(batch.x, logits.argmax(1), task, soft_targets=targets, temperature=self.temperature)
 
     def end_task(self, ended: EndedTask) -> None:
         self.replay_share.end_task(ended.task)
@@ -59,13 +60,13 @@ class LearningWithoutForgetting(Replay):
         state: State = {
             "shares": self.replay_share.state_dict(),
             "taught": self.teacher_tasks,
-            "choice": self._choice.get_state(),
+            "choice": self._generator.get_state(),
         }
         return state if self.teacher is None else {**state, "teacher": self.teacher.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         self.replay_share.load_state_dict(state["shares"])
         self.teacher_tasks = list(state["taught"])
-        self._choice.set_state(state["choice"])
+        self._generator.set_state(state["choice"])
         if "teacher" in state:
             self.teacher = Teacher.from_state(self.context, state["teacher"])

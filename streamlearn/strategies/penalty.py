@@ -1,8 +1,8 @@
-"""The quadratic pull of selective synaptic plasticity, in closed form, whatever the importance.
+"""The quadratic penalty of EWC, SI, MAS, RWalk and L2, for any importance, in closed form.
 
-T penalties of strength/2 * sum_k b_k (theta - theta_k)^2 collapse exactly into two vectors, `precision = sum b_k` and
-`weighted_anchor = sum b_k theta_k`: their gradient is strength * (precision * theta - weighted_anchor), and neither
-memory nor time grows with the number of tasks.
+T penalties of strength/2 * sum_k b_k (theta - theta_k)^2 are exactly equal to one penalty with two vectors,
+`precision = sum b_k` and `weighted_anchor = sum b_k theta_k`. Its gradient is
+strength * (precision * theta - weighted_anchor). Neither memory nor time grows with the number of tasks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 class ImportancePenalty(Penalty):
-    """Pulls every parameter toward where past tasks left it, by what it is worth to them.
+    """Penalises the distance of each parameter from its value after past tasks, weighted by its importance.
 
-    `anchor`: `all` keeps a parabola for each task (Huszar 2018), `last` re-centres all on the newest (online EWC and SI,
-    Schwarz et al. 2018). `decay` fades older importances. `proximal`: the implicit step
-    theta <- (theta' + rate * strength * weighted_anchor) / (1 + rate * strength * precision), stable at any strength.
+    `anchor`: `all` keeps the value after each task (Huszar 2018); `last` uses the newest value for all tasks (online EWC and
+    SI, Schwarz et al. 2018). `decay` multiplies the older importances at the end of each task. `proximal` takes the implicit
+    step theta <- (theta' + rate * strength * weighted_anchor) / (1 + rate * strength * precision), which is stable at any
+    strength, instead of adding the penalty's gradient.
     """
 
     def __init__(
@@ -64,26 +65,26 @@ class ImportancePenalty(Penalty):
     @torch.no_grad()
     def proximal_step(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
         if self.precision and self.proximal:
-            pull = rate * self.strength * finite  # 0 leaves every bit as it was
+            factor = rate * self.strength * finite  # 0 leaves every bit as it was
             for param, precision, anchor in zip(params, self.precision, self.weighted_anchor, strict=True):
-                param.add_(pull * anchor).div_(1 + pull * precision)
+                param.add_(factor * anchor).div_(1 + factor * precision)
 
     def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
         self.importance.after_step(params, finite)
 
     @torch.no_grad()
     def end_task(self, ended: EndedTask) -> None:
-        # a sample far out of range can overflow; what is not finite would poison every later update
+        # a sample far out of range can overflow; an importance that is not finite would spoil every later update
         new = [torch.where(value.isfinite(), value, 0.0) for value in self.importance.compute(ended)]
-        old = self.precision or [torch.zeros_like(value) for value in new]
-        anchors = self.weighted_anchor or [torch.zeros_like(value) for value in new]
-        self.precision = [self.decay * before + value for before, value in zip(old, new, strict=True)]
+        old_precision = self.precision or [torch.zeros_like(value) for value in new]
+        old_anchor = self.weighted_anchor or [torch.zeros_like(value) for value in new]
+        self.precision = [self.decay * old + value for old, value in zip(old_precision, new, strict=True)]
         if self.anchor == "last":
             self.weighted_anchor = [b * param for b, param in zip(self.precision, ended.params, strict=True)]
         else:
             self.weighted_anchor = [
-                self.decay * before + value * param
-                for before, value, param in zip(anchors, new, ended.params, strict=True)
+                self.decay * old + value * param
+                for old, value, param in zip(old_anchor, new, ended.params, strict=True)
             ]
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:

@@ -138,9 +138,9 @@ def generative(
 
 def l2(context: BuildContext, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
     """Pull every parameter alike toward where the last task left it: what importance is compared with."""
-    from streamlearn.strategies.importance import Uniform
+    from streamlearn.strategies.l2 import UniformImportance
 
-    return _penalty(context, Uniform(), strength, "last", 0.0, step)
+    return _penalty(context, UniformImportance(), strength, "last", 0.0, step)
 
 
 def ewc(
@@ -158,11 +158,11 @@ def ewc(
     Useful strengths are large, because the per-sample Fisher shrinks once a task is fitted.
     """
     from streamlearn.memory import ALL
+    from streamlearn.strategies.ewc import FisherImportance
     from streamlearn.strategies.gradient_moments import check_per_sample_gradients
-    from streamlearn.strategies.importance import Fisher
 
     check_per_sample_gradients(context, "ewc")
-    importance = Fisher(context, kind=fisher, samples=ALL if samples == "all" else samples)
+    importance = FisherImportance(context, kind=fisher, samples=ALL if samples == "all" else samples)
     return _penalty(context, importance, strength, anchor, decay, step)
 
 
@@ -176,7 +176,7 @@ def si(
     step: Step = "explicit",
 ) -> Slots:
     """Synaptic intelligence (Zenke, Poole & Ganguli 2017)."""
-    from streamlearn.strategies.importance import PathIntegral
+    from streamlearn.strategies.si import PathIntegral
 
     return _penalty(context, PathIntegral(context, xi=xi), strength, anchor, decay, step)
 
@@ -193,7 +193,7 @@ def mas(
     """Memory aware synapses (Aljundi et al. 2018): how much the output would change; needs no labels."""
     from streamlearn.memory import ALL
     from streamlearn.strategies.gradient_moments import check_per_sample_gradients
-    from streamlearn.strategies.importance import OutputSensitivity
+    from streamlearn.strategies.mas import OutputSensitivity
 
     check_per_sample_gradients(context, "mas")
     importance = OutputSensitivity(context, samples=ALL if samples == "all" else samples)
@@ -209,7 +209,7 @@ def rwalk(
     step: Step = "explicit",
 ) -> Slots:
     """Riemannian walk (Chaudhry et al. 2018): a moving Fisher and path scores, both normalised; no second backward pass."""
-    from streamlearn.strategies.importance import RiemannianWalk
+    from streamlearn.strategies.rwalk import RiemannianWalk
 
     # all tasks so far are in what it returns, so what was there before goes
     return _penalty(context, RiemannianWalk(context, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)

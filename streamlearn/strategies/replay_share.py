@@ -1,4 +1,4 @@
-"""How much of the loss the past has, beside a new batch."""
+"""The share of the loss that replayed samples get."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ if TYPE_CHECKING:
 
 
 class ReplayShare:
-    """The past's share of the loss: `tasks`, 1 - 1/k with k tasks begun; `counts`, by the samples seen.
+    """Computes the replayed samples' share of the loss, by the number of tasks or by the number of samples.
 
-    By counts, a task that has just begun weighs as much as an average one: a share that began at 1 would teach it nothing.
+    `tasks`: 1 - 1/k with k tasks begun. `counts`: the past tasks' share of all samples, where the current task counts as at
+    least an average task. Otherwise the share would be almost 1 when a task begins, and its first samples would teach nothing.
     """
 
-    def __init__(self, by: str) -> None:
-        self.by = by
-        self.tasks = 0  # ended
-        self.past = 0  # samples of ended tasks, once for each update
-        self.current = 0
+    def __init__(self, balance: str) -> None:
+        self.balance = balance
+        self.ended_tasks = 0
+        self.past_samples = 0  # samples of ended tasks; a sample counts once for each update
+        self.current_samples = 0
 
-    def add_samples(self, samples: int) -> None:
-        """Count new samples."""
-        self.current += samples
+    def add_samples(self, count: int) -> None:
+        """Count new samples of the current task."""
+        self.current_samples += count
 
     @property
     def value(self) -> float:
-        """The share, from 0 (nothing has ended) to 1."""
-        if not self.tasks:
+        """The share, from 0 (no task has ended) to 1."""
+        if not self.ended_tasks:
             return 0.0
-        if self.by == "tasks" or not self.past:
-            return self.tasks / (self.tasks + 1)
-        return self.past / (self.past + max(self.current, self.past / self.tasks))
+        if self.balance == "tasks" or not self.past_samples:
+            return self.ended_tasks / (self.ended_tasks + 1)
+        current = max(self.current_samples, self.past_samples / self.ended_tasks)
+        return self.past_samples / (self.past_samples + current)
 
     def end_task(self, task: int) -> None:
-        """Count the task of this index, and its samples, to the past."""
-        self.tasks = task + 1
-        self.past, self.current = self.past + self.current, 0
+        """Count the current task, whose index is `task`, and its samples as past."""
+        self.ended_tasks = task + 1
+        self.past_samples += self.current_samples
+        self.current_samples = 0
 
     def state_dict(self) -> State:
-        """Return what was counted."""
-        return {"tasks": self.tasks, "past": self.past, "current": self.current}
+        """Return the counts."""
+        return {"tasks": self.ended_tasks, "past": self.past_samples, "current": self.current_samples}
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` returned."""
-        self.tasks, self.past, self.current = state["tasks"], state["past"], state["current"]
+        """Restore what `state_dict` returned."""
+        self.ended_tasks, self.past_samples, self.current_samples = state["tasks"], state["past"], state["current"]

@@ -1,4 +1,7 @@
-"""The four slots of a strategy and their null objects: naive is what remains when every slot holds its default."""
+"""The four slots of a strategy: network, replay, penalty and constraint.
+
+The class of each slot does nothing beyond plain training. A strategy whose four slots hold these classes is `naive`.
+"""
 
 from __future__ import annotations
 
@@ -16,176 +19,176 @@ if TYPE_CHECKING:
 
     from streamlearn.data import Batch, Label
 
-State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can hold
+State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can store
 GradientOf = Callable[["Batch"], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a part may know when it is made."""
+    """What a slot may read when it is built."""
 
     seed: int
     device: torch.device
-    input_shape: tuple[int, ...]  # of what the network sees
+    input_shape: tuple[int, ...]  # of the network's input
     num_outputs: int
-    max_bytes: int
-    preprocess: Callable[[Tensor], Tensor]  # samples as they arrived -> what the network sees, on the device
-    build_network: Callable[..., nn.Module]  # (outputs, offset of the seed = 0) -> an untrained network, there
+    max_bytes: int  # limit on the bytes of a memory
+    preprocess: Callable[[Tensor], Tensor]  # turns samples as they arrived into the network's input, on the device
+    build_network: Callable[..., nn.Module]  # (num_outputs, seed_offset=0) -> an untrained network on the device
     batch_size: int = 1
-    task_names: tuple[str, ...] = ()  # the names of all tasks to come, where they are listed
-    token_ids: bool = False  # whether the network sees token ids, and not numbers
-    max_norm: float | None = None  # bound on the norm of a gradient, the solver's and a generator's
+    task_names: tuple[str, ...] = ()  # of all tasks; empty if the configuration does not list the topics
+    token_ids: bool = False  # whether the network's input is token ids, int32; otherwise it is float32
+    max_norm: float | None = None  # gradients are clipped to this norm; None: no clipping
 
     def zero_inputs(self, count: int) -> Tensor:
-        """Return what the network sees of so many samples of nothing: `[count, *input_shape]`."""
+        """Return `count` network inputs of zeros: `[count, *input_shape]`."""
         dtype = torch.int32 if self.token_ids else torch.float32
         return torch.zeros(count, *self.input_shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
 class EndedTask:
-    """A read-only view of a task at its end."""
+    """A read-only view of a task whose last record was learned. T tasks have begun; the network has C outputs."""
 
     task: int
-    x: Tensor  # of the reservoir, as many samples as the part needs, as they arrived
+    x: Tensor  # samples of the task as they arrived, as many as the slot needs
     y: Tensor
     params: Sequence[Tensor]
     network: nn.Module
-    active_outputs: Tensor  # [T, C]: which outputs compete in each task
-    seen_outputs: Sequence[Sequence[int]]  # the outputs met in each task so far
-    generator: torch.Generator  # for draws that belong to the task's end
-    output_labels: Sequence[Mapping[int, Label]] = ()  # the label of each of these outputs; empty: an output is a class
+    active_outputs: Tensor  # [T, C]: the outputs that the softmax of each task covers
+    seen_outputs: Sequence[Sequence[int]]  # for each task, the outputs of the labels seen so far
+    generator: torch.Generator  # for random draws at the end of a task
+    output_labels: Sequence[Mapping[int, Label]] = ()  # for each task, the label of each seen output; empty: no labels
 
 
 class Slot:
-    """What every slot has; all of it defaults to nothing."""
+    """The methods that every slot has. By default they do nothing."""
 
-    samples_needed: int = 0  # of the finished task: 0, a number, or memory.ALL
-    needs_balanced_samples: bool = False  # whether of each class as many as of any other
+    samples_needed: int = 0  # samples of an ended task that the slot needs: 0, a number, or memory.ALL
+    needs_balanced_samples: bool = False  # whether it needs equally many samples of each class
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
-        """Prepare for a task whose parameters are these; raises `StreamlearnError` before anything is changed."""
+        """Prepare for a task with these parameters. Raises `StreamlearnError` before it changes anything."""
 
     def begin_refinement(self, ended: EndedTask) -> None:
-        """Prepare for further passes over the reservoir, which is whole by now."""
+        """Prepare for the refinement: further passes over the reservoir, to which no sample is added any more."""
 
     def end_task(self, ended: EndedTask) -> None:
-        """Make what was learned last."""
+        """Store what later tasks need of this task."""
 
     def grow(self, params: Sequence[Tensor], num_outputs: int) -> None:
-        """Follow parameters whose shapes have grown."""
+        """Adapt to parameters whose shapes have grown."""
 
     def state_dict(self) -> State:
-        """Return everything needed to go on bit-equal."""
+        """Return everything that a restart needs to continue bit-equal."""
         return {}
 
     def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
 
 class Network(Slot):
-    """Slot one: from samples and their tasks to logits. The default is one net for all tasks.
+    """Slot one: computes logits from samples and their tasks. By default one network serves all tasks.
 
-    Its `state_dict` holds numbers only: what `module` needs to get the shape into which its tensors are loaded.
+    `state_dict` has numbers only: what is needed to give `module` its shape before its tensors are loaded.
     """
 
-    supports_forward_transfer = True  # whether its parameters as they were before a task can answer for that task
+    supports_forward_transfer = True  # whether a task can be evaluated with the parameters from before it began
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     @property
     def head(self) -> nn.Linear | None:
-        """The last layer, a row an output, where it is linear and named `head`."""
+        """The last layer, with a row for each output, if it is linear and named `head`."""
         return registry.head_of(self.module)
 
     def trainable_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters that learn now, by name."""
+        """Return the parameters that are trained now, by name."""
         return {name: param for name, param in self.module.named_parameters() if param.requires_grad}
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        """Return logits `[B, C]` for `x [B, ...]`; `task [B]` lives on the host."""
-        del task  # class masks do the rest
+        """Return logits `[B, C]` for `x [B, ...]`; `task [B]` is on the host."""
+        del task  # one network serves all tasks; the mask of active outputs is applied later
         logits: Tensor = self.module(x)
         return logits
 
     def metrics(self) -> dict[str, float]:
-        """Return the number of parameters, and the share of weights that no task owns, where tasks own weights."""
+        """Return `parameters`, their number, and `free_ratio`, the share of weights without an owner, if tasks own weights."""
         return {"parameters": float(sum(param.numel() for param in self.module.parameters()))}
 
 
 class Replay(Slot):
-    """Slot two: past samples that join a batch. The default has none."""
+    """Slot two: adds samples of past tasks to a batch. By default it adds none."""
 
-    share: float = 0.0  # of the loss, that goes to the replayed samples
-    needs_features: bool = False  # whether `feature_loss` is asked, with what the network's last layer was given
+    share: float = 0.0  # of the loss, for the replayed samples of the current batch
+    needs_features: bool = False  # whether `feature_loss` must be called
 
     def sample(self, batch: Batch) -> Batch | None:
-        """Return samples of past tasks to learn beside `batch`, scaled and on the device, or None."""
+        """Return samples of past tasks to learn with `batch`, preprocessed and on the device, or None."""
         del batch
         return None
 
     def feature_loss(self, mixed: Batch, features: Tensor) -> Tensor:
-        """Return a further loss, 0-dim, on what the network has computed; `features [B, ...]` are its head's input."""
+        """Return a loss, 0-dim, that is added to the model's. `features [B, ...]` are the inputs of the network's head."""
         raise NotImplementedError
 
     def after_step(self, mixed: Batch, finite: Tensor) -> None:
-        """Learn from the batch that the solver has just learned; `finite` is false where its update was dropped."""
+        """Learn from the batch of the optimizer step just taken; `finite` is false if that step was dropped."""
 
     def measure_agreement(self, task: int) -> None:
-        """Measure, when a task has ended, how well it replays. Must draw from nothing that training draws from."""
+        """Measure at the end of a task how well past tasks are replayed. Must not use the random generators of training."""
 
     def agreement(self) -> dict[tuple[int, int], float]:
         """Return the last result of `measure_agreement`: a ratio from 0 to 1 by (task, output); empty if there is none."""
         return {}
 
     def pop_dropped_updates(self) -> int:
-        """Return how many updates of its own were not finite and were dropped since the last call; waits for the device."""
+        """Return how many own updates were dropped as not finite since the last call. Waits for the device."""
         return 0
 
     def memory_usage(self) -> dict[str, Any]:
-        """Return what is stored: samples by task, capacity, bytes, drawn and evicted; empty where nothing is."""
+        """Return `samples` by task, `capacity`, `bytes`, `drawn` and `evicted` of the memory; empty if there is no memory."""
         return {}
 
 
 class Penalty(Slot):
-    """Slot three: a pull toward what past tasks need. The default does not pull."""
+    """Slot three: adds a penalty to the loss for changing what past tasks need. By default it adds none."""
 
     def add_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Add the penalty's gradient to the data gradients `grads`, in place."""
+        """Add the penalty's gradient to `grads`, the gradient of the loss, in place."""
 
     def proximal_step(self, params: Sequence[Tensor], rate: float, finite: Tensor) -> None:
-        """Take the penalty's implicit (proximal) step, where that was chosen and the update was not dropped."""
+        """Take the penalty's implicit (proximal) step, if it is configured and the optimizer step was not dropped."""
 
     def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        """Note how the parameters moved; `finite` is false where the update was dropped."""
+        """Record how the parameters moved; `finite` is false if the optimizer step was dropped."""
 
     def metrics(self) -> dict[str, float]:
-        """Return the norm of the importances, for metrics; empty before a task has ended."""
+        """Return `norm`, the norm of all importances; empty before a task has ended."""
         return {}
 
 
 class Constraint(Slot):
-    """Slot four: limits on the step. The default has none."""
+    """Slot four: limits the optimizer step. By default it sets no limit."""
 
     def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
-        """Change `grads` in place so that the step respects past tasks."""
+        """Change `grads` in place so that the step does not harm past tasks."""
 
     def restore_frozen(self, params: Sequence[Tensor]) -> None:
-        """Put back what must not have moved."""
+        """Restore the parameters that the step must not change."""
 
     def memory_usage(self) -> dict[str, Any]:
-        """Return what is stored for reference gradients, as `Replay.memory_usage` does."""
+        """Return the usage of the memory for reference gradients, as `Replay.memory_usage` does."""
         return {}
 
     def counters(self) -> dict[str, int]:
-        """Return how many steps were projected, and how often the solver failed, in all."""
+        """Return the totals `projected`, gradients that were projected, and `failed`, projections that could not be solved."""
         return {}
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One object for each slot. The update calls them at fixed lines; the order is written there, once."""
+    """One object for each slot. `Learner.update` calls them, in an order that is written there and nowhere else."""
 
     network: Network
     replay: Replay = field(default_factory=Replay)
@@ -204,14 +207,14 @@ class Strategy:
         }
 
     def memory_usage(self) -> dict[str, Any]:
-        """Return what all parts store together; empty where nothing is. See `Replay.memory_usage`."""
-        kept = [sizes for sizes in (self.replay.memory_usage(), self.constraint.memory_usage()) if sizes]
-        if not kept:
+        """Return the usage of all memories together, as `Replay.memory_usage` does; empty if there is no memory."""
+        usages = [usage for usage in (self.replay.memory_usage(), self.constraint.memory_usage()) if usage]
+        if not usages:
             return {}
-        bounds = [sizes["capacity"] for sizes in kept]
-        tasks = {task for sizes in kept for task in sizes["samples"]}
+        capacities = [usage["capacity"] for usage in usages]
+        tasks = {task for usage in usages for task in usage["samples"]}
         return {
-            "samples": {task: sum(sizes["samples"].get(task, 0) for sizes in kept) for task in sorted(tasks)},
-            "capacity": None if None in bounds else sum(bounds),
-            **{key: sum(sizes[key] for sizes in kept) for key in ("bytes", "drawn", "evicted")},
+            "samples": {task: sum(usage["samples"].get(task, 0) for usage in usages) for task in sorted(tasks)},
+            "capacity": None if None in capacities else sum(capacities),
+            **{key: sum(usage[key] for usage in usages) for key in ("bytes", "drawn", "evicted")},
         }

@@ -1,4 +1,4 @@
-"""The solver as it was when a task ended: whoever learns from it gets its outputs as targets."""
+"""The teacher: a frozen copy of the model from the end of a task, whose outputs are targets for later updates."""
 
 from __future__ import annotations
 
@@ -15,48 +15,47 @@ if TYPE_CHECKING:
 
 
 class Teacher:
-    """A frozen copy of the solver, in evaluation mode, and the outputs that competed in each task.
+    """A frozen copy of the model, in evaluation mode, and the active outputs of each task.
 
-    `allowed [T, C]`, or `[1, C]` where one row serves all tasks.
+    `active_outputs` is `[T, C]`, or `[1, C]` if one row serves all tasks.
     """
 
-    def __init__(self, context: BuildContext, solver: nn.Module, active_outputs: Tensor) -> None:
+    def __init__(self, context: BuildContext, network: nn.Module, active_outputs: Tensor) -> None:
         self.context = context
-        self.solver = solver.requires_grad_(requires_grad=False).eval()
+        self.network = network.requires_grad_(requires_grad=False).eval()
         self.active_outputs = active_outputs
 
     @classmethod
     def from_ended_task(cls, context: BuildContext, ended: EndedTask) -> Teacher:
-        """Return the solver of a task that has just ended."""
-        solver = context.build_network(ended.active_outputs.shape[1])
-        load_module_state(solver, module_state(ended.network))
-        allowed = ended.active_outputs
-        return cls(
-            context, solver, (allowed if allowed.stride(0) else allowed[:1]).clone()
-        )  # an expanded row has stride 0
+        """Return a copy of the model at the end of a task."""
+        network = context.build_network(ended.active_outputs.shape[1])
+        load_module_state(network, module_state(ended.network))
+        active = ended.active_outputs
+        one_row_serves_all = active.stride(0) == 0  # an expanded tensor repeats its only row
+        return cls(context, network, (active[:1] if one_row_serves_all else active).clone())
 
     @torch.no_grad()
     def logits(self, x: Tensor, task: Tensor) -> Tensor:
-        """Return logits `[B, C]` for `x [B, ...]`, -inf where an output did not compete in the sample's `task [B]`."""
-        logits: Tensor = self.solver(x)
-        allowed = self.active_outputs if len(self.active_outputs) == 1 else self.active_outputs[task.to(logits.device)]
-        return logits.masked_fill(~allowed, -torch.inf)
+        """Return logits `[B, C]` for `x [B, ...]`; they are -inf for outputs that are not active in a sample's `task [B]`."""
+        logits: Tensor = self.network(x)
+        active = self.active_outputs if len(self.active_outputs) == 1 else self.active_outputs[task.to(logits.device)]
+        return logits.masked_fill(~active, -torch.inf)
 
     def grow(self, num_outputs: int) -> None:
-        """Be asked for more outputs from now on: it knows nothing of them, and they never compete."""
-        allowed = self.active_outputs.new_zeros(len(self.active_outputs), num_outputs)
-        allowed[:, : self.active_outputs.shape[1]] = self.active_outputs
-        registry.grow_head(self.solver, num_outputs, self.context.seed)
-        self.solver.requires_grad_(requires_grad=False)
-        self.active_outputs = allowed
+        """Add outputs, up to `num_outputs`. The new outputs are never active, because the teacher has not learned them."""
+        active = self.active_outputs.new_zeros(len(self.active_outputs), num_outputs)
+        active[:, : self.active_outputs.shape[1]] = self.active_outputs
+        registry.grow_head(self.network, num_outputs, self.context.seed)
+        self.network.requires_grad_(requires_grad=False)
+        self.active_outputs = active
 
     def state_dict(self) -> State:
-        """Return everything needed to make it again."""
-        return {"solver": module_state(self.solver), "allowed": self.active_outputs}
+        """Return everything from which `from_state` builds the teacher."""
+        return {"solver": module_state(self.network), "allowed": self.active_outputs}
 
     @classmethod
     def from_state(cls, context: BuildContext, state: State) -> Teacher:
-        """Return the teacher that `state_dict` described."""
-        solver = context.build_network(state["allowed"].shape[1])
-        load_module_state(solver, state["solver"])
-        return cls(context, solver, state["allowed"].to(context.device))
+        """Build the teacher from what `state_dict` returned."""
+        network = context.build_network(state["allowed"].shape[1])
+        load_module_state(network, state["solver"])
+        return cls(context, network, state["allowed"].to(context.device))

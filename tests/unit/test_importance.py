@@ -9,9 +9,13 @@ from torch.nn import functional
 
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
+from streamlearn.strategies.ewc import FisherImportance
 from streamlearn.strategies.gradient_moments import gradient_moments
-from streamlearn.strategies.importance import Fisher, OutputSensitivity, PathIntegral, RiemannianWalk, Uniform
+from streamlearn.strategies.l2 import UniformImportance
+from streamlearn.strategies.mas import OutputSensitivity
 from streamlearn.strategies.penalty import ImportancePenalty
+from streamlearn.strategies.rwalk import RiemannianWalk
+from streamlearn.strategies.si import PathIntegral
 from streamlearn.strategies.slots import BuildContext, EndedTask
 from streamlearn.tensors import dense
 from tests.support import awkward
@@ -52,7 +56,7 @@ def test_fisher_is_the_mean_of_per_sample_squares(build: type[nn.Module], shape:
     """The Fisher diagonal squares each sample's gradient, never the batch's mean."""
     torch.manual_seed(0)
     network, x, y = build(), torch.randn(9, *shape), torch.randint(0, 2, (9,))
-    actual = Fisher(context(shape), kind=kind, samples=9).compute(ended_task(network, x, y))
+    actual = FisherImportance(context(shape), kind=kind, samples=9).compute(ended_task(network, x, y))
     expected = slow_fisher(network, x, y, exact=kind == "exact")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
@@ -63,7 +67,7 @@ def test_sampled_fisher_tends_to_the_exact() -> None:
     torch.manual_seed(0)
     network, x, y = MLP([5], 3, [6]), torch.randn(20_000, 5), torch.zeros(20_000, dtype=torch.int64)
     exact, sampled = (
-        Fisher(context((5,)), kind=kind, samples=1).compute(ended_task(network, x, y))[0]
+        FisherImportance(context((5,)), kind=kind, samples=1).compute(ended_task(network, x, y))[0]
         for kind in ("exact", "sampled")
     )
     assert float((exact - sampled).norm() / exact.norm()) < 0.05
@@ -72,7 +76,7 @@ def test_sampled_fisher_tends_to_the_exact() -> None:
 def test_fisher_leaves_the_network_as_it_was() -> None:
     """No gradient, hook or mode is left behind."""
     network = MLP([5], 3, [6])
-    Fisher(context((5,)), kind="exact", samples=1).compute(
+    FisherImportance(context((5,)), kind="exact", samples=1).compute(
         ended_task(network, torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))
     )
     assert network.training
@@ -104,7 +108,12 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
     """The closed form equals autograd on strength/2 * sum of parabolas, one a task or re-centred on the last."""
     torch.manual_seed(0)
     penalty = ImportancePenalty(
-        context((5,)), Fisher(context((5,)), kind="exact", samples=8), 3.0, anchor=anchor, decay=0.5, proximal=False
+        context((5,)),
+        FisherImportance(context((5,)), kind="exact", samples=8),
+        3.0,
+        anchor=anchor,
+        decay=0.5,
+        proximal=False,
     )
     importances: list[list[Tensor]] = []
     anchors: list[list[Tensor]] = []
@@ -249,7 +258,7 @@ def test_riemannian_walk_is_its_definition() -> None:
 
 def test_l2_pulls_every_parameter_alike() -> None:
     """Plain L2 is a penalty whose importance is one, however many tasks there were, around the newest weights."""
-    penalty = ImportancePenalty(context((5,)), Uniform(), 3.0, anchor="last", decay=0.0, proximal=False)
+    penalty = ImportancePenalty(context((5,)), UniformImportance(), 3.0, anchor="last", decay=0.0, proximal=False)
     for _ in range(3):
         network = MLP([5], 3, [6])
         penalty.end_task(ended_task(network, torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)))
