@@ -1,10 +1,10 @@
 """Gradient projection: GEM (Lopez-Paz & Ranzato 2017) and A-GEM (Chaudhry et al. 2019).
 
-GEM: find the g~ nearest to g with <g~, g_k> >= 0 for the gradient g_k on the memory of every past task k. With G the matrix of
-these gradients, g~ = G^T v + g, where v minimises 1/2 v^T G G^T v + (G g)^T v subject to v >= margin (eq. 11, 13).
-A-GEM: one reference gradient r, drawn from all of the memory; where <g, r> < 0, g~ = g - <g, r> / (<r, r> + epsilon) * r
-(eq. 11, and epsilon as van de Ven et al. 2022 have it: where the memory is fitted almost perfectly, r is what is left of its
-hardest samples, and the step passes).
+GEM finds the gradient g~ nearest to g with <g~, g_k> >= 0, for the gradient g_k on the memory of every past task k. With G the
+matrix of these gradients, g~ = G^T v + g, where v minimises 1/2 v^T G G^T v + (G g)^T v subject to v >= margin (eq. 11, 13).
+A-GEM uses one reference gradient r, on samples drawn from the whole memory. If <g, r> < 0, then
+g~ = g - <g, r> / (<r, r> + epsilon) * r (eq. 11, with epsilon as in van de Ven et al. 2022). If the model fits the memory
+almost perfectly, r is small and comes from a few hard samples; epsilon then leaves the gradient almost unchanged.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from streamlearn.memory import EpisodicMemory
 
 RIDGE = 1e-3
-"""Added to GEM's program, whose gradients of neighbouring tasks may be parallel: absolute, as its authors have it."""
+"""Added to the diagonal of G G^T, because gradients of neighbouring tasks may be parallel. Absolute, as in GEM's own code."""
 
 
-class AverageProjection(Constraint):
-    """A-GEM: one reference gradient a step, on samples drawn from all past tasks; branch-free, nothing waits."""
+class AGEMConstraint(Constraint):
+    """A-GEM: one reference gradient for each step, on samples drawn from all past tasks. Never waits for the device."""
 
     def __init__(self, context: BuildContext, memory: EpisodicMemory, *, reference: int | None, epsilon: float) -> None:
         self.context = context
@@ -46,11 +46,13 @@ class AverageProjection(Constraint):
         drawn = self.memory.draw(self.reference)
         batch = Batch(self.context.preprocess(drawn["x"]), drawn["y"].to(self.context.device), drawn["task"])
         reference = gradient_of(batch)
-        along = dot_product(grads, reference)
+        product = dot_product(grads, reference)
         square = dot_product(reference, reference)
-        factor = along.clamp(max=0) / (square + self.epsilon)
+        factor = product.clamp(max=0) / (
+            square + self.epsilon
+        )  # 0 where nothing is to be projected: no branch, no waiting
         torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
-        self._projected += (along < 0) & (square > self.epsilon)
+        self._projected += (product < 0) & (square > self.epsilon)
 
     def end_task(self, ended: EndedTask) -> None:
         self.memory.store(ended.task, ended.x, ended.y, ended.output_labels)
@@ -69,10 +71,11 @@ class AverageProjection(Constraint):
         return {"projected": int(self._projected), "failed": 0}
 
 
-class EpisodicProjection(Constraint):
-    """GEM: a gradient for every past task, on all of its memory, so a step costs more with every task.
+class GEMConstraint(Constraint):
+    """GEM: one gradient for every past task, on all of its stored samples, so a step costs more with every task.
 
-    The program is solved on the host, in float64; where it fails, the step goes on as it was, and is counted.
+    The quadratic program is solved on the host in float64. If it cannot be solved, the gradient stays as it is, and the
+    failure is counted.
     """
 
     def __init__(self, context: BuildContext, memory: EpisodicMemory, *, per_task: int, margin: float) -> None:
@@ -87,18 +90,19 @@ class EpisodicProjection(Constraint):
         del params
         if not len(self.memory):
             return
-        past = torch.stack([flatten(gradient_of(self._samples(task))) for task in self.memory.samples_by_task]).double()
-        new = flatten(grads).double()
-        along = (past @ new).cpu().numpy()
-        if not (along < 0).any():  # false for NaN, too: a step that is not finite is dropped anyway
+        past = torch.stack(
+            [flatten(gradient_of(self._batch_of(task))) for task in self.memory.samples_by_task]
+        ).double()
+        products = (past @ flatten(grads).double()).cpu().numpy()
+        if not (products < 0).any():  # also false for NaN: a step that is not finite is dropped anyway
             return
         self.projected += 1
-        if (weights := solve_weights((past @ past.T).cpu().numpy(), along, self.margin)) is None:
+        if (weights := solve_weights((past @ past.T).cpu().numpy(), products, self.margin)) is None:
             self.failed += 1
             return
         change = torch.from_numpy(weights).to(past.device) @ past
-        for grad, part in zip(grads, change.split([grad.numel() for grad in grads]), strict=True):
-            grad.add_(part.reshape(grad.shape).to(grad.dtype))
+        for grad, values in zip(grads, change.split([grad.numel() for grad in grads]), strict=True):
+            grad.add_(values.reshape(grad.shape).to(grad.dtype))
 
     def end_task(self, ended: EndedTask) -> None:
         self.memory.store(ended.task, ended.x, ended.y, ended.output_labels)
@@ -116,38 +120,38 @@ class EpisodicProjection(Constraint):
     def counters(self) -> dict[str, int]:
         return {"projected": self.projected, "failed": self.failed}
 
-    def _samples(self, task: int) -> Batch:
-        slot = self.memory.samples_by_task[task]
-        return Batch(
-            self.context.preprocess(slot["x"]), slot["y"].to(self.context.device), torch.full((len(slot["y"]),), task)
-        )
+    def _batch_of(self, task: int) -> Batch:
+        """Return all stored samples of a task as one batch."""
+        stored = self.memory.samples_by_task[task]
+        x, y = self.context.preprocess(stored["x"]), stored["y"].to(self.context.device)
+        return Batch(x, y, torch.full((len(stored["y"]),), task))
 
 
-def solve_weights(gram: np.ndarray, along: np.ndarray, margin: float) -> np.ndarray | None:
-    """Return the v >= margin that minimises 1/2 v^T `gram` v + `along`^T v, or None where it cannot be found.
+def solve_weights(gram: np.ndarray, products: np.ndarray, margin: float) -> np.ndarray | None:
+    """Return the v >= margin that minimises 1/2 v^T `gram` v + `products`^T v, or None if it cannot be found.
 
-    With v = u + margin and P = gram + ridge = L L^T it is the non-negative least squares problem
-    |L^T u + L^-1 (P margin + along)|.
+    With v = u + margin and P = gram + ridge = L L^T, this is the non-negative least squares problem
+    |L^T u + L^-1 (P margin + products)|.
     """
     from scipy.optimize import nnls
 
-    size = len(along)
+    size = len(products)
     ridged = gram + RIDGE * np.eye(size)
     try:
         root = np.linalg.cholesky(ridged)
-        shifted = ridged @ np.full(size, margin) + along
+        shifted = ridged @ np.full(size, margin) + products
         solution, _ = nnls(root.T, -np.linalg.solve(root, shifted))
     except (np.linalg.LinAlgError, RuntimeError, ValueError):
         return None
-    found: np.ndarray = solution + margin
-    return found if bool(np.isfinite(found).all()) else None
+    weights: np.ndarray = solution + margin
+    return weights if bool(np.isfinite(weights).all()) else None
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all entries in one vector."""
+    """Return the entries of all tensors in one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def dot_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Return the inner product of two aligned lists, 0-dim, on their device."""
+    """Return the inner product of two aligned lists of tensors, 0-dim, on their device."""
     return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]).sum()

@@ -1,9 +1,9 @@
 """PackNet: Mallya & Lazebnik 2018, "PackNet: adding multiple tasks to a single network by iterative pruning".
 
-A task trains every weight that no task owns. At its end the smallest `prune` of these, layer by layer, are set to zero and
-stay free; the survivors are trained on (the refinement: further passes over the reservoir) and then belong to the task.
-Weights of linear and convolution layers are packed; biases, normalisation and all else belong to the first task and then hold.
-Of a layer named `head`, a task competes only for the rows of its own outputs.
+A task trains every weight that has no owner. At the end of the task, the smallest of these weights (a share `prune` of each
+layer) are set to zero and stay free. The task owns the others, and trains them on in the refinement: further passes over the
+reservoir. Weights of linear and convolution layers can be owned. Biases, normalisation and all other parameters are trained by
+the first task only. In a layer named `head`, a task can only own rows of its own outputs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MASKED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-FREE = 255  # owner of a weight that belongs to no task
+FREE = 255  # in place of an owner: no task owns the weight
 
 
 class PackedModule(nn.Module):
-    """A network and, for each of its packed weights, the task that owns it (uint8, so at most 255 tasks)."""
+    """A network and, for each weight of its masked layers, the task that owns it (uint8, so at most 255 tasks)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.packed: dict[str, str] = {}  # parameter -> buffer of its owners
+        self.packed: dict[str, str] = {}  # name of a parameter -> name of the buffer with its owners
         names = {name for name, param in self.named_parameters() if param.requires_grad}
         uses = Counter(
             id(layer.weight) for layer in net.modules() if isinstance(getattr(layer, "weight", None), Tensor)
@@ -41,23 +41,24 @@ class PackedModule(nn.Module):
                 key = f"net.{name}.weight" if name else "net.weight"
                 if key not in names or uses[id(layer.weight)] > 1:
                     raise StreamlearnError(
-                        f"strategy.packnet: the weight of layer {name} is computed of others, or another layer's, too",
+                        f"strategy.packnet: layer {name} shares its weight with another layer, or computes it from other "
+                        "parameters; accepted: layers with weights of their own",
                         code=78,
                     )
                 self.packed[key] = f"owner_{len(self.packed)}"
                 self.register_buffer(self.packed[key], torch.full_like(layer.weight, FREE, dtype=torch.uint8))
 
     def owners(self, name: str) -> Tensor:
-        """Return who owns each entry of a packed weight."""
+        """Return the owner of each entry of a weight, by the parameter's name."""
         return self.get_buffer(self.packed[name])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `[B, C]`: the current task runs unmasked, since what was pruned is zero."""
+        """Return the current task's logits `[B, C]`. No mask is needed, since pruned weights are zero."""
         logits: Tensor = self.net(x)
         return logits
 
     def forward_for_task(self, x: Tensor, task: int) -> Tensor:
-        """Return the logits that a task's own weights, and those of the tasks before it, give."""
+        """Return a task's logits `[B, C]`, computed with the weights that this task and the tasks before it own."""
         named = dict(self.named_parameters())
         masked = {
             name.removeprefix("net."): torch.where(self.owners(name) <= task, named[name], 0.0) for name in self.packed
@@ -67,21 +68,24 @@ class PackedModule(nn.Module):
 
 
 class PackedNetwork(Network):
-    """One network that tasks share out among themselves, weight by weight; none can change what another owns."""
+    """One network whose weights are divided among the tasks. No task can change what another owns."""
 
     module: PackedModule
 
     def __init__(self, context: BuildContext, *, prune: float, samples: int) -> None:
         super().__init__(PackedModule(context.build_network(context.num_outputs)))
         self.prune = prune
-        self.samples_needed = samples  # to be trained on after pruning
+        self.samples_needed = samples  # for training after the pruning
         self.task = 0
         self.refining = False
         if not self.module.packed:
             kinds = ", ".join(kind.__name__ for kind in MASKED_LAYERS)
             raise StreamlearnError(f"strategy.packnet: the model has no layer that it can mask ({kinds})", code=78)
         if any(getattr(layer, "track_running_stats", False) for layer in self.module.modules()):
-            message = "strategy.packnet: the model keeps statistics of batches, which every later task would change"
+            message = (
+                "strategy.packnet: the model keeps statistics of batches, which every later task would change; "
+                "accepted: models without batch normalisation"
+            )
             raise StreamlearnError(message, code=78)
 
     @property
@@ -100,48 +104,48 @@ class PackedNetwork(Network):
     def begin_refinement(self, ended: EndedTask) -> None:
         self.refining = True
         if not len(ended.y):
-            return  # a task without a usable sample claims nothing
+            return  # a task without a usable sample owns nothing
         named = dict(self.module.named_parameters())
         for name in self.module.packed:
-            weight, owner = named[name], self.module.owners(name)
-            free = owner == FREE
+            weight, owners = named[name], self.module.owners(name)
+            free = owners == FREE
             own = free & ended.active_outputs[ended.task][:, None] if name == "net.head.weight" else free
             count = round(self.prune * int(own.sum()))
             sizes = torch.where(own, weight.abs(), torch.inf).flatten()
             own = own.flatten().index_fill(0, sizes.argsort(stable=True)[:count], value=False).reshape(weight.shape)
-            owner[own] = ended.task
+            owners[own] = ended.task
             weight[free & ~own] = 0.0
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        found = task.unique().tolist()
-        if found == [self.task]:
+        tasks = task.unique().tolist()
+        if tasks == [self.task]:
             return self.module(x)  # type: ignore[no-any-return]  # modules are typed to return anything
-        parts = {number: (task == number).to(x.device) for number in found}
-        logits = {
-            n: self.module(x[rows]) if n == self.task else self.module.forward_for_task(x[rows], n)
-            for n, rows in parts.items()
+        rows_of = {one: (task == one).to(x.device) for one in tasks}
+        logits_of = {
+            one: self.module(x[rows]) if one == self.task else self.module.forward_for_task(x[rows], one)
+            for one, rows in rows_of.items()
         }
-        together = torch.zeros(len(x), next(iter(logits.values())).shape[1], device=x.device)
-        for number, rows in parts.items():
-            together[rows] = logits[number]
-        return together
+        logits = torch.zeros(len(x), next(iter(logits_of.values())).shape[1], device=x.device)
+        for one, rows in rows_of.items():
+            logits[rows] = logits_of[one]
+        return logits
 
     def trainable_entries(self) -> dict[str, Tensor]:
-        """Return, for each parameter, which of its entries the current task may move, as booleans of its shape."""
-        mine = self.task if self.refining else FREE
-        owners = [self.module.owners(name) for name in self.module.packed]
-        first = not any(bool(((owner != FREE) & (owner != self.task)).any()) for owner in owners)
+        """Return, for each parameter, which entries the current task may change: booleans of its shape."""
+        trained_owner = self.task if self.refining else FREE
+        all_owners = [self.module.owners(name) for name in self.module.packed]
+        is_first = not any(bool(((owners != FREE) & (owners != self.task)).any()) for owners in all_owners)
         return {
-            name: self.module.owners(name) == mine
+            name: self.module.owners(name) == trained_owner
             if name in self.module.packed
-            else torch.full_like(param, first, dtype=torch.bool)
+            else torch.full_like(param, is_first, dtype=torch.bool)
             for name, param in self.trainable_parameters().items()
         }
 
     def metrics(self) -> dict[str, float]:
-        owners = [self.module.owners(name) for name in self.module.packed]
-        free = sum(int((owner == FREE).sum()) for owner in owners)
-        return {**super().metrics(), "free_ratio": free / sum(owner.numel() for owner in owners)}
+        all_owners = [self.module.owners(name) for name in self.module.packed]
+        free = sum(int((owners == FREE).sum()) for owners in all_owners)
+        return {**super().metrics(), "free_ratio": free / sum(owners.numel() for owners in all_owners)}
 
     def state_dict(self) -> State:
         return {"task": self.task, "refining": self.refining}
@@ -151,11 +155,11 @@ class PackedNetwork(Network):
 
 
 class OwnershipConstraint(Constraint):
-    """Keeps every entry that the current task may not move where it was, whatever momentum and weight decay would do to it."""
+    """Keeps every entry that the current task may not change at its value, against momentum and weight decay."""
 
     def __init__(self, network: PackedNetwork) -> None:
         self.network = network
-        self._trainable: list[Tensor] = []  # found anew at every boundary: it follows from the owners
+        self._trainable: list[Tensor] = []  # empty: compute it at the next step; the owners decide it
         self._frozen_values: list[Tensor] = []
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
@@ -172,10 +176,10 @@ class OwnershipConstraint(Constraint):
         if not self._trainable:
             self._trainable = list(self.network.trainable_entries().values())
             self._frozen_values = [param.detach().clone() for param in params]
-        for grad, learns in zip(grads, self._trainable, strict=True):
-            grad.masked_fill_(~learns, 0.0)
+        for grad, trainable in zip(grads, self._trainable, strict=True):
+            grad.masked_fill_(~trainable, 0.0)
 
     @torch.no_grad()
     def restore_frozen(self, params: Sequence[Tensor]) -> None:
-        for param, learns, held in zip(params, self._trainable, self._frozen_values, strict=True):
-            param.copy_(torch.where(learns, param, held))
+        for param, trainable, frozen in zip(params, self._trainable, self._frozen_values, strict=True):
+            param.copy_(torch.where(trainable, param, frozen))

@@ -1,8 +1,9 @@
 """Progressive neural networks: Rusu et al. 2016, "Progressive neural networks".
 
-A column for each task, all earlier ones frozen. Layer i of column k sees its own column and every earlier one (eq. 1):
-h_i^(k) = f(W_i^(k) h_{i-1}^(k) + sum_{j<k} s_i^(k:j) U_i^(k:j) h_{i-1}^(j)), with a learned scale s that begins small.
-Linear and convolution layers but the first have lateral connections; every other layer is its column's own.
+Each task has a column, a network of its own; the columns of earlier tasks are frozen. Layer i of column k gets the input of
+layer i in its own column and in every earlier one (eq. 1):
+h_i^(k) = f(W_i^(k) h_{i-1}^(k) + sum_{j<k} s_i^(k:j) U_i^(k:j) h_{i-1}^(j)), with a learned scale s that is small at first.
+Linear and convolution layers, except the first, have lateral connections. All other layers only see their own column.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONNECTED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-INITIAL_SCALE = 0.1  # of lateral connections, at first
+INITIAL_SCALE = 0.1  # of lateral connections
 
 
 class LateralLayer(nn.Module):
-    """A layer of a column, with what it sees of the same layer's input in each earlier column."""
+    """A layer of a column, with lateral connections from the inputs of the same layer in each earlier column."""
 
     def __init__(self, layer: nn.Module, earlier: Sequence[LateralLayer]) -> None:
         super().__init__()
         self.layer = layer
-        self.earlier = tuple(earlier)  # in a tuple, so that they stay the parameters of their own columns
+        self.earlier = tuple(earlier)  # a tuple, so that their parameters are registered in their own columns only
         self.adapters = nn.ModuleList(_adapter(layer) for _ in earlier)
         self.scales = nn.Parameter(torch.full((len(earlier),), INITIAL_SCALE)) if earlier else None
         self.layer_input: Tensor | None = None
@@ -45,7 +46,7 @@ class LateralLayer(nn.Module):
 
 
 class Columns(nn.Module):
-    """The columns; `columns[k]` answers for task k."""
+    """The columns; `columns[k]` computes the logits of task k."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Columns(nn.Module):
         logits: Tensor = self.columns[task](x)
         for module in self.modules():
             if isinstance(module, LateralLayer):
-                module.layer_input = None  # a graph must not outlive its step, nor be copied
+                module.layer_input = None  # the autograd graph must neither live longer than its step nor be copied
         return logits
 
     def train(self, mode: bool = True) -> Columns:  # noqa: FBT001, FBT002 - torch's own signature
@@ -70,7 +71,7 @@ class Columns(nn.Module):
 
 
 class ProgressiveNetwork(Network):
-    """A column a task. Parameters grow with the square of the number of tasks, up to `max_parameters`."""
+    """Adds a column for each task. The parameters grow with the square of the number of tasks, up to `max_parameters`."""
 
     supports_forward_transfer = False  # a task has no column before it begins
     module: Columns
@@ -80,10 +81,10 @@ class ProgressiveNetwork(Network):
         self.context = context
         self.max_parameters = max_parameters
         self._add_column()
-        for number, name in enumerate(
+        for task, name in enumerate(
             context.task_names
-        ):  # where all tasks are listed, room for them is known before the first
-            self._check_parameter_limit(number, f"task {name}: ")
+        ):  # if all tasks are listed, a limit that is too low shows at once
+            self._check_parameter_limit(task, f"task {name}: ")
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del params
@@ -92,13 +93,13 @@ class ProgressiveNetwork(Network):
             self._add_column()
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        found = task.unique().tolist()
-        if len(found) == 1:
-            return self.module(x, found[0])  # type: ignore[no-any-return]  # modules are typed to return anything
+        tasks = task.unique().tolist()
+        if len(tasks) == 1:
+            return self.module(x, tasks[0])  # type: ignore[no-any-return]  # modules are typed to return anything
         logits = torch.zeros(len(x), self.context.num_outputs, device=x.device)
-        for number in found:
-            rows = (task == number).to(x.device)
-            logits[rows] = self.module(x[rows], number)
+        for one in tasks:
+            rows = (task == one).to(x.device)
+            logits[rows] = self.module(x[rows], one)
         return logits
 
     def state_dict(self) -> State:
@@ -109,7 +110,7 @@ class ProgressiveNetwork(Network):
             self._add_column()
 
     def _add_column(self) -> None:
-        """Freeze the columns and add one, its lateral connections and weights seeded by its number."""
+        """Freeze the existing columns and add one; its number and the seed decide all its initial weights."""
         number = len(self.module.columns)
         self.module.columns.requires_grad_(requires_grad=False)
         with global_seed(self.context.seed + number):
@@ -118,22 +119,24 @@ class ProgressiveNetwork(Network):
         self.module.columns.append(column.to(self.context.device))
         self.module.columns[:-1].eval()
 
-    def _check_parameter_limit(self, task: int, who: str) -> None:
+    def _check_parameter_limit(self, task: int, prefix: str) -> None:
+        """Raise `StreamlearnError` (78) if the columns up to this task's need more than `max_parameters`."""
         own = sum(param.numel() for param in self.module.columns[0].parameters())
         layers = [m for m in self.module.columns[0].modules() if isinstance(m, LateralLayer)][1:]
-        lateral = sum(next(layer.layer.parameters()).numel() + 1 for layer in layers)  # its weights, and a scale
+        lateral = sum(next(layer.layer.parameters()).numel() + 1 for layer in layers)  # the weights, and a scale
         total = (task + 1) * own + task * (task + 1) // 2 * lateral
         if total > self.max_parameters:
             raise StreamlearnError(
-                f"{who}strategy.pnn.max_parameters is {self.max_parameters}, and {task + 1} columns have {total} parameters",
+                f"{prefix}strategy.pnn.max_parameters is {self.max_parameters}, and {task + 1} columns have {total} "
+                "parameters; raise it, or use a smaller model",
                 code=78,
             )
 
 
 def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: Sequence[nn.Module]) -> None:
-    """Give a column's layers their lateral connections to the same layers of earlier columns.
+    """Connect a column's layers to the inputs of the same layers in earlier columns, in place.
 
-    Raises `StreamlearnError` (78) for a network without such layers, or with one that is used more or less than once.
+    Raises `StreamlearnError` (78) for a network that has no such layers, or that does not use each of them exactly once.
     """
     called: list[nn.Module] = []
     layers = {name: m for name, m in column.named_modules() if isinstance(m, CONNECTED_LAYERS)}
@@ -144,20 +147,21 @@ def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: S
         handle.remove()
     if not layers or len(called) != len(layers) or len({id(layer) for layer in called}) != len(layers):
         raise StreamlearnError(
-            f"strategy.pnn: needs a network of linear and convolution layers, each used once; found {len(layers)} of them, "
-            f"used {len(called)} times",
+            "strategy.pnn: the model must have linear or convolution layers, each used once; "
+            f"found {len(layers)} of them, used {len(called)} times",
             code=78,
         )
     others = [{name: m for name, m in one.named_modules() if isinstance(m, LateralLayer)} for one in earlier]
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
-        seen = [] if layer is called[0] else [other[name] for other in others]  # all columns have the same input
-        setattr(column.get_submodule(parent), last, LateralLayer(layer, seen))
+        # the first layer has no lateral connections: its input is the same in all columns
+        sources = [] if layer is called[0] else [other[name] for other in others]
+        setattr(column.get_submodule(parent), last, LateralLayer(layer, sources))
     if not earlier:
         try:
             with torch.no_grad(), eval_mode(column):
                 column(context.zero_inputs(2))
-        except Exception as error:  # a model may want of its layers what only they have
+        except Exception as error:  # a model may use attributes of its layers that a `LateralLayer` does not have
             raise StreamlearnError(f"strategy.pnn: cannot connect the model's layers: {error}", code=78) from error
         for module in column.modules():
             if isinstance(module, LateralLayer):

@@ -224,11 +224,11 @@ def gem(
 ) -> Slots:
     """Gradient episodic memory (Lopez-Paz & Ranzato 2017), `memory` samples a task. Costs more with every task."""
     from streamlearn.memory import ALL, EpisodicMemory
-    from streamlearn.strategies.gem import EpisodicProjection
+    from streamlearn.strategies.gem import GEMConstraint
 
     del momentum  # a question of configuration
     kept = EpisodicMemory(ALL, context.max_bytes, context.seed)
-    return {"constraint": EpisodicProjection(context, kept, per_task=memory, margin=margin)}
+    return {"constraint": GEMConstraint(context, kept, per_task=memory, margin=margin)}
 
 
 def agem(
@@ -245,11 +245,11 @@ def agem(
 
     Where its squared norm is far below `epsilon`, nothing is projected.
     """
-    from streamlearn.strategies.gem import AverageProjection
+    from streamlearn.strategies.gem import AGEMConstraint
 
     del momentum
     memory = _episodic_memory(context, budget, selection, per_class)
-    return {"constraint": AverageProjection(context, memory, reference=reference, epsilon=epsilon)}
+    return {"constraint": AGEMConstraint(context, memory, reference=reference, epsilon=epsilon)}
 
 
 def pnn(context: BuildContext, *, max_parameters: Positive = 50_000_000) -> Slots:

@@ -1,8 +1,9 @@
 """Episodic replay: Chaudhry et al. 2019, "On tiny episodic memories in continual learning"; joint training; dark replay.
 
 loss = (1 - share) * mean over new samples + share * mean over replayed samples.
-ER draws `ratio` samples for each new one, and all weigh the same (or by tasks, or by counts). Joint training draws k - 1 for
-each new one, where k is the number of tasks: the current one has 1/k of the loss, and all stored samples share the rest.
+Experience replay draws `ratio` samples for each new one, and all weigh the same (or `balance` sets the share). Joint training
+draws k - 1 samples for each new one, where k is the number of tasks: the current task has 1/k of the loss, and all stored
+samples divide the rest equally.
 Dark experience replay (Buzzega et al. 2020, DER++): loss = CE(new) + alpha * |logits - stored logits|^2 + beta * CE(stored).
 """
 
@@ -26,7 +27,8 @@ CHUNK = 512
 class EpisodicReplay(Replay):
     """Replays stored samples of past tasks, drawn uniformly.
 
-    With `balance: batch` all samples of a batch weigh the same; otherwise `ReplayShare` gives the weight of the replayed ones.
+    `balance`: `batch` gives all samples of a batch the same weight; `tasks` and `counts` are those of `ReplayShare`.
+    `by_tasks`: draw one sample for each new one and past task, instead of `ratio` samples for each new one.
     """
 
     def __init__(
@@ -78,9 +80,9 @@ class EpisodicReplay(Replay):
 
 
 class DarkReplay(EpisodicReplay):
-    """Replays stored samples twice over: some toward the logits that the solver had for them when their task ended, some hard.
+    """Replays two sets of stored samples: one with its labels, one with the model's logits from the end of the sample's task.
 
-    The logits say nothing of outputs that did not compete then.
+    Stored logits are -inf for outputs that were not active in that task; the loss leaves those out.
     """
 
     def __init__(
@@ -91,28 +93,28 @@ class DarkReplay(EpisodicReplay):
         self.beta = beta
 
     def sample(self, batch: Batch) -> Batch | None:
-        self.share = 0.0  # the new samples keep their whole weight, and the replayed ones have their own beside it
+        self.share = 0.0  # the new samples keep their whole weight; the replayed samples have weights of their own
         if not len(self.memory):
             return None
         count = max(1, round(self.ratio * len(batch)))
         drawn = self.memory.draw(2 * count)
         weight = torch.full((2 * count,), self.beta / count, device=self.device)
         weight[count:] = self.alpha / count
-        soft = drawn["logits"][count:].to(self.device)
+        stored_logits = drawn["logits"][count:].to(self.device)
         x, y = self.preprocess(drawn["x"]), drawn["y"].to(self.device)
-        return Batch(x, y, drawn["task"], weight, soft, targets_are_logits=True)
+        return Batch(x, y, drawn["task"], weight, stored_logits, targets_are_logits=True)
 
     @torch.no_grad()
     def end_task(self, ended: EndedTask) -> None:
-        forbidden = ~ended.active_outputs[ended.task]
+        inactive = ~ended.active_outputs[ended.task]
         with eval_mode(ended.network):
-            parts = [
-                ended.network(self.preprocess(x)).masked_fill(forbidden, -torch.inf).cpu()
+            chunks = [
+                ended.network(self.preprocess(x)).masked_fill(inactive, -torch.inf).cpu()
                 for x in ended.x.split(CHUNK)
                 if len(x)
             ]
-        if parts:
-            self.memory.store(ended.task, ended.x, ended.y, ended.output_labels, logits=torch.cat(parts))
+        if chunks:
+            self.memory.store(ended.task, ended.x, ended.y, ended.output_labels, logits=torch.cat(chunks))
 
     def grow(self, params: object, num_outputs: int) -> None:
         del params

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from streamlearn.memory import ALL, EpisodicMemory
-from streamlearn.strategies.gem import RIDGE, AverageProjection, EpisodicProjection, solve_weights
+from streamlearn.strategies.gem import RIDGE, AGEMConstraint, GEMConstraint, solve_weights
 from streamlearn.strategies.slots import BuildContext
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def test_gem_harms_no_past_task(margin: float, seed: int) -> None:
     """After projection no past task's gradient has a dot product with the step that is clearly negative."""
     torch.manual_seed(seed)
     past = torch.randn(3, 40)
-    constraint = EpisodicProjection(CONTEXT, full(EpisodicMemory(ALL, 1 << 20, 0), 3), per_task=1, margin=margin)
+    constraint = GEMConstraint(CONTEXT, full(EpisodicMemory(ALL, 1 << 20, 0), 3), per_task=1, margin=margin)
 
     def gradient_of(batch: Batch) -> list[Tensor]:
         row = past[int(batch.x[0, 0])]
@@ -78,7 +78,7 @@ def test_agem_projects_where_the_reference_is_harmed(sign: float) -> None:
     """A gradient against the reference ends orthogonal to it; one along it is left as it was, bit for bit."""
     torch.manual_seed(0)
     reference = torch.randn(40)
-    constraint = AverageProjection(CONTEXT, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None, epsilon=0.0)
+    constraint = AGEMConstraint(CONTEXT, full(EpisodicMemory(10, 1 << 20, 0), 2), reference=None, epsilon=0.0)
     seen: list[int] = []
 
     def gradient_of(batch: Batch) -> list[Tensor]:
@@ -107,7 +107,7 @@ def test_agem_leaves_alone_what_a_fitted_memory_says() -> None:
     ends = []
     for epsilon in (0.0, 1e-3):
         memory = full(EpisodicMemory(10, 1 << 20, 0), 2)
-        constraint = AverageProjection(CONTEXT, memory, reference=None, epsilon=epsilon)
+        constraint = AGEMConstraint(CONTEXT, memory, reference=None, epsilon=epsilon)
         grads = [new.clone()]
         constraint.project_gradient([], grads, lambda _: [reference])
         ends.append(grads[0])
