@@ -1,4 +1,4 @@
-"""Gives each chaos test its case, passes over what is finished, and writes down what ends well."""
+"""Give each chaos test its case, skip finished cases, and record successful ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Give a case. The full form is passed over where the book has it for this code, and written down when it ends well."""
+    """Yield a case. The full form is skipped if it has a result for this code, and is recorded if it succeeds."""
     full = request.node.get_closest_marker("chaos") is not None
     key = f"{request.node.path.stem.removeprefix('test_')}/{request.node.name.removeprefix('test_')}"
-    digest, book = result_digest(request.node.path, key), open_results()
-    if full and book.has_result(key, digest) and not request.config.getoption("--again"):
-        pytest.skip("finished with this code; --again runs it anew")
+    digest, results = result_digest(request.node.path, key), open_results()
+    if full and results.has_result(key, digest) and not request.config.getoption("--again"):
+        pytest.skip("finished with this code; --again runs it all the same")
     case = Case(key, request.config.getoption("--chaos-seed"))
     print(f"--chaos-seed {case.seed}")
     yield case
-    assert case.entry is not None or request.node.stash.get(FAILED, False), "a case must report"
+    assert case.entry is not None or request.node.stash.get(FAILED, False), "a case must call record"
     if full and case.entry is not None and not request.node.stash.get(FAILED, False):
         open_results().add(key, {"digest": digest, **case.entry})
 
@@ -33,7 +33,7 @@ FAILED = pytest.StashKey[bool]()
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Remember whether the test itself failed: a fixture is not told."""
+    """Remember whether the test failed, because a fixture cannot see that."""
     if call.when == "call":
         item.stash[FAILED] = call.excinfo is not None
     yield

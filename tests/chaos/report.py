@@ -15,19 +15,19 @@ BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 
 
 def table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a line for each fault: tried, lost, learned twice, and what was seen to happen, over all its cases."""
-    of: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    """Return one line for each fault: tried, lost, learned twice, and observed events, summed over its cases."""
+    by_fault: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for entry in entries.values():
-        of[entry["fault"]].append(entry)
+        by_fault[entry["fault"]].append(entry)
     lines = ["| fault | times tried | lost | learned twice | what was seen to happen |", "|---|---:|---:|---:|---|"]
-    for fault, found in of.items():
+    for fault, found in by_fault.items():
         seen: dict[str, int] = defaultdict(int)
         for entry in found:
             for what, times in entry["seen"].items():
                 seen[what] += times
-        told = "; ".join(f"{what}: {times:,}" for what, times in seen.items())
+        events = "; ".join(f"{what}: {times:,}" for what, times in seen.items())
         tried, lost, twice = (sum(entry[name] for entry in found) for name in ("tried", "lost", "twice"))
-        lines.append(f"| {fault} | {tried:,} | {lost:,} | {twice:,} | {told} |")
+        lines.append(f"| {fault} | {tried:,} | {lost:,} | {twice:,} | {events} |")
     return "\n".join([*lines, "", _footer(entries.values())])
 
 
@@ -43,14 +43,14 @@ def _footer(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def page(text: str, entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the document with the table between its marks."""
+    """Return the document with the table between its markers."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table(entries)}\n{END}{after}"
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the table into the document."""
     PAGE.write_text(page(PAGE.read_text(), open_results().entries))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 

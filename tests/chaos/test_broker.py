@@ -1,4 +1,4 @@
-"""Brokers and networks fail while records come and are learned: each (partition, offset) is learned exactly once."""
+"""Brokers and networks fail while records arrive and are learned: each record is learned exactly once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kafka
 
-CAPACITY = 200_000  # samples that can be told apart
+CAPACITY = 200_000  # number of distinct samples
 PER_RECORD = 4
-CHUNK, PAUSE = 48, 0.2  # samples, and seconds between them: about as many as the daemon learns
+CHUNK, PAUSE = 48, 0.2  # samples, and seconds between chunks: about as fast as the daemon learns
 UPDATE_SECONDS = 0.03
 SECONDS = 300
 
 
 class Publisher:
-    """Publishes numbered samples without end, each acknowledged by every replica, until it is told to finish."""
+    """Publishes numbered samples, each acknowledged by every replica, until `finish` is called."""
 
     def __init__(self, address: str, partitions: int, copies: int) -> None:
         kafka = {"bootstrap_servers": address.split(","), "replication_factor": copies}
@@ -47,13 +47,13 @@ class Publisher:
         self._thread.start()
 
     def finish(self) -> int:
-        """Write the task's end; return how many samples were published."""
+        """Write the marker that ends the task, and return how many samples were published."""
         self._finish.set()
         self._thread.join(SECONDS)
         assert not self._thread.is_alive(), "the publisher is stuck"
         for partition in range(self.partitions):
             self.sink.append("t1", partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
-        self._settle()
+        self._flush()
         self.sink.close()
         return self.acknowledged
 
@@ -66,10 +66,10 @@ class Publisher:
                 self.sink.append(
                     "t1", number % self.partitions, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
                 )
-            self._settle()
+            self._flush()
             self.acknowledged += CHUNK
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         while True:
             try:
                 self.sink.flush()
@@ -80,7 +80,7 @@ class Publisher:
 
 
 def configured(directory: Path, address: str, seconds: float, merge: str) -> Path:
-    """Write the configuration of a daemon that reads t1 from there and counts."""
+    """Write the configuration of a daemon that reads topic t1 at this address with a counting model."""
     over: dict[str, Any] = {
         "kafka": {"bootstrap_servers": address, "metadata_refresh_seconds": 1, "group_id": directory.name},
         "stream": {"merge": merge, "dead_letter": {"topic": f"{directory.name}.dlq"}},
@@ -89,32 +89,32 @@ def configured(directory: Path, address: str, seconds: float, merge: str) -> Pat
     return jobs.write_tree(directory, models.settings(directory, CAPACITY, seconds, **over))
 
 
-def stream_through(
+def run_with_faults(
     case: Case,
     directory: Path,
     address: str,
-    strike: Callable[[], None],
-    strikes: int,
+    inject_fault: Callable[[], None],
+    faults: int,
     *,
     partitions: int = 1,
     merge: str = "arrival",
     copies: int = 1,
     source: str | None = None,
 ) -> tuple[int, int]:
-    """Publish and learn while something strikes; return how many samples were lost and learned twice.
+    """Publish and learn while faults are injected; return how many samples were lost and learned twice.
 
-    `address` is the daemon's way to the broker, `source` the publisher's where it is another. What was to be learned is
-    what an undisturbed daemon learns afterwards from the same log; where the order is fixed, both end bit-equal.
+    The daemon reaches the broker at `address`, the publisher at `source` (default: the same). Afterwards an undisturbed
+    daemon learns the same log: its result is the expected one. If the order is fixed, both must be bit-equal.
     """
     publisher = Publisher(source or address, partitions, copies)
     unlearned = 0
-    with jobs.Daemon(configured(directory / "struck", address, UPDATE_SECONDS, merge)) as daemon:
-        for _ in range(strikes):
-            learns_on(daemon)
-            time.sleep(case.chance.uniform(0, 1.5))
+    with jobs.Daemon(configured(directory / "disturbed", address, UPDATE_SECONDS, merge)) as daemon:
+        for _ in range(faults):
+            wait_for_progress(daemon)
+            time.sleep(case.rng.uniform(0, 1.5))
             acknowledged = publisher.acknowledged
-            unlearned += trained(daemon) < acknowledged
-            strike()
+            unlearned += trained_samples(daemon) < acknowledged
+            inject_fault()
         published = publisher.finish()
         assert published <= CAPACITY
         assert daemon.finish(SECONDS) == 0, daemon.tail()
@@ -124,20 +124,20 @@ def stream_through(
     assert jobs.all_accounted_for(actual.read_json("status.json"))
     if partitions == 1 or merge == "fixed":
         assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
-    case.sometimes("struck with samples published and not learned", unlearned, max(1, strikes // 2))
+    case.assert_happened("faults while published samples waited to be learned", unlearned, max(1, faults // 2))
     a, b = (jobs.tensors(checkpoint)["model.safetensors:learned"] for checkpoint in (expected, actual))
     assert int((a == 0).sum()) == CAPACITY - published, "the log holds what was published"
     return int((a - b).clamp(min=0).sum()), int((b - a).clamp(min=0).sum())
 
 
-def learns_on(daemon: jobs.Daemon) -> None:
-    """Return when a daemon has learned more than it had."""
-    before = trained(daemon)
+def wait_for_progress(daemon: jobs.Daemon) -> None:
+    """Wait until the daemon has learned more samples than now."""
+    before = trained_samples(daemon)
     daemon.until(lambda status: bool(status["samples"]["trained"] > before), SECONDS)
 
 
-def trained(daemon: jobs.Daemon) -> int:
-    """Return how many samples a daemon has learned."""
+def trained_samples(daemon: jobs.Daemon) -> int:
+    """Return how many samples the daemon has learned."""
     status = daemon.until(lambda status: "samples" in status)
     return int(status["samples"]["trained"])
 
@@ -151,27 +151,29 @@ def trained(daemon: jobs.Daemon) -> int:
     ],
 )
 def test_broker_killed(case: Case, tmp_path: Path, kills: int, partitions: int, merge: str) -> None:
-    """Killed and started again at any moment, the broker costs nothing."""
+    """A broker that is killed and restarted at any moment causes no loss and no repetition."""
     with KafkaBroker(tmp_path / "kafka") as broker:
 
-        def strike() -> None:
+        def inject_fault() -> None:
             broker.kill()
-            time.sleep(case.chance.choice([0.0, case.chance.uniform(0, 3)]))
+            time.sleep(case.rng.choice([0.0, case.rng.uniform(0, 3)]))
             broker.start()
 
-        lost, twice = stream_through(case, tmp_path, broker.address, strike, kills, partitions=partitions, merge=merge)
-    told = (tmp_path / "struck" / "job.log").read_text().count("waiting for it")
-    case.sometimes("outages that the daemon told of", told, max(1, kills // 3))
-    case.report("`kill -9` of the Kafka broker, and its restart", kills, lost=lost, twice=twice)
+        lost, twice = run_with_faults(
+            case, tmp_path, broker.address, inject_fault, kills, partitions=partitions, merge=merge
+        )
+    outages = (tmp_path / "disturbed" / "job.log").read_text().count("waiting for it")
+    case.assert_happened("outages that the daemon logged", outages, max(1, kills // 3))
+    case.record("`kill -9` and restart of the Kafka broker", kills, lost=lost, twice=twice)
 
 
 @pytest.mark.parametrize("kills", [pytest.param(6, id="leader", marks=FULL)])
 def test_leader_killed(case: Case, tmp_path: Path, kills: int) -> None:
-    """In a cluster of three another node takes over; nothing that was acknowledged is lost or learned twice."""
+    """When the leader of a cluster of three is killed, another node takes over; no acknowledged sample is lost or repeated."""
     moved = 0
     with Cluster(tmp_path / "kafka") as cluster:
 
-        def strike() -> None:
+        def inject_fault() -> None:
             nonlocal moved
             leader = cluster.leader("t1")
             leader.kill()
@@ -180,48 +182,48 @@ def test_leader_killed(case: Case, tmp_path: Path, kills: int) -> None:
                 assert time.monotonic() < deadline, "no node took over"
                 time.sleep(0.2)
             moved += now != leader.number
-            time.sleep(case.chance.uniform(0, 2))
+            time.sleep(case.rng.uniform(0, 2))
             leader.start()
             time.sleep(3)  # in sync again, before the next is killed
 
-        lost, twice = stream_through(case, tmp_path, cluster.address, strike, kills, copies=3)
-    case.sometimes("another node became the leader", moved, kills)
-    case.report("`kill -9` of the leader in a cluster of three", kills, lost=lost, twice=twice)
+        lost, twice = run_with_faults(case, tmp_path, cluster.address, inject_fault, kills, copies=3)
+    case.assert_happened("another node became the leader", moved, kills)
+    case.record("`kill -9` of the leader in a cluster of three", kills, lost=lost, twice=twice)
 
 
 def other_leader(cluster: Cluster, number: int) -> int | None:
-    """Return the leader once it is another than this node."""
+    """Return the number of the leader if it is not this node, else None."""
     try:
         found = cluster.leader("t1").number
-    except Exception:  # noqa: BLE001 - a cluster in the middle of an election answers in many ways
+    except Exception:  # noqa: BLE001 - during an election a cluster answers with many kinds of errors
         return None
     return found if found != number else None
 
 
 @pytest.mark.parametrize(
-    ("how", "strikes"),
+    ("how", "faults"),
     [
         pytest.param("cut", 8, id="cut", marks=FULL),
         pytest.param("delayed", 8, id="delayed", marks=FULL),
         pytest.param("black-holed", 4, id="black-holed", marks=FULL),
     ],
 )
-def test_network(case: Case, tmp_path: Path, how: str, strikes: int) -> None:
-    """A network that resets, holds back or swallows costs nothing but time."""
+def test_network(case: Case, tmp_path: Path, how: str, faults: int) -> None:
+    """A network that resets connections, delays or drops data costs only time."""
     with Proxy(0) as proxy, ProxiedBroker(tmp_path / "kafka", proxy.port) as broker:
         proxy.target = broker.behind
 
-        def strike() -> None:
+        def inject_fault() -> None:
             if how == "cut":
                 proxy.cut()
             elif how == "delayed":
-                proxy.delay(case.chance.uniform(0.2, 3))
+                proxy.delay(case.rng.uniform(0.2, 3))
             else:
                 proxy.swallow()
-            time.sleep(case.chance.uniform(1, 20 if how == "black-holed" else 6))
+            time.sleep(case.rng.uniform(1, 20 if how == "black-holed" else 6))
             proxy.heal()
 
         behind = f"127.0.0.1:{proxy.port}"
-        lost, twice = stream_through(case, tmp_path, behind, strike, strikes, source=broker.address)
-        case.sometimes("connections and chunks hindered", proxy.hindered, strikes)
-    case.report(f"the network to the broker {how}", strikes, lost=lost, twice=twice)
+        lost, twice = run_with_faults(case, tmp_path, behind, inject_fault, faults, source=broker.address)
+        case.assert_happened("connections and chunks disturbed", proxy.hindered, faults)
+    case.record(f"the network to the broker {how}", faults, lost=lost, twice=twice)

@@ -1,4 +1,4 @@
-"""`kill -9` at random: while it starts, learns, and writes a checkpoint. Nothing is lost, nothing is learned twice."""
+"""`kill -9` at random moments: at the start, while learning, while writing a checkpoint. Nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ SAMPLES = 3000
 WHEN = ["writing", "learning", "starting"]
 
 
-def strike(config: Path, when: str, chance: random.Random) -> tuple[bool, bool]:
-    """Start a daemon and kill it; return whether it still ran, and whether a torn checkpoint is left."""
+def start_and_kill(config: Path, when: str, rng: random.Random) -> tuple[bool, bool]:
+    """Start a daemon and kill it; return whether it was still running, and whether an unfinished checkpoint is left."""
     with jobs.Daemon(config) as daemon:
         if when == "starting":
-            time.sleep(chance.uniform(0, 5))
+            time.sleep(rng.uniform(0, 5))
         else:
             while daemon.process.poll() is None and (daemon.status() or {"state": "starting"})["state"] != "running":
                 time.sleep(0.02)
         if when == "learning":
-            time.sleep(chance.uniform(0, 0.5))
-        while when == "writing" and daemon.process.poll() is None and not torn(daemon.state):
+            time.sleep(rng.uniform(0, 0.5))
+        while when == "writing" and daemon.process.poll() is None and not has_unfinished_checkpoint(daemon.state):
             time.sleep(0.0005)
         hit = daemon.process.poll() is None
         assert daemon.process.poll() in {None, 0}, daemon.tail()
         daemon.kill()
-    return hit, torn(daemon.state)
+    return hit, has_unfinished_checkpoint(daemon.state)
 
 
-def torn(state: Path) -> bool:
-    """Tell whether a checkpoint is half written."""
+def has_unfinished_checkpoint(state: Path) -> bool:
+    """Tell whether a checkpoint is only partly written."""
     return any((state / "checkpoints").glob(".tmp-*"))
 
 
 def killed_runs(
-    case: Case, directory: Path, kills: int, config: Callable[[Path], Path], judge: Callable[[Checkpoint], None]
+    case: Case, directory: Path, kills: int, config: Callable[[Path], Path], check: Callable[[Checkpoint], None]
 ) -> int:
-    """Kill runs of a job, one after the other, until so many kills have hit; judge how each run ends. Return the kills."""
-    hits = tears = number = 0
-    needed = max(1, kills // 10)  # of torn checkpoints
-    while hits < kills or tears < needed:
-        assert number < 10 * kills, "hardly any kill hits"
+    """Kill runs of a job until so many kills met a running daemon; check each run's end. Return the number of kills."""
+    hits = unfinished = number = 0
+    needed = max(1, kills // 10)  # unfinished checkpoints
+    while hits < kills or unfinished < needed:
+        assert number < 10 * kills, "hardly any kill meets a running daemon"
         path = config(directory / f"run{number}")
         ended = False
-        while not ended and (hits < kills or tears < needed):
-            hit, tear = strike(path, WHEN[number % len(WHEN)], case.chance)
-            hits, tears, ended = hits + hit, tears + tear, not hit
+        while not ended and (hits < kills or unfinished < needed):
+            hit, is_unfinished = start_and_kill(path, WHEN[number % len(WHEN)], case.rng)
+            hits, unfinished, ended = hits + hit, unfinished + is_unfinished, not hit
             number += 1
-        judge(jobs.run_to_end(path))
+        check(jobs.run_to_end(path))
         shutil.rmtree(path.parent)
-    case.sometimes("torn checkpoints left", tears, needed)
+    case.assert_happened("unfinished checkpoints left", unfinished, needed)
     return hits
 
 
-def gaps(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[int, int]:
-    """Return by how many samples a status has learned less and more than another, topic by topic."""
+def count_differences(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many samples the actual status has learned less and more than the expected one, summed over topics."""
     pairs = [
         (count["trained"], actual["topics"].get(name, {}).get("trained", 0))
         for name, count in expected["topics"].items()
@@ -86,7 +86,7 @@ def gaps(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[int, i
     ],
 )
 def test_kills(case: Case, tmp_path: Path, strategy: dict[str, object], kills: int, per_task: int) -> None:
-    """Whatever the strategy, every run that was killed ends bit-equal to the one that was not."""
+    """For every strategy, a run that was killed ends bit-equal to one that was not."""
     scenario = "task" if {"pnn", "packnet"} & set(strategy) else "class"
 
     def config(directory: Path) -> Path:
@@ -103,21 +103,21 @@ def test_kills(case: Case, tmp_path: Path, strategy: dict[str, object], kills: i
     expected = jobs.run_to_end(config(tmp_path / "undisturbed"))
     found = [0, 0]
 
-    def judge(actual: Checkpoint) -> None:
+    def check(actual: Checkpoint) -> None:
         status = actual.read_json("status.json")
-        lost, twice = gaps(expected.read_json("status.json"), status)
+        lost, twice = count_differences(expected.read_json("status.json"), status)
         found[0] += lost
         found[1] += twice
         assert jobs.all_accounted_for(status)
         assert jobs.differences(expected, actual) == [], f"seed {case.seed}"
 
-    tried = killed_runs(case, tmp_path, kills, config, judge)
-    case.report(FAULT, tried, lost=found[0], twice=found[1])
+    tried = killed_runs(case, tmp_path, kills, config, check)
+    case.record(FAULT, tried, lost=found[0], twice=found[1])
 
 
 @pytest.mark.parametrize("kills", [pytest.param(25, id="counted", marks=FULL)])
 def test_kills_counted(case: Case, tmp_path: Path, kills: int) -> None:
-    """A model that counts was trained on each sample once, whatever the daemon's own books say."""
+    """A counting model shows that it was trained on each sample once, independent of the daemon's counters."""
 
     def config(directory: Path) -> Path:
         path = jobs.write_tree(directory, models.settings(directory, SAMPLES, checkpoint={"every_batches": 1}))
@@ -128,10 +128,10 @@ def test_kills_counted(case: Case, tmp_path: Path, kills: int) -> None:
 
     found = [0, 0]
 
-    def judge(actual: Checkpoint) -> None:
+    def check(actual: Checkpoint) -> None:
         lost, twice = models.tally(actual, SAMPLES)
         found[0] += lost
         found[1] += twice
 
-    tried = killed_runs(case, tmp_path, kills, config, judge)
-    case.report(FAULT, tried, lost=found[0], twice=found[1])
+    tried = killed_runs(case, tmp_path, kills, config, check)
+    case.record(FAULT, tried, lost=found[0], twice=found[1])

@@ -1,4 +1,4 @@
-"""Load: a learner that is far too slow, and half an hour of full and idle phases. Nothing grows, nothing is dropped."""
+"""Load: a learner that is too slow, and long phases of load and silence. No resource grows, no sample is dropped."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 BATCH = 10
 QUEUE = 1000
-POLL = 500  # records that one look at embedded topics brings at most
+POLL = 500  # records that one poll of embedded topics returns at most
 MEGABYTE = 1 << 20
 SAMPLE_SECONDS = 1.0
-BEFORE = 2000  # samples of a first task, which the second replays
+FIRST_TASK_SAMPLES = 2000  # samples of the first task, which the second task replays
 CHUNK = 500
-AHEAD = 20_000  # samples that a learner under load has before it
+BACKLOG = 20_000  # published samples that wait for the learner under load
 
 
 @dataclass(frozen=True)
-class Vitals:
-    """What a process holds at a moment."""
+class ProcessStats:
+    """The resources of a process at one moment."""
 
     second: float  # monotonic
     resident: int  # bytes
@@ -48,8 +48,8 @@ class Vitals:
     trained: int
 
 
-def vitals(daemon: jobs.Daemon) -> Vitals:
-    """Look at a daemon, from outside."""
+def measure(daemon: jobs.Daemon) -> ProcessStats:
+    """Measure a daemon from outside."""
     process = Path(f"/proc/{daemon.process.pid}")
     found = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     descriptors = len(list((process / "fd").iterdir()))
@@ -57,32 +57,32 @@ def vitals(daemon: jobs.Daemon) -> Vitals:
     trained = sum(value for (name, _), value in shown.items() if name == "samples_trained_total")
     queued = next(value for (name, _), value in shown.items() if name == "train_batch_queue_samples")
     resident, threads = int(found["VmRSS"].split()[0]) << 10, int(found["Threads"])
-    return Vitals(time.monotonic(), resident, threads, descriptors, len(shown), int(queued), int(trained))
+    return ProcessStats(time.monotonic(), resident, threads, descriptors, len(shown), int(queued), int(trained))
 
 
-def watched(daemon: jobs.Daemon, seconds: float, feeder: Feeder | None = None) -> list[Vitals]:
-    """Look at a daemon every second for so long; it is alive each time, and is given as much as it can learn."""
+def measure_for(daemon: jobs.Daemon, seconds: float, feeder: Feeder | None = None) -> list[ProcessStats]:
+    """Measure a daemon every second for so long. It must be alive each time; the feeder gives it enough to learn."""
     found = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found.append(vitals(daemon))
+        found.append(measure(daemon))
         if feeder is not None:
-            feeder.limit = found[-1].trained + AHEAD
+            feeder.limit = found[-1].trained + BACKLOG
         assert get(f"{daemon.http}/healthz")[0] == 200
         time.sleep(SAMPLE_SECONDS)
     return found
 
 
-def slope(found: Sequence[Vitals]) -> float:
-    """Return by how many bytes an hour the resident memory grows, over a line through all moments."""
+def slope(found: Sequence[ProcessStats]) -> float:
+    """Return the growth of the resident memory in bytes an hour: the slope of a fitted line."""
     seconds = np.array([v.second for v in found])
     return float(np.polyfit(seconds - seconds[0], [v.resident for v in found], 1)[0]) * 3600
 
 
 @pytest.mark.parametrize(("seconds", "update_seconds"), [pytest.param(180, 2.0, id="updates of 2 s", marks=FULL)])
 def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_seconds: float) -> None:
-    """Under full load a slow learner's queue keeps its bound, memory is flat, the daemon lives, each sample is learned once."""
-    samples = 20_000  # far more than are learned in the time
+    """Under full load a slow learner's queue keeps its limit, memory is flat, and each sample is learned once."""
+    samples = 20_000  # far more than can be learned in this time
     over: dict[str, Any] = {
         "stream": {"queue": {"samples": QUEUE}, "batch_size": BATCH},
         "checkpoint": {"every_batches": 5},
@@ -95,38 +95,38 @@ def test_back_pressure(case: Case, tmp_path: Path, seconds: float, update_second
     sink.close()
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: status["state"] == "running" and status["samples"]["trained"] > 0)
-        found = watched(daemon, seconds)
+        found = measure_for(daemon, seconds)
         assert daemon.stop() == 0, daemon.tail()
     fullest = max(v.queued for v in found)
-    # a poll that was under way when the bound was reached still comes in whole
+    # a poll that had started before the limit was reached is still queued completely
     most = QUEUE + POLL + BATCH
-    case.sometimes("looks at a full queue", sum(v.queued >= QUEUE // 2 for v in found), len(found) // 2)
-    assert fullest <= most, f"{fullest} samples waited, expected at most {most}"
+    case.assert_happened("measurements with a full queue", sum(v.queued >= QUEUE // 2 for v in found), len(found) // 2)
+    assert fullest <= most, f"{fullest} samples queued, expected at most {most}"
     grown = max(v.resident for v in found[len(found) // 2 :]) - max(v.resident for v in found[: len(found) // 2])
     assert grown < 16 * MEGABYTE, f"memory grew by {grown / MEGABYTE:.0f} MB"
     checkpoint = Store(daemon.state).all()[0]
     trained = checkpoint.read_json("status.json")["samples"]["trained"]
-    lost, twice = models.tally(checkpoint, trained)  # in order, so what was learned are the first
+    lost, twice = models.tally(checkpoint, trained)  # samples come in order, so the learned ones are the first
     assert trained >= BATCH * 0.5 * seconds / update_seconds
-    case.sometimes("updates of a slow learner", trained // BATCH, 10)
-    case.report(
+    case.assert_happened("slow updates", trained // BATCH, 10)
+    case.record(
         f"updates of {update_seconds:g} s under full load for {seconds / 60:g} minutes", 1, lost=lost, twice=twice
     )
 
 
 class Feeder:
-    """Publishes up to a limit, which whoever watches the daemon moves on; nothing more in a time of silence."""
+    """Publishes up to a limit, which the measuring loop raises; in a silent phase the limit stays."""
 
     def __init__(self, path: Path, topic: str) -> None:
         self.path, self.topic = path, topic
         self.published = 0
-        self.limit = AHEAD
+        self.limit = BACKLOG
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
         self._thread.start()
 
     def finish(self) -> int:
-        """Write the task's end; return how many samples were published."""
+        """Write the marker that ends the task, and return how many samples were published."""
         self._end.set()
         self._thread.join(60)
         return self.published
@@ -148,7 +148,7 @@ class Feeder:
 
 @pytest.mark.parametrize(("minutes", "phase"), [pytest.param(21, 90.0, id="21 minutes", marks=FULL)])
 def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
-    """Phases of load and of silence leave memory, threads, file descriptors and series as they were after the warm-up."""
+    """After phases of load and silence, memory, threads, file descriptors and series are as after the warm-up."""
     over: dict[str, Any] = {
         "stream": {"topics": ["t0", "t1"], "batch_size": 100},
         "checkpoint": {"every_batches": None, "every_seconds": 10},
@@ -158,24 +158,26 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     tree = models.settings(tmp_path, 0, **over)
     config = jobs.write_tree(tmp_path, {**tree, "model": {"name": "mlp", "hidden": [32]}})
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
-    producer.publish(sink, "t0", models.numbered(0, BEFORE), producer.PublishOptions())
+    producer.publish(sink, "t0", models.numbered(0, FIRST_TASK_SAMPLES), producer.PublishOptions())
     sink.close()
     feeder = Feeder(tmp_path / "topics.sqlite", "t1")
-    loaded: list[Vitals] = []
-    idle: list[Vitals] = []
+    loaded: list[ProcessStats] = []
+    idle: list[ProcessStats] = []
     end = time.monotonic() + minutes * 60
     with jobs.Daemon(config) as daemon:
         while time.monotonic() < end:
             if not loaded:
-                daemon.until(lambda status: status["state"] == "running" and status["samples"]["trained"] > BEFORE)
-            loaded += watched(daemon, phase, feeder)
-            idle += watched(daemon, phase / 3)
-        published = BEFORE + feeder.finish()
+                daemon.until(
+                    lambda status: status["state"] == "running" and status["samples"]["trained"] > FIRST_TASK_SAMPLES
+                )
+            loaded += measure_for(daemon, phase, feeder)
+            idle += measure_for(daemon, phase / 3)
+        published = FIRST_TASK_SAMPLES + feeder.finish()
         assert daemon.finish() == 0, daemon.tail()
     trained = Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"]
     warm = [v for v in loaded if v.second > loaded[0].second + phase]
     for name in ("threads", "descriptors", "series"):
-        # the median, since a request or a checkpoint under way holds something for a moment
+        # the median, because a request or a checkpoint may use something for a moment
         early, late = (
             statistics.median(getattr(v, name) for v in part)
             for part in (warm[: len(warm) // 3], warm[-len(warm) // 3 :])
@@ -187,9 +189,9 @@ def test_soak(case: Case, tmp_path: Path, minutes: float, phase: float) -> None:
     grown = slope(after) * minutes / 60
     assert grown < 0.05 * first, f"memory grew from {first / MEGABYTE:.0f} to {last / MEGABYTE:.0f} MB"
     silent = sum(a.trained == b.trained for a, b in itertools.pairwise(idle))
-    case.sometimes("looks in load", len(loaded), 100)
-    case.sometimes("seconds in which nothing came", silent, len(idle) // 2)
-    case.sometimes("samples learned", trained, 100_000)
-    case.sometimes("resident memory, MB", round(last / MEGABYTE), 0)
+    case.assert_happened("measurements under load", len(loaded), 100)
+    case.assert_happened("seconds without new samples", silent, len(idle) // 2)
+    case.assert_happened("samples learned", trained, 100_000)
+    case.assert_happened("resident memory, MB", round(last / MEGABYTE), 0)
     lost, twice = max(0, published - trained), max(0, trained - published)
-    case.report(f"{minutes:g} minutes of load and silence", 1, lost=lost, twice=twice)
+    case.record(f"{minutes:g} minutes of alternating load and silence", 1, lost=lost, twice=twice)

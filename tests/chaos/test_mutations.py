@@ -1,4 +1,4 @@
-"""Checkpoint files as malice, bad disks and careless hands leave them: refused, or the very state that was saved."""
+"""Checkpoint files changed by attackers, bad disks and people: refused, or exactly the state that was saved."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the configuration of a daemon that has ended, whose last two checkpoints are kept."""
+    """Return the configuration of a daemon that has ended, with its last two checkpoints."""
     directory = tmp_path_factory.mktemp("daemon")
     strategy = {"generative": {"hidden": 16, "latent": 4}, "si": {}}
     over = {"checkpoint": {"every_batches": None, "keep": 2, "hourly": 0, "task_ends": 0}, "model": {"hidden": [16]}}
@@ -42,76 +42,76 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-def any_file(directory: Path, chance: random.Random) -> Path:
+def any_file(directory: Path, rng: random.Random) -> Path:
     """Return one of the checkpoint's files."""
-    return chance.choice(sorted(directory.iterdir()))
+    return rng.choice(sorted(directory.iterdir()))
 
 
-def flip(directory: Path, chance: random.Random) -> None:
+def flip(directory: Path, rng: random.Random) -> None:
     """Change one or two bits."""
-    path = any_file(directory, chance)
+    path = any_file(directory, rng)
     content = bytearray(path.read_bytes())
-    for _ in range(chance.randint(1, 2)):
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    for _ in range(rng.randint(1, 2)):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def truncate(directory: Path, chance: random.Random) -> None:
-    """Cut a file, perhaps to nothing."""
-    path = any_file(directory, chance)
-    os.truncate(path, chance.choice([0, chance.randrange(path.stat().st_size)]))
+def truncate(directory: Path, rng: random.Random) -> None:
+    """Truncate a file, perhaps to zero bytes."""
+    path = any_file(directory, rng)
+    os.truncate(path, rng.choice([0, rng.randrange(path.stat().st_size)]))
 
 
-def lengthen(directory: Path, chance: random.Random) -> None:
+def lengthen(directory: Path, rng: random.Random) -> None:
     """Add bytes to a file."""
-    with any_file(directory, chance).open("ab") as file:
-        file.write(chance.randbytes(chance.randint(1, 5000)))
+    with any_file(directory, rng).open("ab") as file:
+        file.write(rng.randbytes(rng.randint(1, 5000)))
 
 
-def zero(directory: Path, chance: random.Random) -> None:
+def zero(directory: Path, rng: random.Random) -> None:
     """Fill a part of a file with zeros, as a file system does after a power cut."""
-    path = any_file(directory, chance)
+    path = any_file(directory, rng)
     content = path.read_bytes()
-    start = chance.randrange(len(content))
+    start = rng.randrange(len(content))
     path.write_bytes(content[:start] + bytes(len(content) - start))
 
 
-def swap(directory: Path, chance: random.Random) -> None:
-    """Exchange two files."""
-    one, other = chance.sample(sorted(directory.iterdir()), 2)
+def swap(directory: Path, rng: random.Random) -> None:
+    """Swap two files."""
+    one, other = rng.sample(sorted(directory.iterdir()), 2)
     beside = directory / "beside"
     one.rename(beside)
     other.rename(one)
     beside.rename(other)
 
 
-def remove(directory: Path, chance: random.Random) -> None:
+def remove(directory: Path, rng: random.Random) -> None:
     """Remove a file."""
-    any_file(directory, chance).unlink()
+    any_file(directory, rng).unlink()
 
 
-def older(directory: Path, chance: random.Random) -> None:
-    """Put a file of the checkpoint before it in its place."""
+def replace_by_previous(directory: Path, rng: random.Random) -> None:
+    """Replace a file by that of the previous checkpoint."""
     before = min(path for path in directory.parent.iterdir() if path != directory)
-    path = any_file(directory, chance)
+    path = any_file(directory, rng)
     if (before / path.name).is_file():
         shutil.copy(before / path.name, path)
 
 
-def header(directory: Path, chance: random.Random) -> None:
-    """Claim a safetensors header of any size, and have the manifest agree."""
-    path = chance.choice(sorted(directory.glob("*.safetensors")))
-    size = chance.choice([0, 1, 2**31, 2**63, 2**64 - 1, 100_000_001, chance.randrange(2**64)])
+def forge_header(directory: Path, rng: random.Random) -> None:
+    """Write any size into a safetensors header, and update the manifest."""
+    path = rng.choice(sorted(directory.glob("*.safetensors")))
+    size = rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, 100_000_001, rng.randrange(2**64)])
     content = size.to_bytes(8, "little") + path.read_bytes()[8:]
     path.write_bytes(content)
-    forge(directory, path.name, content)
+    update_manifest(directory, path.name, content)
 
 
-def link(directory: Path, chance: random.Random) -> None:
-    """Replace a file by a link: to a secret, to nothing, to a device that never ends, or by something that is no file."""
-    path = any_file(directory, chance)
+def replace_by_link(directory: Path, rng: random.Random) -> None:
+    """Replace a file by a link (to a secret, a missing file, an endless device), a pipe or a directory."""
+    path = any_file(directory, rng)
     path.unlink()
-    kind = chance.choice(["/etc/passwd", "/nowhere", "/dev/zero", ".", "pipe", "directory"])
+    kind = rng.choice(["/etc/passwd", "/nowhere", "/dev/zero", ".", "pipe", "directory"])
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "directory":
@@ -120,28 +120,28 @@ def link(directory: Path, chance: random.Random) -> None:
         path.symlink_to(kind)
 
 
-def wreck(directory: Path, chance: random.Random) -> None:
-    """Write nonsense into a JSON file, and have the manifest agree: hashes are no signature."""
-    path = directory / chance.choice(["state.json", "offsets.json"])
-    content = chance.choice([b"", b"[" * 100_000, b"\xff", b"[]", b"NaN", b"{}", b'{"groups": 1}', b'"x"'])
+def corrupt_json(directory: Path, rng: random.Random) -> None:
+    """Write nonsense into a JSON file, and update the manifest: hashes are not signatures."""
+    path = directory / rng.choice(["state.json", "offsets.json"])
+    content = rng.choice([b"", b"[" * 100_000, b"\xff", b"[]", b"NaN", b"{}", b'{"groups": 1}', b'"x"'])
     path.write_bytes(content)
-    forge(directory, path.name, content)
+    update_manifest(directory, path.name, content)
 
 
-def edit(directory: Path, chance: random.Random) -> None:
-    """Change something in the manifest."""
+def edit_manifest(directory: Path, rng: random.Random) -> None:
+    """Change or remove one value of the manifest."""
     path = directory / MANIFEST
     tree = json.loads(path.read_bytes())
-    place, key = chance.choice(list(places(tree)))
-    if chance.random() < 0.5:
+    place, key = rng.choice(list(containers(tree)))
+    if rng.random() < 0.5:
         del place[key]
     else:
-        place[key] = chance.choice([None, -1, 2**70, "x", "../../../etc/passwd", [], {}, 1.5, True])
-    path.write_bytes(chance.choice([json.dumps(tree).encode(), json.dumps(tree).encode(), b"[" * 100_000]))
+        place[key] = rng.choice([None, -1, 2**70, "x", "../../../etc/passwd", [], {}, 1.5, True])
+    path.write_bytes(rng.choice([json.dumps(tree).encode(), json.dumps(tree).encode(), b"[" * 100_000]))
 
 
-def forge(directory: Path, name: str, content: bytes) -> None:
-    """Write size and hash of a file into the manifest, and the manifest's own hash."""
+def update_manifest(directory: Path, name: str, content: bytes) -> None:
+    """Write a file's size and hash into the manifest, and update the manifest's own hash."""
     path = directory / MANIFEST
     tree = json.loads(path.read_bytes())
     tree["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -149,19 +149,31 @@ def forge(directory: Path, name: str, content: bytes) -> None:
     path.write_text(json.dumps(tree))
 
 
-def places(tree: Any) -> Any:
+def containers(tree: Any) -> Any:
     """Yield every (container, key) of a JSON tree."""
     for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
         yield tree, key
         if isinstance(tree[key], dict | list):
-            yield from places(tree[key])
+            yield from containers(tree[key])
 
 
-MUTATIONS: list[Mutation] = [flip, truncate, lengthen, zero, swap, remove, older, header, link, wreck, edit]
+MUTATIONS: list[Mutation] = [
+    flip,
+    truncate,
+    lengthen,
+    zero,
+    swap,
+    remove,
+    replace_by_previous,
+    forge_header,
+    replace_by_link,
+    corrupt_json,
+    edit_manifest,
+]
 
 
-def held(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restore a job as a start does, and return what it then holds: tensors as bytes by file, and the rest of the state."""
+def restored_state(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore a job as a start does, and return its state: tensors as bytes by file, and everything else."""
     job = Job.make(config, Store(config.state_dir), Metrics())
     assert job.restore()
     tensors, rest, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
@@ -174,46 +186,50 @@ def held(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.usefixtures("daemon_mode")
 @pytest.mark.parametrize("number", [pytest.param(60, id="short"), pytest.param(1000, id="1000", marks=FULL)])
 def test_mutations(case: Case, daemon: Path, tmp_path: Path, number: int) -> None:
-    """A start on mutated files takes a state that was saved, bit for bit, or refuses with one line; it never crashes."""
+    """A start on mutated files restores a saved state, bit for bit, or refuses with one line; it never crashes."""
     source = Store(daemon.parent / "state").root
     path = tmp_path / "job.yaml"
     path.write_text(daemon.read_text().replace(str(daemon.parent / "state"), str(tmp_path / "state")))
     config = configfile.load(path, RECIPES, {})
     root = tmp_path / "state" / "checkpoints"
     known: list[Any] = []
-    for keep in (slice(0, 2), slice(0, 1)):  # the newest; the one before it
-        fresh(source, root)
+    for keep in (slice(0, 2), slice(0, 1)):  # the newest; the previous one
+        copy_checkpoints(source, root)
         for newer in sorted(root.iterdir())[keep.stop :]:
             shutil.rmtree(newer)
-        known.append(held(config))
+        known.append(restored_state(config))
     assert known[0] != known[1]
-    became = Counter[str]()
+    outcomes = Counter[str]()
     for turn in range(number):
-        fresh(source, root)
+        copy_checkpoints(source, root)
         one, other = sorted(root.iterdir())
         mutate = MUTATIONS[turn % len(MUTATIONS)]
-        both = case.chance.random() < 0.2
-        mutate(other, case.chance)
+        both = case.rng.random() < 0.2
+        mutate(other, case.rng)
         if both:
-            case.chance.choice(MUTATIONS)(one, case.chance)
+            case.rng.choice(MUTATIONS)(one, case.rng)
         what = f"mutation {turn}, {mutate.__name__}, seed {case.seed}"
         try:
-            found = held(config)
+            found = restored_state(config)
         except StreamlearnError:
-            became["refused with one line"] += 1
+            outcomes["refused with a one-line error"] += 1
         except Exception as error:
             raise AssertionError(f"{what}: {error!r}") from error
         else:
-            assert found in known, f"{what}: a state that nobody saved"
-            became["the newest, for its state is untouched" if found == known[0] else "the one before it"] += 1
-    for what, least in (("the one before it", number // 3), ("refused with one line", 1)):
-        case.sometimes(what, became.pop(what), least)
-    for what, times in became.items():
-        case.sometimes(what, times, 0)
-    case.report("mutated checkpoint files", number)
+            assert found in known, f"{what}: a state that was never saved"
+            outcomes[
+                "the newest was used, because its state was unchanged"
+                if found == known[0]
+                else "the previous checkpoint was used"
+            ] += 1
+    for what, least in (("the previous checkpoint was used", number // 3), ("refused with a one-line error", 1)):
+        case.assert_happened(what, outcomes.pop(what), least)
+    for what, times in outcomes.items():
+        case.assert_happened(what, times, 0)
+    case.record("mutated checkpoint files", number)
 
 
-def fresh(source: Path, root: Path) -> None:
-    """Lay out both checkpoints as they were saved."""
+def copy_checkpoints(source: Path, root: Path) -> None:
+    """Copy both checkpoints as they were saved."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(source, root)

@@ -22,27 +22,27 @@ ENTRY = {
 
 
 def test_cases_of_a_fault_are_one_line() -> None:
-    """What was tried and seen is added up; seeds and days are told."""
+    """Numbers of a fault's cases are added up; the last line has seeds and dates."""
     lines = report.table({"1": ENTRY, "2": {**ENTRY, "tried": 1000, "seen": {"x": 1, "y": 5}}}).splitlines()
     assert lines[2] == "| a | 1,003 | 0 | 0 | x: 3; y: 5 |"
     assert lines[-1] == "2 cases, 2 minutes, 2026-01-01; `--chaos-seed` 1."
 
 
-def test_the_page_shows_the_book() -> None:
-    """What is published is what was tried."""
+def test_the_page_shows_the_results() -> None:
+    """docs/reliability.md shows exactly the recorded results."""
     text = report.PAGE.read_text()
     assert report.page(text, open_results().entries) == text
 
 
 def test_a_case_cannot_pass_without_its_fault() -> None:
-    """Nor with a loss, nor with nothing tried; and its random numbers are its seed's and its own."""
+    """A case fails without its fault, with a loss, or with nothing tried. Its random numbers depend on seed and key."""
     case = Case("a", 7)
-    with pytest.raises(AssertionError, match="nothing says that the fault has happened"):
-        case.report("a", 1)
-    with pytest.raises(AssertionError, match="torn: 0 times, expected at least 1; seed 7"):
-        case.sometimes("torn", 0)
+    with pytest.raises(AssertionError, match="nothing shows that the fault happened"):
+        case.record("a", 1)
+    with pytest.raises(AssertionError, match="killed: 0 times, expected at least 1; seed 7"):
+        case.assert_happened("killed", 0)
     with pytest.raises(AssertionError):
-        case.report("a", 0)
+        case.record("a", 0)
     with pytest.raises(AssertionError):
-        case.report("a", 1, twice=1)
-    assert Case("a", 7).chance.random() == random.Random("7/a").random() != Case("b", 7).chance.random()
+        case.record("a", 1, twice=1)
+    assert Case("a", 7).rng.random() == random.Random("7/a").random() != Case("b", 7).rng.random()

@@ -1,4 +1,4 @@
-"""One kill, and one refusal, at every system call of the checkpoint writer: the old checkpoint or the new one is in force."""
+"""A kill, and an error, at every system call of the checkpoint writer: the old or the new checkpoint is valid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINE = re.compile(r"^(?:\d+ +)?(\w+)\((.*)$")  # a call that another thread inte
 ERRORS = {
     "mkdir": "EROFS", "openat": "EMFILE", "write": "ENOSPC", "fsync": "EIO", "link": "EMLINK", "rename": "EROFS",
 }  # fmt: skip
-# run by an interpreter that imports no torch: its only threads are those that sync; what it saves is a daemon's own
+# runs in an interpreter without torch, whose only other threads sync files; it saves the files of a real daemon
 WRITER = """
 import json, sys
 from pathlib import Path
@@ -46,24 +46,24 @@ for attempt in range(attempts):
 
 @dataclass(frozen=True)
 class Call:
-    """The n-th call of its kind that the writer makes on one path of the state directory.
+    """The n-th system call of this name that the writer makes on one path of the state directory.
 
-    Files are synced in threads, in any order, and strace counts the calls of each thread apart. The calls of one kind on
-    one path are made by one thread, one after another.
+    Files are synced in threads, in any order, and strace counts the calls of each thread separately. The calls of one name
+    on one path are made by one thread, one after another.
     """
 
     name: str
     path: str
     number: int
 
-    def strike(self, how: str) -> tuple[str, ...]:
-        """Return the options of strace that do something to this call alone."""
+    def inject(self, how: str) -> tuple[str, ...]:
+        """Return the strace options that inject `how` into this call only."""
         return ("-o", "/dev/null", "-P", self.path, "-e", f"trace={self.name}", "-e",
                 f"inject={self.name}:{how}:when={self.number}")  # fmt: skip
 
 
 class Writer:
-    """A state directory with one checkpoint, and a process that saves the next over it; both are a real daemon's."""
+    """A state directory with one checkpoint, and a process that saves the next one; both come from a real daemon."""
 
     def __init__(self, directory: Path, daemon: Path) -> None:
         self.directory = directory
@@ -72,8 +72,8 @@ class Writer:
         self.state = directory / "state"
         self.root = self.state / "checkpoints"
 
-    def fresh(self) -> None:
-        """Put the old checkpoint alone in force."""
+    def reset(self) -> None:
+        """Reset the state directory to the old checkpoint alone."""
         shutil.rmtree(self.state, ignore_errors=True)
         self.root.mkdir(parents=True)
         shutil.copytree(self.old, self.root / self.old.name)
@@ -87,8 +87,8 @@ class Writer:
         )
 
     def calls(self) -> list[Call]:
-        """Return every call that an undisturbed save makes on the state directory, in order."""
-        self.fresh()
+        """Return all calls that an undisturbed save makes on the state directory, in order."""
+        self.reset()
         log = self.directory / "strace.log"
         done = self.run("-y", "-s", "4096", "-o", str(log), "-e", f"trace={','.join(CALLS)}")
         assert done.returncode == 0, done.stderr
@@ -102,8 +102,8 @@ class Writer:
             found.append(Call(match[1], paths[0], count[match[1], paths[0]]))
         return found
 
-    def in_force(self) -> str:
-        """Return which checkpoint the next start takes, `old` or `new`; fails where it is neither, bit for bit."""
+    def valid_checkpoint(self) -> str:
+        """Return which checkpoint the next start uses, `old` or `new`; fail if it equals neither, bit for bit."""
         found = Store(self.state).newest_valid()
         assert found is not None, "no checkpoint is left"
         assert not list(self.root.glob(".tmp-*"))
@@ -117,7 +117,7 @@ class Writer:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
-    """Give the configuration of a stopped daemon that has several checkpoints, and how it ends undisturbed."""
+    """Return the configuration of a stopped daemon with several checkpoints, and its undisturbed end."""
     jobs.require(shutil.which("strace"), "strace")
     directory = tmp_path_factory.mktemp("daemon")
     strategy = {"er": {"budget": 200}, "ewc": {}}
@@ -129,17 +129,17 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
 
 @pytest.fixture
 def writer(daemon: tuple[Path, Checkpoint], tmp_path: Path) -> Writer:
-    """Give a writer whose new checkpoint is one of the middle of the run, with files that are linked."""
+    """Return a writer whose new checkpoint is from the middle of the run and has linked files."""
     state = tmp_path / "daemon"
     source = daemon[0].parent / "state" / "checkpoints"
     names = sorted(path.name for path in source.iterdir() if path.name.startswith("ckpt-"))
-    later = names[max(2, len(names) // 2) :]  # on a busy machine saves are merged, and there are few
+    later = names[max(2, len(names) // 2) :]  # on a busy machine saves are merged, so there are few checkpoints
     shutil.copytree(source, state / "checkpoints", ignore=lambda _, found: [n for n in found if n in later])
     return Writer(tmp_path, state)
 
 
-def ends_equal(daemon: tuple[Path, Checkpoint], checkpoint: Path, directory: Path) -> None:
-    """Fail unless a run that goes on from this checkpoint ends as the undisturbed one."""
+def check_same_end(daemon: tuple[Path, Checkpoint], checkpoint: Path, directory: Path) -> None:
+    """Fail unless a run from this checkpoint ends as the undisturbed run."""
     config, expected = daemon
     (directory / "checkpoints").mkdir(parents=True)
     shutil.copytree(checkpoint, directory / "checkpoints" / checkpoint.name)
@@ -150,55 +150,58 @@ def ends_equal(daemon: tuple[Path, Checkpoint], checkpoint: Path, directory: Pat
 
 @pytest.mark.parametrize("every", [pytest.param(5, id="short"), pytest.param(1, id="every", marks=FULL)])
 def test_killed_at_every_call(case: Case, daemon: tuple[Path, Checkpoint], writer: Writer, every: int) -> None:
-    """Whichever call the writer dies at, the old checkpoint or the new one is in force, whole; both end bit-equal."""
+    """At whichever call the writer dies, the old or the new checkpoint is valid and complete; both runs end bit-equal."""
     calls = writer.calls()
     outcomes, kinds = Counter[str](), Counter[str]()
-    for call in calls[case.chance.randrange(every) :: every]:
-        writer.fresh()
-        done = writer.run(*call.strike("signal=KILL"))
+    for call in calls[case.rng.randrange(every) :: every]:
+        writer.reset()
+        done = writer.run(*call.inject("signal=KILL"))
         assert done.returncode == -9, f"{call}: not killed: {done.stdout}{done.stderr}"
-        which = writer.in_force()
-        assert ("new" if done.stdout else which) == which, f"{call}: reported as saved, and not there"
+        which = writer.valid_checkpoint()
+        assert ("new" if done.stdout else which) == which, f"{call}: reported as saved, but missing"
         outcomes[which] += 1
         kinds[call.name] += 1
     for which in ("old", "new"):
-        case.sometimes(f"the {which} one in force", outcomes[which], 1 if every == 1 else 0)
+        case.assert_happened(f"the {which} checkpoint was valid", outcomes[which], 1 if every == 1 else 0)
         if every == 1:
-            ends_equal(daemon, getattr(writer, which), writer.directory / which)
-    case.sometimes("kinds of calls", len(kinds), 8 if every == 1 else 2)
-    case.report("`kill -9` at every system call of the checkpoint writer", outcomes.total())
+            check_same_end(daemon, getattr(writer, which), writer.directory / which)
+    case.assert_happened("kinds of calls", len(kinds), 8 if every == 1 else 2)
+    case.record("`kill -9` at every system call of the checkpoint writer", outcomes.total())
 
 
 @pytest.mark.parametrize("every", [pytest.param(5, id="short"), pytest.param(1, id="every", marks=FULL)])
 def test_refused_at_every_call(case: Case, writer: Writer, every: int) -> None:
-    """Whichever call fails, the save says so in one line, the old checkpoint stays in force, and the next save succeeds.
+    """Whichever call fails, the save reports it in one line, the old checkpoint stays valid, and the next save succeeds.
 
-    Where only the sync after the rename fails, the new one is there, whole, but may not outlive a power cut: that is a
-    failure too, and either may be in force.
+    If only the sync after the rename fails, the new checkpoint is complete but may not survive a power cut. That counts
+    as a failure too, and either checkpoint may be valid.
     """
     every_call = writer.calls()
     renamed = next(place for place, call in enumerate(every_call) if call.name == "rename")
     calls = [call for call in every_call if call.name in ERRORS]
     failed = harmless = 0
-    for call in calls[case.chance.randrange(every) :: every]:
-        how = call.strike(f"error={ERRORS[call.name]}")
-        writer.fresh()
+    for call in calls[case.rng.randrange(every) :: every]:
+        how = call.inject(f"error={ERRORS[call.name]}")
+        writer.reset()
         first = writer.run(*how).stdout.splitlines()
         assert len(first) == 1, f"{call}: {first}"
-        if first[0].startswith("ckpt-"):  # what failed was no part of the save: reading, or removing what is old
-            assert writer.in_force() == "new", call
+        if first[0].startswith("ckpt-"):  # the failed call was not part of the save: it read, or removed old files
+            assert writer.valid_checkpoint() == "new", call
             harmless += 1
             continue
         assert "cannot be " in first[0], first
-        assert writer.in_force() == "old" or every_call.index(call) > renamed, call
+        assert writer.valid_checkpoint() == "old" or every_call.index(call) > renamed, call
         if call.name == "fsync":  # of another thread, and so counted from one again: the next save is another process's
             both = [*first, *writer.run("-e", "trace=none").stdout.splitlines()]
         else:
-            writer.fresh()
+            writer.reset()
             both = writer.run(*how, attempts=2).stdout.splitlines()
         assert [line.startswith("ckpt-") for line in both] == [False, True], f"{call}: {both}"
-        assert writer.in_force() == "new", call
+        assert writer.valid_checkpoint() == "new", call
         failed += 1
-    case.sometimes("saves that failed", failed, 20 if every == 1 else 1)
-    case.sometimes("refusals that no save depends on", harmless, 0)
-    case.report("a full disk, an I/O error, a read-only file system at every call of the writer", failed + harmless)
+    case.assert_happened("saves that failed", failed, 20 if every == 1 else 1)
+    case.assert_happened("errors that did not affect a save", harmless, 0)
+    case.record(
+        "a full disk, an I/O error or a read-only file system at every system call of the checkpoint writer",
+        failed + harmless,
+    )
