@@ -117,7 +117,7 @@ def test_broken_checkpoints_are_told(tmp_path: Path) -> None:
     assert "ckpt-000000000002: broken" in one_line(listed)
     shown = cli("status", "--state", tmp_path)
     assert (shown.returncode, shown.stdout) == (3, "status 1: stopped\n")
-    assert "falling back" in one_line(shown)
+    assert "using the checkpoint before it" in one_line(shown)
     for path in store.paths():
         path.rename(store.root / f".corrupt-{path.name}")
     shown = cli("status", "--state", tmp_path)

@@ -1,4 +1,4 @@
-"""What a job's status says of the stream, how it is saved, and how it goes back."""
+"""The job: its status, its checkpoints, its evaluations and its rollbacks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.counting import work
 
 
 def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:
-    """Return a job that stands at offset 3 of its topic, and its stream, which was not started."""
+    """Return a job at offset 3 of its topic, and its stream reader, which is not started."""
     tree: dict[str, Any] = {
         "input": {"shape": [1]},
         "classes": 2,
@@ -53,8 +53,8 @@ def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:
     return job, StreamReader(MemoryReader(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
 
 
-def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
-    """Unknown is not 0: null in the tree and a dash for people, until the reader is connected."""
+def test_lag_is_unknown_without_a_broker(tmp_path: Path) -> None:
+    """Unknown is not 0: the status has null, and the plain output a dash, until the reader is connected."""
     job, stream = made(tmp_path)
     stream.status.waiting_for = "a"
     for away in (None, stream):
@@ -68,13 +68,13 @@ def test_lag_is_unknown_while_no_broker_tells(tmp_path: Path) -> None:
     assert status["lag"] == {"a": {"0": 7}}
     assert status["topics"] == {}
     job.progress.counts_by_topic["a"] = Counter(consumed=3, trained=2, rejected=1)
-    told = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
-    assert told in format_summary(job.status(stream)).splitlines()
+    line = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
+    assert line in format_summary(job.status(stream)).splitlines()
     assert (status["waiting_for"], "lag 7 records; waiting for topic a" in format_summary(status)) == ("a", True)
 
 
-def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
-    """What is learned while a checkpoint is being written is not in it, nor are the positions reported then."""
+def test_a_snapshot_does_not_change(tmp_path: Path) -> None:
+    """Neither later updates nor later positions get into a checkpoint that is being written."""
     job, stream = made(tmp_path)
     before = job.learner.params[0].clone()
     saving = job.save(stream, "manual")
@@ -91,8 +91,8 @@ def test_a_snapshot_is_what_it_was(tmp_path: Path) -> None:
     assert job.progress.positions == Positions({("a", 0): Position(3)})
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Training goes on, the next attempt is not at once, and the one before it stays in force."""
+def test_a_failed_checkpoint_is_one_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training continues, the next attempt waits, and the previous checkpoint stays valid."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
     job.wait_for_saves(stream)
@@ -108,33 +108,33 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path, caplog:
     assert job.save_failed is not None
 
 
-def test_going_back_again_goes_further_back(tmp_path: Path) -> None:
-    """The first rollback is to the newest checkpoint, the second to the one before it, each at a slower rate."""
+def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:
+    """The first rollback uses the newest checkpoint, the second the one before it, each with a lower learning rate."""
     job, stream = made(tmp_path)
     for _ in range(2):
         job.learner.step += 1
         job.save(stream, "manual")
         job.wait_for_saves(stream)
-    rate, gone_to = job.learner.optimizer.lr, []
+    rate, restored = job.learner.optimizer.lr, []
     for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
         assert job.checkpoint is not None
-        gone_to.append(job.checkpoint.origin)
+        restored.append(job.checkpoint.origin)
         assert job.learner.optimizer.lr == rate * 0.5**attempt
-    assert gone_to == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
+    assert restored == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
     assert job.store.newest_valid() == job.checkpoint
     with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):
         job.roll_back(Diverged("no"))
 
 
-def evaluated(job: Job) -> list[str]:
-    """Return when the last evaluation was, as a scrape has it."""
+def last_success(job: Job) -> list[str]:
+    """Return the metric with the time of the last evaluation."""
     lines = job.metrics.expose("")[0].decode().splitlines()
     return [line.split()[1] for line in lines if line.startswith("streamlearn_probe_last_success_timestamp_seconds ")]
 
 
-def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `every_seconds` what was learned since is evaluated, once, and at most a tenth of the time goes into that."""
+def test_evaluation_is_due_after_every_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is due once after new batches, and evaluations take at most a tenth of the time."""
     job, _ = made(tmp_path)
     assert not job.evaluation_due()
     job.learner.batches += 1
@@ -152,10 +152,10 @@ def test_what_a_slow_stream_taught_is_evaluated(tmp_path: Path, monkeypatch: pyt
     assert job.evaluation_due()
 
 
-def test_replay_that_does_not_work_is_told(
+def test_poor_replay_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Below three quarters the log names the worst classes and the ways out; the series has each class."""
+    """Below the limit the warning names the worst classes and better strategies; the metric has every class."""
     job, _ = made(tmp_path)
     job.check_replay()  # a strategy that generates nothing
     job.progress.tasks = [Task(0, "t1", "ended", labels=["cat", "dog"])]
@@ -176,8 +176,8 @@ def test_replay_that_does_not_work_is_told(
     assert all(way in message for way in ("er", "derpp", "input.encoder"))
 
 
-def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
-    """A short batch may be the last for long, so its evaluation does not wait for `every_seconds`; its age is shown."""
+def test_an_idle_loop_evaluates_at_once(tmp_path: Path) -> None:
+    """An idle loop does not wait for `every_seconds`; status and metrics have the age of the evaluation."""
     job, stream = made(tmp_path)
     assert not job.evaluation_due(idle=True)
     job.learner.batches += 3
@@ -197,8 +197,8 @@ def test_an_idle_loop_evaluates_what_it_has_learned(tmp_path: Path) -> None:
     assert "streamlearn_probe_age_batches 0.0" in job.metrics.expose("")[0].decode()
 
 
-def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where `drop` says so; the open task does not count, and nothing that was learned since may be saved."""
+def test_an_accuracy_drop_on_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `drop` is set, a larger drop raises and forbids saving; the open task does not count."""
     job, _ = made(tmp_path, divergence={"drop": 0.2})
     job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "t2", "ended"), Task(2, "t3")]
     found = {0: (0.9, 0.1), 1: (0.7, 0.1), 2: (0.9, 0.1)}
@@ -218,8 +218,8 @@ def test_a_fall_of_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.
         job.evaluate(live=True)
 
 
-def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, StreamReader]:
-    """Return a job that has lost a past task since the last evaluation, and its stream."""
+def after_accuracy_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, StreamReader]:
+    """Return a job that has lost a past task since the last evaluation, and its stream reader."""
     job, stream = made(tmp_path, **over)
     job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "a")]
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
@@ -231,48 +231,48 @@ def lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[
 
 
 @pytest.mark.parametrize("trigger", ["interval", "burst", "manual", "shutdown", "task_end"])
-def test_what_is_saved_was_evaluated_where_a_drop_counts(
+def test_every_save_evaluates_first_if_drop_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trigger: str
 ) -> None:
-    """A checkpoint to go back to must not hold what the next evaluation would have refused, whoever asked for it."""
-    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    """No checkpoint may contain weights that the next evaluation would refuse, whatever triggered the save."""
+    job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         job.save(stream, trigger)
     assert (job.mid_delivery, job.store.all()) == (True, [])
-    job, stream = lost(tmp_path, monkeypatch)
+    job, stream = after_accuracy_drop(tmp_path, monkeypatch)
     job.save(stream, trigger)
     job.wait_for_saves(stream)
     assert len(job.store.all()) == 1
 
 
 @pytest.mark.parametrize("end", ["task end", "burst"])
-def test_a_delivery_that_is_saved_was_evaluated_where_a_drop_counts(
+def test_saves_within_a_delivery_evaluate_first_if_drop_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    """So it is where the loop saves in the middle of a delivery."""
-    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    """The loop saves in the middle of a delivery when a task's end offsets are fixed, and after a burst."""
+    job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         loop.turn(job, stream, Delivery(end_offsets={0: 3}) if end == "task end" else Delivery(forgives_below={0: 3}))
     assert (job.mid_delivery, job.store.all()) == (True, [])
 
 
-def test_a_stop_does_not_save_what_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a drop counts, the last checkpoint is evaluated first too; a command that asks for one gets the same answer."""
-    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+def test_a_stop_evaluates_before_it_saves_if_drop_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint and the one of a command are refused if training has diverged."""
+    job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     desk = ControlDesk(job.config, Metrics())
     desk.stopping = True
     with pytest.raises(Diverged, match="past tasks fell from"):
         learn(job, stream, desk)
     assert job.store.all() == []
-    job, stream = lost(tmp_path, monkeypatch, divergence={"drop": 0.2})
+    job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     desk._requests.append(request := Request("checkpoint", {}))
     with pytest.raises(Diverged):
         desk.serve(job, stream, idle=True)
     assert isinstance(request.answer.exception(timeout=0), Diverged)
 
 
-def test_a_batch_of_which_nothing_is_usable_is_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It changes nothing, so the evaluation after the batch before it is not repeated."""
+def test_a_batch_without_usable_samples_is_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes nothing, so the evaluation after the previous batch is not repeated."""
     job, stream = made(tmp_path, probes={"every": 1})
     turns, evaluated = [3, 0], []
     job.progress.tasks = [Task(0, "a")]
@@ -292,13 +292,13 @@ def test_a_batch_of_which_nothing_is_usable_is_not_evaluated(tmp_path: Path, mon
 
 
 def test_the_warning_and_the_alert_on_replay_agree() -> None:
-    """What the daemon warns of at a task's end is what StreamlearnReplayPoor fires at."""
+    """The warning at a task's end and the alert StreamlearnReplayPoor have the same limit."""
     rules = (Path(__file__).parents[2] / "deploy" / "prometheus" / "streamlearn.rules.yml").read_text()
     assert re.findall(r"\(streamlearn_replay_agreement_ratio\) < ([0-9.]+)", rules) == [str(MIN_REPLAY_AGREEMENT)]
 
 
-def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
-    """The loop evaluates what a batch taught, though no further one comes, and the state is as if it had not."""
+def test_an_evaluation_of_an_idle_loop_changes_no_state(tmp_path: Path) -> None:
+    """The loop evaluates after the last batch, and the saved matrix is as if it had not."""
     job, _ = made(tmp_path, probes={"every": 1000, "every_seconds": 0.1, "minimum": 1})
     job.progress.positions = Positions()
     store = MemoryStore()
@@ -328,25 +328,25 @@ def test_a_slow_stream_is_evaluated_while_it_is_idle(tmp_path: Path) -> None:
     assert job.matrix.state_dict() == AccuracyMatrix().state_dict()
 
 
-def test_a_restart_does_not_make_an_evaluation_younger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of the last evaluation is that of the figures, not that of the checkpoint that they were read from."""
+def test_a_restart_keeps_the_time_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is that of the evaluation, not that of the checkpoint from which its results are restored."""
     job, stream = made(tmp_path)
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.5, 0.1)})
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     job.evaluate()
     monkeypatch.setattr(time, "time", lambda: 2000.0)
     job.evaluate(live=True)
-    assert evaluated(job) == ["2000.0"]
+    assert last_success(job) == ["2000.0"]
     monkeypatch.setattr(time, "time", lambda: 3000.0)
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: {})
     job.evaluate()
-    assert evaluated(job) == ["2000.0"]  # this one gave no figure
+    assert last_success(job) == ["2000.0"]  # this one had no result
     monkeypatch.undo()
     job.save(stream, "manual")
     job.wait_for_saves(stream)
     again = Job.make(job.config, job.store, Metrics())
     again.restore()
-    assert evaluated(again) == ["1000.0"]
+    assert last_success(again) == ["1000.0"]
     assert again.status(None)["evaluated"] == "1970-01-01T00:16:40+00:00"
 
 
@@ -369,10 +369,10 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("before", "now", "lines"), CHANGES)
-def test_what_does_not_fit_is_said_with_what_to_do(
+def test_an_incompatible_checkpoint_is_explained(
     tmp_path: Path, before: dict[str, Any], now: dict[str, Any], lines: list[str]
 ) -> None:
-    """Another strategy is one line whatever its parameters; labels that cannot be added come with the way to add them."""
+    """Another strategy is one difference, whatever its parameters; for labels that cannot be added there is a hint."""
     job, stream = made(tmp_path, **before)
     job.save(stream, "manual")
     job.wait_for_saves(stream)
@@ -384,8 +384,8 @@ def test_what_does_not_fit_is_said_with_what_to_do(
     assert caught.value.code == 78
 
 
-class Held:
-    """A store whose disk writes only when it is let go."""
+class BlockedStore:
+    """Replaces `store.save` by one that waits until `open` is set, like a slow disk."""
 
     def __init__(self, job: Job) -> None:
         self.save, self.open, self.begun = job.store.save, threading.Event(), threading.Event()
@@ -398,15 +398,15 @@ class Held:
 
 
 def move(job: Job, offset: int) -> None:
-    """Go on to an offset of the topic, by one step."""
+    """Move the job to an offset of its topic, one step later."""
     job.learner.step += 1
     job.progress.positions = Positions({("a", 0): Position(offset)})
 
 
-def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
-    """While a checkpoint is written, any number of saves return at once: the newest copy waits, and holds the others."""
+def test_learning_never_waits_for_the_disk(tmp_path: Path) -> None:
+    """While a checkpoint is written every save returns at once: the newest snapshot waits, and replaces older ones."""
     job, stream = made(tmp_path)
-    held = Held(job)
+    held = BlockedStore(job)
     first = job.save(stream, "interval")
     assert held.begun.wait(60)
     move(job, 4)
@@ -424,21 +424,21 @@ def test_learning_never_waits_for_a_disk(tmp_path: Path) -> None:
     assert [checkpoint.manifest["parent"] for checkpoint in job.store.all()] == ["ckpt-000000000001", None]
     assert first.checkpoint is not None
     assert first.checkpoint.read_json("offsets.json")["topics"]["a"]["partitions"]["0"]["offset"] == 3
-    # whoever asked for a copy that was overtaken gets the one that holds it, with its tag
+    # who asked for a snapshot that was replaced gets the newer one, which has the tag
     assert by_hand is closed is ended
     assert ended.checkpoint == job.checkpoint == job.store.find("mine")
     assert job.checkpoint is not None
-    # what was decided of the task's end stands in every checkpoint that holds anything learned after it
+    # the end offsets of a task are in every checkpoint with batches learned after they were fixed
     saved = job.checkpoint.read_json("state.json")["progress"]["tasks"]
     assert [(task["ends"], task["state"]) for task in saved] == [({"0": 5}, "ended")]
     assert job.saved_positions == job.progress.positions
 
 
-def test_a_stop_waits_for_one_checkpoint_more_at_most(tmp_path: Path) -> None:
-    """The copy that waits is overtaken by the last one; meanwhile the loop shows that it lives; all is saved."""
+def test_a_stop_writes_at_most_one_more_checkpoint(tmp_path: Path) -> None:
+    """The last snapshot replaces the waiting one, the loop stays alive meanwhile, and everything is saved."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
-    held = Held(job)
+    held = BlockedStore(job)
     job.save(stream, "interval")
     move(job, 4)
     job.save(stream, "interval")
@@ -458,8 +458,8 @@ def test_a_stop_waits_for_one_checkpoint_more_at_most(tmp_path: Path) -> None:
     assert job.saved_positions == Positions({("a", 0): Position(5)})
 
 
-def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint that was being written when the stop came fails: what it held is saved by another."""
+def test_a_stop_saves_again_after_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the checkpoint that is being written fails, another one is written."""
     job, stream = made(tmp_path)
     save, tried = job.store.save, []
 
@@ -478,7 +478,7 @@ def test_a_stop_saves_again_what_could_not_be_saved(tmp_path: Path, monkeypatch:
 
 
 def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
-    """Only from its own newest checkpoint does a job take over files; else it writes them."""
+    """A job links only files of its own newest checkpoint; otherwise it writes them."""
     job, stream = made(tmp_path)
     job.probes.add([HeldOut(0, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
     job.probes.seal(0)
@@ -494,8 +494,8 @@ def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
     assert inodes[0] == inodes[1] != inodes[2]
 
 
-def ended_tasks(job: Job, count: int) -> None:
-    """Give a job tasks that have ended, each with a probe and a row."""
+def add_ended_tasks(job: Job, count: int) -> None:
+    """Add tasks that have ended, each with a probe and a row of the matrix."""
     for index in range(len(job.progress.tasks), count):
         job.progress.tasks.append(Task(index, f"t{index}", state="ended", labels=[0, 1], counts=Counter(consumed=5)))
         job.progress.counts_by_topic[f"t{index}"] = Counter(consumed=5, trained=5)
@@ -507,16 +507,16 @@ def ended_tasks(job: Job, count: int) -> None:
         job.matrix.record(results, index, index, index, job.probes.sizes)
 
 
-def test_status_and_checkpoint_cost_what_there_are_tasks(tmp_path: Path) -> None:
-    """Four times as many tasks cost about four times as much, in work and in JSON, and few files more.
+def test_status_and_checkpoint_grow_linearly_with_tasks(tmp_path: Path) -> None:
+    """Four times as many tasks take about four times the work and JSON, and only a few more files.
 
-    Above a bound the matrix is not part of the status: it is asked for by itself.
+    Above a limit the matrix is not part of the status; it has its own request.
     """
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     costs, sizes = [], []
     for count in (60, 240):
-        ended_tasks(job, count)
+        add_ended_tasks(job, count)
         costs.append([work(lambda: desk.publish(job, stream)), work(job._snapshot), work(job.evaluate)])
         status = job.status(stream)
         assert (status["matrix"], len(status["tasks"])) == (None, count)
@@ -536,8 +536,8 @@ def test_status_and_checkpoint_cost_what_there_are_tasks(tmp_path: Path) -> None
     assert (offline["matrix"], read_status(tmp_path)["matrix"]) == (job.matrix.matrix(), None)
 
 
-def test_what_is_rolled_back_is_shown_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of what is not in the state any more are gone: of a loss, of an evaluation, of importances."""
+def test_a_rollback_removes_the_metrics_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, evaluation and importance metrics of the discarded state are gone after a rollback."""
     job, _ = made(tmp_path)
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.5, 0.1)})
     job.progress.tasks.append(Task(0, "a"))

@@ -1,4 +1,4 @@
-"""The listeners: what the one on the network refuses, whoever asks. The desk: commands in the order of their arrival."""
+"""The listeners: limits of the TCP port. The control desk: commands are executed in the order in which they arrive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
 from streamlearn.service.statedir import locked, record_process
-from tests.unit.test_job import Held, made
+from tests.unit.test_job import BlockedStore, made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,19 +46,19 @@ def address(http: Server) -> str:
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/status"])
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-def test_the_network_can_only_read(address: str, method: str, path: str) -> None:
-    """No verb that changes something is known."""
+def test_the_tcp_port_is_read_only(address: str, method: str, path: str) -> None:
+    """Every method that could change something is refused."""
     assert httpx.request(method, address + path).status_code == 405
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_commands_are_not_on_the_network(address: str, name: str) -> None:
-    """What the owner's socket does, nobody else can ask for."""
+def test_the_tcp_port_has_no_commands(address: str, name: str) -> None:
+    """Only the owner's Unix socket has them."""
     assert httpx.post(f"{address}/v1/{name}").status_code == 404
 
 
-def test_a_huge_request_is_refused(address: str) -> None:
-    """Headers past their bound end the connection, and the next request is answered."""
+def test_huge_headers_are_refused(address: str) -> None:
+    """Headers above the limit end the connection, and the next request is answered."""
     with pytest.raises((httpx.HTTPError, AssertionError)):
         assert httpx.get(address + "/healthz", headers={"x": "y" * (1 << 20)}).status_code == 200
     assert httpx.get(address + "/healthz").status_code == 200
@@ -73,29 +73,29 @@ def connected(address: str, sent: bytes = b"") -> socket.socket:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /status HTTP/1.1\r\nHost: a\r\nX"], ids=["idle", "half"])
-def test_connections_that_ask_for_nothing_keep_nobody_out(address: str, sent: bytes) -> None:
-    """Three times as many as there may be: the oldest are closed, and health and metrics are answered all the while."""
+def test_idle_connections_do_not_block_the_listener(address: str, sent: bytes) -> None:
+    """With three times the limit, the oldest are closed, and health checks and metrics are always answered."""
     clients = []
     for number in range(3 * MAX_CONNECTIONS):
         clients.append(connected(address, sent))
         if number % 16 == 15:
             assert httpx.get(f"{address}/healthz", timeout=30).status_code == 200
             assert httpx.get(f"{address}/metrics", timeout=30).status_code == 200
-    assert closed(clients[0])
+    assert is_closed(clients[0])
     for client in clients:
         client.close()
 
 
-def closed(client: socket.socket) -> bool:
-    """Tell whether the server ends a connection without a word; waits for it."""
+def is_closed(client: socket.socket) -> bool:
+    """Wait until the server closes a connection; return whether it sent nothing."""
     try:
         return client.recv(1) == b""
     except ConnectionResetError:
         return True
 
 
-def test_a_request_that_never_gets_whole_is_given_up(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte after byte comes, and each in time: the limit is for the whole request."""
+def test_a_request_that_is_never_complete_is_closed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit is for the whole request, even if every byte arrives in time."""
     monkeypatch.setattr(server, "TIMEOUT_SECONDS", 0.5)
     client = connected(address, b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: ")
     sent = 0
@@ -107,8 +107,8 @@ def test_a_request_that_never_gets_whole_is_given_up(address: str, monkeypatch: 
     assert sent < 600
 
 
-def test_an_answer_that_nobody_takes_is_given_up(http: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that asks and does not read ties up its connection for a while, not for ever."""
+def test_an_answer_that_is_not_read_is_closed(http: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends a request and does not read the answer is disconnected after a time limit."""
     monkeypatch.setattr(server, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(ControlDesk, "status", lambda _: {"long": "x" * (64 << 20)})
     with connected(address, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n") as client:
@@ -122,8 +122,8 @@ def test_an_answer_that_nobody_takes_is_given_up(http: Server, address: str, mon
     assert taken < 64 << 20
 
 
-def ask(desk: ControlDesk, *names: str) -> list[Future[dict[str, Any]]]:
-    """Ask for commands in this order, each from a thread of its own; return when the desk has them all."""
+def send_commands(desk: ControlDesk, *names: str) -> list[Future[dict[str, Any]]]:
+    """Send commands in this order, each from its own thread; return their answers after all are queued."""
     answers: list[Future[dict[str, Any]]] = []
     for number, name in enumerate(names, 1):
         answer: Future[dict[str, Any]] = Future()
@@ -141,13 +141,13 @@ def ask(desk: ControlDesk, *names: str) -> list[Future[dict[str, Any]]]:
     return answers
 
 
-def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both are asked for within one turn of the loop: reading goes on where a burst had stopped it, and then it pauses."""
+def test_a_pause_does_not_undo_a_resume_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both in one turn of the loop, reading continues after a burst, and then learning pauses."""
     job, stream = made(tmp_path)
     acknowledged = []
     monkeypatch.setattr(stream, "resume_after_burst", lambda: acknowledged.append(job.state))
     desk = ControlDesk(job.config, Metrics())
-    answers = ask(desk, "pause", "resume", "pause")
+    answers = send_commands(desk, "pause", "resume", "pause")
     assert (desk.paused, acknowledged) == (False, [])  # nothing is done before the loop has its turn
     desk.serve(job, stream, idle=False)
     assert acknowledged == ["paused"]
@@ -155,24 +155,24 @@ def test_a_pause_right_after_a_resume_does_not_erase_it(tmp_path: Path, monkeypa
     assert desk.paused
 
 
-def test_the_answer_to_pause_is_what_status_says(tmp_path: Path) -> None:
-    """Whoever has the answer `paused` reads `paused` in the status, however seldom the loop publishes."""
+def test_the_answer_to_pause_agrees_with_status(tmp_path: Path) -> None:
+    """After the answer `paused` the status is `paused`, however rarely the loop publishes it."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     desk.serve(job, stream, idle=True)
     for name, state in (("pause", "paused"), ("resume", "running")):
-        (answer,) = ask(desk, name)
+        (answer,) = send_commands(desk, name)
         desk.serve(job, stream, idle=False)
         assert answer.result(10)["state"] == desk.status()["state"] == state
     desk.stopping = True
     assert desk.status()["state"] == "draining"
 
 
-def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> None:
-    """The loop has ended: nobody would apply it, so the answer is 75 at once."""
+def test_a_command_after_the_last_turn_is_refused(tmp_path: Path) -> None:
+    """The loop has ended and cannot execute it, so the answer is 75 at once."""
     job, _ = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
-    (early,) = ask(desk, "pause")
+    (early,) = send_commands(desk, "pause")
     desk.refuse_requests()
     with pytest.raises(StreamlearnError, match="the daemon is stopping"):
         early.result(10)
@@ -181,27 +181,30 @@ def test_a_command_that_comes_after_the_last_turn_is_refused(tmp_path: Path) -> 
     assert caught.value.code == 75
 
 
-def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer comes when the task has ended; without an open task, or paused, the refusal is one line."""
+def test_task_end_is_answered_when_the_task_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an open task, or while learning is paused, the command is refused with one line."""
     job, stream = made(tmp_path)
     asked: list[str] = []
     monkeypatch.setattr(stream, "end_task", asked.append)
     desk = ControlDesk(job.config, Metrics())
 
-    def told(answer: Future[dict[str, Any]]) -> str:
+    def refusal_of(answer: Future[dict[str, Any]]) -> str:
         desk.serve(job, stream, idle=True)
         return str(answer.exception(timeout=30))
 
-    assert told(ask(desk, "end_task")[0]) == "no task is open"
+    assert refusal_of(send_commands(desk, "end_task")[0]) == "no task is open"
     task = Task(0, "a")
     job.progress.tasks.append(task)
     desk.paused = True
-    assert told(ask(desk, "end_task")[0]) == "learning is paused, so task a cannot end: use `streamlearn resume` first"
+    assert (
+        refusal_of(send_commands(desk, "end_task")[0])
+        == "learning is paused, so task a cannot end: use `streamlearn resume` first"
+    )
     desk.paused = False
-    [answer] = ask(desk, "end_task")
+    [answer] = send_commands(desk, "end_task")
     desk.serve(job, stream, idle=True)
     task.state = "refining"
-    assert told(ask(desk, "end_task")[0]) == "task a is already ending"
+    assert refusal_of(send_commands(desk, "end_task")[0]) == "task a is already ending"
     assert not answer.done()
     task.state = "ended"
     desk.serve(job, stream, idle=True)
@@ -209,13 +212,13 @@ def test_a_task_is_ended_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(asked) == {"a"}
 
 
-def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While learning is paused the task cannot end, so `task end` does not wait: one line, 75, and `resume` ends it."""
+def test_a_pause_refuses_a_waiting_task_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While learning is paused the task cannot end, so `task end` gets one line and 75, and `resume` ends the task."""
     job, stream = made(tmp_path)
     monkeypatch.setattr(stream, "end_task", lambda _: None)
     job.progress.tasks.append(Task(0, "a"))
     desk = ControlDesk(job.config, Metrics())
-    ended, paused = ask(desk, "end_task", "pause")
+    ended, paused = send_commands(desk, "end_task", "pause")
     desk.serve(job, stream, idle=True)
     refusal = ended.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
@@ -226,13 +229,13 @@ def test_a_pause_answers_who_waits_for_a_task_to_end(tmp_path: Path, monkeypatch
     assert paused.result(timeout=30) == {"state": "paused"}
 
 
-def test_who_asked_for_a_tag_that_was_given_away_is_told(tmp_path: Path) -> None:
-    """The checkpoint is saved, and the answer says that it has no tag."""
+def test_a_tag_taken_meanwhile_is_reported(tmp_path: Path) -> None:
+    """The checkpoint is saved, and the answer says that it does not have the tag."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     job.save(stream, "manual")
     job.wait_for_saves(stream)
-    held = Held(job)
+    held = BlockedStore(job)
     desk._requests.append(request := Request("checkpoint", {"tag": "mine"}))
     desk.serve(job, stream, idle=True)
     Store(tmp_path).tag("1", "mine")
@@ -242,15 +245,13 @@ def test_who_asked_for_a_tag_that_was_given_away_is_told(tmp_path: Path) -> None
     assert "without the tag mine" in str(request.answer.exception(timeout=30))
 
 
-def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever asked for its end is not left waiting."""
+def test_a_stop_refuses_a_waiting_task_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command gets an answer (75) when the daemon stops."""
     job, stream = made(tmp_path)
     monkeypatch.setattr(stream, "end_task", lambda _: None)
     job.progress.tasks.append(Task(0, "a"))
     desk = ControlDesk(job.config, Metrics())
-    [answer] = ask(desk, "end_task")
+    [answer] = send_commands(desk, "end_task")
     desk.serve(job, stream, idle=True)
     desk.refuse_requests()
     refusal = answer.exception(timeout=30)
@@ -258,8 +259,8 @@ def test_a_task_that_has_not_ended_when_the_daemon_ends_is_told(
     assert refusal.code == 75
 
 
-def test_a_start_that_was_not_ready_in_time_says_why(tmp_path: Path) -> None:
-    """The stream's problem, the state and the conditions that fail; before the daemon answers, that, and where its log is."""
+def test_why_not_ready(tmp_path: Path) -> None:
+    """It has the stream's problem, the state and the failing checks; before the daemon answers, the path of its log."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     stream.status.problem = "no broker answers"
