@@ -83,18 +83,18 @@ def global_seed(seed: int) -> Iterator[None]:
 class LayerRng:
     """The random state of the layers of one model, for example of dropout: seeded, saved and restored with the learner.
 
-    Layers draw from global generators, so this state is swapped into them: into those of torch and, with `own` (the model or
-    the encoder is the user's), also into those of `numpy.random` and `random`.
+    Layers draw from global generators, so this state is swapped into them: into those of torch and, with `has_user_code` (in
+    the model or the encoder), also into those of `numpy.random` and `random`.
     """
 
-    def __init__(self, seed: int, device: torch.device, *, own: bool = True) -> None:
+    def __init__(self, seed: int, device: torch.device, *, has_user_code: bool = True) -> None:
         self.device = device
         cpu = seeded_generator(seed, "layers")
         self._states: dict[str, Any] = {"cpu": cpu.get_state()}
         if device.type == "cuda":
             self._states["cuda"] = seeded_generator(seed, "layers", device).get_state()
         self._seed = cpu.initial_seed() % NUMPY_SEEDS
-        if own:
+        if has_user_code:
             self._states["random"] = random.Random(self._seed).getstate()  # noqa: S311 - no secret
             self._states["numpy"] = np.random.MT19937(self._seed)
             self._spare = np.random.MT19937()
