@@ -1,4 +1,4 @@
-"""The demonstration: five digit tasks through the daemon, three ways at once; nothing is simulated, and it ends by itself."""
+"""The demonstration: three real daemons learn five digit tasks, each with another strategy. It ends by itself."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ RUNS: dict[str, tuple[str, Any]] = {
 }
 
 
-def settings(directory: Path, name: str) -> dict[str, Any]:
-    """Return the configuration of one of the runs."""
+def make_config(directory: Path, name: str) -> dict[str, Any]:
+    """Return the configuration of a run."""
     return {
         "name": f"demo-{name}",
         "state_dir": str(directory / "state" / name),
         "embedded": {"path": str(directory / "topics.sqlite")},
         "input": {"shape": [8, 8], "dtype": "uint8", "scale": 16.0},
         "classes": 10,
-        "holdout": {"fraction": 0.0, "max": None},  # scikit-learn's digits are few: a fixed quarter is the probe
+        "holdout": {
+            "fraction": 0.0,
+            "max": None,
+        },  # few digits: a fixed quarter is published as the probe
         "stream": {"topics": topics(), "batch_size": 10, "on_finished": "exit"},
         "strategy": RUNS[name][1],
         "device": "cpu",
@@ -45,16 +48,16 @@ def settings(directory: Path, name: str) -> dict[str, Any]:
 
 
 def topics() -> list[str]:
-    """Return the topics, a task each."""
+    """Return the topics; each is a task."""
     return [f"digits-{2 * n}-{2 * n + 1}" for n in range(TASKS)]
 
 
 def run(output: Path) -> None:
-    """Publish, learn, and write `report.html`, `accuracy.png` and `summary.json` to `output`; prints as it goes.
+    """Publish the tasks, learn them, and write `report.html`, `accuracy.png` and `summary.json` to `output`.
 
-    Raises `StreamlearnError` when a run fails.
+    Prints a line for each task that a run has finished. Raises `StreamlearnError` if a run fails.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -63,18 +66,20 @@ def run(output: Path) -> None:
     print("Three daemons learn them, one task after the other:", flush=True)
     processes = {name: _start(work, name) for name in RUNS}
     try:
-        _follow(work, processes)
+        _print_progress(work, processes)
     finally:
         for process in processes.values():
             if process.poll() is None:
                 process.terminate()
                 process.wait(30)
-    curves = [
+    runs = [
         report.Run.from_checkpoint(Store(work / "state" / name).all()[0], f"{name}: {RUNS[name][0]}") for name in RUNS
     ]
-    report.write(output, curves)
-    report.write_json(output / "summary.json", {name: report.summary(c) for name, c in zip(RUNS, curves, strict=True)})
-    _conclude(output, curves, time.monotonic() - begun)
+    report.write(output, runs)
+    report.write_json(
+        output / "summary.json", {name: report.summary(one) for name, one in zip(RUNS, runs, strict=True)}
+    )
+    _print_summary(output, runs, time.monotonic() - started)
 
 
 def _publish(work: Path) -> None:
@@ -92,15 +97,15 @@ def _publish(work: Path) -> None:
 
 def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
     path = work / f"{name}.yaml"
-    path.write_text(configfile.dump(settings(work, name)))
+    path.write_text(configfile.dump(make_config(work, name)))
     with (work / f"{name}.log").open("wb") as log:
         command = [sys.executable, "-m", "streamlearn", "run", str(path)]
-        return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - our own interpreter and module
+        return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - the command is this interpreter and this package
 
 
-def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    """Print a line for each task that a run has finished; raise when one fails."""
-    told: dict[str, int] = dict.fromkeys(processes, 0)
+def _print_progress(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    """Print a line for each task that a run has finished, until all runs end. Raises `StreamlearnError` if one fails."""
+    printed: dict[str, int] = dict.fromkeys(processes, 0)
     print(
         f"\n{'':<8}" + "".join(f"{topic.removeprefix('digits-'):>8}" for topic in topics()) + f"{'average':>10}",
         flush=True,
@@ -108,12 +113,12 @@ def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
     while True:
         running = [name for name, process in processes.items() if process.poll() is None]
         for name in processes:
-            rows = _rows(work / "state" / name)
-            for row in rows[told[name] :]:
+            rows = _read_matrix(work / "state" / name)
+            for row in rows[printed[name] :]:
                 known = [value for value in row if value is not None]
                 cells = "".join(f"{'' if value is None else f'{100 * value:.0f} %':>8}" for value in row)
                 print(f"{name:<8}{cells:<{8 * TASKS}}{100 * sum(known) / len(known):>8.1f} %", flush=True)
-            told[name] = len(rows)
+            printed[name] = len(rows)
         for name, process in processes.items():
             if process.returncode:
                 lines = (work / f"{name}.log").read_text().splitlines()
@@ -125,8 +130,8 @@ def _follow(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:
         time.sleep(0.3)
 
 
-def _rows(state: Path) -> list[list[float | None]]:
-    """Return the rows of the accuracy matrix so far: from the daemon, or from its last checkpoint when it has ended."""
+def _read_matrix(state: Path) -> list[list[float | None]]:
+    """Return the accuracy matrix so far: from the daemon, or from its last checkpoint if it has ended."""
     try:
         matrix: list[list[float | None]] = Client(state, timeout=2).get("/matrix")["matrix"]
     except StreamlearnError:
@@ -135,9 +140,9 @@ def _rows(state: Path) -> list[list[float | None]]:
     return matrix
 
 
-def _conclude(output: Path, curves: Sequence[report.Run], seconds: float) -> None:
+def _print_summary(output: Path, runs: Sequence[report.Run], seconds: float) -> None:
     print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")
-    for curve in curves:
-        accuracy, lost = curve.status["average_accuracy"], curve.status["average_forgetting"]
-        print(f"{curve.name:<44}{100 * accuracy:>16.1f} %{100 * lost:>10.1f} %")
-    print(f"\n{seconds:.0f} s. Look at {output / 'report.html'} and {output / 'accuracy.png'}.")
+    for run in runs:
+        accuracy, forgetting = run.status["average_accuracy"], run.status["average_forgetting"]
+        print(f"{run.name:<44}{100 * accuracy:>16.1f} %{100 * forgetting:>10.1f} %")
+    print(f"\n{seconds:.0f} s. Open {output / 'report.html'} and {output / 'accuracy.png'}.")

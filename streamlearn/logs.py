@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, or plain text on a terminal. Record values are never logged."""
+"""The format of log lines: one JSON object each, or plain text on a terminal. Values of records are never logged."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ FIELDS = ("command", "topic", "partition", "offset", "task", "step", "checkpoint
 
 
 def printable(text: str) -> str:
-    """Return text as one line that a terminal may show: line breaks and other control characters are escaped.
+    """Return text as one line that is safe on a terminal: line breaks and other control characters are escaped.
 
-    Labels, topics and messages come from outside. An escape sequence in one would change the reader's terminal, and a
-    line break would forge a line.
+    Labels, topics and messages come from outside. An escape sequence in one of them would change the terminal, and a line
+    break would forge a log line.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return text whose line breaks are meant, as a terminal may show it."""
+    """Return text of several lines that is safe on a terminal; only its line breaks are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 class TextFormatter(logging.Formatter):
-    """One line for people, and below it a traceback where there is one."""
+    """Formats a record as one line of plain text, with a traceback below it if there is one."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
         return printable(super().formatMessage(record))
@@ -35,7 +35,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"ts": ..., "level": ..., "logger": ..., "msg": ..., ...}`."""
+    """Formats a record as a JSON object: `ts`, `level`, `logger`, `msg`, the `FIELDS` that it has, and the error if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, style: str) -> None:
-    """Send log lines to stderr; `auto` is text on a terminal and JSON otherwise."""
+    """Write log lines to stderr. `style`: json, console, or auto (plain text on a terminal, otherwise JSON)."""
     handler = logging.StreamHandler(sys.stderr)
     if style == "json" or (style == "auto" and not sys.stderr.isatty()):
         handler.setFormatter(JsonFormatter())
@@ -66,8 +66,11 @@ def set_up(level: str, style: str) -> None:
 
 
 def quiet_kafka() -> None:
-    """Keep the client's own lines and tracebacks to who listens for the cause: what matters our checks say in one line."""
+    """Keep kafka-python's lines and tracebacks out of the log: our own lines report a fault once.
+
+    Its errors still reach a handler that somebody adds to the logger `kafka` to look for a cause.
+    """
     kafka = logging.getLogger("kafka")
     kafka.setLevel(logging.ERROR)
     kafka.propagate = False
-    kafka.addHandler(logging.NullHandler())  # or the last resort prints them
+    kafka.addHandler(logging.NullHandler())  # otherwise logging's last-resort handler prints them

@@ -1,4 +1,4 @@
-"""The tables in docs/ that a program can write; `python -m tests.support.tables` writes them again."""
+"""Generates the tables of configuration keys and metrics in docs/. To update them: `python -m tests.support.tables`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def with_tables(name: str) -> str:
-    """Return the text of a document, with its tables as they should be."""
+    """Return the text of a document with new tables."""
     text = (DOCS / name).read_text()
     for table in TABLES[name]:
         begin, end = f"<!-- table: {table} -->\n", "<!-- end of table -->"
@@ -37,7 +37,7 @@ def with_tables(name: str) -> str:
 
 
 def make_table(table: str) -> str:
-    """Return one of the tables."""
+    """Return a table as Markdown."""
     if table == "keys":
         return _markdown(("key", "default", "meaning"), keys())
     series = {"gauges": GAUGES, "counters": COUNTERS, "histograms": HISTOGRAMS}[table]
@@ -50,7 +50,7 @@ def make_table(table: str) -> str:
 
 
 def keys() -> Iterator[tuple[str, str, str]]:
-    """Give each key of the configuration, its default and what it means; of a strategy, the recipes are left out."""
+    """Yield each configuration key with its default and its description, but not the recipes under `strategy`."""
     tree = schema(RECIPES)
     strategy = tree["properties"]["strategy"]
     tree["properties"]["strategy"] = {
@@ -71,7 +71,7 @@ def _keys_below(section: dict[str, Any], prefix: str, sections: dict[str, Any]) 
 
 
 def _sections_of(value: dict[str, Any], sections: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give the sections that may be the value of a key."""
+    """Yield the sections that may be the value of a key."""
     if "$ref" in value:
         yield sections[value["$ref"].removeprefix("#/$defs/")]
     for choice in value.get("anyOf", ()):

@@ -1,4 +1,4 @@
-"""The demonstration that `make demo` runs."""
+"""The demonstration, which `make demo` runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pytest
 
 
-def test_the_demo_shows_forgetting_and_its_cure(tmp_path: Path) -> None:
-    """It ends by itself, with a table, a page, a picture and a summary in which naive forgets and the default does not."""
+def test_the_demo_reports_forgetting(tmp_path: Path) -> None:
+    """It ends by itself and writes a page, a picture and a summary: naive forgets, the default strategy does not."""
     done = cli("demo", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "average accuracy" in done.stdout
@@ -32,7 +32,7 @@ def test_the_demo_shows_forgetting_and_its_cure(tmp_path: Path) -> None:
     assert "data:image/png" in (tmp_path / "report.html").read_text()
 
 
-def test_the_demo_asks_for_the_matrix_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_reads_the_matrix_of_many_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above 50 tasks the status leaves the accuracy matrix out, so the rows come from /matrix."""
 
     class ManyTasks:
@@ -42,4 +42,4 @@ def test_the_demo_asks_for_the_matrix_by_itself(tmp_path: Path, monkeypatch: pyt
             return {"matrix": [[0.5]] if path == "/matrix" else None}
 
     monkeypatch.setattr(demo, "Client", ManyTasks)
-    assert demo._rows(tmp_path) == [[0.5]]
+    assert demo._read_matrix(tmp_path) == [[0.5]]

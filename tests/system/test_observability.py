@@ -1,4 +1,4 @@
-"""What ships for Prometheus and Grafana, checked by Prometheus itself against the real daemon."""
+"""The rules and the dashboard in deploy/, checked by Prometheus itself and against a real daemon."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ALERTS = [
 ]
 
 LABELS = 'job="streamlearn", instance="a:1"'
-FIRING: dict[str, dict[str, str]] = {
+FAULTS: dict[str, dict[str, str]] = {
     "Down": {f"up{{{LABELS}}}": "0x60"},
     "NotReady": {f"streamlearn_up_ready{{{LABELS}}}": "0x60"},
     "CrashLooping": {f"streamlearn_start_timestamp_seconds{{{LABELS}}}": "1+60x60"},
@@ -105,26 +105,26 @@ FIRING: dict[str, dict[str, str]] = {
         f'streamlearn_device_memory_total_bytes{{{LABELS}, device="cuda"}}': "100x60",
     },
 }
-OF_OTHER_SCENARIOS = "forward_transfer"  # absent in `class`, which this job is
-OF_OTHER_STRATEGIES = {"Free weights"}  # PackNet has them; unknown is absent
+OF_OTHER_SCENARIOS = "forward_transfer"  # absent in scenario class, which the test job uses
+OF_OTHER_STRATEGIES = {"Free weights"}  # only PackNet has them
 
 
 def promtool(*arguments: str | Path) -> None:
-    """Run promtool; fails with what it says."""
+    """Run promtool; fail with its output if it fails."""
     jobs.require(shutil.which("promtool"), "promtool (Debian: prometheus)")
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_configuration_and_rules_are_valid() -> None:
-    """Promtool accepts what ships, with every lint fatal."""
+    """Promtool accepts the Prometheus configuration and the rules; every lint warning is an error."""
     promtool("check", "config", DEPLOY / "prometheus" / "prometheus.yml")
     promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
 
 
-def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> None:
-    """Each alert fires on its fault, by `promtool test rules`; with healthy series none does."""
-    assert {f"Streamlearn{name}" for name in FIRING} == set(ALERTS)
+def test_every_alert_fires_on_its_fault_only(tmp_path: Path) -> None:
+    """`promtool test rules`: each alert fires on its fault, and none fires with the series of a healthy daemon."""
+    assert {f"Streamlearn{name}" for name in FAULTS} == set(ALERTS)
     tests: list[dict[str, Any]] = [
         {
             "interval": "1m",
@@ -137,13 +137,13 @@ def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> 
                 }
             ],
         }
-        for name, inputs in FIRING.items()
+        for name, inputs in FAULTS.items()
         if name not in {"Stalled", "CheckpointStale", "ProbesStale"}
     ]
-    tests += [  # these compare with the clock, which starts at 0 in a test
+    tests += [  # these alerts use time(), which starts at 0 in a test
         {
             "interval": "1m",
-            "input_series": [{"series": s, "values": re.sub(r"x60$", "x120", v)} for s, v in FIRING[name].items()],
+            "input_series": [{"series": s, "values": re.sub(r"x60$", "x120", v)} for s, v in FAULTS[name].items()],
             "promql_expr_test": [
                 {
                     "expr": f'count(ALERTS{{alertname="Streamlearn{name}", alertstate="firing"}})',
@@ -167,7 +167,7 @@ def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> 
         f"streamlearn_checkpoint_records_since{{{LABELS}}}": "5x60",
         f'streamlearn_forgetting_ratio{{{LABELS}, task="t"}}': "0.05x60",
         f'streamlearn_probe_samples{{{LABELS}, task="t"}}': "1000x60",
-        # 7 of 12 samples: with so few, chance does as much
+        # 7 of 12 samples: with so few samples this may be chance
         f'streamlearn_forgetting_ratio{{{LABELS}, task="small"}}': "0.58x60",
         f'streamlearn_probe_samples{{{LABELS}, task="small"}}': "12x60",
     }
@@ -182,16 +182,19 @@ def test_every_alert_fires_and_a_healthy_daemon_pages_nobody(tmp_path: Path) -> 
 
 
 def check_rules(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
-    """Have promtool test the rules that ship."""
+    """Run promtool's tests of the rules."""
     path = tmp_path / "tests.yml"
     path.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
     promtool("test", "rules", path)
 
 
 START = f"streamlearn_start_timestamp_seconds{{{LABELS}}}"
-OLD, LATER = "-100000x150", "_x70 -100000x80"  # a daemon that started a day ago; the same, scraped from minute 70 on
-RESTARTED = "-100000x70 4200x80"  # the process of a day ago, and the one that followed at minute 70
-GREW = {  # alert -> a counter that must not grow, and the minutes for which its alert looks back
+OLD, LATER = (
+    "-100000x150",
+    "_x70 -100000x80",
+)  # a daemon that started a day ago; the same, scraped from minute 70 on
+RESTARTED = "-100000x70 4200x80"  # a process that started a day ago, and its successor from minute 70 on
+GROWTH_ALERTS = {  # alert -> a counter that must not grow, and the window of the alert in minutes
     "DataLoss": (f'streamlearn_records_skipped_offsets_total{{{LABELS}, topic="t", reason="retention"}}', 15),
     "LateSamples": (f'streamlearn_samples_late_total{{{LABELS}, topic="t"}}', 15),
     "DlqFailing": (f'streamlearn_dlq_records_total{{{LABELS}, result="failure"}}', 10),
@@ -203,7 +206,7 @@ GREW = {  # alert -> a counter that must not grow, and the minutes for which its
 
 
 def fires(name: str, inputs: dict[str, str], at: dict[int, bool]) -> dict[str, Any]:
-    """Return a test of whether an alert fires at these minutes."""
+    """Return a promtool test of whether an alert fires, by minute."""
     expr = f'count(ALERTS{{alertname="Streamlearn{name}", alertstate="firing"}})'
     fired = [{"labels": "{}", "value": 1}]
     return {
@@ -215,23 +218,23 @@ def fires(name: str, inputs: dict[str, str], at: dict[int, bool]) -> dict[str, A
     }
 
 
-def test_a_first_increase_is_seen(tmp_path: Path) -> None:
-    """An alert fires on a counter that was first scraped above 0, and on one that a restart left at its old value.
+def test_alerts_see_the_first_increase(tmp_path: Path) -> None:
+    """An alert fires if a counter is above 0 at its first scrape, and if a restart brings a counter back to its old value.
 
-    It ends when its window is over, and a Prometheus that is new finds no news in what an old process has counted.
+    It ends when its window is over. A new Prometheus does not alert on what an old process counted before.
     """
     tests = []
-    for name, (series, window) in GREW.items():
+    for name, (series, window) in GROWTH_ALERTS.items():
         ended = 70 + window + 3
-        if name != "NonFinite":  # whose only child is there at 0 from the start
+        if name != "NonFinite":  # its only series exists at 0 from the start
             tests.append(fires(name, {series: "_x70 9x80", START: OLD}, {69: False, 72: True, ended: False}))
         tests.append(fires(name, {series: "9x150", START: RESTARTED}, {69: False, 72: True, ended: False}))
         tests.append(fires(name, {series: "_x70 9x80", START: LATER}, {72: False, ended: False}))
     check_rules(tmp_path, tests)
 
 
-def test_what_never_was_is_missed(tmp_path: Path) -> None:
-    """Alerts on what should have happened need no series of its having happened before."""
+def test_alerts_see_what_never_happened(tmp_path: Path) -> None:
+    """Alerts on a missing event fire even if the event never happened, so that its series does not exist."""
     steps = {f'streamlearn_train_steps_total{{{LABELS}, task="t"}}': "0+9x150"}
     unread = {f'streamlearn_consumer_unread_records{{{LABELS}, topic="t", partition="0"}}': "5x150"}
     paused = f"streamlearn_consumer_paused{{{LABELS}}}"
@@ -255,7 +258,7 @@ def test_what_never_was_is_missed(tmp_path: Path) -> None:
 
 
 def test_counters_of_topics_exist_at_zero() -> None:
-    """Named by the configuration or found by a pattern, a topic's counters are there before they grow."""
+    """A topic's counters exist before they grow, whether the configuration names the topic or a pattern finds it."""
     metrics = Metrics()
     metrics.declare_topics(["named"])
     status = StreamStatus(end_offsets={("found", 1): 10})
@@ -269,19 +272,19 @@ def test_counters_of_topics_exist_at_zero() -> None:
             ("train_steps", f'task="{topic}"'),
             ("probe_failures", f'task="{topic}"'),
         ):
-            assert f"streamlearn_{name}_total{{{labels}}} 0.0" in "\n".join(map(ordered, text.splitlines()))
-    assert 'streamlearn_records_consumed_total{partition="1",topic="found"} 0.0' in map(ordered, text.splitlines())
+            assert f"streamlearn_{name}_total{{{labels}}} 0.0" in "\n".join(map(sort_labels, text.splitlines()))
+    assert 'streamlearn_records_consumed_total{partition="1",topic="found"} 0.0' in map(sort_labels, text.splitlines())
     metrics.declare_topics(f"t{number}" for number in range(500))
     assert 'streamlearn_metrics_labels_dropped_total{metric="samples_late"} 0.0' in metrics.expose("")[0].decode()
 
 
-def ordered(line: str) -> str:
-    """Return a line of the exposition with its labels in order."""
+def sort_labels(line: str) -> str:
+    """Return a line of /metrics with its labels sorted."""
     return re.sub(r"\{(.*)\}", lambda match: "{" + ",".join(sorted(match[1].split(","))) + "}", line)
 
 
-def test_figures_of_the_current_task_are_of_it_alone() -> None:
-    """Loss and accuracy before learning have one child: what they were for an earlier task is no figure of now."""
+def test_training_gauges_are_of_the_current_task_alone() -> None:
+    """Loss and prequential accuracy have one series, because their values for an earlier task are old."""
     metrics = Metrics()
     for task in ("a", "b"):
         batch = Batch(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))
@@ -291,8 +294,8 @@ def test_figures_of_the_current_task_are_of_it_alone() -> None:
         assert [line for line in lines if line.startswith(PREFIX + name)] == [f'{PREFIX}{name}{{task="b"}} 0.5']
 
 
-def test_runbooks_are_at_an_absolute_address(tmp_path: Path) -> None:
-    """A real Prometheus serves the runbooks where its alerts say that they are."""
+def test_runbook_urls_are_absolute(tmp_path: Path) -> None:
+    """A real Prometheus serves the runbooks at the URL that its alerts name."""
     jobs.require(shutil.which("prometheus"), "prometheus")
     urls = {
         rule["annotations"]["runbook_url"]
@@ -326,14 +329,14 @@ def test_runbooks_are_at_an_absolute_address(tmp_path: Path) -> None:
 
 
 def test_every_alert_has_its_runbook() -> None:
-    """`runbook_url` leads to a section that exists."""
+    """`runbook_url` names a section that exists."""
     text = (ROOT / "docs" / "runbooks.md").read_text()
     sections = {line.removeprefix("## ").strip() for line in text.splitlines() if line.startswith("## ")}
     assert set(ALERTS) - sections == set()
 
 
-def plain(query: str) -> str:
-    """Return a query as Prometheus takes it, Grafana's variables filled in."""
+def fill_variables(query: str) -> str:
+    """Return a query with values in place of Grafana's variables."""
     return re.sub(
         r"\$(job|name|instance|topic|task)", ".*", query.replace("$__rate_interval", "1m").replace("$__interval", "1m")
     )
@@ -341,13 +344,13 @@ def plain(query: str) -> str:
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_panels_are_well_made(panel: dict[str, Any]) -> None:
-    """Each has a title, a description, a unit, the chosen data source, valid queries that honour job and instance."""
+    """Each has a title, a description, a unit, the selected data source, and valid queries by job and instance."""
     assert panel["title"]
     assert panel["description"]
     assert panel["fieldConfig"]["defaults"]["unit"]
     assert panel["datasource"]["uid"] == "${datasource}"
     for target in panel["targets"]:
-        promql_parser.parse(plain(target["expr"]))
+        promql_parser.parse(fill_variables(target["expr"]))
         assert 'job=~"$job"' in target["expr"]
         assert 'instance=~"$instance"' in target["expr"]
         if "_total" in target["expr"] or "_bucket" in target["expr"]:
@@ -355,26 +358,26 @@ def test_panels_are_well_made(panel: dict[str, Any]) -> None:
 
 
 def test_dashboard_is_provisionable() -> None:
-    """It has a stable uid, cannot be edited by accident, and asks for no input on import."""
+    """It has a fixed uid, is not editable, and needs no input on import."""
     assert (DASHBOARD["uid"], DASHBOARD["editable"], DASHBOARD["id"]) == ("streamlearn-overview", False, None)
     assert "__inputs" not in DASHBOARD
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
 def used_metrics(text: str) -> set[str]:
-    """Return the names of our series in a text."""
+    """Return the names of streamlearn's series in a text."""
     return set(re.findall(r"\bstreamlearn_[a-z_]+[a-z]\b", text))
 
 
 def declared() -> set[str]:
-    """Return every series that metrics.py declares, as exposed."""
+    """Return the names of all series that metrics.py declares, as they are on /metrics."""
     names = {PREFIX + name for name in GAUGES} | {f"{PREFIX}{name}_total" for name in COUNTERS}
     names |= {f"{PREFIX}{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
     return names | {"streamlearn_build_info", "streamlearn_model_info"}
 
 
 def test_only_declared_series_are_used() -> None:
-    """No alert, rule or panel asks for a series that the daemon cannot have."""
+    """No alert, rule or panel queries a series that the daemon does not declare."""
     panels = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
     rules = " ".join(rule["expr"] for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"])
     recorded = {name for name in used_metrics(rules) if ":" in name} | {"streamlearn_samples_rejected"}
@@ -382,12 +385,12 @@ def test_only_declared_series_are_used() -> None:
 
 
 def test_every_series_is_documented() -> None:
-    """docs/metrics.md has each series with its help text; `python -m tests.support.tables` writes the tables."""
+    """docs/metrics.md lists each series with its help text; `python -m tests.support.tables` writes the tables."""
     assert (ROOT / "docs" / "metrics.md").read_text() == tables.with_tables("metrics.md")
 
 
-def test_closed_sets_are_complete() -> None:
-    """What docs/metrics.md and the code give as a label's values is there at 0 from the start."""
+def test_label_values_are_documented_and_exist() -> None:
+    """docs/metrics.md, the code and the series at 0 agree on the values of each label with fixed values."""
     text = (ROOT / "docs" / "metrics.md").read_text()
     known = {
         "`reason` of a rejection": REJECT_REASONS,
@@ -409,8 +412,8 @@ def test_closed_sets_are_complete() -> None:
         assert f'streamlearn_task_boundaries_total{{source="{source}"}} 0.0' in shown
 
 
-def test_unknown_is_absent() -> None:
-    """A fresh process exposes no gauge that it cannot know, and never NaN."""
+def test_a_gauge_of_unknown_value_is_absent() -> None:
+    """A new process exposes no gauge whose value it cannot know, and never NaN."""
     text, _ = Metrics().expose("")
     exposed = used_metrics(text.decode())
     assert exposed & {PREFIX + name for name in GAUGES} == set()
@@ -423,7 +426,7 @@ def test_unknown_is_absent() -> None:
 
 
 def test_cardinality_is_bounded() -> None:
-    """Past a hundred topics a counter's new ones are folded into `other`, and that is counted."""
+    """After a hundred topics a counter counts new ones under `other`, and the number of these increments is counted."""
     metrics = Metrics()
     for number in range(150):
         metrics.count("samples_late", 2, f"t{number}")
@@ -433,7 +436,7 @@ def test_cardinality_is_bounded() -> None:
 
 
 def test_stored_samples_have_a_bounded_number_of_series() -> None:
-    """Past a hundred tasks the gauge of stored samples leaves the later ones out."""
+    """After a hundred tasks the gauge of stored samples leaves the later ones out."""
     metrics, count = Metrics(), MAX_LABEL_VALUES + 50
     metrics.record_memory({"samples": dict.fromkeys(range(count), 3)}, {n: f"t{n}" for n in range(count)})
     shown = re.findall(
@@ -443,7 +446,7 @@ def test_stored_samples_have_a_bounded_number_of_series() -> None:
 
 
 def test_every_panel_is_answered(tmp_path: Path) -> None:
-    """A real Prometheus that scrapes the real daemon answers every query of every panel with finite values."""
+    """A real Prometheus that scrapes a real daemon has finite values for every query of every panel."""
     jobs.require(shutil.which("prometheus"), "prometheus")
     config = jobs.write_config(tmp_path / "job", stream={"on_finished": "wait", "batch_size": 20})
     with jobs.Daemon(config) as daemon:
@@ -468,13 +471,13 @@ def test_every_panel_is_answered(tmp_path: Path) -> None:
                 for target in panel["targets"]
                 if panel["title"] not in OF_OTHER_STRATEGIES
                 and OF_OTHER_SCENARIOS not in target["expr"]
-                and not finite(ask(port, plain(target["expr"])))
+                and not finite(ask(port, fill_variables(target["expr"])))
             ]
             assert empty == []
             for variable in DASHBOARD["templating"]["list"][1:]:
                 match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
                 assert match is not None
-                assert {result["metric"].get(match[2]) for result in ask(port, plain(match[1]))} != set()
+                assert {result["metric"].get(match[2]) for result in ask(port, fill_variables(match[1]))} != set()
             exposed = {name for name, _ in scrape(daemon.http)}
             assert {
                 name for name in exposed if name.startswith(("probe", "samples")) and PREFIX + name not in declared()
@@ -486,7 +489,7 @@ def test_every_panel_is_answered(tmp_path: Path) -> None:
 
 
 def scrapes(port: int) -> float:
-    """Return how often the daemon was scraped in the last minute, 0 while Prometheus does not answer."""
+    """Return the number of scrapes of the daemon in the last minute, 0 while Prometheus does not answer."""
     try:
         found = ask(port, "count_over_time(streamlearn_heartbeat_timestamp_seconds[1m])")
     except OSError:
@@ -495,7 +498,7 @@ def scrapes(port: int) -> float:
 
 
 def await_scrapes(port: int, count: int) -> None:
-    """Return when the daemon was scraped so often."""
+    """Wait until the daemon was scraped `count` times."""
     deadline = time.monotonic() + 60
     while scrapes(port) < count:
         assert time.monotonic() < deadline, "Prometheus does not scrape"
@@ -503,7 +506,7 @@ def await_scrapes(port: int, count: int) -> None:
 
 
 def ask(port: int, query: str) -> list[Any]:
-    """Return the result of an instant query; fails when Prometheus refuses it."""
+    """Return the result of an instant query; fail if Prometheus refuses it."""
     url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": query})
     with urllib.request.urlopen(url, timeout=10) as answer:
         tree = json.loads(answer.read())
@@ -513,12 +516,12 @@ def ask(port: int, query: str) -> list[Any]:
 
 
 def finite(results: list[Any]) -> bool:
-    """Tell whether there is a result, and all are finite."""
+    """Return whether there are results and all are finite."""
     return bool(results) and all(math.isfinite(float(result["value"][1])) for result in results)
 
 
 def test_compose_file_is_valid() -> None:
-    """The compose file follows the Compose specification's own schema."""
+    """The compose file matches the schema of the Compose specification."""
     command = [
         sys.executable,
         "-m",
@@ -532,7 +535,7 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_deployed_configuration_is_valid() -> None:
-    """The job that compose runs loads, and its producer publishes to its topics."""
+    """The job of the compose file is valid, and reads the topics that the producer there publishes."""
     from streamlearn.configfile import load
     from streamlearn.strategies.recipes import RECIPES
 
@@ -542,7 +545,7 @@ def test_deployed_configuration_is_valid() -> None:
 
 
 def test_of_too_many_topics_the_first_have_series() -> None:
-    """Topics take their series in the order in which they are learned; which ones are shown is not left to chance."""
+    """The first topics in the order of learning get series of their own, not random ones."""
     metrics = Metrics()
     names = [f"t{number:03d}" for number in range(3 * MAX_LABEL_VALUES)]
     metrics.declare_topics(names)

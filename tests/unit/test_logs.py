@@ -1,4 +1,4 @@
-"""What reaches the log, and what only those who ask for it."""
+"""Which lines reach the log."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Heard(logging.Handler):
-    """Keeps what it is told."""
+class RecordingHandler(logging.Handler):
+    """Keeps the messages that it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def kafka() -> Iterator[logging.Logger]:
-    """Give the client's logger, and put everything back."""
+    """Give kafka-python's logger; restore the logging configuration afterwards."""
     root, logger = logging.getLogger(), logging.getLogger("kafka")
     before = (root.handlers[:], root.level, logger.handlers[:], logger.level, logger.propagate)
     yield logger
@@ -36,16 +36,16 @@ def kafka() -> Iterator[logging.Logger]:
     logger.propagate = before[4]
 
 
-def test_the_client_is_heard_only_by_who_asks_for_the_cause(
+def test_errors_of_kafka_reach_only_handlers_of_its_own_logger(
     kafka: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kafka's errors, which repeat for as long as an outage lasts, are in no log line; a handler on its logger gets them."""
+    """They repeat for as long as an outage lasts, so they are not in the log."""
     logs.set_up("debug", "json")
     logs.quiet_kafka()
-    kafka.addHandler(heard := Heard())
+    kafka.addHandler(handler := RecordingHandler())
     logging.getLogger("kafka.net.transport").error("connection refused")
     logging.getLogger("streamlearn.test").info("ours")
-    assert heard.lines == ["connection refused"]
+    assert handler.lines == ["connection refused"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "ours" in lines[0]
