@@ -117,7 +117,7 @@ class AccuracyMatrix:
 
         Any thread may call this: rows are added and never changed.
         """
-        rows = dict(list(self.rows.items()))
+        rows = self.rows.copy()  # one step, whatever the loop does meanwhile
         size = max([*(i + 1 for i in rows), *(len(row) for row in rows.values())], default=0)
         found: list[list[float | None]] = [[None] * size for _ in range(size)]
         for i, row in rows.items():

@@ -54,7 +54,8 @@ def _draw_apart() -> None:
 
     They draw in the reader's thread from Python's global generator, which is the learner's while a model learns.
     """
-    for name, module in list(sys.modules.items()):
+    # a copy: another thread may import a module meanwhile, and `list` of a dict's items is not one step
+    for name, module in sys.modules.copy().items():
         if name.startswith("kafka.") and getattr(module, "random", None) is random:
             module.random = JITTER  # type: ignore[attr-defined]  # modules have any attributes
 

@@ -370,7 +370,7 @@ class KafkaWriter:
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
         with self._flushing:  # else one thread would find nothing while another is about to send it again
-            numbers = list(self._open)
+            numbers = list(self._open.copy())  # one step: the client's thread removes what is acknowledged
             self._wait(timeout)
             if left := self._left(numbers):
                 self._send_again(left, timeout)

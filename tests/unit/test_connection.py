@@ -125,3 +125,18 @@ def test_the_client_draws_from_no_generator_of_a_model() -> None:
     users = [name for name, module in sys.modules.items() if name.startswith("kafka.") and hasattr(module, "random")]
     assert "kafka.cluster" in users
     assert [name for name in users if sys.modules[name].random is random] == []
+
+
+def test_modules_may_be_imported_while_a_client_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's thread connects while the main thread still imports: that once ended a daemon that had just begun."""
+
+    class Growing(dict[str, Any]):
+        """Modules of which another one is imported at each step of an iteration."""
+
+        def items(self) -> Any:
+            for pair in super().items():
+                self[f"imported-{len(self)}"] = None
+                yield pair
+
+    monkeypatch.setattr(connection, "sys", type("System", (), {"modules": Growing(sys.modules)}))
+    assert settings()["bootstrap_servers"] == ["localhost:1"]
