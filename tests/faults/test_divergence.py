@@ -1,4 +1,4 @@
-"""Update after update that is not finite: back to the newest checkpoint and on more slowly, or an end that says why."""
+"""Divergence: the job rolls back to a checkpoint with a lower learning rate, or the daemon ends with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WILD = {"updates_per_batch": 2, "average": None, "optimizer": {"name": "sgd", "l
 
 
 def diverging(tmp_path: Path, **divergence: Any) -> Path:
-    """Return a job whose second update is not finite, nor is any after it."""
+    """Return the configuration of a job whose updates are not finite from the second on."""
     config = jobs.write_config(
         tmp_path,
         strategy={"naive": {}},
@@ -26,8 +26,8 @@ def diverging(tmp_path: Path, **divergence: Any) -> Path:
     return config
 
 
-def test_it_goes_back_and_learns_more_slowly(tmp_path: Path) -> None:
-    """Whether the newest checkpoint holds weights that are lost already, or not: all is learned, at a rate that is state."""
+def test_a_rollback_lowers_the_learning_rate(tmp_path: Path) -> None:
+    """Everything is learned in the end, even if the newest checkpoint has bad weights; the lower rate is saved."""
     with jobs.Daemon(diverging(tmp_path, slow_down=1e-38)) as daemon:
         assert daemon.finish() == 0, daemon.tail()
         log = daemon.log.read_text()
@@ -41,8 +41,8 @@ def test_it_goes_back_and_learns_more_slowly(tmp_path: Path) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in jobs.tensors(checkpoint).values())
 
 
-def test_it_ends_when_going_back_does_not_help(tmp_path: Path) -> None:
-    """After the attempts are used up the daemon ends with 1 and one line; what diverged was not saved."""
+def test_the_daemon_ends_if_rollbacks_do_not_help(tmp_path: Path) -> None:
+    """After all attempts it ends with 1 and one line; no diverged state is saved."""
     with jobs.Daemon(diverging(tmp_path, slow_down=0.9, attempts=2)) as daemon:
         assert daemon.finish(60) == 1
         log = daemon.log.read_text()
@@ -52,22 +52,22 @@ def test_it_ends_when_going_back_does_not_help(tmp_path: Path) -> None:
     assert {checkpoint.manifest["step"] for checkpoint in Store(daemon.state).all()} <= {0, 2}
 
 
-def test_it_may_stop_at_once(tmp_path: Path) -> None:
+def test_then_stop_ends_at_once(tmp_path: Path) -> None:
     """With `then: stop` there is no second attempt."""
     with jobs.Daemon(diverging(tmp_path, then="stop")) as daemon:
         assert daemon.finish(60) == 1
         assert "was finite: lower learner.optimizer.lr" in daemon.log.read_text()
 
 
-def test_it_may_go_on(tmp_path: Path) -> None:
-    """With `then: skip` every sample is accounted for as skipped, as a single one would be."""
+def test_then_skip_continues(tmp_path: Path) -> None:
+    """With `then: skip` every sample of a dropped batch counts as skipped."""
     status = jobs.run_to_end(diverging(tmp_path, then="skip")).read_json("status.json")
     assert status["samples"]["skipped"] > 0
     assert jobs.all_accounted_for(status)
 
 
-def test_it_goes_back_when_past_tasks_are_lost_at_once(tmp_path: Path) -> None:
-    """What forgets by its nature goes back until its attempts are used up, and no checkpoint holds what was refused."""
+def test_an_accuracy_drop_rolls_back(tmp_path: Path) -> None:
+    """A method that forgets uses up its attempts, and no checkpoint has the refused weights."""
     config = jobs.write_config(
         tmp_path,
         strategy={"naive": {}},

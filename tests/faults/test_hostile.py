@@ -1,4 +1,4 @@
-"""Hostile records: whatever arrives ends in the dead letters with its bytes, and the model is as if it had never come."""
+"""Hostile records: each becomes a dead letter with its bytes, and the model is the same as without it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["world"]  # the fixture
 
 COUNT = int(os.environ.get("STREAMLEARN_HOSTILE", "2000"))
 SEED = int(os.environ.get("STREAMLEARN_SEED", random.randrange(10_000)))
-ROUND = 2000  # what hypothesis remembers of a round costs more than its records
+ROUND = 2000  # records per run of hypothesis, which keeps much in memory for each
 GOOD = 600
 MAX_BYTES = 4096
 TOPIC = "a"
@@ -45,7 +45,7 @@ TOPIC = "a"
 
 @dataclass(frozen=True)
 class Hostile:
-    """A record of which no sample can be used, and how many samples it is counted as."""
+    """A record without a valid sample, and the number of samples as which it counts."""
 
     value: bytes | None
     headers: Headers
@@ -54,7 +54,7 @@ class Hostile:
 
 
 def typed(name: str) -> Headers:
-    """Return the header that names a codec."""
+    """Return the header for a codec."""
     return ((CONTENT_TYPE, CONTENT_TYPE_OF[name]),)
 
 
@@ -69,8 +69,8 @@ bad_labels = st.one_of(
 not_finite = st.sampled_from([float("nan"), float("inf"), -float("inf")])
 
 
-def whole(pair: list[float], label: int) -> dict[str, bytes]:
-    """Return a sample that can be used, in every codec."""
+def valid_values(pair: list[float], label: int) -> dict[str, bytes]:
+    """Return the bytes of a valid sample for every codec."""
     x = np.array(pair, np.float32)
     return {
         "json": encode("json", x, label),
@@ -81,10 +81,10 @@ def whole(pair: list[float], label: int) -> dict[str, bytes]:
 
 @st.composite
 def undecodable(draw: st.DrawFn) -> Hostile:
-    """Bytes that break off, noise, and content types that nobody knows."""
+    """Draw truncated bytes, random bytes, and unknown content types."""
     name = draw(st.sampled_from(sorted(CONTENT_TYPE_OF)))
     kind = draw(st.sampled_from(["cut", "noise", "type", "bomb", "lie"]))
-    good = whole(draw(pairs), draw(classes))
+    good = valid_values(draw(pairs), draw(classes))
     if kind == "cut":
         return Hostile(good[name][: draw(st.integers(0, len(good[name]) - 1))], typed(name))
     if kind == "noise":
@@ -109,7 +109,7 @@ def undecodable(draw: st.DrawFn) -> Hostile:
 
 @st.composite
 def misshapen(draw: st.DrawFn) -> Hostile:
-    """Well-formed records whose samples have another shape, dtype, label or task, or are not finite."""
+    """Draw well-formed records with a wrong shape, dtype, label or task, or with non-finite values."""
     x: Any = draw(pairs)
     y: Any = draw(classes)
     tree: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def misshapen(draw: st.DrawFn) -> Hostile:
         x = np.array(x, np.float32).tobytes()
         tree["dtype"] = draw(st.sampled_from(["float64", "uint8", "object", "", 3, None, "O", "f4,f4"]))
     elif kind == "blank":
-        return Hostile(whole(x, y)["json"] + b" " * MAX_BYTES, typed("json"))
+        return Hostile(valid_values(x, y)["json"] + b" " * MAX_BYTES, typed("json"))
     elif kind == "binary":
         x = np.array([draw(not_finite), 0], np.float32).tobytes() + draw(st.sampled_from([b"", b"\0"]))
     tree |= {"x": x} if kind == "unlabelled" else {"x": x, "y": y}
@@ -148,7 +148,7 @@ def misshapen(draw: st.DrawFn) -> Hostile:
 
 @st.composite
 def batches(draw: st.DrawFn) -> Hostile:
-    """Batch records that are truncated inside, or in which every sample is bad."""
+    """Draw batch records that are truncated inside, or in which every sample is invalid."""
     count = draw(st.integers(1, 5))
     x = np.array(draw(st.lists(pairs, min_size=count, max_size=count)), np.float32)
     y: Any = draw(st.lists(classes, min_size=count, max_size=count))
@@ -194,20 +194,20 @@ hostile = st.builds(
 
 
 class Unattended:
-    """The loop's control where nobody asks for anything."""
+    """A control of the loop without any command."""
 
     stopping = False
     paused = False
 
     def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
-        """Have nothing to answer."""
+        """Do nothing."""
 
     def wait(self, seconds: float) -> None:
-        """Have nothing to wait for."""
+        """Do nothing."""
 
 
 def learn(directory: Path, records: list[Hostile]) -> Job:
-    """Publish records and good samples among them, in places that the seed alone decides; learn them all."""
+    """Publish the records at random places among good samples, and learn everything; the seed decides the places."""
     directory.mkdir()
     tree = {
         "state_dir": directory / "state", "embedded": {"path": directory / "topics.sqlite"}, "device": "cpu",
@@ -244,15 +244,15 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
     return job
 
 
-def learned(job: Job) -> dict[str, bytes]:
-    """Return every bit of what was learned and kept."""
+def state_bytes(job: Job) -> dict[str, bytes]:
+    """Return all bytes of the learned state."""
     files, rest, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
     bits = {f"{name}:{key}": tensor.numpy().tobytes() for name, file in files.items() for key, tensor in file.items()}
     return {**bits, "rest": orjson.dumps([rest, job.matrix.state_dict()], option=orjson.OPT_NON_STR_KEYS)}
 
 
-def drawn(start: int, count: int) -> list[Hostile]:
-    """Return so many records that a seed makes."""
+def generate(start: int, count: int) -> list[Hostile]:
+    """Return this number of records, generated from a seed."""
     records: list[Hostile] = []
 
     @seed(start)
@@ -272,15 +272,17 @@ def drawn(start: int, count: int) -> list[Hostile]:
 
 
 def test_hostile_records_change_nothing(tmp_path: Path) -> None:
-    """Every one is a letter for each of its samples, with its bytes, key and headers; what is learned has the same bits."""
+    """Each has a dead letter per sample, with its bytes, key and headers; the learned state is bit-equal."""
     print(f"seed {SEED}, {COUNT} records")
-    records = [record for first in range(0, COUNT, ROUND) for record in drawn(SEED + first, min(ROUND, COUNT - first))]
+    records = [
+        record for first in range(0, COUNT, ROUND) for record in generate(SEED + first, min(ROUND, COUNT - first))
+    ]
     assert len(records) >= 0.9 * COUNT
     expected, job = learn(tmp_path / "good", []), learn(tmp_path / "bad", records)
     log = EmbeddedReader(tmp_path / "bad" / "topics.sqlite")
     log.connect()
     published = {record.offset: record for record in letters.read_records(log, TOPIC)}
-    bad = [record for record in published.values() if record.offset != len(published) - 1 and not usable(record)]
+    bad = [record for record in published.values() if record.offset != len(published) - 1 and not is_good(record)]
     found: dict[int, list[Record]] = {}
     for letter in letters.read_records(log, "streamlearn.dlq"):
         found.setdefault(int(letter.header(HEADER_PREFIX + "offset") or b"-1"), []).append(letter)
@@ -304,11 +306,11 @@ def test_hostile_records_change_nothing(tmp_path: Path) -> None:
     assert job.progress.unaccounted() == {}
     assert (job.progress.labels, job.learner.step) == (expected.progress.labels, expected.learner.step)
     assert job.learner.step > 0
-    assert learned(job) == learned(expected)
+    assert state_bytes(job) == state_bytes(expected)
 
 
-def usable(record: Record) -> bool:
-    """Tell the good samples apart: the only records without key and headers that have a value."""
+def is_good(record: Record) -> bool:
+    """Return whether a record is a good sample: only these have a value, no key and no headers."""
     return record.key is None and not record.headers and record.value is not None
 
 
@@ -330,8 +332,8 @@ CATALOGUE: dict[str, tuple[bytes | None, Headers]] = {
 }
 
 
-def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> None:
-    """No position may be saved before the letters are acknowledged; then each has the bytes, the reason, and its own key."""
+def test_letters_are_durable_before_positions_move(world: World) -> None:
+    """No position is saved before the letters are acknowledged; each letter has the bytes, the reason and its own key."""
     a = world.topic("a", [0, 1], marker=False)
     for place, (value, headers) in enumerate(CATALOGUE.values()):
         world.sink.append(a, 0, value, key=b"key %d" % place, headers=headers)
@@ -345,7 +347,7 @@ def test_each_fault_is_a_letter_before_anything_moves_past_it(world: World) -> N
     assert world.read_all("dlq") == []
     with pytest.raises(Exception, match="the topic is full"):
         stream.flush_dead_letters()
-    stream.stop()  # as a crash would: nothing of it was saved
+    stream.stop()  # like a crash: nothing was saved
     world.mark(a)
 
     progress = Progress()

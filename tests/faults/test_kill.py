@@ -1,4 +1,4 @@
-"""`kill -9` at any point changes nothing: the final state is bit-equal to an undisturbed run's."""
+"""`kill -9` at any point changes nothing: the final state is bit-equal to that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SEED = random.randrange(10_000)
 
 
-def killed_to_end(config: Path, kills: int, chance: random.Random, longest: float) -> None:
-    """Run a job, killing it at random moments of its learning, and then let it end."""
+def run_with_kills(config: Path, kills: int, chance: random.Random, longest: float) -> None:
+    """Kill a job several times at random moments while it learns, then let it finish."""
     for _ in range(kills):
         with jobs.Daemon(config) as daemon:
             while daemon.process.poll() is None and (daemon.status() or {"state": "starting"})["state"] != "running":
@@ -42,7 +42,7 @@ STRATEGIES: list[dict[str, dict[str, object]]] = [
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids="+".join)
 def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, object]) -> None:
-    """Three kills over embedded topics leave every tensor, the matrix and the totals as an undisturbed run has them."""
+    """After three kills every tensor, the matrix and the totals equal those of an undisturbed run."""
     print(f"seed {SEED}")
     scenario = "task" if {"pnn", "packnet"} & set(strategy) else "class"
     undisturbed = jobs.write_config(tmp_path / "a", strategy=strategy, scenario=scenario)
@@ -50,7 +50,7 @@ def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, 
     for directory in ("a", "b"):
         jobs.publish_embedded(tmp_path / directory / "topics.sqlite", 1000)
     expected = jobs.run_to_end(undisturbed)
-    killed_to_end(killed, 3, random.Random(SEED), 1.0)
+    run_with_kills(killed, 3, random.Random(SEED), 1.0)
     actual = jobs.run_to_end(killed)
     assert jobs.differences(expected, actual) == []
     assert jobs.all_accounted_for(actual.read_json("status.json"))
@@ -58,13 +58,13 @@ def test_killed_embedded_run_ends_bit_equal(tmp_path: Path, strategy: dict[str, 
 
 
 def test_killed_run_of_merged_partitions_ends_bit_equal(tmp_path: Path) -> None:
-    """With `merge: fixed` three partitions a task are learned in one order, whatever dies."""
+    """With `merge: fixed` the records of three partitions are learned in the same order after kills."""
     print(f"seed {SEED}")
     configs = [jobs.write_config(tmp_path / name, stream={"merge": "fixed"}) for name in ("a", "b")]
     for config in configs:
         jobs.publish_embedded(config.parent / "topics.sqlite", 1000, partitions=3)
     expected = jobs.run_to_end(configs[0])
-    killed_to_end(configs[1], 3, random.Random(SEED), 1.0)
+    run_with_kills(configs[1], 3, random.Random(SEED), 1.0)
     actual = jobs.run_to_end(configs[1])
     assert jobs.differences(expected, actual) == []
     assert actual.read_json("status.json")["samples"]["trained"] == 5 * 1000
@@ -72,7 +72,7 @@ def test_killed_run_of_merged_partitions_ends_bit_equal(tmp_path: Path) -> None:
 
 @pytest.mark.kafka
 def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
-    """Three kills of the daemon and one of the broker itself leave every tensor as an undisturbed run has them."""
+    """After three kills of the daemon and one of the broker every tensor equals that of an undisturbed run."""
     print(f"seed {SEED}")
     with KafkaBroker(tmp_path / "kafka") as broker:
         sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
@@ -81,7 +81,7 @@ def test_killed_kafka_run_ends_bit_equal(tmp_path: Path) -> None:
         expected = jobs.run_to_end(jobs.kafka_config(tmp_path / "a", broker.address, ""))
         killed = jobs.kafka_config(tmp_path / "b", broker.address, "")
         chance = random.Random(SEED)
-        killed_to_end(killed, 3, chance, 1.0)
+        run_with_kills(killed, 3, chance, 1.0)
         with jobs.Daemon(killed) as daemon:
             time.sleep(chance.uniform(1, 6))  # while it starts, restores or learns
             broker.kill()

@@ -1,4 +1,4 @@
-"""SIGTERM at any moment, a grace period that is over, threads that die, a clock that jumps, a loop without memory."""
+"""The end of a daemon: SIGTERM at any moment, the grace period, dead threads, a jumping clock, no memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ time.time = lambda: real() + float(file.read_text() or 0)
 
 
 class Slow(MLP):
-    """A model of which every pass takes a minute, but for the trial at the start, which has at most two samples."""
+    """A model whose forward pass takes a minute, except in the trial at the start, which has at most two samples."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 2:
@@ -50,18 +50,18 @@ class Slow(MLP):
         return super().forward(x)
 
 
-def begun(how_far: str, status: Mapping[str, Any]) -> bool:
-    """Tell whether a daemon answers, or learns."""
+def has_reached(how_far: str, status: Mapping[str, Any]) -> bool:
+    """Return whether a daemon answers, or has reached a state."""
     return how_far == "starting" or bool(status["state"] == how_far)
 
 
-def trained(least: int, status: Mapping[str, Any]) -> bool:
-    """Tell whether so many samples are learned."""
+def has_trained(least: int, status: Mapping[str, Any]) -> bool:
+    """Return whether at least this number of samples is learned."""
     return bool(status.get("samples", {}).get("trained", 0) >= least)
 
 
-def slow(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
-    """Build one."""
+def slow_model(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Build a slow model."""
     return Slow(input_shape, num_outputs, [4])
 
 
@@ -69,7 +69,7 @@ def slow(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
     "strategy", [{"generative": {"hidden": 64, "latent": 16}, "si": {}}, {"packnet": {}}], ids="+".join
 )
 def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[str, Any]) -> None:
-    """Stopped six times, while it starts, learns, refines or saves: each ends with 0 in time, and the end is bit-equal."""
+    """Stopped six times, while it starts, learns, refines or saves, it ends with 0 in time; the final state is bit-equal."""
     print(f"seed {SEED}")
     scenario = "task" if "packnet" in strategy else "class"
     over: dict[str, Any] = {"strategy": strategy, "scenario": scenario}
@@ -81,8 +81,8 @@ def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[s
     chance, learned = random.Random(SEED), set()
     for number in range(6):
         with jobs.Daemon(waiting) as daemon:
-            # before it answers nothing can be lost; every other time while it starts
-            daemon.until(partial(begun, "starting" if number % 2 else "running"))
+            # every other time while it starts
+            daemon.until(partial(has_reached, "starting" if number % 2 else "running"))
             time.sleep(chance.uniform(0, 1))
             asked = time.monotonic()
             assert daemon.stop() == 0, daemon.tail()
@@ -97,14 +97,14 @@ def test_sigterm_at_any_moment_saves_everything(tmp_path: Path, strategy: dict[s
 
 @pytest.mark.kafka
 def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> None:
-    """What was learned before the broker went is saved, in time, though no position can be reported."""
+    """Everything learned before the outage is saved in time, although no position can be committed."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
         sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
         jobs.publish(sink, 200)
         sink.close()
         with jobs.Daemon(config) as daemon:
-            status = daemon.until(partial(trained, 100))
+            status = daemon.until(partial(has_trained, 100))
             broker.kill()
             asked = time.monotonic()
             assert daemon.stop() == 0, daemon.tail()
@@ -114,8 +114,8 @@ def test_sigterm_while_the_broker_is_gone_saves_everything(tmp_path: Path) -> No
     assert jobs.all_accounted_for(kept)
 
 
-def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> None:
-    """In the midst of an update that takes too long it ends with 1, and the checkpoint before it is in force."""
+def test_the_end_of_the_grace_period_ends_the_process(tmp_path: Path) -> None:
+    """If an update takes too long, the daemon ends with 1, and the previous checkpoint stays valid."""
     first = jobs.write_config(tmp_path, strategy={"naive": {}}, stream={"on_finished": "wait"})
     jobs.publish_embedded(tmp_path / "topics.sqlite", 100)
     with jobs.Daemon(first) as daemon:
@@ -124,7 +124,7 @@ def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> Non
         )
         assert daemon.stop() == 0
     kept = Store(daemon.state).all()[0]
-    over: dict[str, Any] = {"model": {"name": "tests.faults.test_stop:slow"}, "shutdown_grace": 0.5}
+    over: dict[str, Any] = {"model": {"name": "tests.faults.test_stop:slow_model"}, "shutdown_grace": 0.5}
     second = jobs.write_config(tmp_path / "slow", strategy={"naive": {}}, **over)
     jobs.publish_embedded(tmp_path / "slow" / "topics.sqlite", 100)
     with jobs.Daemon(second) as daemon:
@@ -137,13 +137,13 @@ def test_a_grace_period_that_is_over_ends_it_all_the_same(tmp_path: Path) -> Non
     assert Store(tmp_path / "state").newest_valid() == kept
 
 
-def test_a_log_that_breaks_ends_the_daemon(tmp_path: Path) -> None:
-    """The reader dies of it; the daemon does not go on half alive, saves what it has learned, and ends with 74 and one line."""
+def test_a_broken_log_ends_the_daemon(tmp_path: Path) -> None:
+    """The reader thread fails; the daemon saves what it has learned, and ends with 74 and one line."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, strategy={"naive": {}})
     path = tmp_path / "topics.sqlite"
     jobs.publish_embedded(path, 100)
     with jobs.Daemon(config) as daemon:
-        status = daemon.until(partial(trained, 500))
+        status = daemon.until(partial(has_trained, 500))
         with sqlite3.connect(path) as database:
             database.execute("DROP TABLE records")
         assert daemon.finish(60) == 74, daemon.tail()
@@ -152,8 +152,8 @@ def test_a_log_that_breaks_ends_the_daemon(tmp_path: Path) -> None:
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"] == status["samples"]
 
 
-def test_a_listener_that_dies_ends_the_loop(tmp_path: Path) -> None:
-    """Without its listeners a daemon would be half alive: the next turn of the loop raises."""
+def test_a_dead_listener_ends_the_loop(tmp_path: Path) -> None:
+    """Without its listeners a daemon could not be controlled, so the next turn of the loop raises."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     server = Server(read_only_app(desk), bind_tcp("127.0.0.1", 0), "http")
@@ -166,18 +166,18 @@ def test_a_listener_that_dies_ends_the_loop(tmp_path: Path) -> None:
 
 
 def from_torch(*_: object) -> None:
-    """Ask torch for more than there is."""
+    """Allocate more memory with torch than there is."""
     torch.empty(1 << 60)
 
 
 def from_python(*_: object) -> None:
-    """Fail as the interpreter does: without a word."""
+    """Raise a MemoryError without a message, as the interpreter does."""
     raise MemoryError
 
 
 @pytest.mark.parametrize("fail", [from_torch, from_python])
-def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: object) -> None:
-    """An update that there is no room for may have changed half of the model: the newest checkpoint stays in force."""
+def test_out_of_memory_is_75_and_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: object) -> None:
+    """The failed update may have changed a part of the model, so the previous checkpoint stays the newest."""
     job, stream = made(tmp_path)
     job.mid_delivery = True
     monkeypatch.setattr("streamlearn.loop.run", fail)
@@ -189,7 +189,7 @@ def test_no_memory_is_75_and_saves_nothing_torn(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
-    """A day back and a day forth in the midst of learning: ready all along, nothing negative, and the end is bit-equal."""
+    """The clock jumps a day back and a day ahead while learning: always ready, no negative metric, bit-equal state."""
     configs = [
         jobs.write_config(tmp_path / name, stream={"on_finished": "wait"}, checkpoint={"every_seconds": 0.2})
         for name in ("a", "b")
@@ -204,10 +204,10 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     for config, environment in zip(configs, ({}, jumping), strict=True):
         with jobs.Daemon(config, environment=environment) as daemon:
             for least, jump in ((500, -DAY), (2000, DAY), (3500, 0)):
-                daemon.until(partial(trained, least))
+                daemon.until(partial(has_trained, least))
                 moved.write_text(str(jump))
-                assert daemon.until(partial(begun, "running"))["ready"]
-            daemon.until(partial(trained, 5000))
+                assert daemon.until(partial(has_reached, "running"))["ready"]
+            daemon.until(partial(has_trained, 5000))
             series = urllib.request.urlopen(f"{daemon.http}/metrics", timeout=10).read().decode().splitlines()
             delays = [
                 line for line in series if line.startswith(("streamlearn_record_delay", "streamlearn_consumer_lag"))
@@ -219,12 +219,12 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     assert jobs.differences(*ends) == []
 
 
-def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
-    """Where the last checkpoint cannot be written, daemon and `stop` end with 74 and one line: nothing is silent."""
+def test_a_stop_that_cannot_save_is_reported(tmp_path: Path) -> None:
+    """If the last checkpoint cannot be written, daemon and `stop` end with 74 and one line."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": 10_000})
     jobs.publish_embedded(tmp_path / "topics.sqlite", 100, markers=False)
     with jobs.Daemon(config) as daemon:
-        daemon.until(partial(trained, 500))
+        daemon.until(partial(has_trained, 500))
         checkpoints = daemon.state / "checkpoints"
         checkpoints.rename(daemon.state / "aside")
         checkpoints.write_text("in the way")

@@ -1,4 +1,4 @@
-"""Commands in odd surroundings: closed streams, missing permissions, full disks, broken checkpoints, wrong options."""
+"""Commands under faults: closed streams, missing permissions, full disks, broken checkpoints, wrong options."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
 def obey_modes() -> None:
-    """Have the program that is about to start obey file modes even as root."""
+    """Drop the capabilities that ignore file modes, before the program starts."""
     for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
-def powerless(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command that file modes bind."""
+def run_without_privileges(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that must obey file modes, even as root."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, preexec_fn=obey_modes)
 
 
 @contextmanager
-def mode(path: Path, bits: int) -> Iterator[None]:
-    """Give a directory another mode for a while."""
+def changed_mode(path: Path, bits: int) -> Iterator[None]:
+    """Change the mode of a directory during the context."""
     before = stat.S_IMODE(path.stat().st_mode)
     path.chmod(bits)
     yield
     path.chmod(before)
 
 
-def saved(directory: Path, count: int = 2) -> Store:
-    """Return a state directory's checkpoints, which hold no more than a status."""
+def save_status(directory: Path, count: int = 2) -> Store:
+    """Return a store with small checkpoints that only have a status."""
     store = Store(directory)
     for number in range(count):
         status = {"name": f"status {number + 1}", "state": "stopped", "pid": None}
@@ -62,34 +62,34 @@ def saved(directory: Path, count: int = 2) -> Store:
 
 
 def test_a_missing_permission_is_77(tmp_path: Path) -> None:
-    """Whatever may not be read or written is one line that names it, for every verb."""
+    """For every command a file that may not be read or written is named in one line."""
     state, config = tmp_path / "state", jobs.write_config(tmp_path)
-    saved(state)
+    save_status(state)
     (state / "LOCK").touch(0o600)
-    with mode(state, 0o000):
+    with changed_mode(state, 0o000):
         for arguments in (["status", "--state", str(state)], ["run", str(config)], ["start", str(config)]):
-            done = powerless(*arguments)
+            done = run_without_privileges(*arguments)
             assert (done.returncode, one_line(done)) == (77, f"streamlearn: {state}/LOCK: Permission denied")
-    with mode(state / "checkpoints", 0o500):
-        done = powerless("checkpoint", "prune", "--keep-last", "1", "--hourly", "0", "--state", state)
+    with changed_mode(state / "checkpoints", 0o500):
+        done = run_without_privileges("checkpoint", "prune", "--keep-last", "1", "--hourly", "0", "--state", state)
         assert (done.returncode, "ckpt-000000000001: Permission denied" in one_line(done)) == (77, True)
     (state / "run").mkdir(0o700)
-    with mode(state, 0o500):
-        done = powerless("run", config)
+    with changed_mode(state, 0o500):
+        done = run_without_privileges("run", config)
         assert (done.returncode, one_line(done)) == (77, f"streamlearn: {state}/daemon.json: Permission denied")
 
 
 def test_a_state_directory_that_cannot_be_written_is_74(tmp_path: Path) -> None:
-    """A fault that is no matter of permission, as of a full disk, has its own code."""
+    """An error that is not about permissions, such as a full disk, has its own exit code."""
     config = jobs.write_config(tmp_path)
     (tmp_path / "state" / "daemon.tmp").mkdir(parents=True)
     done = cli("run", config)
     assert (done.returncode, one_line(done)) == (74, f"streamlearn: {tmp_path}/state/daemon.json: Is a directory")
 
 
-def test_closed_and_full_streams(tmp_path: Path) -> None:
-    """A command whose stdout was closed does its work; one whose stdout is full says so, once, with 74."""
-    saved(tmp_path / "state")
+def test_closed_and_full_standard_streams(tmp_path: Path) -> None:
+    """With a closed stdout a command does its work; with a full one it ends with 74 and one line."""
+    save_status(tmp_path / "state")
     wrong = jobs.write_config(tmp_path, service={"host": "192.0.2.1"})
     for arguments, redirection, code, message in (
         (f"status --state {tmp_path / 'state'}", ">&-", 3, ""),
@@ -104,9 +104,9 @@ def test_closed_and_full_streams(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == bool(message)
 
 
-def test_broken_checkpoints_are_told(tmp_path: Path) -> None:
-    """A checkpoint that cannot be read is broken to `verify` and `list`, and `status` shows the one before it."""
-    store = saved(tmp_path)
+def test_broken_checkpoints_are_reported(tmp_path: Path) -> None:
+    """`verify` and `list` name a broken checkpoint, and `status` shows the one before it."""
+    store = save_status(tmp_path)
     assert cli("checkpoint", "verify", "--all", "--state", tmp_path).returncode == 0
     (store.root / "ckpt-000000000002" / MANIFEST).write_text("{")
     for arguments in (["--all"], [], ["2"]):
@@ -124,8 +124,8 @@ def test_broken_checkpoints_are_told(tmp_path: Path) -> None:
     assert (shown.returncode, "broken: .corrupt-ckpt-000000000001" in one_line(shown)) == (3, True)
 
 
-def test_a_directory_that_is_not_there_stays_so(tmp_path: Path) -> None:
-    """Asking about a state directory makes none, and a daemon that does not run is not one that does not answer."""
+def test_queries_do_not_create_the_state_directory(tmp_path: Path) -> None:
+    """A missing daemon is reported as not running."""
     missing = tmp_path / "missing"
     assert "no checkpoint 1" in one_line(cli("checkpoint", "restore", "1", "--state", missing))
     for verb in (["pause"], ["checkpoint", "create"]):
@@ -134,16 +134,16 @@ def test_a_directory_that_is_not_there_stays_so(tmp_path: Path) -> None:
     assert not missing.exists()
 
 
-def test_start_tells_what_its_daemon_died_of(tmp_path: Path) -> None:
-    """A daemon that ends without a word is not said to go on."""
+def test_start_reports_the_signal_that_killed_its_daemon(tmp_path: Path) -> None:
+    """If the daemon is killed, `start` names the signal and the log."""
     (tmp_path / "dying.py").write_text("import os\ndef model(*_):\n    os.kill(os.getpid(), 9)\n")
     config = jobs.write_config(tmp_path, model={"name": "dying:model"}, strategy="naive")
     done = cli("start", config, environment={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, "the daemon was killed by signal 9; see " in one_line(done)) == (1, True)
 
 
-def test_run_tells_who_started_it_of_any_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nobody expected is told through the pipe too, as one line with its code."""
+def test_run_sends_every_error_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception is sent through the pipe too, as one line with its exit code."""
     reading, writing = os.pipe()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -162,8 +162,8 @@ def test_run_tells_who_started_it_of_any_failure(tmp_path: Path, monkeypatch: py
     )
 
 
-def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
-    """A topic that does not exist is named by one log line and by status; and a stop that cannot note itself ends with 0."""
+def test_a_waiting_daemon_names_the_missing_topic(tmp_path: Path) -> None:
+    """One log line and the status name it; a stop that cannot record its clean end still ends with 0."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
     with jobs.Daemon(config) as daemon:
         status = daemon.until(lambda status: status.get("waiting_for") is not None)
@@ -184,14 +184,14 @@ def test_a_waiting_daemon_says_what_for(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_importing_is_silent(tmp_path: Path) -> None:
-    """An interrupt before anything runs ends the command without a traceback."""
+    """An interrupt during imports ends the command without a traceback."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = cli("status", environment={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "")
 
 
-def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
-    """The cluster of others is not listed unless it is asked for; a topic that does not exist yet is named."""
+def test_topics_lists_only_those_of_the_configuration(tmp_path: Path) -> None:
+    """Other topics of the cluster need `--all`; a topic that does not exist yet is named."""
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     for name in ("t1", "t2", "job.dlq", "others"):
         sink.create_topic(name, 1)
@@ -209,8 +209,8 @@ def test_topics_of_a_configuration_are_its_own(tmp_path: Path) -> None:
     assert list(json.loads(everything.stdout)) == ["job.dlq", "others", "t1", "t2"]
 
 
-def test_a_probe_is_cut_by_the_classes_of_what_is_trained(tmp_path: Path) -> None:
-    """A probe that lacks a class goes to the tasks whose classes it has, whatever equal groups of its own would be."""
+def test_a_probe_is_divided_by_the_training_classes(tmp_path: Path) -> None:
+    """Each probe sample goes to the task that trains its class, even if the probe lacks a class."""
     for name, labels in (("train", "0123"), ("probe", "0233")):
         rows = "".join(f"{place}.5,{label}\n" for place, label in enumerate(labels))
         (tmp_path / f"{name}.csv").write_text(f"x,label\n{rows}")
@@ -239,7 +239,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[" ".join(options) for options, _ in WRONG])
 def test_a_wrong_option_of_produce_is_2(tmp_path: Path, options: list[str], message: str) -> None:
-    """What would publish something else than was asked for publishes nothing."""
+    """A wrong or contradictory option publishes nothing."""
     (tmp_path / "a.csv").write_text("1,2,0\n3,4,1\n")
     where = [] if "--bootstrap-servers" in options else ["--embedded", str(tmp_path / "topics")]
     done = cli("produce", tmp_path / "a.csv", *where, *options)

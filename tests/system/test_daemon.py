@@ -1,4 +1,4 @@
-"""The daemon as its users meet it: processes, signals, exit codes, and figures that agree wherever they are shown."""
+"""The daemon as its users see it: processes, signals, exit codes, and metrics that agree wherever they are shown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def cli(
 
 
 def scrape(http: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Return every sample of /metrics, by name and labels."""
+    """Return every value of /metrics, by name and labels."""
     text = urllib.request.urlopen(f"{http}/metrics", timeout=10).read().decode()
     return {
         (sample.name.removeprefix("streamlearn_"), tuple(sorted(sample.labels.items()))): sample.value
@@ -58,7 +58,7 @@ def scrape(http: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def get(url: str) -> tuple[int, Any]:
-    """Return the status and JSON of a URL."""
+    """Return the HTTP status and the JSON of a URL."""
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return answer.status, json.loads(answer.read())
@@ -66,18 +66,18 @@ def get(url: str) -> tuple[int, Any]:
         return error.code, json.loads(error.read() or b"null")
 
 
-def waiting(status: Mapping[str, Any]) -> bool:
-    """Tell whether all five tasks are learned and saved, and the daemon waits for more."""
+def has_finished(status: Mapping[str, Any]) -> bool:
+    """Return whether all five tasks have ended, and no record waits."""
     tasks = status.get("tasks", [])
     return len(tasks) == 5 and all(task["state"] == "ended" for task in tasks) and not any_lag(status)
 
 
 def any_lag(status: Mapping[str, Any]) -> bool:
-    """Tell whether anything waits in the log."""
+    """Return whether any record waits in the log."""
     return any(count for partitions in (status["lag"] or {}).values() for count in partitions.values())
 
 
-FIGURES = (  # all but forward transfer, which is not defined here
+METRICS = (  # all but forward transfer, which is not defined here
     "average_accuracy",
     "learning_accuracy",
     "backward_transfer",
@@ -90,8 +90,8 @@ FIGURES = (  # all but forward transfer, which is not defined here
 
 
 def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None = 200) -> dict[str, Any]:
-    """Assert that /metrics, /status, `status --json`, `report` and `predict` show the same; return the status."""
-    status = daemon.until(waiting)
+    """Assert that /metrics, /status, `status --json`, `report` and `predict` have the same values; return the status."""
+    status = daemon.until(has_finished)
     metrics = scrape(daemon.http)
     assert cli("status", "--state", daemon.state, "--json").returncode == 0
     shown = json.loads(cli("status", "--state", daemon.state, "--json").stdout)
@@ -100,7 +100,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
         "positions",
         "tasks",
         "samples",
-        *FIGURES,
+        *METRICS,
     ):
         assert shown[key] == status[key] == get(f"{daemon.http}/status")[1][key], key
     names = [task["name"] for task in status["tasks"]]
@@ -111,7 +111,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
     for task in status["tasks"]:
         assert metrics["probe_accuracy_ratio", (("task", task["name"]),)] == task["probe"]["accuracy"]
         assert metrics["samples_trained_total", (("task", task["name"]),)] == task["samples"]["trained"]
-    for name in FIGURES:
+    for name in METRICS:
         assert metrics[name if name.endswith("transfer") else f"{name}_ratio", ()] == status[name]
     assert ("forward_transfer", ()) not in metrics
     assert status["forward_transfer"] is None
@@ -143,10 +143,10 @@ DEFAULT: dict[str, Any] = {"generative": {}, "si": {}}
 @pytest.mark.parametrize(
     ("strategy", "least", "most"), [(DEFAULT, 0.7, 1.0), ("naive", 0.1, 0.25)], ids=["default", "naive"]
 )
-def test_figures_agree_over_kafka(tmp_path: Path, bootstrap: str, strategy: Any, least: float, most: float) -> None:
+def test_metrics_agree_over_kafka(tmp_path: Path, bootstrap: str, strategy: Any, least: float, most: float) -> None:
     """Split MNIST, 1,000 samples a task, by `streamlearn produce` over Kafka: the default remembers, naive forgets.
 
-    And /metrics, `status --json`, `report` and `predict` show the same figures.
+    And /metrics, `status --json`, `report` and `predict` show the same values.
     """
     prefix = f"agree{time.time_ns()}-"
     config = jobs.kafka_config(
@@ -170,7 +170,7 @@ def test_figures_agree_over_kafka(tmp_path: Path, bootstrap: str, strategy: Any,
 
 @pytest.mark.parametrize("strategy", ["pnn", "packnet"])
 def test_isolated_tasks_are_predicted_by_task(tmp_path: Path, strategy: str) -> None:
-    """A saved network that isolates tasks answers for every task as the daemon did, and is asked which task."""
+    """With PNN or PackNet `predict` needs the task, and is as accurate as the daemon on each."""
     config = jobs.write_config(tmp_path, strategy=strategy, scenario="task")
     jobs.publish_embedded(tmp_path / "topics.sqlite", 300)
     status = jobs.run_to_end(config).read_json("status.json")
@@ -183,8 +183,8 @@ def test_isolated_tasks_are_predicted_by_task(tmp_path: Path, strategy: str) -> 
     assert "needs --task, one of: t1, t2" in cli("predict", *where).stderr
 
 
-def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
-    """Control over the socket: pause holds, a checkpoint is durable when it returns, stop saves and frees the lock."""
+def test_pause_checkpoint_resume_and_stop(tmp_path: Path) -> None:
+    """Pause stops learning, a created checkpoint is durable when the command returns, stop saves and frees the lock."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": None})
     jobs.publish_embedded(tmp_path / "topics.sqlite", 100)
     started = cli("start", config, "--wait", "ready")
@@ -202,22 +202,22 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
         assert "before-deploy" in cli("checkpoint", "list", "--state", state).stdout
         checkpoint = cli("checkpoint", "create", "--state", state).stdout.strip()
         assert cli("checkpoint", "verify", "--state", state, checkpoint).stdout == f"{checkpoint}: valid\n"
-        held = Client(state).get("/status")
-        assert held["state"] == "paused"
+        paused = Client(state).get("/status")
+        assert paused["state"] == "paused"
         time.sleep(0.5)
-        assert Client(state).get("/status")["batches"] == held["batches"]
+        assert Client(state).get("/status")["batches"] == paused["batches"]
         mode = stat.S_IMODE((state / "run" / "control.sock").stat().st_mode)
         assert (mode, stat.S_IMODE(state.stat().st_mode)) == (0o600, 0o700)
-        hints = read_process_record(state)
-        assert hints is not None
-        assert get(f"{hints.http}/readyz")[0] == 200
-        assert get(f"{hints.http}/healthz")[0] == 200
-        assert urllib.request.Request(f"{hints.http}/v1/stop", method="POST").full_url
+        record = read_process_record(state)
+        assert record is not None
+        assert get(f"{record.http}/readyz")[0] == 200
+        assert get(f"{record.http}/healthz")[0] == 200
+        assert urllib.request.Request(f"{record.http}/v1/stop", method="POST").full_url
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(urllib.request.Request(f"{hints.http}/v1/stop", data=b"{}"), timeout=5)
+            urllib.request.urlopen(urllib.request.Request(f"{record.http}/v1/stop", data=b"{}"), timeout=5)
         assert cli("resume", "--state", state).stdout == "running\n"
         deadline = time.monotonic() + jobs.DEADLINE
-        while not waiting(Client(state).get("/status")):
+        while not has_finished(Client(state).get("/status")):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
@@ -233,8 +233,8 @@ def test_pause_checkpoint_stop_and_go_on(tmp_path: Path) -> None:
     assert [task["state"] for task in json.loads(last.stdout)["tasks"]] == ["ended"] * 5
 
 
-def test_a_task_is_ended_by_hand(tmp_path: Path) -> None:
-    """No marker and no later topic: the command ends the task, and ends with 1 and one line where none is open."""
+def test_task_end_ends_the_open_task(tmp_path: Path) -> None:
+    """Without a marker and a later topic the command ends the task; if none is open, it ends with 1 and one line."""
     config = jobs.write_config(tmp_path, stream={"topics": ["t1"], "on_finished": "wait"})
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     producer.publish(sink, "t1", jobs.tasks(70)[0][0], producer.PublishOptions(markers=False))
@@ -258,7 +258,7 @@ def net(input_shape, num_outputs):
 
 
 def test_start_finds_a_module_as_run_does(tmp_path: Path) -> None:
-    """One in the working directory is found, last: a file there that is named like a standard module is not imported."""
+    """It is found in the working directory, but a file there does not replace a standard module."""
     (tmp_path / "own_net.py").write_text(OWN)
     (tmp_path / "json.py").write_text("raise SystemExit(9)")
     config = jobs.write_config(tmp_path, model={"name": "own_net:net"}, strategy={"naive": {}})
@@ -270,8 +270,8 @@ def test_start_finds_a_module_as_run_does(tmp_path: Path) -> None:
     assert cli("stop", "--state", tmp_path / "state").returncode == 0
 
 
-def test_garbage_changes_nothing(tmp_path: Path) -> None:
-    """1 % garbage records all end in the dead-letter topic; the tensors are those of a run without them."""
+def test_invalid_records_change_nothing(tmp_path: Path) -> None:
+    """1 % invalid records all become dead letters; the tensors equal those of a run without them."""
     clean, dirty = (jobs.write_config(tmp_path / name, stream={"batch_size": 50}) for name in ("clean", "dirty"))
     for name in ("clean", "dirty"):
         sink = EmbeddedWriter(tmp_path / name / "topics.sqlite")
@@ -295,7 +295,7 @@ def test_garbage_changes_nothing(tmp_path: Path) -> None:
 
 
 def dead_letters(path: Path) -> list[Record]:
-    """Return what lies in the dead-letter topic."""
+    """Return the records of the dead-letter topic."""
     from streamlearn.stream.embedded import EmbeddedReader
 
     log = EmbeddedReader(path)
@@ -314,7 +314,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_a_wrong_configuration_is_78(tmp_path: Path) -> None:
-    """One line an error, naming file, key, value and what is accepted."""
+    """Each error is one line with file, key, value and accepted values."""
     config = jobs.write_config(tmp_path, learner={"updates_per_batch": 0})
     done = cli("run", config)
     assert done.returncode == 78
@@ -323,7 +323,7 @@ def test_a_wrong_configuration_is_78(tmp_path: Path) -> None:
 
 
 def test_a_busy_port_is_78(tmp_path: Path) -> None:
-    """A port that another process holds is named."""
+    """The error names the port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -334,7 +334,7 @@ def test_a_busy_port_is_78(tmp_path: Path) -> None:
 
 
 def test_a_locked_state_directory_is_73(tmp_path: Path) -> None:
-    """One instance a state directory."""
+    """Only one daemon runs per state directory."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: status["state"] == "running")
@@ -344,8 +344,8 @@ def test_a_locked_state_directory_is_73(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_a_shape_that_does_not_fit_the_checkpoint_is_78(tmp_path: Path) -> None:
-    """What shapes the state must equal the checkpoint's; everything else may change."""
+def test_an_incompatible_configuration_is_78(tmp_path: Path) -> None:
+    """Values on which the state depends must equal those of the checkpoint; others may change."""
     jobs.publish_embedded(tmp_path / "topics.sqlite", 50)
     jobs.run_to_end(jobs.write_config(tmp_path))
     done = cli("run", jobs.write_config(tmp_path, model={"hidden": [32]}))
@@ -360,7 +360,7 @@ def test_a_shape_that_does_not_fit_the_checkpoint_is_78(tmp_path: Path) -> None:
 
 @pytest.mark.kafka
 def test_a_missing_broker_is_waited_for(tmp_path: Path) -> None:
-    """No broker: one line, live but not ready, and a stop that answers at once; with a timeout, 69."""
+    """Without a broker: one log line, live but not ready, and a quick stop; with `startup_timeout`, 69."""
     over: dict[str, Any] = {"kafka": {"bootstrap_servers": "127.0.0.1:1"}}
     with jobs.Daemon(jobs.write_config(tmp_path / "wait", **over)) as daemon:
         daemon.until(lambda status: bool(status.get("problem")))
@@ -376,12 +376,12 @@ def test_a_missing_broker_is_waited_for(tmp_path: Path) -> None:
     assert done.returncode == 69
 
 
-def test_an_idle_daemon_hardly_works(tmp_path: Path) -> None:
-    """With nothing to learn, the whole process uses only a little of a CPU."""
+def test_an_idle_daemon_uses_little_cpu(tmp_path: Path) -> None:
+    """Without records the whole process uses only a little of a CPU."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"})
     jobs.publish_embedded(tmp_path / "topics.sqlite", 20)
     with jobs.Daemon(config) as daemon:
-        daemon.until(waiting)
+        daemon.until(has_finished)
         used = cpu_seconds(daemon.process.pid)
         time.sleep(5)
         share = (cpu_seconds(daemon.process.pid) - used) / 5
@@ -397,7 +397,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def test_sigint_saves(tmp_path: Path) -> None:
-    """Ctrl-C is a stop like any other: the last batch is applied, saved, and accounted for."""
+    """Ctrl-C is a stop like SIGTERM: the last batch is learned and saved, and every sample has an outcome."""
     config = jobs.write_config(tmp_path, stream={"on_finished": "wait"}, checkpoint={"every_batches": None})
     jobs.publish_embedded(tmp_path / "topics.sqlite", 1000)
     with jobs.Daemon(config) as daemon:

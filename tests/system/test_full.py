@@ -16,7 +16,7 @@ from streamlearn.config import KafkaConfig
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, LogWriter
-from tests.faults.test_kill import killed_to_end
+from tests.faults.test_kill import run_with_kills
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 from tests.system.test_daemon import check_agreement, cli
@@ -100,7 +100,7 @@ def test_five_kills_over_kafka_and_one_of_the_broker(
     print(f"seed {SEED}")
     chance = random.Random(SEED)
     config = jobs.kafka_config(tmp_path / "killed", broker.address, "", **ALL)
-    killed_to_end(config, 5, chance, 50)
+    run_with_kills(config, 5, chance, 50)
     with jobs.Daemon(config) as daemon:
         time.sleep(chance.uniform(5, 20))
         broker.kill()
@@ -119,7 +119,7 @@ def test_five_kills_over_embedded_topics(undisturbed: Checkpoint, tmp_path: Path
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     publish(sink)
     sink.close()
-    killed_to_end(config, 5, random.Random(SEED), 50)
+    run_with_kills(config, 5, random.Random(SEED), 50)
     actual = jobs.run_to_end(config, SECONDS)
     assert jobs.differences(undisturbed, actual) == []
     assert jobs.all_accounted_for(actual.read_json("status.json"))

@@ -39,7 +39,7 @@ from streamlearn.service.api import COMMANDS
 from streamlearn.stream.reader import StreamStatus
 from tests.support import jobs, tables
 from tests.support.kafka_broker import free_port
-from tests.system.test_daemon import scrape, waiting
+from tests.system.test_daemon import has_finished, scrape
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -463,7 +463,7 @@ def test_every_panel_is_answered(tmp_path: Path) -> None:
         try:
             await_scrapes(port, 2)
             jobs.publish_embedded(tmp_path / "job" / "topics.sqlite", 300)
-            daemon.until(waiting)
+            daemon.until(has_finished)
             await_scrapes(port, int(scrapes(port)) + 4)
             empty = [
                 f"{panel['title']}: {target['expr']}"

@@ -1,4 +1,4 @@
-"""Checkpoints: directories that exist or do not, verified by hash, linked, pruned, restored."""
+"""The checkpoint store: save, verify, link, prune, tag and restore."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ STEPS = itertools.count(1)
 
 
 def save(store: Store, content: bytes = b"1", **files: bytes | None) -> Checkpoint:
-    """Save a small checkpoint, a step after the one before it."""
+    """Save a small checkpoint, one step after the last."""
     named = {f"{name}.safetensors": value for name, value in files.items()}
     return store.save({"state.json": content, **named}, {"step": next(STEPS)})
 
 
-def at(store: Store, step: int, ended: int = 0, *, ending: bool = False, tags: tuple[str, ...] = ()) -> Checkpoint:
-    """Save a checkpoint of a step, after so many tasks have ended."""
+def save_at(store: Store, step: int, ended: int = 0, *, ending: bool = False, tags: tuple[str, ...] = ()) -> Checkpoint:
+    """Save a checkpoint with this step and this number of ended tasks."""
     info = {"step": step, "tasks_ended": ended, "ending": ending}
     return store.save({"state.json": str(step).encode()}, info, tags=tags)
 
 
 def steps(store: Store) -> list[tuple[int, int]]:
-    """Return step and number of ended tasks of what is kept, oldest first."""
+    """Return step and number of ended tasks of every checkpoint, oldest first."""
     return [(c.manifest["step"], c.manifest["tasks_ended"]) for c in reversed(store.all())]
 
 
-def test_what_is_saved_is_found_and_sound(tmp_path: Path) -> None:
-    """A checkpoint is found by id, number and `latest`, and its files are its owner's alone."""
+def test_a_saved_checkpoint_is_found_and_valid(tmp_path: Path) -> None:
+    """It is found by id, number and `latest`, and only its owner can read its files."""
     store = Store(tmp_path)
     first, second = save(store, b"1"), save(store, b"2")
     assert [c.id for c in store.all()] == [second.id, first.id]
@@ -53,7 +53,7 @@ def test_what_is_saved_is_found_and_sound(tmp_path: Path) -> None:
     "damage", ["flip", "truncate", "remove", "manifest", "manifest hash", "step", "nested", "link", "device", "pipe"]
 )
 def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: str) -> None:
-    """Whatever breaks in the newest, the one before it is used and the evidence is kept."""
+    """If the newest is broken in any way, the one before it is used, and the broken one is renamed."""
     store = Store(tmp_path)
     good, bad = save(store, b"good"), save(store, b"bad!")
     file, manifest = bad.path / "state.json", bad.path / MANIFEST
@@ -87,7 +87,7 @@ def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_fresh_start_is_never_silent(tmp_path: Path) -> None:
-    """If no valid checkpoint is left, the answer is an error with 78, now and at every later start."""
+    """If no valid checkpoint is left, this start and every later one ends with an error (78)."""
     store = Store(tmp_path)
     (save(store).path / "state.json").write_bytes(b"?")
     for _ in range(2):
@@ -97,8 +97,8 @@ def test_a_fresh_start_is_never_silent(tmp_path: Path) -> None:
     assert Store(tmp_path / "new").newest_valid() is None
 
 
-def test_a_crash_while_writing_leaves_the_last_one_in_force(tmp_path: Path) -> None:
-    """A temporary directory of a killed process is swept at the next start."""
+def test_a_crash_while_writing_leaves_the_last_one_valid(tmp_path: Path) -> None:
+    """The next start removes the temporary directory of a killed process."""
     store = Store(tmp_path)
     good = save(store)
     (store.root / ".tmp-ckpt-000000000002").mkdir()
@@ -108,8 +108,8 @@ def test_a_crash_while_writing_leaves_the_last_one_in_force(tmp_path: Path) -> N
     assert store.all()[0].id == good.id
 
 
-def test_what_never_changes_is_linked(tmp_path: Path) -> None:
-    """A file given as None is the parent's own, by inode, and verifies."""
+def test_immutable_files_are_linked(tmp_path: Path) -> None:
+    """A file given as None has the inode of the previous checkpoint's file, and a valid hash."""
     store = Store(tmp_path)
     first = save(store, b"1", memory=b"x" * 1000)
     second = save(store, b"2", memory=None)
@@ -119,10 +119,10 @@ def test_what_never_changes_is_linked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EACCES])
-def test_what_cannot_be_linked_is_copied(
+def test_files_are_copied_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    """Where the file system has no hard links, each checkpoint has whole files of its own, and one line says so."""
+    """On a file system without hard links every checkpoint has its own files, and one log line says so."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -142,8 +142,8 @@ def test_what_cannot_be_linked_is_copied(
     assert f"{store.root}: the file system has no hard links ({os.strerror(code)}): checkpoints copy files" in lines[0]
 
 
-def test_a_damaged_file_is_not_copied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that does not match the hash fails the save with 74, and leaves nothing."""
+def test_a_damaged_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy whose hash differs fails the save with 74, and leaves no file."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
@@ -158,8 +158,8 @@ def test_a_damaged_file_is_not_copied_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in store.root.iterdir()] == [first.id]
 
 
-def test_room_is_kept_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where files are copied, they count for the room that a checkpoint needs."""
+def test_copies_count_for_the_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that will be copied are part of the space that a checkpoint needs."""
     store = Store(tmp_path)
     save(store, b"1", memory=b"x" * 1000)
     asked: list[int] = []
@@ -171,10 +171,10 @@ def test_room_is_kept_for_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
-def test_a_directory_that_cannot_be_synced_is_no_failure(
+def test_a_file_system_that_cannot_sync_directories_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Some file systems sync files alone; an error of another kind still fails the save."""
+    """EINVAL and ENOTSUP are ignored; any other error fails the save."""
     sync = os.fsync
     answer = code
 
@@ -191,8 +191,8 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(
         save(store)
 
 
-def test_what_cannot_be_listed_or_linked_fails_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save that cannot see the checkpoints before it fails with 74; one that cannot remove an old one does not."""
+def test_an_unreadable_directory_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save that cannot list the checkpoints fails with 74; one that cannot remove an old one succeeds."""
     store = Store(tmp_path, keep=1, hourly=0)
     first = save(store, b"1", memory=b"x")
     (first.path / MANIFEST).rename(tmp_path / MANIFEST)
@@ -217,7 +217,7 @@ def test_what_cannot_be_listed_or_linked_fails_in_one_line(tmp_path: Path, monke
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the disk refuses to sync, the save fails with 74 and no trace."""
+    """If a sync fails, the save fails with 74 and leaves no file."""
     store = Store(tmp_path)
     save(store)
 
@@ -231,8 +231,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in store.root.iterdir()] == ["ckpt-000000000001"]
 
 
-def test_files_are_synced_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every sync waits for the others to begin, as one that takes seconds would; the manifest is synced after them all."""
+def test_files_are_synced_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sync waits until all have started; the manifest is synced after them."""
     sync, together, order = os.fsync, threading.Barrier(17), []
 
     def wait_for_others(descriptor: int) -> None:
@@ -249,7 +249,7 @@ def test_files_are_synced_side_by_side(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever file it is; the other syncs are waited for, nothing is left behind and no descriptor stays open."""
+    """Whichever sync fails, no file is left, and no descriptor stays open."""
     sync, refused = os.fsync, [""]
 
     def opened() -> list[Path]:
@@ -268,14 +268,12 @@ def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytes
         assert (list(store.root.iterdir()), [path for path in opened() if tmp_path in path.parents]) == ([], [])
 
 
-def test_a_tag_that_is_given_while_a_save_waits_is_not_given_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process tags an older checkpoint before, or while, the new one is written: that one keeps the tag."""
+def test_two_processes_cannot_set_the_same_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another process sets the tag while a checkpoint is written, only the other checkpoint has it."""
     first = save(Store(tmp_path))
     store, other = Store(tmp_path), Store(tmp_path)
     other.tag(first.id, "before")
-    assert at(store, 10, tags=("before",)).tags == []
+    assert save_at(store, 10, tags=("before",)).tags == []
     writes = itertools.count()
 
     def tag_in_between() -> None:
@@ -283,17 +281,17 @@ def test_a_tag_that_is_given_while_a_save_waits_is_not_given_twice(
             other.tag(first.id, "now")
 
     monkeypatch.setattr(store, "before_write", tag_in_between)
-    assert at(store, 11, tags=("now", "mine")).tags == ["mine"]
+    assert save_at(store, 11, tags=("now", "mine")).tags == ["mine"]
     assert [c.id for c in store.all() if "now" in c.tags] == [first.id]
-    # the other way round: the daemon's checkpoint appears after `checkpoint tag` has looked
-    monkeypatch.setattr(other, "check_tag", lambda _: at(Store(tmp_path), 12, tags=("late",)))
+    # the other order: the daemon's checkpoint appears after `checkpoint tag` has checked the tag
+    monkeypatch.setattr(other, "check_tag", lambda _: save_at(Store(tmp_path), 12, tags=("late",)))
     with pytest.raises(StreamlearnError, match=r"tag late: ckpt-0+4 has it"):
         other.tag(first.id, "late")
     assert [c.sequence for c in store.all() if "late" in c.tags] == [4]
 
 
 def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
-    """Of what is older than the newest three, the last of each hour stays."""
+    """Among checkpoints older than the newest three, the last of each hour is kept."""
     store = Store(tmp_path, keep=100)
     start = datetime(2026, 1, 1, tzinfo=UTC)
     for number in range(12):
@@ -310,63 +308,63 @@ def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_one_step_count_as_one(tmp_path: Path) -> None:
-    """`keep` counts steps: what repeats the next newer one goes, and so does what was saved while a task was ending."""
+    """`keep` does not count a checkpoint with the step of the next one, or one saved while a task was ending."""
     store = Store(tmp_path, keep=3, hourly=0, task_ends=0)
-    at(store, 10)
-    at(store, 20)
-    at(store, 30)
-    at(store, 30, 1)
+    save_at(store, 10)
+    save_at(store, 20)
+    save_at(store, 30)
+    save_at(store, 30, 1)
     assert steps(store) == [(10, 0), (20, 0), (30, 1)]
-    at(store, 40, 1, ending=True)
+    save_at(store, 40, 1, ending=True)
     assert steps(store) == [(20, 0), (30, 1), (40, 1)]
-    at(store, 50, 2)
+    save_at(store, 50, 2)
     assert steps(store) == [(20, 0), (30, 1), (50, 2)]
-    at(store, 60, 2, ending=True)
-    at(store, 80, 4)  # on a slow disk saves are merged: a whole task lies between
+    save_at(store, 60, 2, ending=True)
+    save_at(store, 80, 4)  # on a slow disk saves are merged: a whole task lies between
     assert steps(store) == [(50, 2), (60, 2), (80, 4)]
 
 
-def test_ends_of_tasks_are_kept(tmp_path: Path) -> None:
-    """The first checkpoint after each of the last `task_ends` ends stays, all of them where so chosen."""
+def test_checkpoints_of_task_ends_are_kept(tmp_path: Path) -> None:
+    """The first checkpoint after each of the last `task_ends` task ends is kept; with `all`, every one."""
     for task_ends, kept in ((2, [3, 4]), ("all", [1, 2, 3, 4]), (0, [])):
         store = Store(tmp_path / str(task_ends), keep=1, hourly=0, task_ends=task_ends)  # type: ignore[arg-type]
         for task in range(1, 5):
             for step in range(10):
-                at(store, 10 * task + step, task - 1)
-            at(store, 10 * task + 9, task)
-        at(store, 51, 4)
+                save_at(store, 10 * task + step, task - 1)
+            save_at(store, 10 * task + 9, task)
+        save_at(store, 51, 4)
         assert steps(store) == [*((10 * task + 9, task) for task in kept), (51, 4)]
 
 
 def test_a_task_that_ended_again_counts_once(tmp_path: Path) -> None:
-    """After a restore the later end of a task is the one that counts, and the restore itself removes nothing."""
+    """After a restore only the later end of a task counts, and the restore itself removes nothing."""
     store = Store(tmp_path, keep=1, hourly=0, task_ends=2)
     for task in range(3):
-        at(store, 10 * task, task)
+        save_at(store, 10 * task, task)
     assert steps(store) == [(10, 1), (20, 2)]
     store.restore("2")
     assert steps(store) == [(10, 1), (20, 2), (10, 1)]
-    at(store, 15, 1)
-    at(store, 21, 2)
-    at(store, 25, 2)
+    save_at(store, 15, 1)
+    save_at(store, 21, 2)
+    save_at(store, 25, 2)
     assert steps(store) == [(10, 1), (21, 2), (25, 2)]
 
 
-def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
-    """A tag names a checkpoint and keeps it, whatever retention says, until it is taken off or the checkpoint removed."""
+def test_tagged_checkpoints_are_kept(tmp_path: Path) -> None:
+    """Retention never removes a checkpoint with a tag; the tag can be removed, and so can the checkpoint."""
     store = Store(tmp_path, keep=1, hourly=0, task_ends=0)
-    first = at(store, 1, tags=("before-deploy",))
-    second = at(store, 2)
+    first = save_at(store, 1, tags=("before-deploy",))
+    second = save_at(store, 2)
     assert (store.tag("latest", "v2").id, second.tags) == (second.id, ["v2"])
     for step in range(3, 6):
-        at(store, step)
+        save_at(store, step)
     assert steps(store) == [(1, 0), (2, 0), (5, 0)]
     assert (store.find("before-deploy").id, store.find("v2").id, first.tags) == (first.id, second.id, ["before-deploy"])
     store.find("v2").verify()
     with pytest.raises(StreamlearnError, match=f"tag v2: {second.id} has it"):
         store.tag("1", "v2")
     assert store.untag("before-deploy") == first.id
-    at(store, 6)
+    save_at(store, 6)
     assert steps(store) == [(2, 0), (6, 0)]
     store.remove("v2")
     assert steps(store) == [(6, 0)]
@@ -380,10 +378,10 @@ def test_what_has_a_tag_is_kept(tmp_path: Path) -> None:
         assert caught.value.code == 2
 
 
-def test_the_newest_that_can_be_read_is_not_removed(tmp_path: Path) -> None:
-    """Where a newer checkpoint is broken the job goes on from the one before it, so that one stays."""
+def test_the_newest_readable_checkpoint_cannot_be_removed(tmp_path: Path) -> None:
+    """If a newer one is broken, the job continues from the one before it, so that one stays."""
     store = Store(tmp_path)
-    first, second, third = (at(store, step) for step in (1, 2, 3))
+    first, second, third = (save_at(store, step) for step in (1, 2, 3))
     (third.path / "MANIFEST.json").write_text("{}")
     for name in ("latest", second.id):
         with pytest.raises(StreamlearnError, match=f"{second.id} is the newest checkpoint"):
@@ -393,7 +391,7 @@ def test_the_newest_that_can_be_read_is_not_removed(tmp_path: Path) -> None:
 
 
 def test_tags_on_the_command_line(tmp_path: Path) -> None:
-    """`tag`, `list`, `show`, `prune`, `untag` and `remove` on files alone; no daemon is asked."""
+    """`tag`, `list`, `show`, `prune`, `untag` and `remove` work on the files, without a daemon."""
     store = Store(tmp_path, keep=9)
     for step in range(1, 5):
         info = {"step": step, "batches": step, "average_accuracy": None}
@@ -418,8 +416,8 @@ def test_tags_on_the_command_line(tmp_path: Path) -> None:
     assert [checkpoint.sequence for checkpoint in store.all()] == [4, 3, 2]
 
 
-def test_restore_makes_a_new_generation(tmp_path: Path) -> None:
-    """An older state comes back as the newest checkpoint; nothing is rewound in place."""
+def test_restore_adds_a_new_checkpoint(tmp_path: Path) -> None:
+    """An older state becomes the newest checkpoint; no checkpoint is changed."""
     store = Store(tmp_path)
     first = save(store, b"old")
     save(store, b"new")
@@ -428,8 +426,8 @@ def test_restore_makes_a_new_generation(tmp_path: Path) -> None:
     assert len(store.all()) == 3
 
 
-def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
-    """What cannot be read is passed over where no checkpoint is named, and told where one is, or where none is left."""
+def test_latest_is_the_newest_valid_checkpoint(tmp_path: Path) -> None:
+    """Broken ones are skipped for `latest`; a broken one that is named, or the last one, is an error."""
     store = Store(tmp_path)
     good, flipped, garbled = save(store, b"1"), save(store, b"2"), save(store, b"3")
     (flipped.path / "state.json").write_bytes(b"?")
@@ -453,8 +451,8 @@ def test_latest_is_the_newest_that_can_be_used(tmp_path: Path) -> None:
     assert caught.value.code == 1
 
 
-def test_names_that_leave_the_directory_are_refused(tmp_path: Path) -> None:
-    """A manifest that names a path outside its directory is no checkpoint."""
+def test_a_manifest_with_paths_outside_is_refused(tmp_path: Path) -> None:
+    """A manifest that names a file outside its directory is not valid."""
     store = Store(tmp_path)
     checkpoint = save(store)
     tree = json.loads((checkpoint.path / MANIFEST).read_bytes())
@@ -463,8 +461,8 @@ def test_names_that_leave_the_directory_are_refused(tmp_path: Path) -> None:
     assert store.all() == []
 
 
-def test_reading_what_is_not_there(tmp_path: Path) -> None:
-    """A missing name is an error that says so."""
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    """The error names the missing file."""
     with pytest.raises(BrokenCheckpoint, match=r"has no other\.json"):
         save(Store(tmp_path)).read("other.json")
     with pytest.raises(StreamlearnError, match="no checkpoint 9; there are: ckpt-000000000001"):

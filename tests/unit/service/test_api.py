@@ -1,4 +1,4 @@
-"""The control socket, asked by what no client of ours would send."""
+"""The control socket: invalid, too long and interrupted requests."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 BODIES = [b"[1]", b"5", b"null", b"\xff\xfe{", b"{", b"[" * 100_000]
 
 
-class Nobody:
-    """A daemon that must not be asked."""
+class Unused:
+    """A backend that must not get a command."""
 
     def command(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Do nothing."""
+        """Fail."""
         raise AssertionError((name, arguments))
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Give a control socket that is listened to."""
+    """Start a control socket; give its path."""
     listener, path = bind_control(tmp_path_factory.mktemp("state"))
-    server = Server(control_app(cast("Backend", Nobody())), listener, "control")
+    server = Server(control_app(cast("Backend", Unused())), listener, "control")
     server.start()
     while True:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -49,8 +49,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:8]))
-def test_a_body_that_is_no_object_is_400(path: Path, body: bytes) -> None:
-    """Whatever bytes arrive, the answer is one line, and the daemon is not asked."""
+def test_an_invalid_body_is_400(path: Path, body: bytes) -> None:
+    """For any bytes the answer is one line, and the daemon does not get the command."""
     connection = _UnixConnection(path, 10)
     connection.request("POST", "/v1/pause", body)
     answer = connection.getresponse()
@@ -59,8 +59,8 @@ def test_a_body_that_is_no_object_is_400(path: Path, body: bytes) -> None:
     connection.close()
 
 
-def test_who_leaves_in_mid_request_leaves_no_trace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A client that ends before its body does is no fault of ours, and so no traceback in the log."""
+def test_a_client_that_disconnects_is_not_logged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that disconnects within its request causes no traceback in the log."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         client.sendall(b"POST /v1/pause HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -72,8 +72,8 @@ def test_who_leaves_in_mid_request_leaves_no_trace(path: Path, caplog: pytest.Lo
     assert "Traceback" not in caplog.text
 
 
-def test_a_body_that_is_too_long_is_refused_while_it_comes(path: Path) -> None:
-    """Of a body without an end no more is read than may be: the answer comes though the body goes on."""
+def test_a_body_that_is_too_long_is_refused_early(path: Path) -> None:
+    """The answer comes at the limit, although the client goes on sending."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(30)
         client.connect(str(path))
@@ -82,10 +82,8 @@ def test_a_body_that_is_too_long_is_refused_while_it_comes(path: Path) -> None:
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_control_socket_lies_elsewhere_where_the_file_system_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a file system without sockets it lies in the runtime directory; any other refusal is an error."""
+def test_a_control_socket_on_a_file_system_without_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is created in the runtime directory; any other error is raised."""
     bind, code = socket.socket.bind, errno.EPERM
 
     def refuse(listener: socket.socket, address: str) -> None:
@@ -105,7 +103,7 @@ def test_a_control_socket_lies_elsewhere_where_the_file_system_has_none(
 
 
 class Large:
-    """A daemon of so many tasks that its status leaves the matrix out."""
+    """A backend with so many tasks that its status omits the matrix."""
 
     def status(self) -> dict[str, Any]:
         """Return what `status` needs."""
@@ -116,8 +114,8 @@ class Large:
         return [[0.5, None], [0.25, 1.0]]
 
 
-def test_a_large_matrix_is_asked_for_by_itself(tmp_path: Path) -> None:
-    """`/status` is small, `/matrix` has the matrix, and what `status --json` prints has both."""
+def test_a_large_matrix_has_its_own_request(tmp_path: Path) -> None:
+    """`/status` omits it, `/matrix` has it, and `status --json` prints both."""
     with locked(tmp_path):
         listener, path = bind_control(tmp_path)
         record_process(tmp_path, {"socket": str(path), "http": ""})

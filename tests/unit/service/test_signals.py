@@ -1,4 +1,4 @@
-"""Signals that ask for a stop, where they meet the loop's waits, and where they must not count."""
+"""Stop signals: during the waits of the loop, in forked children, and if they were ignored before."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MEETINGS = """
+DURING_WAITS = """
 import os, random, signal, sys, threading, time
 from streamlearn.config import StreamConfig
 from streamlearn.service.signals import call_on_stop
 from streamlearn.stream.reader import StreamReader
 
 stream = StreamReader(None, None, StreamConfig(topics=["a"]), None, "group")
-heard = threading.Semaphore(0)
+received = threading.Semaphore(0)
 
 def stop():
-    heard.release()
+    received.release()
     stream.wake()
 
 call_on_stop(stop)
@@ -39,9 +39,9 @@ for turn in range(300):
     timeout = random.uniform(0.001, 0.004)
     threading.Timer(timeout, os.kill, [os.getpid(), signal.SIGTERM]).start()
     stream.next_delivery(timeout)
-    heard.acquire()
+    received.acquire()
     stream.next_delivery(timeout)
-print("met", "torch" in sys.modules)
+print("done", "torch" in sys.modules)
 """
 FORKING = """
 import os, signal, time
@@ -68,7 +68,7 @@ print(stopped.wait(60))
 
 
 def output(script: str, *before: str) -> str:
-    """Return what a script prints; it must end with 0."""
+    """Return what a script prints; its exit code must be 0."""
     command = [*before, sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -76,8 +76,8 @@ def output(script: str, *before: str) -> str:
 
 
 @pytest.mark.parametrize("where", ["next", "wait"])
-def test_a_handler_that_outlasts_the_deadline_does_not_lengthen_a_wait(tmp_path: Path, where: str) -> None:
-    """A signal comes before a wait's deadline and its handler returns after it: the wait ends all the same."""
+def test_a_slow_signal_handler_does_not_extend_a_wait(tmp_path: Path, where: str) -> None:
+    """A handler starts before the deadline of a wait and returns after it: the wait still ends."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     waits: dict[str, Callable[[float], object]] = {"next": stream.next_delivery, "wait": desk.wait}
@@ -98,16 +98,16 @@ def test_a_handler_that_outlasts_the_deadline_does_not_lengthen_a_wait(tmp_path:
         rescue.cancel()
 
 
-def test_stop_signals_that_meet_the_wait_at_its_deadline_are_all_heard() -> None:
-    """Three hundred signals, each at the moment when the wait ends by itself: none is lost, and no wait hangs."""
-    assert output(MEETINGS) == "met False\n"
+def test_no_stop_signal_is_lost_at_the_deadline_of_a_wait() -> None:
+    """Of 300 signals, each sent when a wait is about to end, none is lost, and no wait hangs."""
+    assert output(DURING_WAITS) == "done False\n"
 
 
-def test_a_signal_to_a_forked_child_is_not_the_daemons() -> None:
-    """A data worker of a user's model ends by SIGTERM as any process does, and the daemon goes on."""
+def test_a_signal_to_a_forked_child_does_not_stop_the_daemon() -> None:
+    """A data worker of a user's model ends by SIGTERM, and the daemon continues."""
     assert output(FORKING) == f"{-signal.SIGTERM}\n"
 
 
-def test_nohup_is_kept() -> None:
-    """Who starts with SIGHUP ignored wants to outlive the terminal: SIGHUP stops nothing, SIGTERM still does."""
+def test_an_ignored_sighup_stays_ignored() -> None:
+    """Under `nohup` SIGHUP does not stop the daemon; SIGTERM does."""
     assert output(IGNORING, "nohup") == "False\nTrue\n"

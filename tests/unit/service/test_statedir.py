@@ -1,4 +1,4 @@
-"""A state directory that somebody else has prepared, removed or replaced: nothing of anybody's is harmed."""
+"""A state directory that another user has prepared, removed or replaced."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ NOBODY = 65534
 
 
 def open_files() -> list[str]:
-    """Return what this process has open in a state directory."""
+    """Return the LOCK files that this process has open."""
     links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     return sorted(str(link) for link in links if link.name == "LOCK")
 
 
 def refusal(state_dir: Path) -> StreamlearnError:
-    """Return what is said to who would learn there, or write a log there."""
+    """Return the error of a daemon that wants to use the directory, or to write its log there."""
     with pytest.raises(StreamlearnError) as caught, locked(state_dir):
         pass
     with pytest.raises(StreamlearnError) as logged:
@@ -53,7 +53,7 @@ def refusal(state_dir: Path) -> StreamlearnError:
 
 
 def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its owner could change what is saved: 77 and one line that names both users, as in a container with another uid."""
+    """Its owner could change the checkpoints: 77, and one line that names both users."""
     if os.geteuid() == 0:
         os.chown(tmp_path, NOBODY, NOBODY)
         known, own = NOBODY, 0
@@ -69,7 +69,7 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_directory_that_others_may_write_into_is_refused(tmp_path: Path) -> None:
-    """Whoever may write there could put links and checkpoints there: 77, with what to do."""
+    """Others could put links and checkpoints there: 77, and how to correct it."""
     tmp_path.chmod(0o777)
     error = refusal(tmp_path)
     assert (error.code, str(error)) == (
@@ -83,11 +83,11 @@ def test_a_directory_that_others_may_write_into_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["daemon.tmp", "daemon.json", "daemon.log", "LOCK"])
-def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
-    """Where a link lies in place of a file of the daemon's, what it points to is neither read nor written."""
+def test_links_are_not_followed(tmp_path: Path, name: str) -> None:
+    """If a file of the daemon is a link, its target is neither read nor written."""
     victim = tmp_path / "victim"
-    hints = {"pid": os.getpid(), "start_time": 1, "socket": "s", "http": "h"}
-    victim.write_text(json.dumps(hints))
+    record = {"pid": os.getpid(), "start_time": 1, "socket": "s", "http": "h"}
+    victim.write_text(json.dumps(record))
     victim.chmod(0o644)
     state_dir = tmp_path / "state"
     state_dir.mkdir(mode=0o700)
@@ -99,7 +99,7 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
         os.close(open_daemon_log(state_dir))
     with suppress(StreamlearnError), locked(state_dir):
         pass
-    assert (json.loads(victim.read_text()), victim.stat().st_mode & 0o777) == (hints, 0o644)
+    assert (json.loads(victim.read_text()), victim.stat().st_mode & 0o777) == (record, 0o644)
 
 
 @pytest.mark.parametrize(
@@ -109,32 +109,30 @@ def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
      '{"pid": 5, "start_time": 1, "socket": 3, "http": "h"}', "[" * 100_000],
     ids=lambda text: text[:30],
 )  # fmt: skip
-def test_hints_that_make_no_sense_are_none(tmp_path: Path, text: str) -> None:
-    """No number of a process that was not written by a daemon is ever used."""
+def test_an_invalid_process_record_is_ignored(tmp_path: Path, text: str) -> None:
+    """A pid is never used unless the record is complete."""
     (tmp_path / "daemon.json").write_text(text)
     assert read_process_record(tmp_path) is None
 
 
-def test_a_process_that_is_no_daemon_gets_no_signal(tmp_path: Path) -> None:
-    """`daemon.json` names an innocent process, rightly described: `stop` refuses with 77, and it lives on."""
+def test_only_a_daemon_gets_a_signal(tmp_path: Path) -> None:
+    """`daemon.json` names another process with its true start time: `stop` refuses with 77, and the process lives."""
     (tmp_path / "LOCK").touch()
     with subprocess.Popen(["sleep", "60"]) as innocent:
         start_time = process_start_time(innocent.pid)
         assert start_time is not None
-        hints = ProcessRecord(innocent.pid, start_time, tmp_path / "none", "")
+        record = ProcessRecord(innocent.pid, start_time, tmp_path / "none", "")
         with pytest.raises(
             StreamlearnError, match="is not the daemon of this directory, so no signal was sent"
         ) as caught:
-            send_signal(tmp_path, hints, signal.SIGTERM)
+            send_signal(tmp_path, record, signal.SIGTERM)
         assert (caught.value.code, innocent.poll()) == (77, None)
         innocent.kill()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, errno.ENOSYS])
-def test_a_file_system_without_locks_is_no_other_daemon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """Only a lock that somebody has means that: others are one line with the system's words, 74, and leave nothing open."""
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Its error is not taken for a running daemon: 74 with the system's message, and no descriptor stays open."""
 
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -149,10 +147,10 @@ def test_a_file_system_without_locks_is_no_other_daemon(
 
 
 @pytest.mark.parametrize("when", ["asked", "signalled", "unreaped"])
-def test_a_daemon_that_ends_by_itself_is_stopped(
+def test_stop_succeeds_if_the_daemon_ends_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
 ) -> None:
-    """It ends while `stop` asks it, or before it gets the signal: that is what was wanted."""
+    """It ends while `stop` sends the command, or before the signal."""
     lock = Lock(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as process:
         start_time = process_start_time(process.pid)
@@ -176,8 +174,8 @@ def test_a_daemon_that_ends_by_itself_is_stopped(
 
 
 @pytest.mark.parametrize(("how", "code"), [("removed", 74), ("replaced", 73)])
-def test_who_has_lost_the_directory_saves_nothing_there(tmp_path: Path, how: str, code: int) -> None:
-    """After `rm -rf` of the state directory a second daemon may hold a new one: the first one ends at its next save."""
+def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code: int) -> None:
+    """After `rm -rf` another daemon may use a new directory: the first one ends at its next save."""
     job, stream = made(tmp_path / "other")
     state_dir = tmp_path / "state"
     with locked(state_dir) as lock:
@@ -196,8 +194,8 @@ def test_who_has_lost_the_directory_saves_nothing_there(tmp_path: Path, how: str
             second.close()
 
 
-def test_checkpoints_that_cannot_be_listed_are_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO where the loop looks for the newest one: training goes on, the save fails, and the next one succeeds."""
+def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training continues after EIO, and the next save succeeds."""
     job, stream = made(tmp_path)
     job.save(stream, "manual")
     job.wait_for_saves(stream)
