@@ -134,7 +134,7 @@ class Learner:
 
     # -- learning
 
-    def learn(self, given: Batch) -> LearnStats:
+    def learn(self, batch: Batch) -> LearnStats:
         """Train on a batch: `updates_per_batch` optimizer steps, each with its own replayed samples.
 
         A batch with fewer than `batch_size` samples gets fewer steps and a smaller loss weight, in proportion to its size.
@@ -142,20 +142,20 @@ class Learner:
         """
         self._step_stats, self._clipped = [], []
         with self.layer_rng.in_use():
-            batch, on_device = self._usable(given)
-        unusable = len(given) - len(batch)
-        if not len(batch):
+            usable, on_device = self._usable(batch)
+        unusable = len(batch) - len(usable)
+        if not len(usable):
             return LearnStats(self.task, 0, 0, 0, 0, None, 0.0, 0.0, unusable)
         hits = self._count_hits(on_device)
         with self.layer_rng.in_use():
-            steps, weight = self._steps_and_weight(len(batch))
+            steps, weight = self._steps_and_weight(len(usable))
             for _ in range(steps):
                 self.update(on_device, weight)
-        stats = self._read_stats(batch, hits, unusable)
+        stats = self._read_stats(usable, hits, unusable)
         if self.refinement_done is not None:
             self.refinement_done += 1
         elif stats.outcome == "trained":
-            self.reservoir.add(batch.x, batch.y)  # after the steps, so that a batch never replays itself
+            self.reservoir.add(usable.x, usable.y)  # after the steps, so that a batch never replays itself
         self.batches += 1
         return stats
 
@@ -304,9 +304,9 @@ class Learner:
         for number in range(self.refinement_done, self.strategy.refine_epochs * batches):
             epoch, index = divmod(number, batches)
             order = torch.randperm(size, generator=seeded_generator(self.context.seed, f"refine-{self.task}-{epoch}"))
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            y = self.reservoir.y[chosen]
-            yield Delivery(batch=Batch(self.reservoir.x[chosen], y, torch.full_like(y, self.task)), is_refinement=True)
+            indices = order[index * self.batch_size : (index + 1) * self.batch_size]
+            y = self.reservoir.y[indices]
+            yield Delivery(batch=Batch(self.reservoir.x[indices], y, torch.full_like(y, self.task)), is_refinement=True)
         yield Delivery(ends_refinement=True)
 
     def end_task(self) -> None:

@@ -133,14 +133,14 @@ class Reservoir:
         largest = self._update_largest()
         draws = torch.rand(len(labels), 2, generator=self._generator, dtype=torch.float64).tolist()
         replaced = {}
-        for number, (label, (chance, where)) in enumerate(zip(labels, draws, strict=True), first):
+        for number, (label, (keep_draw, index_draw)) in enumerate(zip(labels, draws, strict=True), first):
             self._seen_by_class[label] += 1
             if label not in self._once_largest:  # this class takes a place from the largest one
-                index = indices[largest].pop(int(where * len(indices[largest])))
+                index = indices[largest].pop(int(index_draw * len(indices[largest])))
                 bisect.insort(indices.setdefault(label, []), index)  # sorted, as they are after a restart
                 largest = self._update_largest()
-            elif chance * self._seen_by_class[label] <= len(indices[label]):
-                index = indices[label][int(where * len(indices[label]))]
+            elif keep_draw * self._seen_by_class[label] <= len(indices[label]):
+                index = indices[label][int(index_draw * len(indices[label]))]
             else:
                 continue
             replaced[index] = number
@@ -227,9 +227,9 @@ class EpisodicMemory:
 
     def draw(self, count: int) -> StoredSamples:
         """Draw `count` stored samples uniformly, with replacement: their `x`, `y`, `task`, and the further values stored."""
-        chosen = torch.randint(len(self._all["y"]), (count,), generator=self._generator)
+        indices = torch.randint(len(self._all["y"]), (count,), generator=self._generator)
         self.drawn += count
-        return {name: value[chosen] for name, value in self._all.items()}
+        return {name: value[indices] for name, value in self._all.items()}
 
     def usage(self) -> dict[str, Any]:
         """Return the numbers for metrics: samples by task, capacity (None: no limit), bytes, drawn and evicted samples."""

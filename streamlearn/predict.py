@@ -92,8 +92,8 @@ class ModelDescription(_Lenient):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             # pydantic's names of validators contain a bracket
-            place = ".".join(str(key) for key in first["loc"] if "[" not in str(key))
-            raise StreamlearnError(f"{where}: not valid: {place}: {first['msg']!s:.200}", code=78) from error
+            key = ".".join(str(name) for name in first["loc"] if "[" not in str(name))
+            raise StreamlearnError(f"{where}: not valid: {key}: {first['msg']!s:.200}", code=78) from error
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise StreamlearnError(f"{where}: not valid: {error!r:.200}", code=78) from error
 
@@ -144,8 +144,8 @@ class Model:
             frozen = self._tensors("encoder.frozen.safetensors")
             encoder.load(state.join_tensors(frozen, tree.state.encoder))
             self.shape = encoder.shape
-        self.scale = make_preprocess(tree.input.scale, cpu, token_ids=self.text, encoder=encoder)
-        self.features = encoder is not None
+        self.preprocess = make_preprocess(tree.input.scale, cpu, token_ids=self.text, encoder=encoder)
+        self.has_encoder = encoder is not None
         self.network = self._build(self._allowed_spec(tree.model.model_dump(), "model", user_code))
         self.network.load_state_dict(tree.network)
         try:
@@ -187,7 +187,7 @@ class Model:
             return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
 
         context = BuildContext(
-            tree.seed, cpu, self.shape, tree.num_outputs, 0, self.scale, build_network, token_ids=self.text
+            tree.seed, cpu, self.shape, tree.num_outputs, 0, self.preprocess, build_network, token_ids=self.text
         )
         return build_network_slot(tree.strategy, context)
 
@@ -242,12 +242,12 @@ class Model:
 
     def _answers(self, x: np.ndarray, task: int, inactive: torch.Tensor) -> list[tuple[int, float] | Rejected]:
         """Return each sample's most likely output and its probability, or why it is rejected."""
-        seen = self.scale(torch.from_numpy(x))
-        usable = finite_rows(seen) if self.features else torch.ones(len(x), dtype=torch.bool)
+        inputs = self.preprocess(torch.from_numpy(x))
+        usable = finite_rows(inputs) if self.has_encoder else torch.ones(len(x), dtype=torch.bool)
         answers: list[tuple[int, float] | Rejected] = [NO_FEATURES] * len(x)
         if not bool(usable.any()):
             return answers
-        logits = self.network.forward(seen[usable], torch.full((int(usable.sum()),), task))
+        logits = self.network.forward(inputs[usable], torch.full((int(usable.sum()),), task))
         best = functional.softmax(logits.masked_fill(inactive, -torch.inf), 1).max(1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for row, pair in zip(usable.nonzero()[:, 0].tolist(), pairs, strict=True):

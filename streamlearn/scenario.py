@@ -87,8 +87,8 @@ class Scenario:
         if self.kind == "class" and self.active == "all":
             return list(range(start, self.num_outputs(labels)))
         if self.kind == "task":
-            chosen = self.declared.get(task.name, task.labels)
-            return [self.output(label, task.name, labels) for label in chosen[start:]]
+            task_labels = self.declared.get(task.name, task.labels)
+            return [self.output(label, task.name, labels) for label in task_labels[start:]]
         known = labels if isinstance(self.classes, int) else self.classes
         return [known.index(label) for label in labels[start:]]
 

@@ -177,8 +177,8 @@ def _extract_tensors(
     tree: Mapping[str, Any], group: str, prefix: str, files: dict[str, Any], immutable: set[str]
 ) -> Tree:
     rest: Tree = {}
-    for key, found in tree.items():
-        value = _encode(found)
+    for key, raw in tree.items():
+        value = _encode(raw)
         if isinstance(value, Tensor):
             files.setdefault(f"{group}{SUFFIX}", {})[prefix + key] = value
         elif isinstance(value, Immutable):

@@ -1,1 +1,1 @@
-"""What was learned and what was forgotten: held-out probes, and the accuracy matrix that they fill."""
+"""Measures what was learned and what was forgotten: probes of held-out samples, and the accuracy matrix."""

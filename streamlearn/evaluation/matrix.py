@@ -119,11 +119,11 @@ class AccuracyMatrix:
         """
         rows = self.rows.copy()  # one step, whatever the loop does meanwhile
         size = max([*(i + 1 for i in rows), *(len(row) for row in rows.values())], default=0)
-        found: list[list[float | None]] = [[None] * size for _ in range(size)]
+        cells: list[list[float | None]] = [[None] * size for _ in range(size)]
         for i, row in rows.items():
             for j, value in _unpacked(row).items():
-                found[i][j] = self._exact(j, value)
-        return found
+                cells[i][j] = self._exact(j, value)
+        return cells
 
     def best_accuracy(self, task: int) -> float | None:
         """Return the highest accuracy on a task's probe since the task ended: at ends of tasks, or now.
@@ -246,31 +246,31 @@ class AccuracyMatrix:
         self._window = {int(task): list(values) for task, values in state.get("window", {}).items()}
         self._sizes = {int(task): size for task, size in state["sizes"].items()}
         if table is None:
-            self._load_trees(state)
+            self._load_format_1(state)
         else:
             kept = (_numbered(state[key]) for key in ("learned", "highest", "before"))
             self._at_end, self._highest, self._highest_before_last = kept
             self._last_row = state["last"][0], _numbered(state["last"][1])
-            found = _read_safetensors(table)
-            self.rows = dict(zip(found["row_tasks"], _split(found["rows"], found["row_lengths"]), strict=True))
-            at = found["history_at"]
-            rows = _split(found["history"], found["history_lengths"])
+            tensors = _read_safetensors(table)
+            self.rows = dict(zip(tensors["row_tasks"], _split(tensors["rows"], tensors["row_lengths"]), strict=True))
+            at = tensors["history_at"]
+            rows = _split(tensors["history"], tensors["history_lengths"])
             self._history = list(zip(at[::2], at[1::2], rows, strict=True))
         self._update_derived()
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> AccuracyMatrix:
         """Return the matrix that a checkpoint contains."""
-        found = cls()
+        matrix = cls()
         tree = checkpoint.read_json("state.json")["matrix"]
         if FILE in checkpoint.manifest["files"]:
-            found.load_state_dict(tree, checkpoint.read(FILE))
-        else:  # of an earlier version
+            matrix.load_state_dict(tree, checkpoint.read(FILE))
+        else:  # format 1
             tasks = checkpoint.read_json("status.json")["tasks"]
-            found.load_state_dict({**tree, "sizes": {task["index"]: task["probe"]["size"] for task in tasks}}, None)
-        return found
+            matrix.load_state_dict({**tree, "sizes": {task["index"]: task["probe"]["size"] for task in tasks}}, None)
+        return matrix
 
-    def _load_trees(self, state: Mapping[str, Any]) -> None:
+    def _load_format_1(self, state: Mapping[str, Any]) -> None:
         """Restore rows and history of a checkpoint of format 1, which has them as JSON."""
         rows = {int(i): _numbered(row) for i, row in state["rows"].items()}
         for task, row in sorted(rows.items()):
@@ -313,8 +313,8 @@ class AccuracyMatrix:
             self._largest_drop[task] = max(max(window) - accuracy, self._largest_drop.get(task, 0.0))
 
     def _forgotten(self) -> list[float]:
-        found = [self.forgetting(task) for task in self._earlier()]
-        return [value for value in found if value is not None]
+        values = [self.forgetting(task) for task in self._earlier()]
+        return [value for value in values if value is not None]
 
     def _is_earlier(self, task: int) -> bool:
         """Return whether a task precedes the newest one, has a row, and is in the latest evaluation."""
@@ -376,9 +376,9 @@ def _read_safetensors(content: bytes) -> dict[str, array[Any]]:
     """Return the tensors of a file that `_safetensors` wrote."""
     begin = 8 + int.from_bytes(content[:8], "little")
     codes = {dtype: code for code, dtype in TYPES.items()}
-    found = {}
+    tensors = {}
     for name, entry in json.loads(content[8:begin]).items():
         start, end = entry["data_offsets"]
-        found[name] = array(codes[entry["dtype"]])
-        found[name].frombytes(content[begin + start : begin + end])
-    return found
+        tensors[name] = array(codes[entry["dtype"]])
+        tensors[name].frombytes(content[begin + start : begin + end])
+    return tensors

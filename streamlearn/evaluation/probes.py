@@ -38,10 +38,9 @@ class Probes:
         self.seed = seed
         self._sealed: dict[int, tuple[Tensor, Tensor]] = {}
         self._open: dict[int, Reservoir] = {}
-        self._labels = torch.empty(
-            0, dtype=torch.int64
-        )  # output of each of `Progress.probe_labels`; negative if it has none
-        self._words = torch.empty(0, dtype=torch.int32)  # id of each of `Progress.probe_words`; negative if it has none
+        # output of each of `Progress.probe_labels`, and id of each of `Progress.probe_words`; negative if there is none yet
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._words = torch.empty(0, dtype=torch.int32)
         self._known = (0, 0, 0, 0)  # lengths of the four lists at the last look-up
 
     def resolve_names(self, progress: Progress) -> None:
@@ -51,16 +50,14 @@ class Probes:
         if sizes == self._known:  # all four lists are append-only
             return
         self._known = sizes
-        ids = (
-            {word: FIRST_WORD_ID + place for place, word in enumerate(progress.vocabulary)}
-            if progress.probe_words
-            else {}
-        )
+        ids: dict[str, int] = {}
+        if progress.probe_words:
+            ids = {word: FIRST_WORD_ID + index for index, word in enumerate(progress.vocabulary)}
         seen = progress.labels
         labels = [
-            seen.index(label) if label in seen else -1 - place for place, label in enumerate(progress.probe_labels)
+            seen.index(label) if label in seen else -1 - index for index, label in enumerate(progress.probe_labels)
         ]
-        words = [ids.get(word, -1 - place) for place, word in enumerate(progress.probe_words)]
+        words = [ids.get(word, -1 - index) for index, word in enumerate(progress.probe_words)]
         self._labels = torch.tensor(labels, dtype=torch.int64)
         self._words = torch.tensor(words, dtype=torch.int32)
 
@@ -100,13 +97,13 @@ class Probes:
 
     def evaluate(self, learner: Evaluator, minimum: int) -> dict[int, tuple[float, float]]:
         """Return accuracy and mean loss by task. Probes that are not sealed are left out below `minimum` samples."""
-        chosen = []
+        included = []
         for task, size in self.sizes.items():
             probe = self.samples(task)
             if probe is not None and (task in self._sealed or size >= minimum):
-                chosen.append((*probe, task))
-        results = learner.evaluate_all(chosen)
-        return {task: result for (*_, task), result in zip(chosen, results, strict=True)}
+                included.append((*probe, task))
+        results = learner.evaluate_all(included)
+        return {task: result for (*_, task), result in zip(included, results, strict=True)}
 
     def state_dict(self) -> State:
         """Return everything needed to continue bit-equal."""

@@ -21,7 +21,7 @@ from streamlearn.tensors import dense
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SUMS_TO_ONE = 1e-4  # how far the sum of probabilities may be from 1
 
@@ -62,8 +62,8 @@ class ModelCheck:
             target = torch.zeros(len(x), dtype=torch.int64, device=x.device)
             functional.cross_entropy(logits, target).backward()
         if len(logits) != len(x):
-            what = f"the output for a batch of shape {list(x.shape)} must have {len(x)} rows, and has {len(logits)}"
-            raise model_error({"name": self.name}, what)
+            why = f"the output for a batch of shape {list(x.shape)} must have {len(x)} rows, and has {len(logits)}"
+            raise model_error({"name": self.name}, why)
         return logits
 
     def _trains_single_samples(self, model: nn.Module, one: Tensor) -> bool:
@@ -78,7 +78,9 @@ class ModelCheck:
                 return True
         with differentiable_eval_mode(model):
             self._train(model, one)
-        log.info("model %s: single samples are trained in evaluation mode, because training mode needs more", self.name)
+        logger.info(
+            "model %s: single samples are trained in evaluation mode, because training mode needs more", self.name
+        )
         return False
 
     def _check_evaluation(self, model: nn.Module, one: Tensor) -> None:
@@ -90,8 +92,8 @@ class ModelCheck:
         ):
             logits = model(one)
         if logits.dim() != 2 or len(logits) != 1:
-            what = f"the output for a single sample in evaluation mode must have shape [1, C], and has {list(logits.shape)}"
-            raise model_error({"name": self.name}, what)
+            why = f"the output for a single sample in evaluation mode must have shape [1, C], and has {list(logits.shape)}"
+            raise model_error({"name": self.name}, why)
 
     def _check_state(self, model: nn.Module) -> None:
         """Save the model's state, load it into a second model, and compare."""
@@ -114,7 +116,7 @@ class ModelCheck:
         is_probability = type(logits.grad_fn).__name__ in {"SoftmaxBackward0", "SigmoidBackward0"}
         sums = (values.sum(1) - 1).abs().max() <= SUMS_TO_ONE
         if values.shape[1] > 1 and (is_probability or bool(((values >= 0) & (values <= 1)).all() & sums)):
-            log.warning(
+            logger.warning(
                 "model %s: its outputs are probabilities, and logits are expected, because the loss applies a softmax; remove "
                 "the last softmax or sigmoid",
                 self.name,

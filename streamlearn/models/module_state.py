@@ -57,7 +57,7 @@ def _non_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module,
 class RunningStatistics:
     """The floating-point buffers of a module, for example the statistics of batch norm.
 
-    After every step they are mean_part into `mean`, the module with the averaged weights (or the module itself, if there is no
+    After every step they are copied into `mean`, the module with the averaged weights (or the module itself, if there is no
     average). After a dropped step they are restored.
     """
 
@@ -76,12 +76,12 @@ class RunningStatistics:
             if value is None:
                 continue
             # torch does not count the writes of batch norm, but its buffers are small; a large buffer is often a constant mask
-            if value.numel() > LARGE and value is buffer.seen and _version(value) == buffer.version:
+            if value.numel() > LARGE and value is buffer.last_value and _version(value) == buffer.version:
                 continue
             if value.shape == buffer.before.shape and not value.is_inference():
                 accept = finite & (value.isfinite() | ~buffer.before.isfinite()).all()
                 value.copy_(torch.where(accept, value, buffer.before))
-            buffer.seen, buffer.version, buffer.before = value, _version(value), value.detach().clone()
+            buffer.last_value, buffer.version, buffer.before = value, _version(value), value.detach().clone()
             if buffer.mean_part is not buffer.part:
                 mean = buffer.mean_part._buffers.get(buffer.key)  # noqa: SLF001 - as above
                 if mean is not None and mean.shape == value.shape:
@@ -92,12 +92,12 @@ class RunningStatistics:
 
 @dataclass
 class _Buffer:
-    part: nn.Module
-    mean_part: nn.Module
+    part: nn.Module  # the submodule that has the buffer
+    mean_part: nn.Module  # the same submodule of `mean`
     key: str
-    seen: Tensor
-    version: int | None
-    before: Tensor
+    last_value: Tensor  # the tensor itself, after the last step
+    version: int | None  # how often it had been written then
+    before: Tensor  # a copy of its values then
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -96,9 +96,8 @@ def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
         raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
     with torch.random.fork_rng(devices=[]):
         grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None)
-        for row in range(
-            head.out_features, num_outputs
-        ):  # each its own: rows must not depend on how many came together
+        for row in range(head.out_features, num_outputs):
+            # a seed for each row, so that rows do not depend on how many are added at once
             torch.manual_seed(seed + row + 1)
             one = nn.Linear(head.in_features, 1, bias=head.bias is not None)
             grown.weight[row] = one.weight[0]
