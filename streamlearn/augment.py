@@ -1,4 +1,4 @@
-"""Random small shifts, rotations and zooms of images: what a sample means does not depend on where exactly it lies."""
+"""Augmentation of images by small random shifts, rotations and zooms, which do not change their class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RandomAffine:
-    """Distorts each image of a batch by an affine map of its own, bilinear, zero outside; draws from its own seeded stream."""
+    """Applies a random affine map to each image of a batch (bilinear, zero outside), from a random generator of its own."""
 
     def __init__(self, spec: AugmentConfig, seed: int, device: torch.device) -> None:
         self.spec = spec
@@ -24,16 +24,16 @@ class RandomAffine:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Return distorted images for `x [B, H, W]` or `[B, channels, H, W]`."""
+        """Return a distorted copy of each image, for `x [B, H, W]` or `[B, channels, H, W]`."""
         spec, (height, width) = self.spec, x.shape[-2:]
         draws = torch.rand(len(x), 5, generator=self.generator, device=x.device) * 2 - 1
         angle = draws[:, 0] * math.radians(spec.rotate)
-        across, down = 1 + draws[:, 1] * spec.zoom, 1 + draws[:, 2] * spec.zoom
+        zoom_x, zoom_y = 1 + draws[:, 1] * spec.zoom, 1 + draws[:, 2] * spec.zoom
         sine, cosine = torch.sin(angle), torch.cos(angle)
-        # in units of half an image, as affine_grid has them: a rotation of one that is not square needs its aspect
+        # affine_grid uses coordinates from -1 to 1 on both axes, so a rotation of an image that is not square needs its aspect
         rows = (
-            torch.stack([cosine * across, -sine * down * height / width, draws[:, 3] * 2 * spec.shift / width], 1),
-            torch.stack([sine * across * width / height, cosine * down, draws[:, 4] * 2 * spec.shift / height], 1),
+            torch.stack([cosine * zoom_x, -sine * zoom_y * height / width, draws[:, 3] * 2 * spec.shift / width], 1),
+            torch.stack([sine * zoom_x * width / height, cosine * zoom_y, draws[:, 4] * 2 * spec.shift / height], 1),
         )
         images = x.unsqueeze(1) if x.dim() == 3 else x
         grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)

@@ -1,7 +1,8 @@
 """Optimizers: torch's own fused kernels, on lists of tensors.
 
-The functions behind `torch.optim.Adam` and its kin are called directly. The classes import torch's compiler at their first
-step, which takes four seconds at every start of a daemon that never compiles anything; and here a step takes a flag.
+This module calls the functions behind `torch.optim.Adam`, `AdamW` and `SGD` directly, for two reasons. The classes import
+torch's compiler at their first step, which takes four seconds at every start. And a step here can be dropped by a flag on the
+device.
 """
 
 from __future__ import annotations
@@ -36,22 +37,21 @@ class Optimizer:
         kept = {"sgd": ["momentum"] if momentum else []}.get(name, ["mean", "square"])
         self.moments = {moment: zeros(self.params) for moment in kept}
         self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
-        self.steps_before: dict[
-            int, Tensor
-        ] = {}  # of a grown parameter, by its place: the steps before each entry was there
+        # for each parameter that has grown, by index: the number of steps before each of its entries was added
+        self.steps_before: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def step(
         self, grads: Sequence[Tensor], finite: Tensor, frozen_entries: Mapping[int, Tensor] = MappingProxyType({})
     ) -> None:
-        """Take a step; where `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were.
+        """Take a step. If `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were.
 
-        `frozen_entries` names entries, by the place of the parameter, that stay as they were where they have no gradient.
+        `frozen_entries` maps the index of a parameter to a mask: masked entries whose gradient is 0 also stay as they were.
         """
         before = [
-            (tensor, tensor.clone(), entries & (grads[place] == 0))
-            for place, entries in frozen_entries.items()
-            for tensor in (self.params[place], *(values[place] for values in self.moments.values()))
+            (tensor, tensor.clone(), entries & (grads[index] == 0))
+            for index, entries in frozen_entries.items()
+            for tensor in (self.params[index], *(values[index] for values in self.moments.values()))
         ]
         self._step(grads, finite)
         for tensor, old, entries in before:
@@ -75,7 +75,7 @@ class Optimizer:
                 maximize=False,
             )
             return
-        before = {place: self.params[place].clone() for place in self.steps_before}
+        before = {index: self.params[index].clone() for index in self.steps_before}
         adam(
             self.params,
             list(grads),
@@ -95,65 +95,66 @@ class Optimizer:
             eps=1e-8,
             maximize=False,
         )
-        for place, old in before.items():
-            self._correct(place, old)
+        for index, old in before.items():
+            self._correct_bias(index, old)
 
-    def _correct(self, place: int, old: Tensor) -> None:
-        """Correct the step of a grown parameter as if each entry had a step count of its own (Kingma & Ba 2015, section 3).
+    def _correct_bias(self, index: int, old: Tensor) -> None:
+        """Correct the step of a grown parameter as if each entry had its own step count (Kingma & Ba 2015, section 3).
 
-        The kernel corrects the bias of the moments with one count for the whole parameter. A new entry, whose moments
-        begin at zero, would take up to three times the step of a new parameter.
+        The kernel corrects the bias of the moments with one count for the whole parameter. The moments of a new entry start
+        at zero, so without this its steps would be up to three times as large as those of a new parameter.
         """
-        param, count = self.params[place], self.steps[place].clamp(min=1)
-        own = (count - self.steps_before[place]).clamp(min=1)
+        param, count = self.params[index], self.steps[index].clamp(min=1)
+        own = (count - self.steps_before[index]).clamp(min=1)
         mean, square = ((1 - beta**count) / (1 - beta**own) for beta in BETAS)
-        # entries that were always there have the factor 1 and keep their bits
+        # for entries that were always there the factor is 1, which keeps every bit
         param.copy_(torch.lerp(old, param, mean / square.sqrt()))
 
-    def set_parameters(self, params: Sequence[Tensor], places: Sequence[int | None] | None = None) -> None:
-        """Go on with other parameters; `places` says which old one each was, None for a new one; default: the same.
+    def set_parameters(self, params: Sequence[Tensor], old_indices: Sequence[int | None] | None = None) -> None:
+        """Replace the parameters, and carry over their moments and step counts.
 
-        What has grown keeps its moments, and its new entries have no past.
+        `old_indices` gives the former index of each parameter, None for a new one; by default all indices stay the same. A
+        parameter that has grown keeps its moments; those of its new entries are zero.
         """
         self.params = list(params)
-        places = range(len(self.params)) if places is None else places
+        old_indices = range(len(self.params)) if old_indices is None else old_indices
         if self.steps:
-            self.steps_before = dict(self._steps_before_entries(places))
+            self.steps_before = dict(self._steps_before_entries(old_indices))
         self.moments = {
             moment: [
-                torch.zeros_like(param) if place is None else padded(values[place], param)
-                for place, param in zip(places, self.params, strict=True)
+                torch.zeros_like(param) if old is None else padded(values[old], param)
+                for old, param in zip(old_indices, self.params, strict=True)
             ]
             for moment, values in self.moments.items()
         }
         if self.steps:
-            none = self.params[0].new_zeros(())
-            self.steps = [none.clone() if place is None else self.steps[place] for place in places]
+            zero = self.params[0].new_zeros(())
+            self.steps = [zero.clone() if old is None else self.steps[old] for old in old_indices]
 
-    def _steps_before_entries(self, places: Sequence[int | None]) -> Iterator[tuple[int, Tensor]]:
-        """Return, for each parameter that has ever grown, the steps taken before each of its entries was there."""
-        for now, (place, param) in enumerate(zip(places, self.params, strict=True)):
-            if place is None:
+    def _steps_before_entries(self, old_indices: Sequence[int | None]) -> Iterator[tuple[int, Tensor]]:
+        """Yield, for each parameter that has grown, its index and the number of steps before each entry was added."""
+        for index, (old, param) in enumerate(zip(old_indices, self.params, strict=True)):
+            if old is None:
                 continue
-            shape = self.moments["mean"][place].shape
-            if place in self.steps_before or shape != param.shape:
-                known = self.steps_before.get(place, param.new_zeros(shape))
-                yield now, padded(known, self.steps[place].expand(param.shape), copy_rest=True)
+            shape = self.moments["mean"][old].shape
+            if old in self.steps_before or shape != param.shape:
+                known = self.steps_before.get(old, param.new_zeros(shape))
+                yield index, padded(known, self.steps[old].expand(param.shape), copy_rest=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on bit-equal."""
+        """Return everything that a restart needs to continue bit-equal."""
         named = {"steps": self.steps, **self.moments}
         state = {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
         return {**state, "missed": {str(n): value for n, value in self.steps_before.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, for the same parameters."""
+        """Restore what `state_dict` returned, for the same parameters."""
         device = self.params[0].device
         self.steps = clones([state["steps"][str(n)].to(device) for n in range(len(state["steps"]))])
-        missed = state.get("missed", {})  # older checkpoints have none
-        self.steps_before = {int(n): value.to(device, copy=True) for n, value in missed.items()}
+        steps_before = state.get("missed", {})  # older checkpoints do not have it
+        self.steps_before = {int(n): value.to(device, copy=True) for n, value in steps_before.items()}
         for name in self.moments.keys() & state.keys():
-            # in the parameter's own layout: fused kernels go through memory, and files are contiguous
+            # copied into the parameter's memory layout, which fused kernels need; tensors from files are contiguous
             self.moments[name] = [
                 torch.empty_like(param).copy_(state[name][str(n)]) for n, param in enumerate(self.params)
             ]

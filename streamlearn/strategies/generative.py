@@ -1,9 +1,9 @@
 """Generative replay: Shin, Lee, Kim & Kim 2017, "Continual learning with deep generative replay".
 
-With k tasks begun, solver and generator both learn   1/k * L(new) + (1 - 1/k) * L(replay), or by the samples seen.
-Replayed x comes from the *scholar*, frozen copies of generator and solver made when the last task ended; its targets are
-the frozen solver's outputs at temperature T (van de Ven & Tolias 2018), or their largest (hard). `prior: moments` draws the
-codes of a class from where that class's codes lie (`latent.py`).
+With k tasks begun, model and generator both learn 1/k * L(new) + (1 - 1/k) * L(replay), or the shares follow the numbers of
+samples (`replay_share.py`). Replayed x comes from the *scholar*: frozen copies of generator and model from the end of the last
+task. Its targets are the frozen model's outputs at temperature T (van de Ven & Tolias 2018), or the largest output (hard).
+`prior: moments` draws the codes of a class from the distribution of that class's codes (`latent_moments.py`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-MOMENTS_DECAY = 0.998  # where the weights have no average
-MEASURED, TOTAL, EACH = 200, 2000, 100  # classes that are measured at most, their samples, and those of one
+MOMENTS_DECAY = 0.998  # of the latent moments, if the generator's weights are not averaged
+MAX_MEASURED_PAIRS = 200  # limits on the cost of `measure_agreement`
+MAX_MEASURED_SAMPLES = 2000
+SAMPLES_PER_PAIR = 100
 CHUNK = 500
-LARGE = 10.0
-"""Root mean square of values beyond which a generator of unit variance spends its latent codes on their size."""
+LARGE_VALUES = 10.0
+"""Root mean square above which a generator of variance 1 uses its latent codes for the size of the values."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class GeneratorSpec:
     lr: float
     likelihood: str
     average: float | None
-    moments: bool  # draw codes from where each class's codes lie, and not from N(0, I)
+    moments: bool  # draw codes from the distribution of each class's codes, not from N(0, I)
     gated: float = 0.0  # brain-inspired: share of the decoder's units that a class switches off
 
 
 @dataclass(frozen=True)
 class ReplayTargets:
-    """What replayed samples are learned toward, and how many there are for each new one."""
+    """The targets of replayed samples, and how many samples are replayed for each new one."""
 
     soft: bool
     temperature: float
@@ -65,20 +67,23 @@ class ReplayTargets:
 
 @dataclass(frozen=True)
 class Scholar:
-    """Generator and solver as they were when a task ended; `gaussians` of each class's codes, where they are drawn so."""
+    """Frozen copies of generator and model from the end of a task, which together replay past tasks.
+
+    `gaussians` are the distributions of each class's codes, or None if codes come from N(0, I).
+    """
 
     generator: VAE | Feedback
     teacher: Teacher
     gaussians: tuple[Tensor, Tensor] | None
-    pairs: Tensor  # [P, 2]: (task, output) of everything it can replay, on the host
-    classes: Tensor  # [P]: the number of its class; one that came in several tasks has as many pairs
+    pairs: Tensor  # [P, 2]: every (task, output) that can be replayed, on the host
+    classes: Tensor  # [P]: a number for the class of each pair; a class that came in several tasks has several pairs
 
     def draw_pairs(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return the numbers of `count` pairs, drawn so that every class is as likely, in however many tasks it came."""
-        tasks = self.classes.bincount()[self.classes]
-        if bool((tasks == tasks[0]).all()):
+        """Return the indices of `count` pairs. Every class is equally likely, however many pairs it has."""
+        pairs_of_class = self.classes.bincount()[self.classes]
+        if bool((pairs_of_class == pairs_of_class[0]).all()):
             return torch.randint(len(self.pairs), (count,), generator=generator)
-        return torch.multinomial(1 / tasks.double(), count, replacement=True, generator=generator)
+        return torch.multinomial(1 / pairs_of_class.double(), count, replacement=True, generator=generator)
 
     def generate(self, y: Tensor, noise: Tensor) -> Tensor:
         """Return samples of classes `y [B]` from standard normal `noise [B, z]`."""
@@ -86,7 +91,7 @@ class Scholar:
 
 
 class GenerativeReplay(Replay):
-    """Replays what a generator remembers, labelled by the solver as it was."""
+    """Replays samples from a generator, with targets from a frozen copy of the model."""
 
     generator: VAE | Feedback
 
@@ -96,19 +101,17 @@ class GenerativeReplay(Replay):
         self.targets = targets
         self.num_outputs = context.num_outputs
         self.generator = self._build(context.num_outputs)
-        self.average = clones(self._params)  # the weights that the scholar's generator is made of
-        self.optimizer = self._optimizer()
+        self.average = clones(self._params)  # moving average of the weights; the scholar gets it
+        self.optimizer = self._make_optimizer()
         self.moments = LatentMoments(context.num_outputs, spec.latent, context.device) if spec.moments else None
         self.scholar: Scholar | None = None
         self.replay_share = ReplayShare(targets.balance)
         self.steps = 0  # of the generator, in the current task
         self._noise = seeded_generator(context.seed, "generative", context.device)
-        self._choice = seeded_generator(context.seed, "generative-choice")
-        self._range_checked = False  # at the values of the current task
-        self._dropped = torch.zeros(
-            (), dtype=torch.int64, device=context.device
-        )  # updates since they were last asked for
-        self._warned = False  # that one was dropped in the current task
+        self._pair_draws = seeded_generator(context.seed, "generative-choice")
+        self._range_checked = False  # for the current task
+        self._dropped = torch.zeros((), dtype=torch.int64, device=context.device)  # see `pop_dropped_updates`
+        self._drop_logged = False  # for the current task
         self._agreement: dict[tuple[int, int], float] = {}
 
     @property
@@ -116,6 +119,7 @@ class GenerativeReplay(Replay):
         return list(self.generator.parameters())
 
     def _build(self, num_outputs: int) -> VAE | Feedback:
+        """Return an untrained generator."""
         spec = self.spec
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
@@ -124,12 +128,12 @@ class GenerativeReplay(Replay):
                 hidden=spec.hidden, latent=spec.latent, likelihood=spec.likelihood,
             ).to(self.context.device)  # fmt: skip
 
-    def _optimizer(self) -> Optimizer:
+    def _make_optimizer(self) -> Optimizer:
         return Optimizer(self._params, "adam", self.spec.lr)
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:
         del task, params
-        self._range_checked = self._warned = False
+        self._range_checked = self._drop_logged = False
 
     @torch.no_grad()
     def sample(self, batch: Batch) -> Batch | None:
@@ -141,7 +145,7 @@ class GenerativeReplay(Replay):
             return None
         count = max(1, round(targets.ratio * len(batch)))
         self.share = self.replay_share.value
-        chosen = scholar.draw_pairs(count, self._choice)
+        chosen = scholar.draw_pairs(count, self._pair_draws)
         task = scholar.pairs[chosen, 0]
         y = scholar.pairs[chosen, 1].to(self.context.device, non_blocking=True)
         noise = torch.randn(count, self.spec.latent, generator=self._noise, device=self.context.device)
@@ -151,9 +155,8 @@ class GenerativeReplay(Replay):
             return Batch(x, logits.argmax(1), task)
         if not self.spec.conditional:
             y = logits.argmax(1)
-        return Batch(
-            x, y, task, soft_targets=torch.softmax(logits / targets.temperature, 1), temperature=targets.temperature
-        )
+        soft_targets = torch.softmax(logits / targets.temperature, 1)
+        return Batch(x, y, task, soft_targets=soft_targets, temperature=targets.temperature)
 
     def after_step(self, mixed: Batch, finite: Tensor) -> None:
         noise = torch.randn(len(mixed), self.spec.latent, generator=self._noise, device=self.context.device)
@@ -168,33 +171,37 @@ class GenerativeReplay(Replay):
         self.steps += 1
 
     def _check_range(self, x: Tensor) -> None:
+        """Warn, once a task, if the values of a batch cannot be generated well."""
         if self._range_checked:
             return
-        self._range_checked = True  # once a task: it waits for the device
+        self._range_checked = True  # only once a task, because it waits for the device
         low, high, size = float(x.min()), float(x.max()), float(x.square().mean().sqrt())
         problem = None
         if self.spec.likelihood == "bernoulli" and (low < 0 or high > 1):
             problem = (
-                "are replayed cut to 0 and 1, by likelihood bernoulli; set input.scale so that they are from 0 to 1, or "
-                "bring them to about -1 to 1 (input.scale, or an input.encoder) and choose likelihood: gaussian"
+                "are clipped to 0..1 in replayed samples, because of likelihood: bernoulli; set input.scale so that they are "
+                "from 0 to 1, or bring them to about -1 to 1 (input.scale, or an input.encoder) and choose likelihood: gaussian"
             )
-        elif self.spec.likelihood == "gaussian" and size > LARGE:
+        elif self.spec.likelihood == "gaussian" and size > LARGE_VALUES:
             problem = (
-                "are too large to be generated well by likelihood gaussian, whose variance is 1; bring them to about -1 "
-                "to 1 by input.scale, or by an input.encoder that standardises them"
+                "are too large for likelihood: gaussian, whose variance is 1: samples would be generated badly; bring them to "
+                "about -1 to 1 by input.scale, or by an input.encoder that standardises them"
             )
         if problem is not None:
-            log.warning("strategy.generative: values from %.3g to %.3g %s", low, high, problem)
+            logger.warning("strategy.generative: values from %.3g to %.3g %s", low, high, problem)
 
     def _step(self, finite: Tensor) -> Tensor:
-        """Take the generator's optimizer step; return whether it was applied, 0-dim and on the device."""
+        """Take the generator's optimizer step, and return whether it was applied, 0-dim and on the device.
+
+        `finite` is false if the model's own step was dropped; then the generator's is dropped, too.
+        """
         params = self._params
         grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
-        norm, sound = finite_norm(grads)
+        norm, own_finite = finite_norm(grads)
         if self.context.max_norm is not None:
             torch._foreach_mul_(grads, (self.context.max_norm / (norm + 1e-6)).clamp(max=1.0))
-        applied = sound & finite
-        self._dropped += finite & ~sound
+        applied = own_finite & finite
+        self._dropped += finite & ~own_finite
         self.optimizer.step(grads, applied)
         self.generator.zero_grad()
         if self.spec.average is not None:
@@ -207,10 +214,13 @@ class GenerativeReplay(Replay):
     def pop_dropped_updates(self) -> int:
         dropped = int(self._dropped)
         self._dropped.zero_()
-        if dropped and not self._warned:
-            self._warned = True
-            why = "lower strategy.generative.lr, set learner.max_norm, or bring the values to about -1 to 1 by input.scale"
-            log.warning("an update of the generator was not finite and was dropped; further ones are counted; %s", why)
+        if dropped and not self._drop_logged:
+            self._drop_logged = True
+            advice = "lower strategy.generative.lr, set learner.max_norm, or bring the values to about -1 to 1 by input.scale"
+            logger.warning(
+                "an update of the generator was not finite and was dropped; further ones in this task are only counted; %s",
+                advice,
+            )
         return dropped
 
     @torch.no_grad()
@@ -234,38 +244,40 @@ class GenerativeReplay(Replay):
 
     @torch.no_grad()
     def measure_agreement(self, task: int) -> None:
-        """Note how many of the samples generated of a class the solver takes for it, as it was when the task ended.
+        """Measure for each class which ratio of its generated samples the frozen model assigns to that class.
 
-        A generator that cannot be asked for a class (`vae`) is measured by how often each comes: its share of what is
-        generated where the same outputs compete, of an equal share, at most 1. Of many classes some are measured, those
-        of the newest task first, so that this costs the same however many there are.
+        The generator of variant `vae` cannot generate a given class. There the measure is the class's share of the samples
+        generated for tasks with the same active outputs, divided by an equal share, and at most 1. At most
+        `MAX_MEASURED_PAIRS` pairs are measured, those of the newest task first, so that the cost does not grow.
         """
         scholar, self._agreement = self.scholar, {}
-        if scholar is None or not len(scholar.pairs) or (not self.spec.conditional and len(scholar.pairs) > MEASURED):
+        if scholar is None or not len(scholar.pairs):
             return
-        draws = seeded_generator(
-            self.context.seed, f"generative-measure-{task}"
-        )  # of its own: it must not move training's
+        if not self.spec.conditional and len(scholar.pairs) > MAX_MEASURED_PAIRS:
+            return
+        # a random generator of its own: measuring must not change training
+        draws = seeded_generator(self.context.seed, f"generative-measure-{task}")
         order = torch.randperm(len(scholar.pairs), generator=draws)
-        pairs = scholar.pairs[order[(scholar.pairs[order, 0] != task).byte().argsort(stable=True)[:MEASURED]]]
-        each = min(EACH, TOTAL // len(pairs))
-        asked = pairs.repeat_interleave(each, 0)
-        noise = torch.randn(len(asked), self.spec.latent, generator=draws)
+        is_older = (scholar.pairs[order, 0] != task).byte()
+        pairs = scholar.pairs[order[is_older.argsort(stable=True)[:MAX_MEASURED_PAIRS]]]
+        per_pair = min(SAMPLES_PER_PAIR, MAX_MEASURED_SAMPLES // len(pairs))
+        requested = pairs.repeat_interleave(per_pair, 0)
+        noise = torch.randn(len(requested), self.spec.latent, generator=draws)
+        device = self.context.device
         answers = torch.cat([
-            scholar.teacher.logits(scholar.generate(some[:, 1].to(self.context.device), z.to(self.context.device)), some[:, 0])
-            .argmax(1).cpu()
-            for some, z in zip(asked.split(CHUNK), noise.split(CHUNK), strict=True)
-        ]).view(len(pairs), each)  # fmt: skip
+            scholar.teacher.logits(scholar.generate(some[:, 1].to(device), z.to(device)), some[:, 0]).argmax(1).cpu()
+            for some, z in zip(requested.split(CHUNK), noise.split(CHUNK), strict=True)
+        ]).view(len(pairs), per_pair)  # fmt: skip
         if self.spec.conditional:
-            right = (answers == pairs[:, 1:]).double().mean(1)
+            ratios = (answers == pairs[:, 1:]).double().mean(1)
         else:
-            allowed = scholar.teacher.active_outputs.cpu()
-            masks = allowed.expand(task + 1, -1)[pairs[:, 0]] if len(allowed) == 1 else allowed[pairs[:, 0]]
-            alike = (masks[:, None] == masks[None]).all(2)
-            classes = [len(pairs[row, 1].unique()) for row in alike]
-            shares = [(answers[row] == y).double().mean() for row, y in zip(alike, pairs[:, 1], strict=True)]
-            right = (torch.stack(shares) * torch.tensor(classes)).clamp(max=1)
-        self._agreement = {(t, y): ratio for (t, y), ratio in zip(pairs.tolist(), right.tolist(), strict=True)}
+            active = scholar.teacher.active_outputs.cpu()
+            masks = active.expand(task + 1, -1)[pairs[:, 0]] if len(active) == 1 else active[pairs[:, 0]]
+            same_mask = (masks[:, None] == masks[None]).all(2)
+            num_classes = [len(pairs[row, 1].unique()) for row in same_mask]
+            shares = [(answers[row] == y).double().mean() for row, y in zip(same_mask, pairs[:, 1], strict=True)]
+            ratios = (torch.stack(shares) * torch.tensor(num_classes)).clamp(max=1)
+        self._agreement = {(t, y): ratio for (t, y), ratio in zip(pairs.tolist(), ratios.tolist(), strict=True)}
 
     def agreement(self) -> dict[tuple[int, int], float]:
         return self._agreement
@@ -278,7 +290,7 @@ class GenerativeReplay(Replay):
         self.average = padded_all(self.average, self._params, copy_rest=True)
         if self.moments is not None:
             self.moments.grow(num_outputs)
-        if self.scholar is not None:  # it knows nothing of the new outputs, and is never asked for them
+        if self.scholar is not None:  # only its shapes grow: it never replays the new outputs
             self.scholar.generator.grow(num_outputs)
             self.scholar.generator.requires_grad_(requires_grad=False)
             self.scholar.teacher.grow(num_outputs)
@@ -292,7 +304,7 @@ class GenerativeReplay(Replay):
             "average": {str(n): mean for n, mean in enumerate(self.average)},
             "optimizer": self.optimizer.state_dict(),
             "noise": self._noise.get_state(),
-            "choice": self._choice.get_state(),
+            "choice": self._pair_draws.get_state(),
             "agreement": [[*pair, ratio] for pair, ratio in self._agreement.items()],
         }
         if self.moments is not None:
@@ -314,10 +326,10 @@ class GenerativeReplay(Replay):
         self.generator = self._build(self.num_outputs)
         self.generator.load_state_dict(state["generator"])
         self.average = [state["average"][str(n)].to(self.context.device) for n in range(len(self._params))]
-        self.optimizer = self._optimizer()
+        self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self._noise.set_state(state["noise"])
-        self._choice.set_state(state["choice"])
+        self._pair_draws.set_state(state["choice"])
         self._agreement = {(task, y): ratio for task, y, ratio in state.get("agreement", [])}
         if self.moments is not None:
             self.moments.load_state_dict(state["moments"])
@@ -332,15 +344,15 @@ class GenerativeReplay(Replay):
                 Teacher.from_state(self.context, frozen["teacher"]),
                 gaussians,
                 frozen["pairs"],
-                frozen.get("classes", torch.arange(len(frozen["pairs"]))),  # of an earlier version: all alike
+                frozen.get("classes", torch.arange(len(frozen["pairs"]))),  # older checkpoints: each pair is a class
             )
 
 
 class FeedbackReplay(GenerativeReplay):
-    """Brain-inspired replay: the generator reads the solver's last hidden layer, and its loss shapes that layer, too.
+    """Brain-inspired replay: the generator reads the model's last hidden layer, and its loss also trains that layer.
 
-    So the solver is not naive's even before a first task has ended. What the generator replays is what the solver sees: hidden
-    features, as in the publication, where `input.encoder` makes them; they need lower layers that no longer change.
+    So the model differs from naive's even before the first task has ended. The generator replays the model's inputs. These are
+    hidden features, as in the publication, if `input.encoder` computes them: that needs lower layers that do not change.
     """
 
     needs_features = True
@@ -367,6 +379,6 @@ class FeedbackReplay(GenerativeReplay):
         return (self.generator.loss(features, mixed.x, mixed.y, noise) * mixed.weight).sum()
 
     def after_step(self, mixed: Batch, finite: Tensor) -> None:
-        del mixed  # its gradients came with the solver's
+        del mixed  # the generator already has its gradients: `feature_loss` was part of the model's loss
         self._step(finite)
         self.steps += 1

@@ -1,8 +1,8 @@
 """Per-sample gradient moments: sum over samples of weight * |gradient|^p, for p = 2 (Fisher) and p = 1 (MAS).
 
-Layer by layer from activations `a` and deltas `d` of one backward pass, where every layer has such a form; by one gradient a
-sample otherwise, several at once where torch can. A linear layer's gradient is the outer product of d and a, so its moment is
-(|d|^p)^T |a|^p.
+A closed form computes them layer by layer, from the activations `a` and deltas `d` of one backward pass, if every layer has
+such a form: a linear layer's gradient is the outer product of d and a, so its moment is (|d|^p)^T |a|^p. Otherwise there is one
+gradient for each sample, for several samples at once if torch can do that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from streamlearn.strategies.slots import BuildContext
 
-SLICE = 16  # samples whose gradients are held at once
-CLOSE = 0.02  # of a gradient's largest entry
+SLICE = 16  # samples whose gradients are in memory at the same time
+TOLERANCE = 0.02  # relative to the largest entry of a gradient
 
 
 def gradient_moments(
@@ -36,15 +36,15 @@ def gradient_moments(
 ) -> list[Tensor]:
     """Return, for each trained parameter, the sum over samples of `weight * |gradient of the sample's loss|^power`.
 
-    `x [B, ...]`, `y [B]` what the loss is told, `weight [B]`; `losses` maps logits `[B, C]` and `y` to `[B]`.
+    `x [B, ...]`, `y [B]`, `weight [B]`; `losses` maps logits `[B, C]` and `y` to the loss of each sample, `[B]`.
     """
     found = _by_layer(network, x, y, weight, losses, power) if _is_layered(network, x[:2], y[:2], losses) else None
-    if found is None and any(isinstance(part, nn.RNNBase) for part in network.modules()):
-        return _one_by_one(network, x, y, weight, losses, power)  # torch cannot map over samples of recurrent layers
+    if found is None and any(isinstance(module, nn.RNNBase) for module in network.modules()):
+        return _one_by_one(network, x, y, weight, losses, power)  # torch cannot vectorise recurrent layers over samples
     if found is None:
         try:
             found = _by_sample(network, x, y, weight, losses, power)
-        except (RuntimeError, ValueError) as error:  # what torch cannot map over samples
+        except (RuntimeError, ValueError) as error:  # torch cannot vectorise this model over samples
             if is_out_of_memory(error):
                 raise
             found = _one_by_one(network, x, y, weight, losses, power)
@@ -52,7 +52,7 @@ def gradient_moments(
 
 
 def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
-    """Raise `StreamlearnError` (78) where the model has no gradients of single samples: at the start, not at a task's end."""
+    """Raise `StreamlearnError` (78) if the model gives no gradient of a single sample. Called before training begins."""
     network = context.build_network(context.num_outputs)
     x, y, weight = context.zero_inputs(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
     try:
@@ -60,7 +60,7 @@ def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
             gradient_moments(
                 network, x, y.to(x.device), weight.to(x.device), lambda logits, _: logits.square().sum(1), 1
             )
-    except Exception as error:  # whatever a user's model raises is not our fault
+    except Exception as error:  # a user's model may raise anything
         if is_out_of_memory(error):
             raise
         why = " ".join(str(error).split())
@@ -70,18 +70,18 @@ def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
 
 @torch.enable_grad()
 def _is_layered(network: nn.Module, x: Tensor, y: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Tell whether the closed form gives the gradient of one sample: a weight may be used in other ways than by its layer.
+    """Return whether the closed form gives the gradient of one sample. It does not if a weight is used outside its layer.
 
-    Two samples come, of which one counts: some models cannot see a single one.
+    The batch has two samples, because some models cannot process a single one; the weight of the second is 0.
     """
-    alone = (torch.arange(len(x), device=x.device) == 0).float()
-    if (found := _by_layer(network, x, y, alone, losses, 1)) is None:
+    first_only = (torch.arange(len(x), device=x.device) == 0).float()
+    if (found := _by_layer(network, x, y, first_only, losses, 1)) is None:
         return False
     trained = [param for param in network.parameters() if param.requires_grad]
     gradients = torch.autograd.grad(losses(network(x), y)[0], trained, allow_unused=True, materialize_grads=True)
-    # convolutions may be less exact on a GPU, and what is meant here is wrong by far more
+    # the tolerance is for convolutions on a GPU, which are less exact; a closed form that does not hold is wrong by far more
     return all(
-        bool(not gradient.numel() or (moment - gradient.abs()).abs().max() <= CLOSE * gradient.abs().max())
+        bool(not gradient.numel() or (moment - gradient.abs()).abs().max() <= TOLERANCE * gradient.abs().max())
         for moment, gradient in zip(found, gradients, strict=True)
     )
 
@@ -90,44 +90,46 @@ def _is_layered(network: nn.Module, x: Tensor, y: Tensor, losses: Callable[[Tens
 def _by_layer(
     network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
 ) -> list[Tensor] | None:
-    """Return the moments in closed form, or None where a layer has none, or it or a weight of it is used more than once."""
+    """Return the moments in closed form, or None if a layer has no such form, or a layer or weight is used more than once."""
     trained = [param for param in network.parameters() if param.requires_grad]
     layers = [m for m in network.modules() if any(param.requires_grad for param in m.parameters(recurse=False))]
     own = [[name for name, _ in layer.named_parameters(recurse=False)] for layer in layers]
-    named = all(names in (["weight"], ["weight", "bias"]) for names in own)  # or the weight is computed of others
+    named = all(names in (["weight"], ["weight", "bias"]) for names in own)  # false if a weight is computed from others
     shared = sum(map(len, own)) != len({id(p) for layer in layers for p in layer.parameters(recurse=False)})
     if not named or shared or not all(type(layer) in FORMS for layer in layers):
         return None
-    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []  # layer, activation, output
 
-    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        a = inputs[0].detach() if inputs else output.new_empty(0)  # given by name: no closed form, by its size
-        seen.append((layer, a, output))
-        return output.clone()  # what follows may change it in place, and the delta is that of the layer itself
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        a = (
+            inputs[0].detach() if inputs else output.new_empty(0)
+        )  # a keyword argument: the size 0 rules out the closed form
+        calls.append((layer, a, output))
+        return output.clone()  # later code may change it in place, but the delta must be that of the layer's own output
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         loss = losses(network(x), y)
     finally:
         for handle in handles:
             handle.remove()
-    once = len(seen) == len(layers) == len({id(layer) for layer, _, _ in seen})
-    if not once or not all(len(a) == len(output) == len(x) and output.requires_grad for _, a, output in seen):
+    once = len(calls) == len(layers) == len({id(layer) for layer, _, _ in calls})
+    if not once or not all(len(a) == len(output) == len(x) and output.requires_grad for _, a, output in calls):
         return None
-    outputs = [output for _, _, output in seen]
+    outputs = [output for _, _, output in calls]
     deltas = torch.autograd.grad(loss.sum(), outputs, allow_unused=True, materialize_grads=True)
     by_param: dict[int, Tensor] = {}
-    for (layer, a, _), delta in zip(seen, deltas, strict=True):
+    for (layer, a, _), delta in zip(calls, deltas, strict=True):
         form = FORMS[type(layer)](layer, a, delta, weight.to(delta.dtype), power)
         if form is None:
             return None
-        # a layer without a bias has one parameter, and no use for the second moment
+        # a layer without a bias has one parameter: zip leaves the second moment out
         by_param |= {id(p): moment for p, moment in zip(layer.parameters(recurse=False), form, strict=False)}
     return [by_param[id(param)] for param in trained]
 
 
 def _linear(_: nn.Module, a: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[Tensor] | None:
-    if a.dim() > 2:  # several positions a sample: their gradients add before the power
+    if a.dim() > 2:  # several positions for each sample: sum their gradients before the power
         gradient = torch.einsum("b...o,b...i->boi", delta, a)
         moment = torch.einsum("boi,b->oi", gradient.abs() ** power, weight)
         bias = delta.flatten(1, -2).sum(1)
@@ -173,7 +175,7 @@ def _affine(normal: Tensor, delta: Tensor, weight: Tensor, power: int) -> list[T
 def _by_sample(
     network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
 ) -> list[Tensor]:
-    """Return the moments of any network that torch can map over samples, one gradient a sample."""
+    """Return the moments of a network that torch can vectorise over samples."""
     params = {name: param.detach() for name, param in network.named_parameters() if param.requires_grad}
 
     def loss(values: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
@@ -184,8 +186,8 @@ def _by_sample(
     total = [torch.zeros_like(param) for param in params.values()]
     for xs, ys, ws in zip(x.split(SLICE), y.split(SLICE), weight.split(SLICE), strict=True):
         by_name = gradients(params, xs, ys)
-        parts = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in params]
-        torch._foreach_add_(total, parts)
+        moments = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in params]
+        torch._foreach_add_(total, moments)
     return total
 
 
@@ -193,7 +195,7 @@ def _by_sample(
 def _one_by_one(
     network: nn.Module, x: Tensor, y: Tensor, weight: Tensor, losses: Callable[[Tensor, Tensor], Tensor], power: int
 ) -> list[Tensor]:
-    """Return the moments of any network at all, one backward pass a sample."""
+    """Return the moments of any network, with one backward pass for each sample."""
     trained = [param for param in network.parameters() if param.requires_grad]
     total = [torch.zeros_like(param) for param in trained]
     for number in range(len(x)):

@@ -1,6 +1,7 @@
-"""Named strategies: a function each, whose keyword parameters are its configuration. Add one, and its line in RECIPES.
+"""The recipes: one function for each strategy, whose keyword parameters are its configuration keys.
 
-No torch is imported here before a recipe is called: checking a configuration needs only the signatures.
+To add a recipe, write its function here and add it to `RECIPES`. A recipe imports torch only when it is called, so that a
+configuration can be checked without torch, from the signatures alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.slots import BuildContext, Network, Strategy
 
-    Slots = dict[str, Any]  # a part for each slot, and where it refines, `refine_epochs`
+    Slots = dict[str, Any]  # keyword arguments of `Strategy`: an object for each slot, and `refine_epochs`
     Check = Callable[[Config, str], Iterator[str]]
 
 
@@ -33,10 +34,10 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_no_boolean)]  # not Strict: to YAML 1e4 is a string
-Strength = Annotated[Number, Field(ge=0, le=1e30)]  # within float32, where it is multiplied
-Positive = Annotated[int, Strict(), Field(ge=1)]  # or true would be 1
-Width = Annotated[int, Strict(), Field(ge=1, le=1 << 16)]  # of a generator's layer
+Number = Annotated[float, BeforeValidator(_no_boolean)]  # not Strict, because YAML reads 1e4 as a string
+Strength = Annotated[Number, Field(ge=0, le=1e30)]  # so that products stay within float32
+Positive = Annotated[int, Strict(), Field(ge=1)]  # Strict, because pydantic reads true as 1
+Width = Annotated[int, Strict(), Field(ge=1, le=1 << 16)]  # units of a generator's layer
 Ratio = Annotated[Number, Field(gt=0, le=100)]
 Temperature = Annotated[Number, Field(gt=0, le=100)]
 Balance = Literal["tasks", "counts"]
@@ -48,13 +49,13 @@ Momentum = Literal["refuse", "allow"]
 
 
 def naive(context: BuildContext) -> Slots:
-    """Sequential learning: every slot at its default. The lower bound."""
+    """Train on one task after the other, with every slot at its default. The lower bound for other strategies."""
     del context
     return {}
 
 
 def joint(context: BuildContext, *, budget: Positive | Literal["all"] = "all") -> Slots:
-    """Multi-task training on everything seen so far. The upper bound."""
+    """Train on all samples seen so far (multi-task training). The upper bound for other strategies."""
     from streamlearn.memory import ALL, EpisodicMemory
     from streamlearn.strategies.replay import EpisodicReplay
 
@@ -71,7 +72,7 @@ def er(
     ratio: Ratio = 1.0,
     balance: Literal["batch", "tasks", "counts"] = "batch",
 ) -> Slots:
-    """Experience replay (Chaudhry et al. 2019) from a memory of `budget` samples, `ratio` replayed for each new one."""
+    """Experience replay (Chaudhry et al. 2019): `ratio` samples from a memory of `budget` for each new sample."""
     from streamlearn.strategies.replay import EpisodicReplay
 
     memory = _episodic_memory(context, budget, selection, per_class)
@@ -88,7 +89,7 @@ def derpp(
     alpha: Strength = 0.5,
     beta: Strength = 0.5,
 ) -> Slots:
-    """Dark experience replay++ (Buzzega et al. 2020): stored logits weigh `alpha`, stored labels `beta`."""
+    """Dark experience replay++ (Buzzega et al. 2020): stored logits have weight `alpha` in the loss, stored labels `beta`."""
     from streamlearn.strategies.replay import DarkReplay
 
     memory = _episodic_memory(context, budget, selection, per_class)
@@ -101,7 +102,7 @@ def lwf(
     temperature: Temperature = 2.0,
     balance: Balance = "tasks",
 ) -> Slots:
-    """Learning without forgetting (Li & Hoiem 2016): the current inputs, labelled by the previous solver."""
+    """Learning without forgetting (Li & Hoiem 2016): replays the current inputs with targets from the previous model."""
     from streamlearn.strategies.lwf import LearningWithoutForgetting
 
     return {"replay": LearningWithoutForgetting(context, temperature=temperature, balance=balance)}
@@ -123,10 +124,11 @@ def generative(
     likelihood: Literal["bernoulli", "gaussian"] = "bernoulli",
     average: Annotated[float, Field(gt=0, lt=1)] | None = 0.998,
 ) -> Slots:
-    """Deep generative replay (Shin et al. 2017): a generator replays the past, the frozen solver labels it.
+    """Deep generative replay (Shin et al. 2017): a generator makes samples of past tasks, a frozen model gives their targets.
 
-    `conditional` draws the codes of a class from where its codes lie (`prior: moments`); `vae` is the plain published form, its
-    prior always normal; `brain-inspired` (van de Ven et al. 2020) learns a prior a class and gates its decoder (`gated`).
+    `conditional` draws the codes of a class from the distribution of its codes (`prior: moments`). `vae` is the plain published
+    form; its prior is always N(0, I). `brain-inspired` (van de Ven et al. 2020) learns a prior for each class, and switches off
+    a share of the decoder's units for each class (`gated`).
     """
     from streamlearn.strategies.generative import FeedbackReplay, GenerativeReplay, GeneratorSpec, ReplayTargets
 
@@ -137,7 +139,7 @@ def generative(
 
 
 def l2(context: BuildContext, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
-    """Pull every parameter alike toward where the last task left it: what importance is compared with."""
+    """L2 penalty toward the parameters after the last task, with equal importances. A baseline for the other penalties."""
     from streamlearn.strategies.l2 import UniformImportance
 
     return _penalty(context, UniformImportance(), strength, "last", 0.0, step)
@@ -155,7 +157,7 @@ def ewc(
 ) -> Slots:
     """Elastic weight consolidation (Kirkpatrick et al. 2017); `anchor: last` is its online form (Schwarz et al. 2018).
 
-    Useful strengths are large, because the per-sample Fisher shrinks once a task is fitted.
+    Useful strengths are large, because the Fisher information of single samples is small after a task was learned well.
     """
     from streamlearn.memory import ALL
     from streamlearn.strategies.ewc import FisherImportance
@@ -190,7 +192,7 @@ def mas(
     samples: Positive | Literal["all"] = 1000,
     step: Step = "explicit",
 ) -> Slots:
-    """Memory aware synapses (Aljundi et al. 2018): how much the output would change; needs no labels."""
+    """Memory aware synapses (Aljundi et al. 2018): importance is how much the output would change; it needs no labels."""
     from streamlearn.memory import ALL
     from streamlearn.strategies.gradient_moments import check_per_sample_gradients
     from streamlearn.strategies.mas import OutputSensitivity
@@ -208,10 +210,10 @@ def rwalk(
     interval: Positive = 10,
     step: Step = "explicit",
 ) -> Slots:
-    """Riemannian walk (Chaudhry et al. 2018): a moving Fisher and path scores, both normalised; no second backward pass."""
+    """Riemannian walk (Chaudhry et al. 2018): moving Fisher information plus path scores. Needs no second backward pass."""
     from streamlearn.strategies.rwalk import RiemannianWalk
 
-    # all tasks so far are in what it returns, so what was there before goes
+    # its importance already covers all tasks so far, so a decay of 0 removes the older one
     return _penalty(context, RiemannianWalk(context, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)
 
 
@@ -222,13 +224,13 @@ def gem(
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5,
     momentum: Momentum = "refuse",
 ) -> Slots:
-    """Gradient episodic memory (Lopez-Paz & Ranzato 2017), `memory` samples a task. Costs more with every task."""
+    """Gradient episodic memory (Lopez-Paz & Ranzato 2017) with `memory` samples of each task. Costs more with every task."""
     from streamlearn.memory import ALL, EpisodicMemory
     from streamlearn.strategies.gem import GEMConstraint
 
-    del momentum  # a question of configuration
-    kept = EpisodicMemory(ALL, context.max_bytes, context.seed)
-    return {"constraint": GEMConstraint(context, kept, per_task=memory, margin=margin)}
+    del momentum  # `_refuse_momentum` reads it
+    episodic = EpisodicMemory(ALL, context.max_bytes, context.seed)
+    return {"constraint": GEMConstraint(context, episodic, per_task=memory, margin=margin)}
 
 
 def agem(
@@ -241,19 +243,19 @@ def agem(
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-7,
     momentum: Momentum = "refuse",
 ) -> Slots:
-    """Averaged GEM (Chaudhry et al. 2019): one gradient on `reference` stored samples (default: as many as the batch).
+    """Averaged GEM (Chaudhry et al. 2019): one reference gradient, on `reference` stored samples (default: the batch size).
 
-    Where its squared norm is far below `epsilon`, nothing is projected.
+    If its squared norm is far below `epsilon`, the gradient is not projected.
     """
     from streamlearn.strategies.gem import AGEMConstraint
 
-    del momentum
+    del momentum  # `_refuse_momentum` reads it
     memory = _episodic_memory(context, budget, selection, per_class)
     return {"constraint": AGEMConstraint(context, memory, reference=reference, epsilon=epsilon)}
 
 
 def pnn(context: BuildContext, *, max_parameters: Positive = 50_000_000) -> Slots:
-    """Progressive networks (Rusu et al. 2016): a column a task, lateral connections at every hidden layer."""
+    """Progressive networks (Rusu et al. 2016): a column for each task, with lateral connections from all earlier columns."""
     from streamlearn.strategies.pnn import ProgressiveNetwork
 
     return {"network": ProgressiveNetwork(context, max_parameters=max_parameters)}
@@ -266,7 +268,7 @@ def packnet(
     retrain_epochs: Positive = 1,
     samples: Positive | Literal["all"] = 20_000,
 ) -> Slots:
-    """PackNet (Mallya & Lazebnik 2018): each task keeps `1 - prune` of the free weights, retrained on `samples` of its own."""
+    """PackNet (Mallya & Lazebnik 2018): each task owns `1 - prune` of the free weights, and retrains them on its `samples`."""
     from streamlearn.memory import ALL
     from streamlearn.strategies.packnet import OwnershipConstraint, PackedNetwork
 
@@ -291,7 +293,7 @@ def _penalty(
 
 
 def _refuse_momentum(config: Config, name: str) -> Iterator[str]:
-    """Projection holds for the gradient; momentum, and Adam's, moves on along gradients from before it."""
+    """Refuse an optimizer with momentum: it also moves along earlier gradients, which the projection did not change."""
     o = config.learner.optimizer
     if config.strategy[name]["momentum"] == "refuse" and (o.name != "sgd" or o.momentum):
         used = f"{o.name} with momentum {o.momentum}" if o.name == "sgd" else o.name
@@ -302,48 +304,48 @@ def _refuse_momentum(config: Config, name: str) -> Iterator[str]:
 
 
 def _require_balanced(config: Config, name: str) -> Iterator[str]:
+    """Refuse `per_class` without `selection: balanced`."""
     chosen = config.strategy[name]
     if chosen["per_class"] is not None and chosen["selection"] != "balanced":
-        yield f"per_class is {chosen['per_class']}, and selection {chosen['selection']}; accepted with selection: balanced"
+        yield f"per_class is {chosen['per_class']}, and selection is {chosen['selection']}; per_class needs selection: balanced"
 
 
 def _require_gaussian(config: Config, name: str) -> Iterator[str]:
-    """Refuse to make features, which nothing bounds, with a generator of numbers from 0 to 1."""
+    """Refuse an encoder with `likelihood: bernoulli`: features are unbounded, and its values are from 0 to 1."""
     if config.input.encoder is not None and config.strategy[name]["likelihood"] == "bernoulli":
         yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
 
 
 def _likelihood_default(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
-    """Return the likelihood of what an encoder makes: features, which nothing bounds."""
+    """Return `likelihood: gaussian` if there is an encoder, because features are unbounded."""
     return {"likelihood": "gaussian"} if spec.encoder is not None else {}
 
 
-def _refuse_unknown_tasks(config: Config, name: str) -> Iterator[str]:
-    """Say what networks that isolate tasks cannot do."""
+def _require_known_tasks(config: Config, name: str) -> Iterator[str]:
+    """Refuse scenario class and `grow_head` for networks that isolate tasks."""
     if config.scenario.kind == "class":
-        yield (
-            f"{name} must be told the task of a sample, and scenario class does not tell; accepted: scenario task or domain"
-        )
+        yield f"{name} needs the task of each sample, which scenario class does not give; accepted: scenario task or domain"
     if config.grow_head:
-        yield f"{name} has outputs that do not grow; accepted: grow_head: false, with enough classes"
+        yield f"{name} cannot add outputs while it runs; accepted: grow_head: false, with enough classes"
 
 
 def _require_task_end(config: Config, name: str) -> Iterator[str]:
+    """Refuse a single topic that no rule ends."""
     topics, rule = config.stream.topics, config.stream.task_end
     if topics is not None and len(topics) == 1 and rule.next_topic:
         yield (
-            f"{name} prunes at the end of a task, and the only topic, {topics[0]}, has none; "
+            f"{name} prunes at the end of a task, but the only topic, {topics[0]}, never ends; "
             "accepted: stream.task_end records: N or idle: SECONDS, or more topics"
         )
 
 
 def parameters_model(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return a model whose fields are the function's keyword-only parameters, each with its description."""
+    """Return a pydantic model whose fields are the function's keyword-only parameters, each with its description."""
     hints = inspect.get_annotations(function, eval_str=False)
     scope = vars(inspect.getmodule(function))
     fields: dict[str, Any] = {
         name: (
-            eval(hints[name], scope),  # noqa: S307 - our own annotations, kept as text
+            eval(hints[name], scope),  # noqa: S307 - annotations of this module, as text
             Field(parameter.default, description=describe_parameter(function.__name__, name)),
         )
         for name, parameter in inspect.signature(function).parameters.items()
@@ -355,27 +357,27 @@ def parameters_model(function: Callable[..., Any]) -> type[BaseModel]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, the slots it fills, and what it cannot be combined or configured with."""
+    """A recipe: its function, the slots that it fills, and the checks of its configuration."""
 
     build: Callable[..., Slots]
     slots: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-    exclusive_reason: str | None = None  # why nothing is combined with it
+    exclusive_reason: str | None = None  # why it cannot be combined with other recipes; None: it can
     input_defaults: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = (
         None  # defaults that depend on the input
     )
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
-        """A model of the function's keyword parameters."""
+        """A pydantic model of the function's keyword parameters."""
         return parameters_model(self.build)
 
     def defaults_for(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
-        """Return the defaults that are others for this input than the signature's."""
+        """Return the defaults that differ from the signature's for this input."""
         return {} if self.input_defaults is None else self.input_defaults(spec)
 
     def conflicts(self, config: Config, name: str) -> Iterator[str]:
-        """Give the reasons why a configuration that chose this recipe makes no sense, each with what is accepted."""
+        """Yield the reasons why this recipe cannot work with the rest of the configuration, each with what is accepted."""
         others = " + ".join(other for other in config.strategy if other != name)
         if self.exclusive_reason is not None and others:
             yield f"cannot be combined with {others}: {self.exclusive_reason}"
@@ -384,7 +386,7 @@ class Recipe:
 
 
 def build_strategy(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Strategy:
-    """Return the union of the chosen recipes' slots; the configuration has already refused two for one slot."""
+    """Return the strategy of the chosen recipes. The configuration has already refused two recipes for one slot."""
     from streamlearn.strategies.slots import Network, Strategy
 
     slots: dict[str, Any] = {}
@@ -395,14 +397,14 @@ def build_strategy(chosen: Mapping[str, Mapping[str, Any]], context: BuildContex
 
 
 def build_network_slot(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Network:
-    """Return the network slot exclusive_reason, untrained: what is needed to use a saved model."""
+    """Return only the network slot of the chosen recipes, untrained. Predicting with a saved model needs no other slot."""
     return build_strategy(
         {name: parameters for name, parameters in chosen.items() if "network" in RECIPES[name].slots}, context
     ).network
 
 
 ISOLATES_TASKS = (
-    "it isolates tasks, so nothing is forgotten, and samples or importances of other tasks have nothing to protect"
+    "it isolates tasks, so nothing is forgotten, and there is nothing that a memory or a penalty could protect"
 )
 
 RECIPES: dict[str, Recipe] = {
@@ -410,7 +412,7 @@ RECIPES: dict[str, Recipe] = {
     "joint": Recipe(
         joint,
         ("replay",),
-        exclusive_reason="it is the upper bound: it learns every sample again, so nothing is to protect",
+        exclusive_reason="it is the upper bound: it learns every sample again, so there is nothing to protect",
     ),
     "er": Recipe(er, ("replay",), (_require_balanced,)),
     "derpp": Recipe(derpp, ("replay",), (_require_balanced,)),
@@ -423,8 +425,8 @@ RECIPES: dict[str, Recipe] = {
     "rwalk": Recipe(rwalk, ("penalty",)),
     "gem": Recipe(gem, ("constraint",), (_refuse_momentum,)),
     "agem": Recipe(agem, ("constraint",), (_refuse_momentum, _require_balanced)),
-    "pnn": Recipe(pnn, ("network",), (_refuse_unknown_tasks,), exclusive_reason=ISOLATES_TASKS),
+    "pnn": Recipe(pnn, ("network",), (_require_known_tasks,), exclusive_reason=ISOLATES_TASKS),
     "packnet": Recipe(
-        packnet, ("network", "constraint"), (_refuse_unknown_tasks, _require_task_end), exclusive_reason=ISOLATES_TASKS
+        packnet, ("network", "constraint"), (_require_known_tasks, _require_task_end), exclusive_reason=ISOLATES_TASKS
     ),
 }

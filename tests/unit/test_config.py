@@ -96,7 +96,7 @@ log: {level: loud}
         "9: kafka.bootstrap_servers: Field required",
         "9: kafka.sasl: security_protocol SASL_SSL needs a sasl section",
         "10: strategy.pnn: cannot be combined with gem",
-        "10: strategy.pnn: pnn has outputs that do not grow",
+        "10: strategy.pnn: pnn cannot add outputs while it runs",
         "10: strategy.gem: learner.optimizer is adam",
         "11: log.level: is 'loud'; Input should be 'debug', 'info', 'warning' or 'error'",
     ]
@@ -325,11 +325,11 @@ REFUSED_STRATEGIES = [
         {"strategy": "gem", "learner": {"optimizer": {"name": "sgd", "momentum": 0.9}}},
         "strategy.gem: learner.optimizer is sgd with momentum 0.9",
     ),
-    ("pnn by class", {"strategy": "pnn"}, "strategy.pnn: pnn must be told the task of a sample"),
+    ("pnn by class", {"strategy": "pnn"}, "strategy.pnn: pnn needs the task of each sample"),
     (
         "packnet without an end",
         {"strategy": "packnet", "scenario": "task"},
-        "strategy.packnet: packnet prunes at the end of a task, and the only topic, a, has none; accepted: stream.task_end",
+        "strategy.packnet: packnet prunes at the end of a task, but the only topic, a, never ends; accepted: stream.task_end",
     ),
     ("strength", {"strategy": {"mas": {"strength": float("nan")}}}, "strategy.mas.strength: is nan; Input should be"),
     (
@@ -358,7 +358,7 @@ REFUSED_STRATEGIES = [
     (
         "per class",
         {"strategy": {"er": {"per_class": 3}}},
-        "strategy.er: per_class is 3, and selection reservoir; accepted",
+        "strategy.er: per_class is 3, and selection is reservoir; per_class needs",
     ),
 ]
 

@@ -74,7 +74,7 @@ def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixtu
                 replay.sample(batch)
     messages = [record.getMessage() for record in caplog.records]
     cut, large = messages[:2], messages[2:]
-    assert cut[0].startswith("strategy.generative: values from -1.5 to 3.25 are replayed cut to 0 and 1")
+    assert cut[0].startswith("strategy.generative: values from -1.5 to 3.25 are clipped to 0..1 in replayed samples")
     assert "set input.scale so that they are from 0 to 1" in cut[0]
     assert large[0].startswith("strategy.generative: values from -150 to 325 are too large")
     assert "input.encoder that standardises them" in large[0]
