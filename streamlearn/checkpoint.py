@@ -264,7 +264,7 @@ class Store:
         self, files: Mapping[str, Content], info: Mapping[str, Any], num_bytes: int, tags: Iterable[str] = ()
     ) -> Checkpoint:
         self._make_root()
-        newest, sequence = self._next()
+        newest, sequence = self._newest_and_next_number()
         if self.links_refused and newest is not None:
             copied = [name for name, content in files.items() if content is None]
             num_bytes += sum(newest.manifest["files"][name]["size"] for name in copied)
@@ -273,7 +273,7 @@ class Store:
         temporary = self.root / f".tmp-{final.name}"
         try:
             temporary.mkdir(mode=0o700)
-            entries = self._put_all(temporary, files, newest)
+            entries = self._add_files(temporary, files, newest)
             manifest = {
                 "format": FORMAT,
                 "id": final.name,
@@ -419,12 +419,12 @@ class Store:
 
     def _remove(self, checkpoint: Checkpoint) -> None:
         """Rename a directory, then remove it: a crash in between leaves no half-removed checkpoint."""
-        doomed = self.root / f".del-{checkpoint.id}"
+        renamed = self.root / f".del-{checkpoint.id}"
         try:
-            checkpoint.path.rename(doomed)
+            checkpoint.path.rename(renamed)
         except FileNotFoundError:  # another process removed it
             return
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
 
     def _check_space(self, num_bytes: int) -> None:
         try:
@@ -445,7 +445,7 @@ class Store:
         except OSError as error:
             raise StreamlearnError(f"{self.root}: cannot be created: {error.strerror}", code=77) from error
 
-    def _next(self) -> tuple[Checkpoint | None, int]:
+    def _newest_and_next_number(self) -> tuple[Checkpoint | None, int]:
         """Return the newest checkpoint and the next free number, higher than every one ever used; raises `StreamlearnError`."""
         try:
             numbers = [int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))]
@@ -459,7 +459,7 @@ class Store:
             for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".del-*")]:
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _put_all(self, directory: Path, files: Mapping[str, Content], parent: Checkpoint | None) -> dict[str, Any]:
+    def _add_files(self, directory: Path, files: Mapping[str, Content], parent: Checkpoint | None) -> dict[str, Any]:
         """Write or link every file into a directory, wait until all are durable, and return their entries of the manifest.
 
         Several files are synced at the same time, because one sync may take seconds. If one fails, its error is raised after
@@ -468,14 +468,16 @@ class Store:
         syncs: list[Future[None]] = []
         with ThreadPoolExecutor(SYNC_THREADS, "sync") as pool:
             entries = {
-                name: self._put(directory, name, content, parent, lambda file: syncs.append(pool.submit(_sync, file)))
+                name: self._add_file(
+                    directory, name, content, parent, lambda file: syncs.append(pool.submit(_sync, file))
+                )
                 for name, content in sorted(files.items())
             }
         for each in syncs:
             each.result()
         return entries
 
-    def _put(
+    def _add_file(
         self,
         directory: Path,
         name: str,

@@ -99,7 +99,7 @@ class ControlDesk:
         while self._requests:
             self._apply(self._requests.popleft(), job, stream)
         if dead := [server for server in self.servers if not server.alive]:
-            raise StreamlearnError(f"{len(dead)} of the listeners ended by itself")
+            raise StreamlearnError(f"{len(dead)} of the HTTP listeners ended unexpectedly")
         if idle or time.monotonic() - self._published >= self._publish_interval:
             self.publish(job, stream)
 
@@ -264,8 +264,8 @@ class ControlDesk:
         accepted = {"tag": str} if name == "checkpoint" else {}
         for key, value in arguments.items():
             if not isinstance(value, accepted.get(key, ())):
-                what = "only the argument tag, a string" if accepted else "no arguments"
-                raise StreamlearnError(f"{name}: accepts {what}, got {key}: {value!r:.80}", code=2)
+                expected = "only the argument tag, a string" if accepted else "no arguments"
+                raise StreamlearnError(f"{name}: accepts {expected}, got {key}: {value!r:.80}", code=2)
         if name == "stop":
             self.stop()
             return {"state": self._state()}
@@ -288,10 +288,12 @@ class ControlDesk:
 
     def _check(self, job: Job, stream: StreamReader) -> dict[str, Any]:
         contact = stream.status.last_contact_monotonic
-        silent = None if contact is None else time.monotonic() - contact
+        silent_seconds = None if contact is None else time.monotonic() - contact
         return {
             "restored": {"ok": True},
-            "broker": {"ok": stream.status.connected and silent is not None and silent < CONTACT_SECONDS},
+            "broker": {
+                "ok": stream.status.connected and silent_seconds is not None and silent_seconds < CONTACT_SECONDS
+            },
             "stream": {"ok": stream.status.problem is None, "problem": stream.status.problem},
             "checkpoint": {"ok": job.save_failed is None},
             "not_draining": {"ok": not self.stopping},
@@ -301,9 +303,9 @@ class ControlDesk:
         """End the process when the grace period is over, even if nobody reads the log and a write to it blocks."""
         time.sleep(self.config.shutdown_grace)
         line = "the stop took more than %.0f s (shutdown_grace): ending without a new checkpoint"
-        writing = threading.Thread(target=logger.error, args=(line, self.config.shutdown_grace), daemon=True)
-        writing.start()
-        writing.join(LAST_LINE_SECONDS)
+        log_line = threading.Thread(target=logger.error, args=(line, self.config.shutdown_grace), daemon=True)
+        log_line.start()
+        log_line.join(LAST_LINE_SECONDS)
         os._exit(1)
 
 
@@ -439,11 +441,11 @@ def make_stream_reader(job: Job) -> StreamReader:
     from streamlearn.stream.reader import StreamReader
 
     config = job.config
-    source, sink = open_log(config)
-    dead_letters = DeadLetterWriter(sink, config.dead_letter_topic)
+    reader, writer = open_reader_and_writer(config)
+    dead_letters = DeadLetterWriter(writer, config.dead_letter_topic)
     spec = config.stream
     codec = Codec.from_config(config, job.progress.codec_version)
-    rules = AssemblerSettings(
+    settings = AssemblerSettings(
         codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records, spec.late == "dead_letter",
     )  # fmt: skip
@@ -452,10 +454,10 @@ def make_stream_reader(job: Job) -> StreamReader:
     job.metrics.declare_topics(spec.topics or [])
     for key in ("dead letters", "dead letter failures"):  # the new dead-letter writer counts from 0
         job.metrics.set_baseline(key, 0)
-    return StreamReader(source, Assembler(rules, copied), spec, dead_letters, config.group_id, refresh)
+    return StreamReader(reader, Assembler(settings, copied), spec, dead_letters, config.group_id, refresh)
 
 
-def open_log(config: Config) -> tuple[LogReader, LogWriter]:
+def open_reader_and_writer(config: Config) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
     if config.source == "kafka":
         from streamlearn.stream.kafka import KafkaReader, KafkaWriter

@@ -261,9 +261,9 @@ def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
         raise StreamlearnError(f"{config.embedded.path}: no such file", code=74)
-    from streamlearn.daemon import open_log
+    from streamlearn.daemon import open_reader_and_writer
 
-    log, sink = open_log(config)
+    log, sink = open_reader_and_writer(config)
     try:
         log.connect()
         yield log, sink, config.dead_letter_topic, config.state_dir

@@ -161,7 +161,7 @@ def test_a_dead_listener_ends_the_loop(tmp_path: Path) -> None:
     server.start()
     desk.serve(job, stream, idle=True)
     server.stop()
-    with pytest.raises(StreamlearnError, match="1 of the listeners ended by itself"):
+    with pytest.raises(StreamlearnError, match="1 of the HTTP listeners ended unexpectedly"):
         desk.serve(job, stream, idle=True)
 
 
