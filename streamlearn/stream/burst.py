@@ -1,4 +1,7 @@
-"""A burst: so many samples are rejected in a row that the schema must have changed, and reading on empties the topic."""
+"""Count the samples that are rejected in a row. A long row (a burst) means that the data has another schema than before.
+
+Reading on would then move the whole topic to the dead letters.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,41 @@ if TYPE_CHECKING:
 
 
 class Burst:
-    """The samples rejected in a row up to the record that was read last, whatever their topic and partition."""
+    """The samples that were rejected in a row, up to the record read last, in all topics and partitions."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length = 0  # samples
         self._reasons: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}  # the first message of each reason
-        self._place = ""
+        self._first_messages: dict[str, str] = {}  # by reason
+        self._place = ""  # of the record that was read last
 
     def clear(self) -> None:
-        """Begin the count anew."""
+        """Set the count to zero."""
         if self.length:
             self.length = 0
             self._reasons.clear()
-            self._examples.clear()
+            self._first_messages.clear()
 
-    def update(self, record: Record, rejected: np.ndarray, bad: Mapping[int, Rejected], first: int) -> None:
-        """Take in what became of a record's samples from its sample `first` on, `rejected [n]` of booleans."""
-        used = np.flatnonzero(~rejected[first:])
-        if len(used):
+    def update(self, record: Record, is_rejected: np.ndarray, rejected: Mapping[int, Rejected], first: int) -> None:
+        """Count the rejected samples of a record; a sample that is not rejected sets the count to zero.
+
+        `is_rejected [n]` has a boolean for each sample, `rejected` has the reason by index. Samples before index `first` were
+        counted earlier.
+        """
+        accepted = np.flatnonzero(~is_rejected[first:])
+        if len(accepted):
             self.clear()
-            first += int(used[-1]) + 1
-        for index in range(first, len(rejected)):
-            self._reasons[bad[index].reason] += 1
-            self._examples.setdefault(bad[index].reason, str(bad[index]))
-        self.length += len(rejected) - first
+            first += int(accepted[-1]) + 1
+        for index in range(first, len(is_rejected)):
+            self._reasons[rejected[index].reason] += 1
+            self._first_messages.setdefault(rejected[index].reason, str(rejected[index]))
+        self.length += len(is_rejected) - first
         self._place = f"{record.topic}[{record.partition}] offset {record.offset}"
 
     def __str__(self) -> str:
         reason, _ = self._reasons.most_common(1)[0]
+        message = self._first_messages[reason]
         return (
-            f"{self._place}: {self.length} samples in a row were rejected, mostly {reason} ({self._examples[reason]}); "
-            "mend the producer or the configuration, then `streamlearn resume`, or start it again where it has ended"
+            f"{self._place}: {self.length} samples in a row were rejected, mostly {reason} ({message}); repair the producer "
+            "or the configuration, then run `streamlearn resume`, or start the daemon again if it has ended"
         )

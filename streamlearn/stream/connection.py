@@ -1,6 +1,12 @@
-"""Connections to Apache Kafka: who we are, whom we trust, and at once the cause where the broker refuses us.
+"""Connect to Apache Kafka: authentication, TLS, and an error that names the cause as soon as a broker refuses us.
 
-kafka-python tries a refused login again until its time is over, says no more than that, and leaves a thread behind.
+Repairs of kafka-python 3.0 that stand here:
+
+- It repeats a refused login until the bootstrap time is over, and then reports only that no broker answered. See
+  `_ConnectionManager`.
+- It drops the last bytes of a connection, which contain the reason of a refusal. See `_ConnectionManager`.
+- If a client's constructor fails, its network thread and sockets stay open. See `create_client`.
+- It uses Python's global random generator, which belongs to the model that learns. See `_use_own_random_generator`.
 """
 
 from __future__ import annotations
@@ -29,40 +35,41 @@ if TYPE_CHECKING:
 BOOTSTRAP_MS = 5000
 REQUEST_MS = 10_000
 
-PERMISSION = (
+PERMISSION_ERRORS = (
     kafka_errors.AuthorizationError,
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.UnsupportedSaslMechanismError,
     kafka_errors.IllegalSaslStateError,
 )
-# a handshake that one side ended because of a certificate; the client's error has only OpenSSL's words for it
-UNTRUSTED = re.compile(r"CERTIFICATE|UNKNOWN_CA|_CERT_")
-HUNG_UP = re.compile(r"WRONG_VERSION_NUMBER|UNEXPECTED_EOF|socket disconnected|reset by peer")
-REPEATED = re.compile(
+# parts of OpenSSL's messages if a TLS handshake failed because of a certificate; the client has no error class for it
+CERTIFICATE_ERROR = re.compile(r"CERTIFICATE|UNKNOWN_CA|_CERT_")
+DISCONNECTED = re.compile(r"WRONG_VERSION_NUMBER|UNEXPECTED_EOF|socket disconnected|reset by peer")
+CLASS_NAMES = re.compile(
     r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )"
-)  # names of the error that say nothing more
-JITTER = random.Random()  # noqa: S311 - the client's: which broker to ask first, and how long to wait
+)  # before a message, without information
+CLIENT_RANDOM = random.Random()  # noqa: S311 - the client uses it to choose brokers and waiting times
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
-TLS_ALERT = 0x1503  # type of the record, and the first byte of its version
-PROBE_SECONDS = 3.0
-CORRELATION = 0x5354  # any number: a broker's answer repeats it
-ASK_VERSIONS = struct.pack(">ihhih", 10, 18, 0, CORRELATION, -1)  # ApiVersions, the first request of every client
+TLS_ALERT = 0x1503  # the first two bytes of a TLS alert: record type 21, major version 3
+PROTOCOL_CHECK_SECONDS = 3.0
+CORRELATION_ID = 0x5354  # any number; a broker repeats it in its answer
+API_VERSIONS_REQUEST = struct.pack(">ihhih", 10, 18, 0, CORRELATION_ID, -1)  # the first request of every client
 
 
-def _draw_apart() -> None:
-    """Give the client's modules a generator of their own.
+def _use_own_random_generator() -> None:
+    """Give the modules of kafka-python a random generator of their own.
 
-    They draw in the reader's thread from Python's global generator, which is the learner's while a model learns.
+    They draw numbers in the reader thread from Python's global generator. The draws of a model that uses this generator
+    would then depend on the network.
     """
-    # a copy: another thread may import a module meanwhile, and `list` of a dict's items is not one step
+    # `copy` is one step of the interpreter; `list(...items())` is not, and another thread may import a module meanwhile
     for name, module in sys.modules.copy().items():
         if name.startswith("kafka.") and getattr(module, "random", None) is random:
-            module.random = JITTER  # type: ignore[attr-defined]  # modules have any attributes
+            module.random = CLIENT_RANDOM  # type: ignore[attr-defined]  # modules have any attributes
 
 
 def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
     """Return the connection settings that consumer, producer and admin client share; raises `StreamlearnError` (77)."""
-    _draw_apart()
+    _use_own_random_generator()
     settings: dict[str, Any] = {
         "bootstrap_servers": kafka.bootstrap_servers,
         "client_id": kafka.client_id,
@@ -73,7 +80,7 @@ def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
         "reconnect_backoff_max_ms": 1000,
     }
     if kafka.security_protocol.endswith("SSL"):
-        settings["ssl_context"] = _trust(kafka)
+        settings["ssl_context"] = _ssl_context(kafka)
     if kafka.sasl is not None and kafka.security_protocol.startswith("SASL"):
         settings["sasl_mechanism"] = kafka.sasl.mechanism
         if kafka.sasl.mechanism == "OAUTHBEARER":
@@ -85,8 +92,11 @@ def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
     return settings
 
 
-def _trust(kafka: KafkaConfig) -> ssl.SSLContext:
-    """Return whom we trust and who we are, read once: the client would read it at every attempt."""
+def _ssl_context(kafka: KafkaConfig) -> ssl.SSLContext:
+    """Load the certificates and the key; raises `StreamlearnError` (77) if a file is missing or wrong.
+
+    The client would load them at every attempt to connect, and report a wrong file as a failed connection.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = kafka.ssl_check_hostname
@@ -104,124 +114,133 @@ def _trust(kafka: KafkaConfig) -> ssl.SSLContext:
             name = "ssl_certfile"
             password = "" if kafka.ssl_password is None else kafka.ssl_password.get_secret_value()
             context.load_cert_chain(kafka.ssl_certfile, kafka.ssl_keyfile, password)
-    except OSError as error:  # an SSLError is one
+    except OSError as error:  # includes SSLError
         raise StreamlearnError(f"kafka.{name}: {getattr(kafka, name)}: {error.strerror or error}", code=77) from error
     return context
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether an error is of who we are or whom we trust, so that to try again only makes it worse."""
+    """Return whether an error concerns authentication, permissions or certificates, so that another attempt cannot help."""
     if isinstance(error, StreamlearnError):
         return not isinstance(error, BrokerUnavailable)
-    return isinstance(error, PERMISSION) or UNTRUSTED.search(str(error)) is not None or _speaks_tls(error)
+    return (
+        isinstance(error, PERMISSION_ERRORS) or CERTIFICATE_ERROR.search(str(error)) is not None or _is_tls_alert(error)
+    )
 
 
-def reason(error: BaseException) -> str:
-    """Return what an error says, without the client's names for it."""
-    return REPEATED.sub("", f"{error!s:.300}")
+def error_text(error: BaseException) -> str:
+    """Return the message of an error (at most 300 characters) without the class names that the client puts before it."""
+    return CLASS_NAMES.sub("", f"{error!s:.300}")
 
 
-def _speaks_tls(error: BaseException) -> bool:
-    """Tell whether what came for the length of an answer is the beginning of a TLS alert."""
+def _is_tls_alert(error: BaseException) -> bool:
+    """Return whether the client took the beginning of a TLS alert for the length of an answer."""
     found = FRAME_LENGTH.search(str(error))
     return found is not None and int(found[1]) >> 16 == TLS_ALERT
 
 
-class _Connections(KafkaConnectionManager):  # type: ignore[misc]  # the package has no types
-    """Keeps what refused us, for each broker, as its base class means to: that one forgets it, and asks again."""
+class _ConnectionManager(KafkaConnectionManager):  # type: ignore[misc]  # the package has no types
+    """Keeps the reason for which a broker refused us, and raises it instead of another attempt.
+
+    The base class has a dictionary for this since dpkp/kafka-python#2994, but fills it only if `conn.initialize()` raises.
+    In version 3.0 that method does not raise: it puts the error into `conn.init_future`.
+    """
 
     def __init__(self, net: Any, **settings: Any) -> None:
         super().__init__(net, **settings)
-        self.failure: BaseException | None = None  # the last one
+        self.failure: BaseException | None = None  # the last error of any connection
 
     async def _connect(self, node: Any, conn: Any, **how: Any) -> None:
-        conn.close_future.add_errback(self._remember)
+        conn.close_future.add_errback(self._keep_failure)
         await super()._connect(node, conn, **how)
         if conn.init_future.failed() and is_refusal(conn.init_future.exception):
-            self._auth_failures[node.node_id] = (
-                conn.init_future.exception
-            )  # raised where this broker is asked for again
+            # the base class raises it at the next request for a connection to this broker
+            self._auth_failures[node.node_id] = conn.init_future.exception
 
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
         transport = await super()._build_transport(node, timeout_at)
-        receive = transport._sock_recv  # noqa: SLF001 - it drops what comes together with the end: a refusal's reason
+        receive = transport._sock_recv  # noqa: SLF001 - no public method does this
 
-        def received() -> tuple[bytes, Exception | None]:
+        def receive_data_first() -> tuple[bytes, Exception | None]:
+            # the client ignores data if an error comes with it: a broker sends the reason of a refusal, then disconnects
             data, error = receive()
             return data, None if data else error
 
-        transport._sock_recv = received  # noqa: SLF001
+        transport._sock_recv = receive_data_first  # noqa: SLF001
         return transport
 
-    def _remember(self, error: BaseException) -> None:
-        if not isinstance(error, kafka_errors.KafkaTimeoutError):  # the end of the time to try is no cause
+    def _keep_failure(self, error: BaseException) -> None:
+        if not isinstance(error, kafka_errors.KafkaTimeoutError):  # the end of the bootstrap time is not a cause
             self.failure = error
 
 
-def connected(kind: type, settings: Mapping[str, Any]) -> Any:
-    """Return a client, or raise `StreamlearnError` (77, 78) where the broker refused and `BrokerUnavailable` where none is."""
-    made: list[_Connections] = []
+def create_client(kind: type, settings: Mapping[str, Any]) -> Any:
+    """Create a client that is connected, and return it.
 
-    def client(**configs: Any) -> Any:
+    Raises `StreamlearnError` (77 or 78) if a broker refuses the connection, and `BrokerUnavailable` if no broker answers.
+    """
+    managers: list[_ConnectionManager] = []
+
+    def network_client(**configs: Any) -> Any:
         network = NetworkSelector(**configs)
-        made.append(_Connections(network, **configs))
-        return KafkaNetClient(network, made[-1], **configs)
+        managers.append(_ConnectionManager(network, **configs))
+        return KafkaNetClient(network, managers[-1], **configs)
 
     try:
-        return kind(**settings, kafka_client=client)
+        return kind(**settings, kafka_client=network_client)
     except (StreamlearnError, kafka_errors.KafkaError, OSError) as error:
-        for connections in made:
-            connections._net.close()  # noqa: SLF001 - a constructor that fails leaves its thread and sockets behind
-        cause = error if is_refusal(error) or not made else made[-1].failure or error
-        raise _told(cause, settings) from error
+        for manager in managers:
+            manager._net.close()  # noqa: SLF001 - a constructor that fails leaves its thread and sockets open
+        cause = error if is_refusal(error) or not managers else managers[-1].failure or error
+        raise _connection_error(cause, settings) from error
 
 
-def _other_protocol(settings: Mapping[str, Any]) -> str | None:
-    """Return that a broker which hangs up on us speaks the other protocol, or None where none shows that it does."""
+def _find_protocol_mismatch(settings: Mapping[str, Any]) -> str | None:
+    """Check whether a broker that disconnects speaks TLS but we do not, or the reverse; return that as a text, or None."""
     for server in settings["bootstrap_servers"]:
         host, _, port = server.rpartition(":")
         address = host.strip("[]"), int(port)
         try:
             if settings["security_protocol"].endswith("SSL"):
-                if _answers_plainly(address):
+                if _answers_plaintext(address):
                     return f"{server} speaks no TLS"
             elif _answers_tls(address):
                 return f"{server} speaks TLS"
-        except OSError:  # it hangs up on this, too
+        except OSError:  # it disconnects here too
             continue
     return None
 
 
-def _answers_plainly(address: tuple[str, int]) -> bool:
-    """Tell whether a broker answers Kafka's first request without TLS."""
-    with socket.create_connection(address, PROBE_SECONDS) as plain, plain.makefile("rb") as answers:
-        plain.sendall(ASK_VERSIONS)
-        answer = answers.read(8)  # its length, and the number of the request
-    return answer[4:] == struct.pack(">i", CORRELATION)
+def _answers_plaintext(address: tuple[str, int]) -> bool:
+    """Return whether a broker answers an `ApiVersions` request without TLS."""
+    with socket.create_connection(address, PROTOCOL_CHECK_SECONDS) as plain, plain.makefile("rb") as answers:
+        plain.sendall(API_VERSIONS_REQUEST)
+        answer = answers.read(8)  # its length, and the correlation id
+    return answer[4:] == struct.pack(">i", CORRELATION_ID)
 
 
 def _answers_tls(address: tuple[str, int]) -> bool:
-    """Tell whether a broker answers a TLS greeting; whether we would trust it is not asked."""
+    """Return whether a broker completes a TLS handshake, whatever its certificate is."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with socket.create_connection(address, PROBE_SECONDS) as plain, context.wrap_socket(plain):
+    with socket.create_connection(address, PROTOCOL_CHECK_SECONDS) as plain, context.wrap_socket(plain):
         return True
 
 
-def _told(cause: BaseException, settings: Mapping[str, Any]) -> StreamlearnError:
-    """Return why there is no connection, for people."""
+def _connection_error(cause: BaseException, settings: Mapping[str, Any]) -> StreamlearnError:
+    """Return the error for a user: why there is no connection, and what to check."""
     if isinstance(cause, StreamlearnError):
         return cause
     servers, protocol = ", ".join(settings["bootstrap_servers"]), settings["security_protocol"]
-    if _speaks_tls(cause):
+    if _is_tls_alert(cause):
         return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but the broker speaks TLS", code=78)
-    why = reason(cause)
+    why = error_text(cause)
     if isinstance(cause, kafka_errors.UnsupportedSaslMechanismError):
         why = f"it does not offer the mechanism {settings['sasl_mechanism']}"
     if is_refusal(cause):
         return StreamlearnError(f"{servers}: refused: {why}", code=77)
-    if HUNG_UP.search(why):
-        if (other := _other_protocol(settings)) is not None:
-            return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but {other}", code=78)
+    if DISCONNECTED.search(why):
+        if (mismatch := _find_protocol_mismatch(settings)) is not None:
+            return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but {mismatch}", code=78)
         why += f"; does it speak {protocol} there (kafka.security_protocol)?"
     return BrokerUnavailable(f"{servers}: no broker answers ({why})")

@@ -1,6 +1,6 @@
-"""Topics in one SQLite file: the default where no broker is configured, so that everything runs with nothing installed.
+"""Topics in one SQLite file: the default if no broker is configured, so that everything runs without further installation.
 
-Partitions, offsets, keys, headers and timestamps mean what they mean in Kafka; several processes read and write at once.
+Partitions, offsets, keys, headers and timestamps mean the same as in Kafka. Several processes can read and write at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from streamlearn.data import Partition
 
-POLL_SECONDS = 0.05  # SQLite cannot wake a reader in another process, so a waiting one looks this often
+POLL_SECONDS = 0.05  # SQLite cannot wake a reader in another process, so the reader checks this often
 FETCH_RECORDS = 500
 FETCH_BYTES = 8 << 20
 WRITE_RECORDS = 500
@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS committed (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Return a connection to the file, made where it is missing; raises `StreamlearnError` (77 or 74) if it cannot be."""
+    """Open the file, create it if it is missing, and return the connection; raises `StreamlearnError` (77 or 74) on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
@@ -64,9 +64,9 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from a later one of the same name, or None where there is none.
+    """Return the device and inode number, by which a file differs from a later one at the same path; None without a file.
 
-    A file that is removed stays usable for those who have it open: they would read and write what nobody else sees.
+    A process that has a removed file open can still use it: it would read and write records that no other process sees.
     """
     try:
         status = path.stat()
@@ -76,7 +76,7 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 
 
 class _Transaction:
-    """A write transaction that takes its lock at the start, so that offsets are given out by one writer at a time."""
+    """A write transaction that locks the file when it begins, so that two writers never assign the same offset."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self.database = database
@@ -86,32 +86,33 @@ class _Transaction:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if kind is not None:
-            self._undo()
+            self._roll_back()
             return
         try:
             self.database.execute("COMMIT")
         except sqlite3.Error:
-            self._undo()
+            self._roll_back()
             raise
 
-    def _undo(self) -> None:
-        """Roll back unless SQLite has done so itself, as it does where the disk is full: the first error is the cause."""
+    def _roll_back(self) -> None:
+        """Roll back, unless SQLite did so itself, as it does when the disk is full. Ignore errors: the first one counts."""
         with suppress(sqlite3.Error):
             if self.database.in_transaction:
                 self.database.execute("ROLLBACK")
 
 
 class EmbeddedReader:
-    """One reader of the file."""
+    """Reads the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cluster_id: str | None = None
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        self._at: dict[Partition, int] = {}
-        self._held: set[Partition] = set()
-        self._emptied: dict[Partition, int] = {}  # the version of the file in which each had nothing more to read
+        self._next_offsets: dict[Partition, int] = {}
+        self._paused: set[Partition] = set()
+        # of each partition that was read to its end: the file's version at that time
+        self._version_at_end: dict[Partition, int] = {}
 
     def connect(self) -> None:
         self.close()
@@ -121,13 +122,13 @@ class EmbeddedReader:
 
     @property
     def database(self) -> sqlite3.Connection:
-        """The open file."""
+        """The connection to the open file."""
         if self._database is None:
             raise StreamlearnError(f"{self.path}: not connected")
         return self._database
 
-    def _ask(self, query: str, values: tuple[str | int, ...] = ()) -> list[tuple[Any, ...]]:
-        """Return a query's rows; raises `StreamlearnError` (74) where the file cannot be read."""
+    def _query(self, query: str, values: tuple[str | int, ...] = ()) -> list[tuple[Any, ...]]:
+        """Return the rows of a query; raises `StreamlearnError` (74) if the file cannot be read."""
         try:
             return self.database.execute(query, values).fetchall()
         except sqlite3.Error as error:
@@ -136,41 +137,41 @@ class EmbeddedReader:
     def topics(self) -> dict[str, TopicInfo]:
         if file_identity(self.path) != self._identity:
             raise BrokerUnavailable(f"{self.path}: the file was removed or replaced while it was read")
-        rows = self._ask("SELECT name, topic_id, partitions FROM topics")
+        rows = self._query("SELECT name, topic_id, partitions FROM topics")
         return {name: TopicInfo(name, topic_id, tuple(range(count))) for name, topic_id, count in rows}
 
     def describe(self, topic: str) -> TopicInfo | None:
-        rows = self._ask("SELECT topic_id, partitions FROM topics WHERE name = ?", (topic,))
+        rows = self._query("SELECT topic_id, partitions FROM topics WHERE name = ?", (topic,))
         return TopicInfo(topic, rows[0][0], tuple(range(rows[0][1]))) if rows else None
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        # two look-ups in the index: min and max in one query would read every record
+        # two subqueries use the index; min and max in one query would read every record
         one = "(SELECT {}(offset) FROM records WHERE topic = ?1 AND partition = ?2)"
         query = f"SELECT {one.format('min')}, {one.format('max')}"
-        found = {partition: self._ask(query, partition)[0] for partition in partitions}
+        found = {partition: self._query(query, partition)[0] for partition in partitions}
         return {p: Bounds(0, 0) if low is None else Bounds(low, high + 1) for p, (low, high) in found.items()}
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
-        self._at = dict(offsets)
-        self._emptied.clear()
+        self._next_offsets = dict(offsets)
+        self._version_at_end.clear()
 
     def poll(self, timeout: float) -> list[Record]:
         deadline = time.monotonic() + timeout
-        while not (found := self._take()):
-            if (left := deadline - time.monotonic()) <= 0:
+        while not (records := self._read_available()):
+            if (remaining := deadline - time.monotonic()) <= 0:
                 break
-            time.sleep(min(POLL_SECONDS, left))
-        return found
+            time.sleep(min(POLL_SECONDS, remaining))
+        return records
 
     def position(self, partition: Partition) -> int:
-        return self._at[partition]
+        return self._next_offsets[partition]
 
     def pause_partitions(self, partitions: Collection[Partition]) -> None:
-        self._held = set(partitions)
+        self._paused = set(partitions)
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         query = "SELECT timestamp FROM records WHERE topic = ? AND partition = ? AND offset = 0"
-        found = [row[0] for p in topic.partitions for row in self._ask(query, (topic.name, p))]
+        found = [row[0] for p in topic.partitions for row in self._query(query, (topic.name, p))]
         return min(found, default=None)
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
@@ -186,46 +187,45 @@ class EmbeddedReader:
             self._database.close()
             self._database = None
 
-    def _take(self) -> list[Record]:
-        version = self._ask("PRAGMA data_version")[0][0]  # it changes when another connection writes
-        found: list[Record] = []
-        room = FETCH_BYTES
+    def _read_available(self) -> list[Record]:
+        version = self._query("PRAGMA data_version")[0][0]  # changes when another connection writes
+        records: list[Record] = []
+        bytes_left = FETCH_BYTES
         query = (
             "SELECT offset, timestamp, key, value, headers FROM records"
             " WHERE topic = ? AND partition = ? AND offset >= ? ORDER BY offset LIMIT ?"
         )
-        for (topic, partition), start in self._at.items():
-            place = (topic, partition)
-            if place in self._held or self._emptied.get(place) == version:
+        for (topic, partition), start in self._next_offsets.items():
+            topic_partition = (topic, partition)
+            if topic_partition in self._paused or self._version_at_end.get(topic_partition) == version:
                 continue
-            rows = self._ask(query, (topic, partition, start, FETCH_RECORDS))
+            rows = self._query(query, (topic, partition, start, FETCH_RECORDS))
             for offset, timestamp, key, value, headers in rows:
                 pairs = tuple((name, bytes(data or b"")) for name, data in msgpack.unpackb(headers)) if headers else ()
-                found.append(Record(topic, partition, offset, timestamp, key, value, pairs))
-                self._at[topic, partition] = offset + 1
-                room -= len(value or b"")
-                if room <= 0:
-                    return found
+                records.append(Record(topic, partition, offset, timestamp, key, value, pairs))
+                self._next_offsets[topic, partition] = offset + 1
+                bytes_left -= len(value or b"")
+                if bytes_left <= 0:
+                    return records
             if len(rows) < FETCH_RECORDS:
-                self._emptied[place] = version
-        return found
+                self._version_at_end[topic_partition] = version
+        return records
 
 
 class EmbeddedWriter:
-    """A writer to the file; records are gathered and written in transactions."""
+    """Writes to the file; many records are written in one transaction."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database = open_database(path)
         self._identity = file_identity(path)
         self._lock = threading.Lock()
-        self._waiting: list[tuple[str, int, bytes | None, bytes | None, Headers]] = []
-        self._waiting_bytes = 0
-        self._known: dict[str, int] = {}
+        self._unwritten: list[tuple[str, int, bytes | None, bytes | None, Headers]] = []
+        self._unwritten_bytes = 0
 
     def create_topic(self, name: str, partitions: int) -> bool:
         with self._lock:
-            if file_identity(self.path) != self._identity:  # what waits goes into the file that is there now
+            if file_identity(self.path) != self._identity:  # unwritten records go into the new file
                 self._database.close()
                 self._database = open_database(self.path)
                 self._identity = file_identity(self.path)
@@ -247,13 +247,13 @@ class EmbeddedWriter:
         self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
         with self._lock:
-            self._waiting.append((topic, partition, key, value, headers))
-            self._waiting_bytes += len(value or b"")
-            if len(self._waiting) >= WRITE_RECORDS or self._waiting_bytes >= WRITE_BYTES:
+            self._unwritten.append((topic, partition, key, value, headers))
+            self._unwritten_bytes += len(value or b"")
+            if len(self._unwritten) >= WRITE_RECORDS or self._unwritten_bytes >= WRITE_BYTES:
                 self._write()
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        del timeout  # SQLite has its own
+        del timeout  # SQLite has a time limit of its own
         with self._lock:
             self._write()
 
@@ -264,7 +264,7 @@ class EmbeddedWriter:
             self._database.close()
 
     def _write(self) -> None:
-        if not self._waiting:
+        if not self._unwritten:
             return
         if file_identity(self.path) != self._identity:
             raise StreamlearnError(f"{self.path}: the file was removed or replaced while it was written", code=74)
@@ -272,16 +272,17 @@ class EmbeddedWriter:
         try:
             with _Transaction(self._database):
                 ends: dict[Partition, int] = {}
-                for topic, partition, key, value, headers in self._waiting:
-                    place = (topic, partition)
-                    offset = ends[place] if place in ends else self._database.execute(last, place).fetchone()[0] + 1
+                for topic, partition, key, value, headers in self._unwritten:
+                    topic_partition = (topic, partition)
+                    if (offset := ends.get(topic_partition)) is None:
+                        offset = self._database.execute(last, topic_partition).fetchone()[0] + 1
                     packed = msgpack.packb(headers) if headers else None
                     self._database.execute(
                         "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)",
                         (topic, partition, offset, time.time(), key, value, packed),
                     )
-                    ends[place] = offset + 1
+                    ends[topic_partition] = offset + 1
         except sqlite3.Error as error:
             raise StreamlearnError(f"embedded topics: cannot be written: {error}", code=74) from error
-        self._waiting.clear()
-        self._waiting_bytes = 0
+        self._unwritten.clear()
+        self._unwritten_bytes = 0

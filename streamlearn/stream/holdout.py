@@ -1,4 +1,4 @@
-"""Which samples are held out for the probes: decided by a hash, so that a duplicate never leaks into training."""
+"""Decide by a hash which samples are held out for the probes, so that a copy of a held-out sample is never trained."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class HoldOut:
-    """Sends a fixed fraction of samples to their task's probe, by value (decoded `x` and `y`) or by the record's key."""
+    """Holds out a fixed fraction of the samples. The hash is of the value (decoded `x` and `y`) or of the record's key."""
 
     def __init__(self, by: str, fraction: float) -> None:
-        self.by = by
+        self.by = by  # value | key
         self.threshold = int(fraction * 2**64)
 
     def is_held_out(self, x: np.ndarray, y: Label, key: bytes | None) -> bool:
-        """Tell whether a sample is held out; the same in every codec and at every repetition."""
+        """Return whether a sample is held out. The answer is the same in every codec and whenever the sample occurs."""
         if self.threshold == 0:
             return False
         if self.by == "key" and key is not None:

@@ -1,7 +1,8 @@
-"""Apache Kafka as a log: manual assignment, positions from the checkpoint, and active checks where `poll` keeps silent.
+"""Apache Kafka as a log, with manual assignment of partitions and positions from the checkpoint.
 
-kafka-python reports neither a missing topic, nor a withdrawn permission, nor brokers that are gone, nor a topic that was
-created anew: `topics` and `bounds` ask, and raise.
+`poll` of kafka-python 3.0 returns no records, and raises nothing, if a topic was deleted, or deleted and created again, if
+a permission was withdrawn, or if all brokers are gone. Therefore `topics` and `bounds` ask the brokers, and raise. (The
+consumer can also stop without an error, as in dpkp/kafka-python#2605; `StreamReader` notices that and connects again.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from kafka.protocol.consumer import IsolationLevel, ListOffsetsRequest, OffsetSp
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.data import StreamlearnError
-from streamlearn.stream.connection import PERMISSION, REQUEST_MS, client_settings, connected, reason
-from streamlearn.stream.kafka_batches import Unread, bound_unpacking
+from streamlearn.stream.connection import PERMISSION_ERRORS, REQUEST_MS, client_settings, create_client, error_text
+from streamlearn.stream.kafka_batches import OversizeValue, set_unpack_limit
 from streamlearn.stream.log import (
     FLUSH_SECONDS,
     ORIGINAL_SIZE_HEADER,
@@ -40,31 +41,31 @@ if TYPE_CHECKING:
 
 MAX_POLL_RECORDS = 2000
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)
-CUT_BYTES = (64 << 10, 1 << 10, 0)  # to what a record is cut that its topic does not take, in this order
-CUT_HEADER_BYTES = 256  # and each of its headers with the last of them
+CUT_BYTES = (64 << 10, 1 << 10, 0)  # sizes to which the value of a too large record is cut, tried in this order
+CUT_HEADER_BYTES = 256  # with the last size, the names and values of headers are cut too
 
-_Sent = tuple[str, int, bytes | None, bytes | None, Headers]
+_Appended = tuple[str, int, bytes | None, bytes | None, Headers]  # topic, partition, value, key, headers
 
 
-def may(topic: Mapping[str, Any], operation: str) -> bool:
-    """Tell whether we may do this with a topic, as the broker described it; an old broker does not say."""
+def is_allowed(topic: Mapping[str, Any], operation: str) -> bool:
+    """Return whether a broker's description of a topic allows us an operation; true if an old broker does not say."""
     operations = topic.get("authorized_operations")
     return operations is None or operation in operations
 
 
-def denied(error: kafka_errors.KafkaError) -> StreamlearnError:
-    """Return what a missing permission means, for people."""
+def permission_error(error: kafka_errors.KafkaError) -> StreamlearnError:
+    """Return the error (77) for a user that says which permission is missing."""
     names = error.args[0] if error.args else ""
     what = ", ".join(sorted(names)) if isinstance(names, set) else str(names)
     if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
-        return StreamlearnError(f"group {what}: no permission to report positions under its name (READ)", code=77)
+        return StreamlearnError(f"group {what}: no permission to commit offsets for it (READ)", code=77)
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
         return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
-    return StreamlearnError(f"refused: {reason(error)}", code=77)
+    return StreamlearnError(f"refused: {error_text(error)}", code=77)
 
 
-# what passes by itself, or when the client connects again; every other error is named and is no outage
-PASSING = (
+# errors that end by themselves or after the client connects again; any other error is shown to the user
+TEMPORARY_ERRORS = (
     kafka_errors.RetriableError,
     kafka_errors.BrokerNotAvailableError,
     kafka_errors.KafkaProtocolError,
@@ -72,22 +73,26 @@ PASSING = (
     kafka_errors.IllegalStateError,
     kafka_errors.NoOffsetForPartitionError,
 )
-CHANGED = (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError)
+LOG_CHANGED_ERRORS = (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError)
 
 
-def told(error: kafka_errors.KafkaError) -> StreamlearnError:
-    """Return what an error means for the reader: a missing permission, an outage, or an answer that makes no sense."""
-    if isinstance(error, PERMISSION):
-        return denied(error)
-    if isinstance(error, CHANGED):
-        # not one record more before the reader has compared ids and bounds, which it does when it connects
-        return BrokerUnavailable(f"the log is not what it was: {type(error).__name__}")
-    text = f"{type(error).__name__}: {reason(error):.160}"
-    return BrokerUnavailable(text) if isinstance(error, PASSING) else Unreadable(f"the broker answers with {text}")
+def translate_error(error: kafka_errors.KafkaError) -> StreamlearnError:
+    """Return our error for one of the client's: a missing permission, an outage, or an answer that cannot be read."""
+    if isinstance(error, PERMISSION_ERRORS):
+        return permission_error(error)
+    if isinstance(error, LOG_CHANGED_ERRORS):
+        # connecting again makes the reader compare topic ids and bounds before it reads another record
+        return BrokerUnavailable(f"the log has changed: {type(error).__name__}")
+    text = f"{type(error).__name__}: {error_text(error):.160}"
+    return (
+        BrokerUnavailable(text)
+        if isinstance(error, TEMPORARY_ERRORS)
+        else Unreadable(f"the broker answers with {text}")
+    )
 
 
 class KafkaReader:
-    """One reader. kafka-python's consumer is not thread safe: the reader thread alone calls this."""
+    """Reads from Kafka. The consumer of kafka-python is not thread safe, so the reader thread alone uses this class."""
 
     def __init__(self, kafka: KafkaConfig, group: str, max_record_bytes: int = 0) -> None:
         self.kafka = kafka
@@ -95,16 +100,16 @@ class KafkaReader:
         self.cluster_id: str | None = None
         self._consumer: Any = None
         self._admin: Any = None
-        self._reads: set[str] = set()
-        self._unreadable: set[str] = set()
-        self._held: set[Partition] = set()
-        bound_unpacking(max_record_bytes)
+        self._assigned_topics: set[str] = set()
+        self._no_read_permission: set[str] = set()  # topics
+        self._paused: set[Partition] = set()
+        set_unpack_limit(max_record_bytes)
 
     def connect(self) -> None:
         settings = client_settings(self.kafka)
         self.close()
-        self._admin = connected(KafkaAdminClient, settings)
-        self._consumer = connected(
+        self._admin = create_client(KafkaAdminClient, settings)
+        self._consumer = create_client(
             KafkaConsumer,
             settings
             | {
@@ -122,9 +127,9 @@ class KafkaReader:
         self.cluster_id = self._ask(self._admin.describe_cluster).get("cluster_id")
 
     def topics(self) -> dict[str, TopicInfo]:
-        """Return all topics, those too that are read and no longer ours to see."""
-        listed = self._ask(self._admin.list_topics)  # without those that are not ours to see
-        return self._describe(sorted({*listed, *self._reads}))
+        """Return all topics that we may see, and the assigned topics, even if we may not see them any more."""
+        listed = self._ask(self._admin.list_topics)
+        return self._describe(sorted({*listed, *self._assigned_topics}))
 
     def describe(self, topic: str) -> TopicInfo | None:
         return self._describe([topic]).get(topic)
@@ -137,9 +142,11 @@ class KafkaReader:
                 found[name] = TopicInfo(name, None, (), "no permission to see it (DESCRIBE)")
             elif not entry.get("error_code"):
                 if entry.get("authorized_operations") is not None:
-                    (self._unreadable.discard if may(entry, "READ") else self._unreadable.add)(name)
+                    (self._no_read_permission.discard if is_allowed(entry, "READ") else self._no_read_permission.add)(
+                        name
+                    )
                 partitions = sorted(p["partition_index"] for p in entry["partitions"])
-                refused = "no permission to read it (READ)" if name in self._unreadable else None
+                refused = "no permission to read it (READ)" if name in self._no_read_permission else None
                 found[name] = TopicInfo(name, str(entry["topic_id"]), tuple(partitions), refused)
         return found
 
@@ -149,28 +156,32 @@ class KafkaReader:
         return entries
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        """Return begin and end of each partition; raises `StreamlearnError` (77) where one is not ours to see.
+        """Return the bounds of each partition; raises `StreamlearnError` (77) if we may not see one of them.
 
-        The end is the high watermark: behind a transaction that is still open lie records that are acknowledged too.
+        The end is the high watermark, because acknowledged records can follow a transaction that is still open.
         """
         leaders = self._leaders(partitions)
         begins = self._offsets(leaders, OffsetSpec.EARLIEST)
-        ends = self._offsets({place: leaders[place] for place in begins}, OffsetSpec.LATEST)
+        ends = self._offsets({partition: leaders[partition] for partition in begins}, OffsetSpec.LATEST)
         last_stable: dict[Partition, int] = {}
-        if self.kafka.isolation_level == "read_committed":  # asked last: what is before the end now stays before it
-            asked = {place: leaders[place] for place in ends}
+        if self.kafka.isolation_level == "read_committed":
+            # asked last: an older answer could be below the end although no transaction is open
+            asked = {partition: leaders[partition] for partition in ends}
             stable = self._offsets(asked, OffsetSpec.LATEST, IsolationLevel.READ_COMMITTED)
-            last_stable = {place: offset for place, offset in stable.items() if offset < ends[place]}
-        return {place: Bounds(begins[place], end, last_stable.get(place)) for place, end in ends.items()}
+            last_stable = {partition: offset for partition, offset in stable.items() if offset < ends[partition]}
+        return {
+            partition: Bounds(begins[partition], end, last_stable.get(partition)) for partition, end in ends.items()
+        }
 
     def _leaders(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Return the leader of each partition that has one now."""
         wanted = set(partitions)
         return {
-            place: partition["leader_id"]
+            topic_partition: partition["leader_id"]
             for entry in self._metadata({topic for topic, _ in partitions})
             for partition in entry["partitions"]
-            if (place := (entry["name"], partition["partition_index"])) in wanted and partition["leader_id"] >= 0
+            if (topic_partition := (entry["name"], partition["partition_index"])) in wanted
+            and partition["leader_id"] >= 0
         }
 
     def _offsets(
@@ -179,7 +190,7 @@ class KafkaReader:
         spec: OffsetSpec,
         isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
     ) -> dict[Partition, int]:
-        """Return the offsets that the partitions' leaders name now; one whose leader does not answer is missing."""
+        """Ask the leaders for offsets, and return them; partitions are missing if their leader does not answer."""
         asked: dict[int, dict[str, list[int]]] = {}
         for (topic, partition), leader in leaders.items():
             asked.setdefault(leader, {}).setdefault(topic, []).append(partition)
@@ -192,7 +203,11 @@ class KafkaReader:
     async def _list_offsets(
         self, leader: int, topics: Mapping[str, Sequence[int]], spec: OffsetSpec, isolation: IsolationLevel
     ) -> dict[Partition, int]:
-        """Ask one leader; kafka-python's own methods ask with the reader's isolation, or fail for all where one fails."""
+        """Ask one leader for offsets.
+
+        The methods of kafka-python always ask with the isolation level of the consumer, or fail for all partitions if one
+        fails.
+        """
         kind = ListOffsetsRequest.ListOffsetsTopic
         request = ListOffsetsRequest(
             isolation_level=isolation,
@@ -205,7 +220,7 @@ class KafkaReader:
             ],
             min_version=ListOffsetsRequest.min_version_for_isolation_level(isolation),
         )
-        response = await self._admin._manager.send(request, node_id=leader)  # noqa: SLF001 - no public method asks this
+        response = await self._admin._manager.send(request, node_id=leader)  # noqa: SLF001 - no public method does this
         found: dict[Partition, int] = {}
         for topic in response.topics:
             for partition in topic.partitions:
@@ -216,32 +231,32 @@ class KafkaReader:
         return found
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
-        self._reads = {topic for topic, _ in offsets}
+        self._assigned_topics = {topic for topic, _ in offsets}
         self._consumer.assign([TopicPartition(*partition) for partition in offsets])
         for partition, offset in offsets.items():
             self._consumer.seek(TopicPartition(*partition), offset)
-        self.pause_partitions(self._held)
+        self.pause_partitions(self._paused)
 
     def poll(self, timeout: float) -> list[Record]:
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout * 1000))
         except kafka_errors.TopicAuthorizationFailedError as error:
-            self._unreadable |= set(error.args[0])  # the next description of the topics says so
-            raise denied(error) from error
+            self._no_read_permission |= set(error.args[0])  # `topics` and `describe` use it
+            raise permission_error(error) from error
         except kafka_errors.KafkaError as error:
-            raise told(error) from error
+            raise translate_error(error) from error
         return [_record(r) for records in polled.values() for r in records]
 
     def position(self, partition: Partition) -> int:
         return int(self._ask(self._consumer.position, TopicPartition(*partition), 0))
 
     def pause_partitions(self, partitions: Collection[Partition]) -> None:
-        self._held = set(partitions)
-        there = self._consumer.assignment()
-        held = {TopicPartition(*partition) for partition in partitions} & there
+        self._paused = set(partitions)
+        assigned = self._consumer.assignment()
+        to_pause = {TopicPartition(*partition) for partition in partitions} & assigned
         paused = self._consumer.paused()
-        self._consumer.resume(*(paused - held))
-        self._consumer.pause(*(held - paused))
+        self._consumer.resume(*(paused - to_pause))
+        self._consumer.pause(*(to_pause - paused))
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         asked = {TopicPartition(topic.name, partition): 0 for partition in topic.partitions}
@@ -249,7 +264,7 @@ class KafkaReader:
         return min((entry.timestamp / 1000 for entry in found.values() if entry is not None), default=None)
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
-        del group  # it is the consumer's own
+        del group  # the consumer has it from its settings
         self._consumer.commit_async({TopicPartition(*p): OffsetAndMetadata(o, "", -1) for p, o in offsets.items()})
 
     def close(self) -> None:
@@ -262,42 +277,47 @@ class KafkaReader:
         try:
             return question(*arguments)
         except kafka_errors.KafkaError as error:
-            raise told(error) from error
+            raise translate_error(error) from error
 
 
-def _record(found: Any) -> Record:
-    """Return a record of the client's as one of ours."""
-    unread = found.value if isinstance(found.value, Unread) else None
+def _record(record: Any) -> Record:
+    """Convert a record of the client."""
+    oversize = record.value if isinstance(record.value, OversizeValue) else None
     return Record(
-        found.topic,
-        found.partition,
-        found.offset,
-        found.timestamp / 1000,
-        found.key,
-        found.value if unread is None else None,
-        tuple(found.headers),
-        oversize=unread.why if unread is not None else None,
-        begin=unread.begin if unread is not None else None,
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp / 1000,
+        record.key,
+        record.value if oversize is None else None,
+        tuple(record.headers),
+        oversize=oversize.why if oversize is not None else None,
+        begin=oversize.begin if oversize is not None else None,
     )
 
 
 class KafkaWriter:
-    """A writer: acks from all replicas, idempotent; `flush` tells of every record that was not acknowledged."""
+    """Writes to Kafka, idempotently, with acknowledgements from all replicas.
+
+    `flush` of kafka-python reports no record that failed (dpkp/kafka-python#2426: only the record's own future has the
+    error). Therefore this class keeps each record until it is acknowledged, sends the others again, and raises if that does
+    not help.
+    """
 
     def __init__(self, kafka: KafkaConfig) -> None:
         self.kafka = kafka
         self._admin: Any = None
         self._producer: Any = None
         self._lock = threading.Lock()
-        self._flushing = threading.Lock()
+        self._flush_lock = threading.Lock()
         self._numbers = itertools.count()
-        self._open: dict[int, _Sent] = {}  # not acknowledged, in the order in which they were given
-        self._refused: dict[int, Exception] = {}  # why
+        self._unacknowledged: dict[int, _Appended] = {}  # by number, in the order of `append`
+        self._errors: dict[int, Exception] = {}  # of unacknowledged records, by number
 
     def _clients(self) -> tuple[Any, Any]:
         with self._lock:
             if self._admin is None:
-                self._admin = connected(KafkaAdminClient, client_settings(self.kafka))
+                self._admin = create_client(KafkaAdminClient, client_settings(self.kafka))
             if self._producer is None:
                 settings = client_settings(self.kafka) | {
                     "acks": "all",
@@ -305,10 +325,10 @@ class KafkaWriter:
                     "batch_size": 512 << 10,
                     "max_request_size": 32 << 20,
                     "delivery_timeout_ms": int(FLUSH_SECONDS * 1000),
-                    "max_block_ms": REQUEST_MS,  # for a topic that is gone
+                    "max_block_ms": REQUEST_MS,  # if a topic does not exist any more
                     "compression_type": "lz4",
                 }
-                self._producer = connected(KafkaProducer, settings)
+                self._producer = create_client(KafkaProducer, settings)
             return self._admin, self._producer
 
     def create_topic(self, name: str, partitions: int) -> bool:
@@ -320,9 +340,9 @@ class KafkaWriter:
         except kafka_errors.TopicAlreadyExistsError:
             return False
         except kafka_errors.InvalidTopicError as error:
-            raise StreamlearnError(f"{name}: not a name that Kafka accepts for a topic", code=78) from error
-        except PERMISSION as error:
-            why = "is not there, or not ours to see (DESCRIBE), and we have no permission to create it (CREATE)"
+            raise StreamlearnError(f"{name}: Kafka does not accept this name for a topic", code=78) from error
+        except PERMISSION_ERRORS as error:
+            why = "does not exist, or we may not see it (DESCRIBE), and we may not create it (CREATE)"
             raise StreamlearnError(f"topic {name}: {why}", code=77) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{name}: cannot be created: {error!s:.160}") from error
@@ -331,13 +351,13 @@ class KafkaWriter:
     def partitions(self, topic: str) -> int:
         admin, producer = self._clients()
         try:
-            if topic not in admin.list_topics():  # asking the producer would wait for it a minute
+            if topic not in admin.list_topics():  # the producer would wait a minute for it
                 raise StreamlearnError(f"no topic {topic}")
-            if not may(admin.describe_topics([topic])[0], "WRITE"):
+            if not is_allowed(admin.describe_topics([topic])[0], "WRITE"):
                 raise StreamlearnError(f"topic {topic}: no permission to write to it (WRITE)", code=77)
             return len(producer.partitions_for(topic))
-        except PERMISSION as error:
-            raise denied(error) from error
+        except PERMISSION_ERRORS as error:
+            raise permission_error(error) from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{topic}: {error!s:.160}") from error
 
@@ -345,58 +365,57 @@ class KafkaWriter:
         self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
         number, record = next(self._numbers), (topic, partition, value, key, headers)
-        self._open[number] = record
+        self._unacknowledged[number] = record
         try:
             self._send(number, record)
         except BrokerUnavailable:
-            del self._open[number]
+            del self._unacknowledged[number]
             raise
 
-    def _send(self, number: int, record: _Sent) -> None:
+    def _send(self, number: int, record: _Appended) -> None:
         _, producer = self._clients()
         topic, partition, value, key, headers = record
         try:
             sent = producer.send(topic, value=value, key=key, headers=list(headers), partition=partition)
         except TOO_LARGE as error:
-            self._refused[number] = error
+            self._errors[number] = error
             return
         except kafka_errors.KafkaError as error:
-            if self._producer is not producer:  # another thread's flush has just taken a new one
+            if self._producer is not producer:  # the flush of another thread has replaced it
                 self._send(number, record)
                 return
             raise BrokerUnavailable(f"{topic}: cannot be written: {error!s:.160}") from error
-        sent.add_callback(lambda _: self._open.pop(number, None))
-        sent.add_errback(lambda error: self._refused.setdefault(number, error))
+        sent.add_callback(lambda _: self._unacknowledged.pop(number, None))
+        sent.add_errback(lambda error: self._errors.setdefault(number, error))
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        with self._flushing:  # else one thread would find nothing while another is about to send it again
-            numbers = list(self._open.copy())  # one step: the client's thread removes what is acknowledged
+        with self._flush_lock:  # or a second thread would return while the first one is about to send records again
+            # `copy` is one step of the interpreter; meanwhile the client's thread removes acknowledged records
+            numbers = list(self._unacknowledged.copy())
             self._wait(timeout)
-            if left := self._left(numbers):
+            if left := self._still_unacknowledged(numbers):
                 self._send_again(left, timeout)
-            if left := self._left(numbers):
-                topic, error = self._open[left[0]][0], self._refused.get(left[0])
-                if isinstance(
-                    error, PERMISSION
-                ):  # of the topic, or where no topic may be written, of the producer itself
+            if left := self._still_unacknowledged(numbers):
+                topic, error = self._unacknowledged[left[0]][0], self._errors.get(left[0])
+                if isinstance(error, PERMISSION_ERRORS):
                     why = f"no permission to write to it (WRITE), {len(left)} records are waiting"
                     raise StreamlearnError(f"topic {topic}: {why}", code=77)
                 text = f"{topic}: not acknowledged: {type(error).__name__}: {error!s:.160}"
                 raise StreamlearnError(f"{len(left)} records: {text}", code=74)
-            self._refused.clear()
+            self._errors.clear()
 
-    def _left(self, numbers: Iterable[int]) -> list[int]:
-        return [number for number in numbers if number in self._open]
+    def _still_unacknowledged(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if number in self._unacknowledged]
 
     def _send_again(self, numbers: list[int], timeout: float) -> None:
-        too_large = any(isinstance(self._refused.get(number), TOO_LARGE) for number in numbers)
-        self._renew()
+        too_large = any(isinstance(self._errors.get(number), TOO_LARGE) for number in numbers)
+        self._replace_producer()
         if too_large:
             for number in numbers:
                 self._send_alone(number, timeout)
             return
         for number in numbers:
-            self._send(number, self._open[number])
+            self._send(number, self._unacknowledged[number])
         self._wait(timeout)
 
     def _wait(self, timeout: float) -> None:
@@ -407,33 +426,33 @@ class KafkaWriter:
             try:
                 self._producer.flush(timeout=timeout)
             except kafka_errors.KafkaError as error:
-                # of a batch that the client has split, it says that it is not done; its parts are waited for next
+                # after the client has split a batch, its flush fails for that batch; the next flush waits for the parts
                 if isinstance(error, kafka_errors.UnknownError) and time.monotonic() < deadline:
                     continue
                 raise BrokerUnavailable(f"not acknowledged within {timeout:.0f} s: {error!s:.160}") from error
             return
 
-    def _renew(self) -> None:
-        """Take a new client: after one refusal kafka-python's refuses all that follows, with the same error."""
+    def _replace_producer(self) -> None:
+        """Replace the producer, because after one fatal error a producer of kafka-python fails every later record with it."""
         with self._lock:
             producer, self._producer = self._producer, None
         if producer is not None:
-            with contextlib.suppress(kafka_errors.KafkaError):  # what it has not written is still ours
+            with contextlib.suppress(kafka_errors.KafkaError):  # we still have the records that it did not write
                 producer.close(timeout=0)
-        self._refused.clear()
+        self._errors.clear()
 
     def _send_alone(self, number: int, timeout: float) -> None:
-        """Send one record by itself, so that its error is its own, and cut it only where its topic does not take it."""
+        """Send one record, so that an error concerns this record alone; cut it if it is too large for its topic."""
         for cuts in range(len(CUT_BYTES) + 1):
-            if (record := self._open.get(number)) is None:
+            if (record := self._unacknowledged.get(number)) is None:
                 return
             self._send(number, _cut(record, cuts))
             self._wait(timeout)
-            if (error := self._refused.get(number)) is None:
+            if (error := self._errors.get(number)) is None:
                 return
-            self._renew()
+            self._replace_producer()
             if not isinstance(error, TOO_LARGE) or cuts == len(CUT_BYTES):
-                self._refused[number] = error
+                self._errors[number] = error
                 return
 
     def close(self) -> None:
@@ -442,8 +461,8 @@ class KafkaWriter:
                 client.close()
 
 
-def _cut(record: _Sent, cuts: int) -> _Sent:
-    """Return a record that its topic may take: the beginning of its value, and a header that says so."""
+def _cut(record: _Appended, cuts: int) -> _Appended:
+    """Cut the value of a record to `CUT_BYTES[cuts - 1]`, and add a header with its original size; 0 `cuts`: do nothing."""
     if cuts == 0:
         return record
     topic, partition, value, key, headers = record

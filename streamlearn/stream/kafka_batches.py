@@ -1,8 +1,13 @@
-"""Repairs of how kafka-python reads record batches: it unpacks whatever it is given, and its errors do not say where.
+"""Repairs of how kafka-python 3.0 reads record batches. Importing this module installs them (see `install_repairs`).
 
-- A compressed batch is unpacked up to a bound. Beyond it one record stands for the whole batch, and says so (`Unread`).
-- A damaged batch raises `Unreadable` with its partition and its offsets.
-- The names of headers need not be UTF-8: clients in C write any bytes. kafka-python would read nothing from there on.
+What the client does wrong, and what is done here instead:
+
+- It unpacks a compressed batch without a limit, so that a few kilobytes can fill the memory. Here a batch is unpacked up to
+  `BoundedBatch.max_bytes`. If it is larger, one record stands for the whole batch, with an `OversizeValue` as its value.
+- Its error for a damaged batch (`CorruptRecordError`) names neither partition nor offset. Here the error is `Unreadable`,
+  with the partition and the offsets of the batch.
+- It decodes header names as UTF-8, but clients in C can write any bytes. It then reads nothing from that record on. Here
+  the bytes that are not UTF-8 become question marks.
 """
 
 from __future__ import annotations
@@ -20,25 +25,25 @@ from kafka.record import legacy_records, memory_records
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from kafka.record.util import decode_varint
 
-from streamlearn.stream.connection import reason
+from streamlearn.stream.connection import error_text
 from streamlearn.stream.log import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-UNPACKED_BYTES = 64 << 20  # a compressed batch may always unpack to so much
-UNPACKED_RECORDS = 4  # and to so many records of the largest size
-STEP_BYTES = 1 << 20
-XERIAL_HEADER = 16
-XERIAL_LENGTH = 4
+UNPACKED_BYTES = 64 << 20  # the least limit of the unpacked size of a compressed batch
+UNPACKED_RECORDS = 4  # the limit also leaves room for this many records of the largest accepted size
+STEP_BYTES = 1 << 20  # unpacked at a time
+XERIAL_HEADER = 16  # bytes before the first block in the Snappy framing of Java clients
+XERIAL_LENGTH = 4  # bytes of a block's length
 
 
-class Oversize(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """A batch unpacks to more than the bound."""
+class OversizeBatch(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """A batch unpacks to more bytes than the limit."""
 
 
-class Damaged(kafka_errors.CorruptRecordError):  # type: ignore[misc]  # the package has no types
-    """A batch that cannot be read, with its first offset and the one after its last."""
+class DamagedBatch(kafka_errors.CorruptRecordError):  # type: ignore[misc]  # the package has no types
+    """A batch cannot be read. `begin` is its first offset, `end` the offset after its last one."""
 
     def __init__(self, why: str, batch: DefaultRecordBatch) -> None:
         super().__init__(why)
@@ -47,62 +52,65 @@ class Damaged(kafka_errors.CorruptRecordError):  # type: ignore[misc]  # the pac
         self.end = batch.base_offset + max(0, batch.last_offset_delta) + 1
 
 
-class Unread(bytes):
-    """The value of the record that stands for a batch that was not unpacked: why, and the batch's first offset."""
+class OversizeValue(bytes):
+    """The empty value of a record that stands for a batch that was not unpacked.
+
+    `why` is the reason as a text, `begin` the first offset of the batch.
+    """
 
     why: str
     begin: int
 
     @classmethod
-    def of(cls, why: str, begin: int) -> Self:
-        """Return such a value."""
-        made = cls()
-        made.why, made.begin = why, begin
-        return made
+    def create(cls, why: str, begin: int) -> Self:
+        """Return an empty value with these two attributes."""
+        value = cls()
+        value.why, value.begin = why, begin
+        return value
 
 
-def gathered(parts: Iterator[bytes], limit: int) -> bytes:
-    """Return all parts as one; raises `Oversize` as soon as they are more than `limit` bytes."""
-    kept, size = [], 0
+def join_up_to(parts: Iterator[bytes], limit: int) -> bytes:
+    """Return the concatenated parts; raises `OversizeBatch` as soon as they have more than `limit` bytes."""
+    joined, size = [], 0
     for part in parts:
-        kept.append(part)
+        joined.append(part)
         size += len(part)
         if size > limit:
-            raise Oversize
-    return b"".join(kept)
+            raise OversizeBatch
+    return b"".join(joined)
 
 
-def gzip_parts(data: bytes) -> Iterator[bytes]:
-    """Give the content of one or several gzip members."""
+def unpack_gzip(data: bytes) -> Iterator[bytes]:
+    """Yield the unpacked content of one or several gzip members."""
     while data:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
             if not (part := member.decompress(data, STEP_BYTES)) and not member.eof:
-                raise ValueError("it ends too early")
+                raise ValueError("the data ends too early")
             yield part
             data = member.unconsumed_tail
         data = member.unused_data.lstrip(b"\0")
 
 
-def lz4_parts(data: bytes) -> Iterator[bytes]:
-    """Give the content of an LZ4 frame."""
+def unpack_lz4(data: bytes) -> Iterator[bytes]:
+    """Yield the unpacked content of an LZ4 frame."""
     frame = lz4.frame.LZ4FrameDecompressor()
     while not frame.eof:
         if not (part := frame.decompress(data, STEP_BYTES)) and not frame.eof and frame.needs_input:
-            raise ValueError("it ends too early")
+            raise ValueError("the data ends too early")
         yield part
         data = b""
 
 
-def zstd_parts(data: bytes) -> Iterator[bytes]:
-    """Give the content of one or several Zstandard frames."""
+def unpack_zstd(data: bytes) -> Iterator[bytes]:
+    """Yield the unpacked content of one or several Zstandard frames."""
     with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
         while part := reader.read(STEP_BYTES):
             yield part
 
 
 def snappy_blocks(data: bytes) -> Iterator[bytes]:
-    """Give the compressed blocks: those of the framing that Java clients write, or all as one."""
+    """Yield the compressed blocks: those of the framing that Java clients write, or else the whole data as one block."""
     if not _detect_xerial_stream(data):
         yield data
         return
@@ -114,36 +122,37 @@ def snappy_blocks(data: bytes) -> Iterator[bytes]:
         at += size
 
 
-def snappy_unpacked(data: bytes, limit: int) -> bytes:
-    """Return the content of snappy blocks, each of which begins with the size that it unpacks to."""
+def unpack_snappy(data: bytes, limit: int) -> bytes:
+    """Return the unpacked content of Snappy blocks; raises `OversizeBatch` before it unpacks more than `limit` bytes."""
     blocks = list(snappy_blocks(data))
     if sum(_snappy_size(block) for block in blocks) > limit:
-        raise Oversize
+        raise OversizeBatch
     return b"".join(snappy.decompress(block) for block in blocks)
 
 
 def _snappy_size(block: bytes) -> int:
+    """Return the unpacked size, with which every Snappy block begins (as a varint)."""
     size = 0
-    for place, byte in enumerate(block[:5]):
-        size |= (byte & 0x7F) << (7 * place)
+    for index, byte in enumerate(block[:5]):
+        size |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             break
     return size
 
 
 UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
-    "gzip": lambda data, limit: gathered(gzip_parts(data), limit),
-    "snappy": snappy_unpacked,
-    "lz4": lambda data, limit: gathered(lz4_parts(data), limit),
-    "zstd": lambda data, limit: gathered(zstd_parts(data), limit),
+    "gzip": lambda data, limit: join_up_to(unpack_gzip(data), limit),
+    "snappy": unpack_snappy,
+    "lz4": lambda data, limit: join_up_to(unpack_lz4(data), limit),
+    "zstd": lambda data, limit: join_up_to(unpack_zstd(data), limit),
 }
 CODECS = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 
 
-class Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
-    """A batch of the record format of 2017, unpacked up to `limit` bytes."""
+class BoundedBatch(DefaultRecordBatch):  # type: ignore[misc]  # the package has no types
+    """A batch in record format 2 (of the year 2017), which unpacks to at most `max_bytes`."""
 
-    limit: ClassVar[int] = UNPACKED_BYTES
+    max_bytes: ClassVar[int] = UNPACKED_BYTES
     _buffer: bytearray
     _pos: int
     _decompressed: bool
@@ -155,23 +164,23 @@ class Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
 
     def validate_crc(self) -> bool:
         if not super().validate_crc():
-            raise Damaged("its checksum is wrong", self)
+            raise DamagedBatch("its checksum is wrong", self)
         return True
 
     def _maybe_uncompress(self) -> None:
         if not self._decompressed and self.compression_type != self.CODEC_NONE:
             if (codec := CODECS.get(self.compression_type)) is None:
-                raise Damaged(f"it is compressed by a method that is not known ({self.compression_type})", self)
+                raise DamagedBatch(f"its compression method is unknown ({self.compression_type})", self)
             try:
-                unpacked = UNPACK[codec](bytes(memoryview(self._buffer)[self._pos :]), self.limit)
-            except Oversize:
-                many = f"{self.records_count} record{'' if self.records_count == 1 else 's'}"
-                self._oversize = f"a {codec} batch of {many} unpacks to more than {self.limit} bytes"
+                unpacked = UNPACK[codec](bytes(memoryview(self._buffer)[self._pos :]), self.max_bytes)
+            except OversizeBatch:
+                records = f"{self.records_count} record{'' if self.records_count == 1 else 's'}"
+                self._oversize = f"a {codec} batch of {records} unpacks to more than {self.max_bytes} bytes"
             except MemoryError:
                 raise
             except Exception as error:
                 why = str(error) or type(error).__name__
-                raise Damaged(f"{codec} cannot unpack it: {why:.120}", self) from error
+                raise DamagedBatch(f"{codec} cannot unpack it: {why:.120}", self) from error
             else:
                 self._buffer, self._pos = bytearray(unpacked), 0
         self._decompressed = True
@@ -181,11 +190,11 @@ class Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
             try:
                 return super().__next__()
             except kafka_errors.CorruptRecordError as error:
-                raise Damaged(reason(error), self) from error
+                raise DamagedBatch(error_text(error), self) from error
         if self._next_record_index:
             raise StopIteration
         self._next_record_index = 1
-        value = Unread.of(self._oversize, self.base_offset)
+        value = OversizeValue.create(self._oversize, self.base_offset)
         return DefaultRecord(0, self.last_offset, self.max_timestamp, self.timestamp_type, None, value, [])
 
     def _read_msg(self) -> Any:
@@ -193,16 +202,16 @@ class Batch(DefaultRecordBatch):  # type: ignore[misc]  # no type information
         try:
             return super()._read_msg()
         except UnicodeDecodeError:
-            mend_names(self._buffer, start)
+            replace_invalid_header_names(self._buffer, start)
             return super()._read_msg()
 
 
-def mend_names(buffer: bytearray, at: int) -> None:
-    """Replace the bytes of a record's header names that are not UTF-8 by question marks; the record begins at `at`."""
-    _, at = decode_varint(buffer, at)  # its length
+def replace_invalid_header_names(buffer: bytearray, at: int) -> None:
+    """In the names of a record's headers, replace each byte that is not UTF-8 by `?`; the record begins at index `at`."""
+    _, at = decode_varint(buffer, at)  # length of the record
     _, at = decode_varint(buffer, at)  # attributes
-    _, at = decode_varint(buffer, at)  # time
-    _, at = decode_varint(buffer, at)  # offset
+    _, at = decode_varint(buffer, at)  # timestamp, relative to the batch
+    _, at = decode_varint(buffer, at)  # offset, relative to the batch
     for _ in ("key", "value"):
         size, at = decode_varint(buffer, at)
         at += max(0, size)
@@ -210,44 +219,48 @@ def mend_names(buffer: bytearray, at: int) -> None:
     for _ in range(count):
         size, at = decode_varint(buffer, at)
         name = bytes(buffer[at : at + size])
-        kept = name.decode(errors="surrogateescape").encode(errors="replace")  # one for each byte
-        buffer[at : at + size] = kept
+        # one `?` for each byte, so that the size stays the same
+        buffer[at : at + size] = name.decode(errors="surrogateescape").encode(errors="replace")
         at += size
         size, at = decode_varint(buffer, at)
         at += max(0, size)
 
 
-class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # no type information
-    """What was fetched of one partition; whatever is wrong with it says where."""
+class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]  # the package has no types
+    """The records that were fetched from one partition. Every error names the partition and the offset."""
 
     def take(self, n: int | None = None) -> Any:
         try:
             return super().take(n)
         except MemoryError:
             raise
-        except Oversize:
-            self._refuse("an old batch unpacks to more than the bound")
-        except Exception as error:  # noqa: BLE001 - codecs and parsers of bytes from outside have errors of every kind
-            self._refuse(error.why if isinstance(error, Damaged) else reason(error), error)
+        except OversizeBatch:
+            self._raise_unreadable("a batch in an old record format unpacks to more bytes than the limit")
+        except Exception as error:  # noqa: BLE001 - codecs and parsers raise errors of many kinds for wrong bytes
+            self._raise_unreadable(error.why if isinstance(error, DamagedBatch) else error_text(error), error)
 
-    def _refuse(self, why: str, error: Exception | None = None) -> None:
+    def _raise_unreadable(self, why: str, error: Exception | None = None) -> None:
         topic, partition = self.topic_partition
-        begin, end = (error.begin, error.end) if isinstance(error, Damaged) else (self.next_fetch_offset, 0)
+        begin, end = (error.begin, error.end) if isinstance(error, DamagedBatch) else (self.next_fetch_offset, 0)
         text = f"{topic}[{partition}]: the batch at offset {begin} cannot be read: {why}"
         raise Unreadable(text, (topic, partition), begin, end) from error
 
 
-def bound_unpacking(max_record_bytes: int) -> None:
-    """Have batches unpacked up to a bound that leaves room for records of this size."""
-    Batch.limit = max(UNPACKED_BYTES, UNPACKED_RECORDS * max_record_bytes)
+def set_unpack_limit(max_record_bytes: int) -> None:
+    """Set the limit of the unpacked size so that records of this size are accepted."""
+    BoundedBatch.max_bytes = max(UNPACKED_BYTES, UNPACKED_RECORDS * max_record_bytes)
 
 
-def install() -> None:
-    """Put the repairs in place of what kafka-python would use."""
-    memory_records.DefaultRecordBatch = Batch
+def install_repairs() -> None:
+    """Replace the classes and functions of kafka-python by those of this module."""
+    memory_records.DefaultRecordBatch = BoundedBatch
     Fetcher.PartitionRecords = PartitionRecords
-    for codec in ("gzip", "snappy", "lz4"):  # of the record formats before 2017
-        setattr(legacy_records, f"{codec}_decode", lambda data, unpack=UNPACK[codec]: unpack(bytes(data), Batch.limit))
+    for codec in ("gzip", "snappy", "lz4"):  # for the record formats before 2017
+        setattr(
+            legacy_records,
+            f"{codec}_decode",
+            lambda data, unpack=UNPACK[codec]: unpack(bytes(data), BoundedBatch.max_bytes),
+        )
 
 
-install()
+install_repairs()

@@ -1,4 +1,4 @@
-"""What every log offers: topics of partitions of records, read by position and written by append."""
+"""The interface of every log. A log has topics, a topic has partitions, and a partition is a sequence of records."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ if TYPE_CHECKING:
     from streamlearn.data import Partition
 
 CONTENT_TYPE = "content-type"
-USE_HEADER = "streamlearn-use"  # header; the value `probe` sends a sample to the probe whatever its hash says
-CONTROL_HEADER = "streamlearn-control"  # header; the value `task-end` makes a record a marker
-ATTEMPT_HEADER = "streamlearn-attempt"  # header of a dead letter that was sent again: how often
-ORIGINAL_SIZE_HEADER = "streamlearn.cut-from-bytes"  # header of a record that was too large for its topic: its size
+USE_HEADER = "streamlearn-use"  # header; its value `probe` holds the record out for the probe, whatever the hash says
+CONTROL_HEADER = "streamlearn-control"  # header; with the value `task-end`, the record marks the end of its task
+ATTEMPT_HEADER = "streamlearn-attempt"  # header of a dead letter that was sent again: the number of times
+ORIGINAL_SIZE_HEADER = "streamlearn.cut-from-bytes"  # header of a record that was cut: its size before, in bytes
 PROBE = b"probe"
 TASK_END = b"task-end"
 
 Headers = tuple[tuple[str, bytes], ...]
 
-FLUSH_SECONDS = 60.0  # how long a writer waits to be acknowledged
+FLUSH_SECONDS = 60.0  # how long a writer waits for acknowledgements
 
 
-class BrokerUnavailable(StreamlearnError):  # noqa: N818 - it names a state of the world, and callers wait for it to pass
-    """No broker answers now; trying again later may help."""
+class BrokerUnavailable(StreamlearnError):  # noqa: N818 - a temporary state: callers wait until it is over
+    """No broker answers at the moment. A later attempt can succeed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code=69)
 
 
-class Unreadable(StreamlearnError):  # noqa: N818 - it names a state of the log, as `BrokerUnavailable` does
-    """The log answers, but what it answers cannot be read: connecting again at once does not help.
+class Unreadable(StreamlearnError):  # noqa: N818 - a state of the log, like `BrokerUnavailable`
+    """The log answers, but its answer cannot be read, so that connecting again does not help.
 
-    `partition` is where, and `begin` and `end` are the offsets of the damaged batch, where they are known.
+    If they are known, `partition` is the place of a damaged batch, `begin` its first offset, and `end` the offset after its
+    last one.
     """
 
     def __init__(self, message: str, partition: Partition | None = None, begin: int = 0, end: int = 0) -> None:
@@ -49,8 +50,8 @@ class Unreadable(StreamlearnError):  # noqa: N818 - it names a state of the log,
 class Record:
     """One entry of a partition; `timestamp` in Unix seconds.
 
-    `oversize` is set where this record stands for a whole compressed batch that was not unpacked: it says why, `value` is
-    None, `offset` is the batch's last offset and `begin` its first.
+    A record with `oversize` stands for a whole compressed batch that was not unpacked: `oversize` is the reason, `value` is
+    None, `begin` is the first offset of the batch and `offset` is its last one.
     """
 
     topic: str
@@ -64,15 +65,15 @@ class Record:
     begin: int | None = None
 
     def header(self, name: str) -> bytes | None:
-        """Return a header's first value, or None."""
+        """Return the first value of a header, or None if the record does not have the header."""
         return next((value for key, value in self.headers if key == name), None)
 
 
 @dataclass(frozen=True, slots=True)
 class TopicInfo:
-    """A topic as the log describes it; the id differs when a topic of the same name is created anew.
+    """A topic as the log describes it. A topic that is deleted and created again under the same name has another id.
 
-    `missing_permission` says which permission is missing where the topic may not be read.
+    `missing_permission` is a text that names the permission that we lack, if we may not read the topic.
     """
 
     name: str
@@ -83,9 +84,10 @@ class TopicInfo:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The first offset that is kept and the one that the next record will get.
+    """The offsets of a partition: `begin` of the first record that is kept, `end` of the next record to be written.
 
-    `last_stable` is the first offset of a transaction that is still open: from there on nothing can be read before it ends.
+    `last_stable` is Kafka's last stable offset while a transaction is open: records from there on can be read only after
+    the transaction ends.
     """
 
     begin: int
@@ -94,70 +96,70 @@ class Bounds:
 
     @property
     def readable(self) -> int:
-        """The offset up to which records can be read now."""
+        """The offset before which all records can be read now."""
         return self.end if self.last_stable is None else self.last_stable
 
 
 class LogReader(Protocol):
-    """Reading: one thread owns it. Every method may raise `BrokerUnavailable`, `Unreadable`, and `StreamlearnError` (77)."""
+    """Reads a log. One thread uses it. Any method may raise `BrokerUnavailable`, `Unreadable` or `StreamlearnError` (77)."""
 
     def connect(self) -> None:
-        """Reach the log, or raise."""
+        """Connect to the log, or raise."""
 
     @property
     def cluster_id(self) -> str | None:
-        """The identity of the cluster, or None before it is known."""
+        """The id of the cluster, or None as long as it is unknown."""
 
     def topics(self) -> dict[str, TopicInfo]:
-        """Return all topics, freshly asked for."""
+        """Ask the log for all topics and return them by name."""
 
     def describe(self, topic: str) -> TopicInfo | None:
-        """Return a topic as it is now, or None if it is gone."""
+        """Ask the log for one topic; return None if it does not exist."""
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        """Return begin and end of each partition; one that is too new to be known, or has no leader, is missing."""
+        """Return the bounds of each partition, except of partitions that have no leader or are too new to be known."""
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
-        """Read exactly these partitions from now on, each from its offset."""
+        """Read exactly these partitions from now on, each from the given offset."""
 
     def poll(self, timeout: float) -> list[Record]:
-        """Return the next records, in order in each partition; waits at most `timeout` seconds for the first."""
+        """Return the next records, ordered within each partition; wait at most `timeout` seconds for the first one."""
 
     def position(self, partition: Partition) -> int:
-        """Return the next offset to be read, past any hole that holds no record; never waits."""
+        """Return the next offset to be read, after any gap without records; does not wait."""
 
     def pause_partitions(self, partitions: Collection[Partition]) -> None:
-        """Return nothing of exactly these from `poll`, but stay connected."""
+        """Pause fetching from exactly these partitions, and resume all others. The connection stays open."""
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
-        """Return the timestamp of the topic's first record, or None if it has none."""
+        """Return the timestamp of the topic's first record, or None if the topic is empty."""
 
     def commit(self, group: str, offsets: Mapping[Partition, int]) -> None:
-        """Report positions for lag graphs; never the truth about what was learned."""
+        """Commit offsets for a consumer group, for lag graphs only: the checkpoint decides where reading continues."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all connections and files."""
 
 
 class LogWriter(Protocol):
-    """Writing: safe to call from any thread."""
+    """Writes to a log; any thread may use it."""
 
     def create_topic(self, name: str, partitions: int) -> bool:
-        """Create a topic; return False if it exists."""
+        """Create a topic; return False if it exists already."""
 
     def partitions(self, topic: str) -> int:
-        """Return how many partitions a topic has; raises `StreamlearnError` if there is no such topic."""
+        """Return the number of partitions of a topic; raises `StreamlearnError` if it does not exist."""
 
     def append(
         self, topic: str, partition: int, value: bytes | None, *, key: bytes | None = None, headers: Headers = ()
     ) -> None:
-        """Write a record; it is durable after the next `flush`."""
+        """Write a record, which is durable after the next `flush`."""
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        """Return when everything appended is acknowledged; raises `StreamlearnError` if something is not, `timeout` in seconds.
+        """Wait until all appended records are acknowledged; raises `StreamlearnError` if some are not after `timeout` seconds.
 
-        What was not acknowledged is kept, and written by a later flush.
+        Records that are not acknowledged are kept, and the next flush writes them again.
         """
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all connections and files."""

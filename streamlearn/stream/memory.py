@@ -1,4 +1,4 @@
-"""A log in memory, for tests and benchmarks: the same meaning as Kafka's, without a broker."""
+"""A log in memory, for tests and benchmarks. It behaves like Kafka, without a broker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MemoryStore:
-    """The topics themselves, shared by any number of `MemoryReader` readers; also a `LogWriter`."""
+    """The topics and their records, shared by any number of `MemoryReader`s. It is also a `LogWriter`."""
 
     def __init__(self) -> None:
         self.records: dict[Partition, list[Record]] = {}
@@ -47,24 +47,24 @@ class MemoryStore:
             self.changed.notify_all()
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        """Nothing is ever unacknowledged here."""
+        """Do nothing: every record is acknowledged at once."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to close."""
 
 
 class MemoryReader:
-    """One reader of a `MemoryStore`."""
+    """Reads a `MemoryStore`."""
 
     def __init__(self, store: MemoryStore, max_poll_records: int = 500) -> None:
         self.store = store
         self.max_poll_records = max_poll_records
         self.cluster_id: str | None = "memory"
-        self._at: dict[Partition, int] = {}
-        self._held: set[Partition] = set()
+        self._next_offsets: dict[Partition, int] = {}
+        self._paused: set[Partition] = set()
 
     def connect(self) -> None:
-        """Do nothing: it is always there."""
+        """Do nothing: the store is always available."""
 
     def topics(self) -> dict[str, TopicInfo]:
         with self.store.changed:
@@ -79,21 +79,21 @@ class MemoryReader:
             return {partition: Bounds(0, len(records[partition])) for partition in partitions if partition in records}
 
     def assign(self, offsets: Mapping[Partition, int]) -> None:
-        self._at = dict(offsets)
+        self._next_offsets = dict(offsets)
 
     def poll(self, timeout: float) -> list[Record]:
         with self.store.changed:
-            found = self._take()
-            if not found and timeout > 0:
+            records = self._read_available()
+            if not records and timeout > 0:
                 self.store.changed.wait(timeout)
-                found = self._take()
-            return found
+                records = self._read_available()
+            return records
 
     def position(self, partition: Partition) -> int:
-        return self._at[partition]
+        return self._next_offsets[partition]
 
     def pause_partitions(self, partitions: Collection[Partition]) -> None:
-        self._held = set(partitions)
+        self._paused = set(partitions)
 
     def first_timestamp(self, topic: TopicInfo) -> float | None:
         with self.store.changed:
@@ -105,14 +105,14 @@ class MemoryReader:
         self.store.committed.update(offsets)
 
     def close(self) -> None:
-        self._at = {}
+        self._next_offsets = {}
 
-    def _take(self) -> list[Record]:
-        found: list[Record] = []
-        for partition, offset in self._at.items():
-            if partition in self._held:
+    def _read_available(self) -> list[Record]:
+        records: list[Record] = []
+        for partition, offset in self._next_offsets.items():
+            if partition in self._paused:
                 continue
-            records = self.store.records[partition][offset : offset + self.max_poll_records - len(found)]
-            found += records
-            self._at[partition] = offset + len(records)
-        return found
+            new = self.store.records[partition][offset : offset + self.max_poll_records - len(records)]
+            records += new
+            self._next_offsets[partition] = offset + len(new)
+        return records

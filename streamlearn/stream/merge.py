@@ -1,4 +1,4 @@
-"""Several partitions in one order that the log alone decides, so that a restart meets the records in that order again."""
+"""Merge the records of several partitions into one order that depends on the log alone, so that a restart repeats it."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ if TYPE_CHECKING:
     from streamlearn.data import Partition
     from streamlearn.stream.log import Record
 
-MOST_RECORDS = 1000  # that a partition may have waiting for the others
-MOST_BYTES = 16 << 20
+MAX_RECORDS = 1000  # of one partition that wait for other partitions, before fetching from it is paused
+MAX_BYTES = 16 << 20
 
 
 class PartitionMerge:
-    """Records in order of offset, then partition: each waits until no other partition can still have one before it."""
+    """Orders records by offset, then by partition. A record waits while another partition can still have an earlier one."""
 
     def __init__(self) -> None:
         self._waiting: dict[Partition, deque[Record]] = {}
-        self._bytes: dict[Partition, int] = {}
+        self._waiting_bytes: dict[Partition, int] = {}
 
     def __bool__(self) -> bool:
         return any(self._waiting.values())
 
     def add(self, records: Sequence[Record]) -> None:
-        """Take records as they were polled, in order in each partition."""
+        """Add polled records, which are in order within each partition."""
         for record in records:
-            place = (record.topic, record.partition)
-            self._waiting.setdefault(place, deque()).append(record)
-            self._bytes[place] = self._bytes.get(place, 0) + len(record.value or b"")
+            partition = (record.topic, record.partition)
+            self._waiting.setdefault(partition, deque()).append(record)
+            self._waiting_bytes[partition] = self._waiting_bytes.get(partition, 0) + len(record.value or b"")
 
-    def ready(self, awaited: Collection[Partition], position: Callable[[Partition], int]) -> Iterator[Record]:
-        """Give out, one after the other, the records whose turn has come.
+    def pop_ready(self, awaited: Collection[Partition], position: Callable[[Partition], int]) -> Iterator[Record]:
+        """Yield and remove, in order, the records before which no partition can have another one.
 
-        `awaited`: the partitions that may have more; `position`: the next offset that will be read from one. Where nothing is
-        awaited, everything is given out.
+        `awaited` are the partitions that can have more records; `position` returns the next offset to be read from a
+        partition. If `awaited` is empty, all records are ready.
         """
-        while heads := [(queue[0].offset, place) for place, queue in self._waiting.items() if queue]:
-            offset, place = first = min(heads)
-            if any((position(p), p) < first for p in awaited if not self._waiting.get(p)):
+        while heads := [(queue[0].offset, partition) for partition, queue in self._waiting.items() if queue]:
+            offset, partition = first = min(heads)
+            if any((position(other), other) < first for other in awaited if not self._waiting.get(other)):
                 return
-            record = self._waiting[place].popleft()
+            record = self._waiting[partition].popleft()
             assert record.offset == offset
-            self._bytes[place] -= len(record.value or b"")
+            self._waiting_bytes[partition] -= len(record.value or b"")
             yield record
 
     @property
     def full(self) -> set[Partition]:
-        """The partitions that have more waiting than they should."""
+        """The partitions with so many waiting records that fetching from them must pause."""
         return {
-            place
-            for place, queue in self._waiting.items()
-            if len(queue) >= MOST_RECORDS or self._bytes[place] >= MOST_BYTES
+            partition
+            for partition, queue in self._waiting.items()
+            if len(queue) >= MAX_RECORDS or self._waiting_bytes[partition] >= MAX_BYTES
         }
 
     def clear(self) -> None:
-        """Forget what waits: it will be read again."""
+        """Discard the waiting records, because they will be read again."""
         self._waiting.clear()
-        self._bytes.clear()
+        self._waiting_bytes.clear()

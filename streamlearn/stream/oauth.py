@@ -1,4 +1,4 @@
-"""Tokens for OAUTHBEARER, by the client credentials grant (RFC 6749, section 4.4); no token is ever logged."""
+"""Get tokens for SASL/OAUTHBEARER by the client credentials grant (RFC 6749, section 4.4). No token is ever logged."""
 
 from __future__ import annotations
 
@@ -19,70 +19,71 @@ if TYPE_CHECKING:
     from streamlearn.config import SaslConfig
 
 TIMEOUT_SECONDS = 5.0
-FOREVER_SECONDS = 1e9  # an integer of JSON may be larger than any float
-LIFETIME_SECONDS = 300.0  # where the server does not say
-USED = 0.8  # of a token's lifetime, after which the next is asked for
-BUSY = {408, 425, 429}  # the server's answers, besides its own failures, after which another try may help
-TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750; another character could end the field it is sent in
-ERROR = re.compile(r"[a-z_]{1,64}")
+MAX_LIFETIME_SECONDS = 1e9  # an integer in JSON can be too large for a float
+DEFAULT_LIFETIME_SECONDS = 300.0  # if the answer has no `expires_in`
+RENEW_AFTER = 0.8  # the fraction of a token's lifetime after which a new token is requested
+RETRY_STATUSES = {408, 425, 429}  # besides 5xx: after these HTTP statuses, a later attempt can succeed
+TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, section 2.1; other characters could end the SASL field early
+ERROR_CODE = re.compile(r"[a-z_]{1,64}")
 
 
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the package has no types
-    """Gives the same token to every connection, from any thread, until most of its lifetime is over."""
+    """Returns the same token to all connections until most of its lifetime is over. Any thread may call it."""
 
     def __init__(self, sasl: SaslConfig) -> None:
         super().__init__()
         self.sasl = sasl
         self._lock = threading.Lock()
         self._token = ""
-        self._until = self._expires = (
-            0.0  # when the next is asked for, and when this one is over, on the monotonic clock
-        )
+        self._renew_at = self._expires_at = 0.0  # seconds on the monotonic clock
 
     def token(self) -> str:
-        """Return a token; raises `StreamlearnError` (77) where the server refuses, `BrokerUnavailable` where none answers."""
+        """Return a token; raises `StreamlearnError` (77) if the server refuses, `BrokerUnavailable` if it does not answer."""
         with self._lock:
             now = time.monotonic()
-            if now >= self._until:
+            if now >= self._renew_at:
                 try:
-                    self._token, lifetime = self._ask()
+                    self._token, lifetime = self._request_token()
                 except BrokerUnavailable:
-                    if now >= self._expires:
+                    if now >= self._expires_at:
                         raise
                 else:
-                    self._until, self._expires = now + USED * lifetime, now + lifetime
+                    self._renew_at, self._expires_at = now + RENEW_AFTER * lifetime, now + lifetime
             return self._token
 
-    def _ask(self) -> tuple[str, float]:
-        """Return a new token and its lifetime in seconds."""
+    def _request_token(self) -> tuple[str, float]:
+        """Request a new token; return it and its lifetime in seconds."""
         url, form = str(self.sasl.token_url), {"grant_type": "client_credentials"}
         if self.sasl.scope is not None:
             form["scope"] = self.sasl.scope
-        who = (str(self.sasl.client_id), self.sasl.secret())
+        client = (str(self.sasl.client_id), self.sasl.secret())
         try:
-            answer = httpx.post(url, data=form, auth=who, timeout=TIMEOUT_SECONDS)
+            answer = httpx.post(url, data=form, auth=client, timeout=TIMEOUT_SECONDS)
         except httpx.HTTPError as error:
             if "CERTIFICATE" in str(error):
                 raise StreamlearnError(f"kafka.sasl.token_url: {url}: {error!s:.160}", code=77) from error
             raise BrokerUnavailable(f"{url}: no token: {type(error).__name__}: {error!s:.160}") from error
-        if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or answer.status_code in BUSY:
+        if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or answer.status_code in RETRY_STATUSES:
             raise BrokerUnavailable(f"{url}: no token: the server answers {answer.status_code}")
-        tree = _object(answer)
+        tree = _json_object(answer)
         if answer.status_code != httpx.codes.OK:
-            why = str(tree.get("error"))
-            told = f" ({why})" if ERROR.fullmatch(why) else ""  # nothing else: it may repeat what it was sent
-            who_ = f"client {self.sasl.client_id}, scope {self.sasl.scope}"
-            raise StreamlearnError(f"{url}: no token for {who_}: refused with {answer.status_code}{told}", code=77)
-        token, lifetime = tree.get("access_token"), tree.get("expires_in", LIFETIME_SECONDS)
+            error_code = str(tree.get("error"))
+            # show nothing else of the answer, because it can repeat the secret that was sent
+            why = f" ({error_code})" if ERROR_CODE.fullmatch(error_code) else ""
+            who = f"client {self.sasl.client_id}, scope {self.sasl.scope}"
+            raise StreamlearnError(f"{url}: no token for {who}: refused with {answer.status_code}{why}", code=77)
+        token, lifetime = tree.get("access_token"), tree.get("expires_in", DEFAULT_LIFETIME_SECONDS)
         if not isinstance(token, str) or not TOKEN.fullmatch(token):
-            raise StreamlearnError(f"{url}: the answer has no access_token as RFC 6750 describes it", code=77)
+            raise StreamlearnError(f"{url}: the answer has no valid access_token (RFC 6750)", code=77)
         if not isinstance(lifetime, int | float) or not 0 < lifetime < math.inf:
-            raise StreamlearnError(f"{url}: expires_in is {lifetime!r:.40}; expected seconds, more than 0", code=77)
-        return token, float(min(lifetime, FOREVER_SECONDS))
+            raise StreamlearnError(
+                f"{url}: expires_in is {lifetime!r:.40}; expected a number of seconds above 0", code=77
+            )
+        return token, float(min(lifetime, MAX_LIFETIME_SECONDS))
 
 
-def _object(answer: httpx.Response) -> dict[str, Any]:
-    """Return an answer's JSON object, empty where it is none."""
+def _json_object(answer: httpx.Response) -> dict[str, Any]:
+    """Return the JSON object of an answer, or an empty one if the answer is something else."""
     try:
         tree = answer.json()
     except ValueError:
@@ -92,5 +93,5 @@ def _object(answer: httpx.Response) -> dict[str, Any]:
 
 @cache
 def token_provider(sasl: SaslConfig) -> ClientCredentials:
-    """Return the one provider of this process for these settings."""
+    """Return the provider for these settings; all clients of the process share it."""
     return ClientCredentials(sasl)

@@ -329,11 +329,11 @@ class StreamReader:
         current = self.assembler.task.name
         self._merge.add([record for record in records if record.topic == current])
         late = [record for record in records if record.topic != current]
-        return chain(late, self._merge.ready(self._awaited(), self.log_reader.position))
+        return chain(late, self._merge.pop_ready(self._awaited(), self.log_reader.position))
 
     def _drain(self) -> None:
         """Feed what waits for other partitions: they will have nothing more, or the task has ended."""
-        for record in self._merge.ready([], self.log_reader.position) if self._merge is not None else ():
+        for record in self._merge.pop_ready([], self.log_reader.position) if self._merge is not None else ():
             for delivery in self.assembler.feed(record):
                 self._put(delivery)
 

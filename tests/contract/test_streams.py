@@ -720,8 +720,8 @@ def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, 
     assert len(world.read_all("dlq")) == letters + 5
     assert stream.status.problem == (
         f"{a}[0] offset 9: 5 samples in a row were rejected, mostly label_range (label 90 has no output; "
-        "accepted: 0, 1); mend the producer or the configuration, then `streamlearn resume`, "
-        "or start it again where it has ended"
+        "accepted: 0, 1); repair the producer or the configuration, then run `streamlearn resume`, "
+        "or start the daemon again if it has ended"
     )
     if how == "restarted":
         stream.stop()

@@ -351,7 +351,7 @@ def test_a_large_batch_of_many_records_is_counted_whole(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The offsets that the one rejected sample stands for are counted as never seen."""
-    monkeypatch.setattr(kafka_batches.Batch, "limit", 1000)
+    monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
     monkeypatch.setattr(kafka_batches, "UNPACKED_BYTES", 1000)
     name = world.topic("a", [], marker=False)
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip", linger_ms=1000)

@@ -280,8 +280,8 @@ def test_a_burst_makes_the_daemon_unready_until_it_is_acknowledged(tmp_path: Pat
         status = daemon.until(lambda status: status.get("problem") is not None)
         assert status["problem"] == (
             "a[0] offset 94: 25 samples in a row were rejected, mostly label_range (label 5 has no output; "
-            "accepted: 0, 1); mend the producer or the configuration, then `streamlearn resume`, "
-            "or start it again where it has ended"
+            "accepted: 0, 1); repair the producer or the configuration, then run `streamlearn resume`, "
+            "or start the daemon again if it has ended"
         )
         code, checks = get(f"{daemon.http}/readyz")
         assert (code, checks["checks"]["stream"]["ok"]) == (503, False)

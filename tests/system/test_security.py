@@ -235,9 +235,9 @@ PERMISSIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "no WRITE": (("write",), "topic {letters}: no permission to write to it (WRITE)"),
     "no dead letters": (
         ("write", "letters"),
-        "topic {letters}: is not there, or not ours to see (DESCRIBE), and we have no permission to create it (CREATE)",
+        "topic {letters}: does not exist, or we may not see it (DESCRIBE), and we may not create it (CREATE)",
     ),
-    "no group": (("group",), "group {group}: no permission to report positions under its name (READ)"),
+    "no group": (("group",), "group {group}: no permission to commit offsets for it (READ)"),
 }
 
 

@@ -39,7 +39,7 @@ def test_a_broker_that_is_not_there_leaves_nothing_behind() -> None:
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(BrokerUnavailable, match=r"^localhost:1: no broker answers \(111 ECONNREFUSED\)$"):
-            connection.connected(KafkaAdminClient, settings())
+            connection.create_client(KafkaAdminClient, settings())
     assert threading.active_count() == before
 
 
@@ -59,7 +59,7 @@ def test_who_hangs_up_is_asked_about() -> None:
         thread.start()
         why = r"no broker answers \(.*; does it speak PLAINTEXT there \(kafka.security_protocol\)\?\)$"
         with pytest.raises(BrokerUnavailable, match=why):
-            connection.connected(KafkaAdminClient, settings(bootstrap_servers=f"127.0.0.1:{port}"))
+            connection.create_client(KafkaAdminClient, settings(bootstrap_servers=f"127.0.0.1:{port}"))
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
@@ -74,7 +74,7 @@ def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: KafkaConfig, 
     [server] = kafka.bootstrap_servers
     why = f"^{server}: kafka.security_protocol is {protocol}, but {server} speaks no TLS$"
     with pytest.raises(StreamlearnError, match=why) as caught:
-        connection.connected(KafkaAdminClient, settings(**over))
+        connection.create_client(KafkaAdminClient, settings(**over))
     assert caught.value.code == 78
 
 

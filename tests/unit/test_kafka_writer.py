@@ -68,8 +68,8 @@ class Refusing(Producer):
 class FakeWriter(KafkaWriter):
     """One whose new producer is its old one."""
 
-    def _renew(self) -> None:
-        self._refused.clear()
+    def _replace_producer(self) -> None:
+        self._errors.clear()
 
 
 def sink(*failures: Exception) -> tuple[KafkaWriter, Producer]:
@@ -96,7 +96,7 @@ def test_a_name_that_kafka_forbids_is_a_mistake_of_configuration() -> None:
     """One line says so; it is no outage to wait for."""
     made, _ = sink()
     made._admin = Admin()
-    with pytest.raises(StreamlearnError, match=r"^a b: not a name that Kafka accepts for a topic$") as caught:
+    with pytest.raises(StreamlearnError, match=r"^a b: Kafka does not accept this name for a topic$") as caught:
         made.create_topic("a b", 1)
     assert caught.value.code == 78
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.stream.log import Record
-from streamlearn.stream.merge import MOST_RECORDS, PartitionMerge
+from streamlearn.stream.merge import MAX_RECORDS, PartitionMerge
 
 
 def record(partition: int, offset: int) -> Record:
@@ -31,7 +31,7 @@ def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: ob
         at[p] = polled[-1] + 1
         merge.add([record(p, offset) for offset in polled])
         awaited = [("t", q) for q in left if at[q] < ends[q]]
-        given_out += [(r.offset, r.partition) for r in merge.ready(awaited, lambda place: at[place[1]])]
+        given_out += [(r.offset, r.partition) for r in merge.pop_ready(awaited, lambda place: at[place[1]])]
     assert given_out == sorted((offset, p) for p, each in enumerate(offsets) for offset in each)
     assert not merge
 
@@ -39,9 +39,9 @@ def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: ob
 def test_what_waits_too_much_is_full() -> None:
     """A partition that others keep waiting is to be read no further, until it was given out or forgotten."""
     merge = PartitionMerge()
-    merge.add([record(0, offset) for offset in range(MOST_RECORDS)])
+    merge.add([record(0, offset) for offset in range(MAX_RECORDS)])
     assert merge.full == {("t", 0)}
-    assert list(merge.ready([("t", 1)], lambda _: 0)) == [record(0, 0)]
+    assert list(merge.pop_ready([("t", 1)], lambda _: 0)) == [record(0, 0)]
     assert merge.full == set()
     merge.clear()
     assert not merge

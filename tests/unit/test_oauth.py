@@ -111,8 +111,8 @@ def test_a_wrong_secret_is_refused_at_once_and_told_without_it() -> None:
 
 
 ANSWERS: list[tuple[dict[str, Any], str]] = [
-    ({"access_token": None}, "has no access_token"),
-    ({"access_token": "two\x01words"}, "has no access_token"),
+    ({"access_token": None}, "has no valid access_token"),
+    ({"access_token": "two\x01words"}, "has no valid access_token"),
     ({"expires_in": "soon"}, "expires_in is 'soon'"),
     ({"expires_in": 0}, "expires_in is 0"),
     ({"expires_in": float("nan")}, "expires_in is nan"),

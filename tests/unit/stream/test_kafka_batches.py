@@ -51,11 +51,11 @@ def test_what_fits_is_unpacked_as_it_was(how: str) -> None:
 def test_what_does_not_fit_is_not_unpacked(how: str) -> None:
     """One byte too many is refused; of a hundred megabytes hardly more than the bound is ever in memory."""
     codec, pack = PACK[how]
-    with pytest.raises(kafka_batches.Oversize):
+    with pytest.raises(kafka_batches.OversizeBatch):
         kafka_batches.UNPACK[codec](pack(bytes(10_001)), 10_000)
     packed = pack(bytes(100 << 20))
     tracemalloc.start()
-    with pytest.raises(kafka_batches.Oversize):
+    with pytest.raises(kafka_batches.OversizeBatch):
         kafka_batches.UNPACK[codec](packed, 1 << 20)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -109,7 +109,7 @@ def test_a_damaged_batch_says_where_it_is() -> None:
     assert (error.partition, error.begin, error.end) == (("t", 5), 3, 6)
     wrong_codec[22] |= 6
     [error] = taken(signed(wrong_codec))
-    assert "it is compressed by a method that is not known (6)" in str(error)
+    assert "its compression method is unknown (6)" in str(error)
     no_gzip[HEADER_BYTES + 4] ^= 0xFF
     no_gzip[HEADER_BYTES + 12] ^= 0xFF
     [error] = taken(signed(no_gzip))
@@ -118,10 +118,10 @@ def test_a_damaged_batch_says_where_it_is() -> None:
 
 def test_a_batch_beyond_the_bound_is_one_record_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the batch's last offset, so that the position moves past all of it."""
-    monkeypatch.setattr(kafka_batches.Batch, "limit", 1000)
+    monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
     before, value, after = taken(batch(1, 1), shifted(batch(1, 50), 1), shifted(batch(0, 1, b"after"), 51))
     assert (before, after) == (b"x" * 100, b"after")
-    assert isinstance(value, kafka_batches.Unread)
+    assert isinstance(value, kafka_batches.OversizeValue)
     assert (value.why, value.begin) == ("a gzip batch of 50 records unpacks to more than 1000 bytes", 1)
 
 

@@ -51,7 +51,7 @@ class FlawedLog(MemoryReader):
         if self.failing is not None:
             raise self.failing
         for place, (begin, end) in self.damaged.items():
-            if begin <= self._at.get(place, -1) < min(end, len(self.store.records[place])):
+            if begin <= self._next_offsets.get(place, -1) < min(end, len(self.store.records[place])):
                 raise Unreadable(f"{place[0]}[{place[1]}]: damaged at {begin}", place, begin, end)
         self.max_poll_records = 1 if self.damaged else 2  # so that nothing is taken from beyond the damage
         if not (found := super().poll(0)):  # it does not wait: what comes meanwhile may be damaged
