@@ -404,9 +404,10 @@ def test_label_values_are_documented_and_exist() -> None:
     for what, values in known.items():
         assert f"{what} ({', '.join(values)})" in text
     code = "".join(path.read_text() for path in (ROOT / "streamlearn" / "stream").glob("*.py"))
-    sources = set(re.findall(r"\.end\(\"(\w+)\"\)", code)) | set(re.findall(r"\.close\(\w+, \"(\w+)\"\)", code))
+    sources = set(re.findall(r"\.end_task\(\"(\w+)\"\)", code))
     assert {"count", "marker"} < sources <= set(TASK_END_SOURCES)
-    assert set(re.findall(r"\.lost\([^\n]*, \"(\w+)\"\)", code)) <= set(SKIP_REASONS)
+    reasons = set(re.findall(r"\.skip_lost_offsets\([^\n]*, \"(\w+)\"\)", code))
+    assert {"corrupt", "retention"} <= reasons <= set(SKIP_REASONS)
     shown = Metrics().expose("")[0].decode()
     for source in TASK_END_SOURCES:
         assert f'streamlearn_task_boundaries_total{{source="{source}"}} 0.0' in shown
