@@ -88,7 +88,7 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def finite_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the norm of all tensors together, and whether it is finite. Both are on the device; nothing waits for it."""
     if tensors[0].is_cuda:  # one kernel for all tensors; on a CPU the other way is a little faster
-        norms = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001 - see copy_into
+        norms = list(torch._foreach_norm(list(tensors)))  # noqa: SLF001 - torch has no public name for it
     else:
         norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     norm = torch.linalg.vector_norm(torch.stack(norms))
