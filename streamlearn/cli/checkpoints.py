@@ -17,7 +17,7 @@ from streamlearn.cli.common import (
     print_json,
     print_line,
 )
-from streamlearn.data import StreamlearnError
+from streamlearn.data import StreamlearnError, parse_digits
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import is_locked, locked
 
@@ -164,8 +164,8 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
 ) -> None:
     """Remove old checkpoints; never the newest, and never one with a tag."""
-    if task_ends != "all" and not (task_ends.isascii() and task_ends.isdigit()):
+    ends: int | Literal["all"] | None = "all" if task_ends == "all" else parse_digits(task_ends, 9)
+    if ends is None:
         raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number or `all`", code=2)
-    ends: int | Literal["all"] = "all" if task_ends == "all" else int(task_ends)
     for checkpoint in Store(find_state_dir(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
         print_line(f"{checkpoint.id} {'would be removed' if dry_run else 'removed'}")
