@@ -1,4 +1,4 @@
-"""Recipes on text: token ids instead of numbers, through the same learner."""
+"""Contract of the recipes for text: word ids instead of numbers, with the same learner."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MODEL = {"name": "memnet", "embedding": 8, "hops": 1, "heads": 2}
 CHOICES: list[dict[str, Any]] = [{"naive": {}}, {"joint": {}}, {"er": {}, "ewc": {}}, {"er": {}, "si": {}}]
 
 
-class Told(Run):
-    """A run whose tasks are texts: one word of the newest sentence tells the answer."""
+class TextRun(Run):
+    """A run whose tasks are texts: one word of the newest sentence determines the answer."""
 
     def batch(self, number: int, size: int = BATCH) -> Batch:
         """Return a batch of the current task."""
@@ -38,10 +38,10 @@ class Told(Run):
 
 @pytest.mark.parametrize("chosen", CHOICES, ids=identify)
 def test_text_is_learned_and_resumed_bit_equal(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """Token ids stay integers through replay, importance, growth of the head and a restart from bytes."""
+    """Word ids stay integers through replay, importance, growth of the head, and a restart from saved bytes."""
     keys: dict[str, Any] = {"input": INPUT, "model": MODEL, "classes": 2, "grow_head": True}
     keys["learner"] = {"updates_per_batch": 40, "optimizer": {"lr": 0.01}}
-    one, other = (Told(tmp_path, chosen, **keys) for _ in range(2))
+    one, other = (TextRun(tmp_path, chosen, **keys) for _ in range(2))
     one.through(1)
     one.begin()
     one.learn(range(2))

@@ -1,4 +1,4 @@
-"""`streamlearn dlq` and a burst of rejects, as operators meet them."""
+"""System tests of `streamlearn dlq`, and of a burst of rejected samples."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ BAD = b'{"x": [1, 2], "y": 7, "note": "\xc2\x9b2J"}'
 
 
 def send(sink: LogWriter, topic: str, labels: list[int]) -> None:
-    """Publish samples, one a record."""
+    """Publish samples, one in each record."""
     for place, label in enumerate(labels):
         sink.append(topic, 0, encode("json", np.array([label, place / 100], np.float32), label))
 
 
 def mark(sink: LogWriter, topic: str) -> None:
-    """Publish a task's end."""
+    """Publish a task-end marker."""
     sink.append(topic, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     sink.flush()
 
 
 @dataclass
 class Rejecting:
-    """A configuration whose daemon has learned four samples of one topic and rejected three, and a further topic."""
+    """A configuration whose daemon learned four samples of topic `a` and rejected three; topic `b` is empty."""
 
     config: Path
     over: dict[str, Any]
@@ -65,7 +65,7 @@ class Rejecting:
 
 @pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
 def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rejecting]:
-    """Reject a sample of its own record, and two of a batch record."""
+    """Run a daemon that rejects one sample of a single record, and two samples of a batch record."""
     prefix = f"dlq{time.time_ns()}-"
     a, b, dead = prefix + "a", prefix + "b", prefix + "dlq"
     over = {**SMALL, "stream": {"topics": [a], "dead_letter": {"topic": dead}}}
@@ -92,7 +92,7 @@ def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Reject
 
 
 def test_letters_are_listed_and_shown(rejecting: Rejecting, tmp_path: Path) -> None:
-    """What the daemon rejected is read by commands alone, down to the record's own bytes."""
+    """The commands show the rejected samples and the original bytes of their records; no daemon runs."""
     config, a, dead = rejecting.config, rejecting.a, rejecting.dead
     listed = cli("dlq", "list", config)
     assert listed.returncode == 0, listed.stderr
@@ -125,8 +125,8 @@ def test_letters_are_listed_and_shown(rejecting: Rejecting, tmp_path: Path) -> N
     assert (unknown.returncode, one_line(unknown)) == (1, f"streamlearn: no letter {a}-0-9-0 in topic {dead}")
 
 
-def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> None:
-    """Only what was not learned is sent, only when somebody says so, and never a second time."""
+def test_letters_are_replayed_once(rejecting: Rejecting, tmp_path: Path) -> None:
+    """Only samples that were not learned are sent, only after confirmation, and never twice."""
     config, over, b = rejecting.config, rejecting.over, rejecting.b
     assert cli("dlq", "replay", config, "--to", b, "--dry-run").stdout == f"3 samples would be sent to {b}\n"
     nowhere = cli("dlq", "replay", config, "--to", b + "x", "--dry-run")
@@ -147,8 +147,8 @@ def test_letters_are_sent_again_once(rejecting: Rejecting, tmp_path: Path) -> No
     assert (again["samples"]["trained"], again["samples"]["rejected"], again["labels"]) == (3, 0, [7, 8, 9])
 
 
-def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
-    """A tombstone's letter has nothing to send: `--dry-run` says so as `replay` does, and both end with 1."""
+def test_a_tombstone_is_not_counted_as_sendable(tmp_path: Path) -> None:
+    """A tombstone's letter has no bytes: `replay` and `replay --dry-run` say so, and exit with 1."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     sink.create_topic("a", 1)
@@ -170,8 +170,8 @@ def test_what_has_no_bytes_is_not_counted_as_sendable(tmp_path: Path) -> None:
     assert did.stderr.splitlines() == [ended, f"streamlearn: 1 letters were not sent: {rest}"]
 
 
-def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> None:
-    """Dates that no calendar has, and letters that somebody else wrote, fail neither `list` nor `show` nor `replay`."""
+def test_letters_with_any_content_are_shown(tmp_path: Path) -> None:
+    """Impossible dates and forged letters do not make `list`, `show` or `replay` fail."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     for name in ("a", "job.dlq"):
@@ -203,8 +203,8 @@ def test_letters_of_any_content_are_shown_and_passed_over(tmp_path: Path) -> Non
     assert replayed.stderr.splitlines() == [skipped, "streamlearn: 1 letters were not sent: no topic gone"]
 
 
-def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
-    """On a terminal `replay` says how many samples go where, and sends none unless it is told to."""
+def test_replay_asks_for_confirmation(tmp_path: Path) -> None:
+    """On a terminal `replay` says how many samples go where, and sends nothing without a yes."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
     sink = EmbeddedWriter(tmp_path / "topics.sqlite")
     sink.create_topic("a", 1)
@@ -212,7 +212,7 @@ def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
     mark(sink, "a")
     sink.close()
     jobs.run_to_end(config)
-    for answer, code, said in ((b"n\n", 1, "Aborted"), (b"y\n", 0, "1 samples sent to a")):
+    for answer, code, message in ((b"n\n", 1, "Aborted"), (b"y\n", 0, "1 samples sent to a")):
         ours, theirs = pty.openpty()
         command = [sys.executable, "-m", "streamlearn", "dlq", "replay", str(config)]
         with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -220,11 +220,11 @@ def test_a_person_is_asked_before_anything_is_sent(tmp_path: Path) -> None:
             text = process.communicate(timeout=60)[0].decode()
         os.close(ours)
         os.close(theirs)
-        assert (process.returncode, "Send 1 samples to a?" in text, said in text) == (code, True, True), text
+        assert (process.returncode, "Send 1 samples to a?" in text, message in text) == (code, True, True), text
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    """What is asked for and is not there is said, with the code of its kind, and nothing is made."""
+def test_wrong_options_give_one_line(tmp_path: Path) -> None:
+    """A missing file or letter gives one line and the right exit code, and nothing is created."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
     missing = cli("dlq", "list", config)
     path = tmp_path / "topics.sqlite"
@@ -241,8 +241,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         assert (done.returncode, text in one_line(done)) == (code, True), done.stderr
 
 
-def test_a_run_that_rejects_everything_does_not_end_with_0(tmp_path: Path) -> None:
-    """What comes to its end with no sample but rejected ones says so, with 65; what `produce --config` publishes is learned."""
+def test_a_run_that_rejects_everything_exits_with_65(tmp_path: Path) -> None:
+    """A run that ends with only rejected samples says so; samples that `produce --config` publishes are learned."""
     config = jobs.write_config(tmp_path, **SMALL, stream={"topics": ["a"]})
     np.savez(tmp_path / "data.npz", x=np.zeros((8, 2, 1)), y=np.array(["0", "1"] * 4))
     made = cli("produce", tmp_path / "data.npz", "--config", config)
@@ -264,8 +264,8 @@ def test_a_run_that_rejects_everything_does_not_end_with_0(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", ["resume", "kill"])
-def test_a_burst_makes_the_daemon_unready_until_it_is_acknowledged(tmp_path: Path, how: str) -> None:
-    """A changed schema stops the reading with one line; after `resume`, or a restart, all is learned as without a pause."""
+def test_a_burst_makes_the_daemon_unready_until_resume(tmp_path: Path, how: str) -> None:
+    """A changed schema pauses reading with one line; after `resume` or a restart the result is as without a pause."""
     spec = {"topics": ["a"], "batch_size": 20}
     paused = jobs.write_config(tmp_path / "a", **SMALL, stream={**spec, "dead_letter": {"burst": 25}})
     plain = jobs.write_config(tmp_path / "b", **SMALL, stream={**spec, "dead_letter": {"burst": None}})

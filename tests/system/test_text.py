@@ -1,4 +1,4 @@
-"""Text through the real daemon: published, learned, killed, resumed, and used."""
+"""System test of text: publish, learn, kill, resume and predict, with a real daemon."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS: dict[str, Any] = {
 
 
 def write_lines(directory: Path) -> None:
-    """Write a few lines of two tasks of bAbI."""
+    """Write some lines of two bAbI tasks to a file."""
     path = jobs.DATA / "babi_en.jsonl.gz"
     jobs.require(path.is_file(), str(path))
     chosen: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -54,7 +54,7 @@ def write_config(directory: Path, topics: Path) -> Path:
 
 @pytest.mark.usefixtures("daemon_mode")
 def test_text_is_learned_and_used(tmp_path: Path) -> None:
-    """`produce`, the daemon, a kill and `predict`: the words' ids outlive the kill, and the figures agree."""
+    """Word ids are the same after a kill, and `predict` gives the accuracy of the status."""
     write_lines(tmp_path)
     files = {name: write_config(tmp_path / name, tmp_path / "topics.sqlite") for name in ("whole", "killed")}
     done = cli("produce", tmp_path / "babi.jsonl.gz", "--config", files["whole"], "--by", "task", "--probe", "test")

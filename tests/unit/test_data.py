@@ -1,4 +1,4 @@
-"""Positions, progress and the order of names."""
+"""Tests of positions, progress, the order of names, and errors of the operating system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ positions = st.dictionaries(partitions, st.builds(Position, st.integers(0, 99), 
 
 @given(at=positions, ids=st.dictionaries(st.sampled_from(["a", "b"]), st.text(max_size=3)))
 def test_positions_survive_json(at: dict[tuple[str, int], Position], ids: dict[str, str]) -> None:
-    """What is saved beside the weights is what was applied."""
+    """Positions that were written as JSON are read back unchanged."""
     known = {topic: value for topic, value in ids.items() if topic in {topic for topic, _ in at}}
     one = Positions(at, known, "cluster")
     assert Positions.from_json(json.loads(json.dumps(one.to_json()))) == one
@@ -27,7 +27,7 @@ def test_positions_survive_json(at: dict[tuple[str, int], Position], ids: dict[s
 
 @given(one=positions, other=positions)
 def test_positions_never_go_back(one: dict[tuple[str, int], Position], other: dict[tuple[str, int], Position]) -> None:
-    """Moving on takes the later of each, or refuses."""
+    """`advance` takes the later position of each partition, and raises if one would go backwards."""
     behind = [p for p in other if p in one and other[p] < one[p]]
     if behind:
         with pytest.raises(StreamlearnError, match="would go back"):
@@ -36,8 +36,8 @@ def test_positions_never_go_back(one: dict[tuple[str, int], Position], other: di
         assert Positions(one).advance(Positions(other)).by_partition == {**one, **other}
 
 
-def test_progress_accounts_for_every_sample() -> None:
-    """Totals, a task's counts and the marks move with the delivery, and survive JSON."""
+def test_progress_counts_every_sample() -> None:
+    """A delivery updates totals, the task's counts and its marked partitions; JSON keeps them."""
     progress = Progress(tasks=[Task(0, "a")])
     found = Observations(
         consumed=Counter(a=5, b=1),
@@ -59,16 +59,16 @@ def test_progress_accounts_for_every_sample() -> None:
     assert progress.unaccounted() == {"a": 1}
 
 
-def test_names_are_ordered_as_people_do() -> None:
-    """Digits are compared as numbers."""
+def test_digits_in_names_are_compared_as_numbers() -> None:
+    """t-2 comes before t-10."""
     assert sorted(["t-10", "t-2", "t", "a9", "t-1"], key=natural_key) == ["a9", "t", "t-1", "t-2", "t-10"]
 
 
 @given(
     st.lists(st.text(alphabet="123²٣५a-", max_size=6), max_size=9).flatmap(st.permutations), st.permutations(ORDERED)
 )
-def test_every_name_has_its_place(names: list[str], known: list[str]) -> None:
-    """Digits of other scripts and raised ones are text; a number of any length is compared, leading zeros apart."""
+def test_the_order_of_names_is_total(names: list[str], known: list[str]) -> None:
+    """Digits of other scripts and superscripts are text. Numbers may have any length; leading zeros do not count."""
     assert sorted(names, key=natural_key) == sorted(sorted(names), key=natural_key)
     assert sorted(known, key=natural_key) == ORDERED
 
@@ -77,8 +77,8 @@ def test_every_name_has_its_place(names: list[str], known: list[str]) -> None:
     ("number", "code"),
     [(errno.EACCES, 77), (errno.EPERM, 77), (errno.EROFS, 77), (errno.ENOSPC, 74), (errno.ENOENT, 74)],
 )
-def test_what_the_system_refuses_is_one_line_and_its_code(number: int, code: int) -> None:
-    """A missing permission is told from a fault of input or output, and the file is named."""
+def test_an_os_error_becomes_one_line_and_an_exit_code(number: int, code: int) -> None:
+    """A missing permission has another code than an input/output error, and the message names the file."""
     failure = StreamlearnError.from_os_error(OSError(number, "why", "a/file"))
     assert (str(failure), failure.code) == ("a/file: why", code)
     assert str(StreamlearnError.from_os_error(OSError(number, "why", "a/file"), "a state")) == "a state: why"

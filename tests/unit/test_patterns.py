@@ -1,4 +1,4 @@
-"""Patterns of users on names of anybody."""
+"""Tests of patterns for topic names: both may come from people who do not trust each other."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from streamlearn.config import StreamConfig
     ("pattern", "name"), [("jobs-.*", "jobs-1"), ("jobs-", "jobs-1"), (r"(?!x)\w+", "abc"), ("a|ab", "ab"), ("", "a")]
 )
 def test_a_pattern_matches_the_whole_name(pattern: str, name: str) -> None:
-    """As `re.fullmatch` does, look-ahead and alternatives included."""
+    """The result is that of `re.fullmatch`, also with look-ahead and alternatives."""
     expected = re.fullmatch(pattern, name) is not None
     assert patterns.matches(pattern, name) is StreamConfig(pattern=pattern).reads(name) is expected
 
 
-def test_a_name_that_makes_a_pattern_backtrack_is_left_out(
+def test_a_name_on_which_a_pattern_backtracks_is_ignored(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The match ends by its time limit, other threads run meanwhile, and a warning names pattern and topic once."""
+    """The match ends at its time limit, other threads run meanwhile, and one warning names pattern and topic."""
     monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.3)
     turns, ended = 0, threading.Event()
 

@@ -1,4 +1,4 @@
-"""Tasks made from files: by classes, permutation, rotation; errors that name file and line."""
+"""Tests of reading files and making tasks of them: classes, permutation, rotation; errors name file and line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGES = producer.Samples(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0,
 
 
 def test_classes_make_tasks() -> None:
-    """Groups are as equal as can be, numbers before words, and every sample is in one."""
+    """Groups have equal sizes as far as possible, integers come before strings, and every sample is in one group."""
     groups = producer.equal_class_groups(IMAGES, 2)
     assert groups == [[0, 1], ["x"]]
     assert [task.y for task in producer.split_by_classes(IMAGES, groups)] == [[0, 1, 0], ["x"]]
@@ -31,8 +31,8 @@ def test_classes_make_tasks() -> None:
         producer.equal_class_groups(IMAGES, 4)
 
 
-def test_every_sample_is_in_one_task_though_labels_look_alike() -> None:
-    """1 and "1" are two labels: groups of labels keep them apart, and groups given as text are refused."""
+def test_an_integer_and_a_string_with_the_same_text_are_two_labels() -> None:
+    """Equal groups keep 1 and "1" separate; groups that are given as text are ambiguous, and refused."""
     mixed = producer.Samples(np.arange(6.0)[:, None], [1, "1", 2, "2", 1, "1"])
     groups = producer.equal_class_groups(mixed, 2)
     assert groups == [[1, 2], ["1", "2"]]
@@ -49,28 +49,30 @@ def configured(**over: Any) -> Config:
     return Config.model_validate(tree, context={"recipes": RECIPES})
 
 
-def test_samples_are_published_as_the_configuration_takes_them() -> None:
-    """Shape, dtype and labels are converted where nothing is lost, with a line for each."""
-    said: list[str] = []
+def test_samples_are_converted_for_the_configuration() -> None:
+    """Shape, dtype and labels are converted if nothing is lost, and each change is reported."""
+    messages: list[str] = []
     images = producer.Samples(np.array([[[0, 1], [2, 255]]] * 2, np.int64), ["1", "0"])
     spec = {"shape": [4], "dtype": "uint8"}
-    fitted = producer.fit_to_config(images, "a", configured(input=spec, classes=[0, 1]), said.append)
+    fitted = producer.fit_to_config(images, "a", configured(input=spec, classes=[0, 1]), messages.append)
     assert (fitted.x.dtype.name, fitted.x.tolist(), fitted.y) == ("uint8", [[0, 1, 2, 255]] * 2, [1, 0])
-    assert said == [
+    assert messages == [
         "samples have shape [2, 2]: published as [4], the configuration's input.shape",
         "x is int64: published as uint8, the configuration's input.dtype",
         "the label '1' is published as 1, the class in classes; other labels are converted in the same way",
     ]
-    said.clear()
+    messages.clear()
     same = producer.Samples(np.ones((1, 4), ">f4"), [7])
-    assert producer.fit_to_config(same, "a", configured(), said.append).x.dtype == np.float32
-    assert said == []
+    assert producer.fit_to_config(same, "a", configured(), messages.append).x.dtype == np.float32
+    assert messages == []
     large = producer.Samples(np.full((1, 4), 2**24 + 1), [7])
-    producer.fit_to_config(large, "a", configured(), said.append)
-    assert said == ["x is int64: published as float32, the configuration's input.dtype, which rounds large integers"]
+    producer.fit_to_config(large, "a", configured(), messages.append)
+    assert messages == [
+        "x is int64: published as float32, the configuration's input.dtype, which rounds large integers"
+    ]
     text = {"kind": "text", "sentences": 1, "words": 2, "vocabulary": 9}
     stories = producer.Samples(np.array([{"story": [], "question": "Who?"}], object), ["me"])
-    assert producer.fit_to_config(stories, "a", configured(input=text, model="memnet"), said.append) is stories
+    assert producer.fit_to_config(stories, "a", configured(input=text, model="memnet"), messages.append) is stories
 
 
 MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
@@ -116,17 +118,17 @@ MISFITS: list[tuple[Any, list[Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("x", "y", "over", "message"), MISFITS)
-def test_what_the_stream_would_reject_is_not_published(
+def test_samples_that_the_stream_would_reject_are_refused(
     x: Any, y: list[Any], over: dict[str, Any], message: str
 ) -> None:
-    """The value, what is accepted and what to do are said, with 65."""
+    """The message has the value, what is accepted and what to do; the code is 65."""
     with pytest.raises(StreamlearnError, match=rf"^{message}.*; nothing was published$") as caught:
         producer.fit_to_config(producer.Samples(x, y), "a", configured(**over), lambda _: None)
     assert caught.value.code == 65
 
 
 def test_too_many_labels_and_too_large_records_are_refused() -> None:
-    """What would be rejected for its number or its size alone is not published."""
+    """Labels beyond the number of classes, and records that are too large, are refused before anything is published."""
     three = producer.Samples(np.ones((3, 4), np.float32), [0, 1, 2])
     how = producer.PublishOptions()
     with pytest.raises(StreamlearnError, match="the samples have 3 labels, but classes is 2: the others would be"):
@@ -141,8 +143,8 @@ def test_too_many_labels_and_too_large_records_are_refused() -> None:
     producer.check_limits([stories], how, configured())  # codec batch is refused when they are published
 
 
-def test_permutations_keep_the_values_and_rotations_the_image() -> None:
-    """The first task is the original; a permutation moves features, half a turn turns the image around."""
+def test_permuted_and_rotated_tasks_keep_all_values() -> None:
+    """The first task is the original; a permutation moves features; a rotation by 180 degrees turns the image upside down."""
     first, second = producer.make_permuted_tasks(IMAGES, 2, 0)
     np.testing.assert_array_equal(first.x, IMAGES.x)
     assert not np.array_equal(second.x, IMAGES.x)
@@ -153,7 +155,7 @@ def test_permutations_keep_the_values_and_rotations_the_image() -> None:
 
 
 def test_files_are_read(tmp_path: Path) -> None:
-    """Arrays, tables and lines of JSON give the same samples."""
+    """A .npz, a .csv and a .jsonl file give the same samples."""
     x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     np.savez(tmp_path / "a.npz", x=x, y=np.array([0, 1]))
     (tmp_path / "a.csv").write_text("a,b,label\n1,2,0\n3,4,1\n")
@@ -172,8 +174,8 @@ TEXTS = b"""\
 """
 
 
-def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
-    """A packed file of stories is read by split, cut by the task each line names, and published without that name."""
+def test_texts_are_split_by_their_field_task(tmp_path: Path) -> None:
+    """A gzipped file of stories is read by split, split by the field task, and published without that field."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(TEXTS))
     train, test = producer.read_samples(str(path)), producer.read_samples(str(path), "test")
@@ -201,8 +203,8 @@ def test_lines_of_text_are_tasks_by_their_own_field(tmp_path: Path) -> None:
         producer.make_permuted_tasks(train, 2, 0)
 
 
-def test_files_without_labels_are_told_apart(tmp_path: Path) -> None:
-    """What is to be predicted needs no labels, and a file that has them is scored."""
+def test_files_without_labels_are_recognised(tmp_path: Path) -> None:
+    """`read_unlabelled` returns the samples of a file without labels, and None for a file with labels."""
     np.savez(tmp_path / "a.npz", x=np.ones((2, 3)))
     (tmp_path / "a.jsonl").write_text('{"story": [], "question": "Who?"}\n{"x": 1, "split": "train"}\n')
     (tmp_path / "b.jsonl").write_text('{"x": [1], "y": 0}\n')
@@ -273,8 +275,8 @@ ARRAYS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("arrays", "message"), ARRAYS)
-def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
-    """What a record cannot hold is refused before anything is published, with labels or without."""
+def test_invalid_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    """Values that a record cannot contain are refused before anything is published, with labels or without."""
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(StreamlearnError, match=rf"a\.npz: .*{message}") as caught:
         producer.read_samples(str(tmp_path / "a.npz"))
@@ -285,15 +287,15 @@ def test_arrays_that_are_no_samples_are_named(tmp_path: Path, arrays: dict[str, 
             producer.read_unlabelled(tmp_path / "b.npz", "test")
 
 
-def test_objects_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    """Labels as pandas gives them are an array of objects, which a file may not hold."""
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    """Pandas makes an array of objects of string labels; the message says how to save strings."""
     np.savez(tmp_path / "a.npz", x=np.ones((1, 2)), y=np.array(["a"], object))
     with pytest.raises(StreamlearnError, match=r"plain arrays: .* save strings with y\.astype\(str\)$"):
         producer.read_samples(str(tmp_path / "a.npz"))
 
 
-def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
-    """A `.npy` under another name is told from a `.npz`."""
+def test_a_npy_file_is_not_accepted_as_npz(tmp_path: Path) -> None:
+    """A .npy file with the suffix .npz is refused."""
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, np.ones(3))
     with pytest.raises(StreamlearnError, match=r"not a \.npz file of plain arrays"):
@@ -302,15 +304,15 @@ def test_an_array_alone_is_no_archive(tmp_path: Path) -> None:
         producer.read_unlabelled(tmp_path / "a.npz", "test")
 
 
-def test_no_row_of_a_table_is_lost(tmp_path: Path) -> None:
-    """A byte order mark is no part of the first number, and blank lines are no rows."""
+def test_every_row_of_a_table_is_read(tmp_path: Path) -> None:
+    """A byte order mark is not part of the first number, and blank lines are not rows."""
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf1,2,0\n\n3,4,1\n\n")
     samples = producer.read_samples(str(tmp_path / "a.csv"))
     assert (samples.x.tolist(), samples.y) == ([[1, 2], [3, 4]], [0, 1])
 
 
-def test_a_test_split_is_the_files_own(tmp_path: Path) -> None:
-    """Where a file does not say which samples are for testing, all are read, and never called a test split."""
+def test_a_test_split_must_be_in_the_file(tmp_path: Path) -> None:
+    """A file without splits is read as a whole, but `read_test_split` refuses it."""
     np.savez(tmp_path / "one.npz", x=np.ones((1, 2)), y=np.array([0]))
     (tmp_path / "one.csv").write_text("1,2,0\n")
     (tmp_path / "one.jsonl").write_text('{"x": [1], "y": 0}\n')
@@ -326,8 +328,8 @@ def test_a_test_split_is_the_files_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "message"), CASES)
-def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    """The error says which file, which line, and what was expected."""
+def test_invalid_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    """The message names the file, the line, and what was expected."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StreamlearnError, match=message):
         producer.read_samples(str(tmp_path / name))

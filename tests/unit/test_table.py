@@ -1,4 +1,4 @@
-"""CSV files as people have them: what is assumed is said, and what cannot be known is refused with what to do."""
+"""Tests of reading CSV files: assumptions are reported, and ambiguous files are refused with a message that says what to do."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ ROWS = "5.1,3.5,0\n4.9,3,0\n6.1,2.9,1\n"
 def read(
     directory: Path, content: str | bytes, *, header: bool | None = None, name: str = "a.csv", dtype: str = "f4"
 ) -> tuple[list[list[float]], list[Label], list[str]]:
-    """Return a file's numbers and labels, and what was said of them without the path."""
-    path, said = directory / name, list[str]()
+    """Return a file's numbers and labels, and the reported assumptions without the path."""
+    path, messages = directory / name, list[str]()
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    x, y = read_table(path, np.dtype(dtype), header=header, notify=said.append)
-    return x.tolist(), y, [line.removeprefix(f"{path}:").strip() for line in said]
+    x, y = read_table(path, np.dtype(dtype), header=header, notify=messages.append)
+    return x.tolist(), y, [line.removeprefix(f"{path}:").strip() for line in messages]
 
 
 INTEGERS = "labels (last column) are integers, such as 0"
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
-def test_what_is_assumed_is_said(tmp_path: Path, name: str) -> None:
-    """A first line of words, or of pandas' column numbers, is a header; any other is a sample; each with one line."""
+def test_assumptions_are_reported(tmp_path: Path, name: str) -> None:
+    """A first line of words, or of pandas' column numbers, is a header; another one is a sample; both are reported."""
     x = np.array([[5.1, 3.5], [4.9, 3], [6.1, 2.9]], np.float32).tolist()
-    for first, said in (
+    for first, messages in (
         ("a,b,label\n", "1: read as a header: 'a,b,label' (--no-header reads it as a sample)"),
         ("0,1,2\n", "1: read as a header: '0,1,2' (--no-header reads it as a sample)"),
         ("", "1: read as a sample, so the file has no header (--header reads this line as a header)"),
     ):
         content = (first + ROWS).encode()
         packed = gzip.compress(content) if name.endswith("gz") else content
-        assert read(tmp_path, packed, name=name) == (x, [0, 0, 1], [said, INTEGERS])
+        assert read(tmp_path, packed, name=name) == (x, [0, 0, 1], [messages, INTEGERS])
 
 
-def test_a_header_is_one_where_somebody_says_so(tmp_path: Path) -> None:
-    """`--header` and `--no-header` decide alone, and a column without a name is mentioned."""
+def test_the_options_decide_whether_there_is_a_header(tmp_path: Path) -> None:
+    """`--header` and `--no-header` are always followed, and a column without a name is reported."""
     assert read(tmp_path, "2019,2020,2021\n1,2,0\n", header=True) == ([[1, 2]], [0], [INTEGERS])
     assert read(tmp_path, "0,1,2\n0,1,0\n", header=False)[:2] == ([[0, 1], [0, 1]], [2, 0])
     assert read(tmp_path, "?,b,label\n1,2,0\n", header=True)[:2] == ([[1, 2]], [0])
@@ -55,7 +55,7 @@ def test_a_header_is_one_where_somebody_says_so(tmp_path: Path) -> None:
     assert read(tmp_path, ",b,label\n1,2,0\n", header=True)[2] == [index, INTEGERS]
 
 
-UNKNOWN = [
+REFUSED = [
     ("1,2,3\n1,2,0\n", "1: '1,2,3' may be a header of numbers, or the first sample; give --header"),
     ("0,1\n5,1\n", "1: '0,1' may be a header of numbers, or the first sample; give --header"),
     ("0,1,2\n7,8,1\n", "1: '0,1,2' may be a header of numbers, or a sample like line 2; give --header"),
@@ -75,16 +75,16 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), UNKNOWN)
-def test_what_cannot_be_known_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    """The file, the line, the value, what is accepted and what to do are in one line."""
+@pytest.mark.parametrize(("content", "message"), REFUSED)
+def test_ambiguous_and_invalid_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    """The message has the file, the line, the value, what is accepted and what to do, in one line."""
     with pytest.raises(StreamlearnError, match=rf"^[^\n]*/a\.csv:{message}") as caught:
         read(tmp_path, content)
     assert caught.value.code == 74
 
 
-def test_labels_are_kept_as_they_are_written(tmp_path: Path) -> None:
-    """Integers if all are written as integers are; else every label is the string in the file, spaces around it apart."""
+def test_labels_keep_their_type(tmp_path: Path) -> None:
+    """Labels are integers if all are written as integers; otherwise all are strings, without surrounding spaces."""
     for text, labels, kind in (
         ("0 -7 10", [0, -7, 10], "integers, such as 0"),
         ("007 7 010", ["007", "7", "010"], "strings, such as '007'"),
@@ -105,8 +105,8 @@ def test_labels_are_kept_as_they_are_written(tmp_path: Path) -> None:
         )
 
 
-def test_numbers_are_as_wide_as_asked_for(tmp_path: Path) -> None:
-    """An integer beyond 24 bits stays what it is where the configuration's dtype holds it."""
+def test_numbers_are_read_in_the_given_dtype(tmp_path: Path) -> None:
+    """An integer of more than 24 bits is exact if the dtype can hold it."""
     assert read(tmp_path, "123456789,2,0\n", dtype="f8")[0] == [[123456789, 2]]
     assert read(tmp_path, "")[:2] == ([], [])
     assert read(tmp_path, "a,b\n")[:2] == ([], [])

@@ -1,4 +1,4 @@
-"""Codecs: what is encoded is decoded, and nothing that arrives can raise."""
+"""Tests of codecs: encoded samples are decoded unchanged, and decoding never raises."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ labels = st.one_of(st.integers(-(2**62), 2**62), st.text(max_size=8))
 
 
 def record(value: bytes | None, codec: str | None = None) -> Record:
-    """Return a record with a value, and a content type where a codec is named."""
+    """Return a record with a value, and a content type if a codec is given."""
     headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
 @given(x=arrays(np.uint8, (2, 3)), y=labels, codec=st.sampled_from(["json", "msgpack"]))
-def test_a_sample_comes_back(x: np.ndarray, y: Any, codec: str) -> None:
-    """Shape, dtype, every value and the label survive."""
+def test_an_encoded_sample_is_decoded(x: np.ndarray, y: Any, codec: str) -> None:
+    """Shape, dtype, all values and the label are unchanged."""
     chunk = Codec([2, 3], "uint8", "json", 1 << 20).decode(record(encode(codec, x, y), codec))
     assert (chunk.rejected, chunk.y) == ({}, [y])
     np.testing.assert_array_equal(chunk.x[0], x)
 
 
 @given(n=st.integers(1, 5), data=st.data(), dtype=st.sampled_from(["float32", "float64", "int16", "uint8"]))
-def test_a_batch_comes_back(n: int, data: st.DataObject, dtype: str) -> None:
-    """Batch records of any dtype and label type survive, whatever the byte order in memory."""
+def test_an_encoded_batch_is_decoded(n: int, data: st.DataObject, dtype: str) -> None:
+    """Batch records of any dtype, label type and byte order are decoded unchanged."""
     elements = st.floats(-1000, 1000, width=32) if "float" in dtype else None
     x = data.draw(arrays(np.dtype(dtype), (n, 3), elements=elements))
     y = data.draw(st.lists(labels, min_size=n, max_size=n))
@@ -49,8 +49,8 @@ def test_a_batch_comes_back(n: int, data: st.DataObject, dtype: str) -> None:
 
 
 @given(value=st.one_of(st.none(), st.binary(max_size=200)), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
-def test_noise_is_rejected_and_never_raises(value: bytes | None, codec: str | None) -> None:
-    """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
+def test_random_bytes_are_rejected_and_never_raise(value: bytes | None, codec: str | None) -> None:
+    """Any bytes give one rejected sample with a known reason."""
     chunk = Codec([4], "float32", "json", 100).decode(record(value, codec))
     assert len(chunk) == 1
     assert chunk.rejected[0].reason in REJECT_REASONS
@@ -68,14 +68,14 @@ trees = st.recursive(
 @given(tree=st.fixed_dictionaries({"x": trees, "y": trees}, optional={"dtype": trees, "shape": trees, "task": trees}),
        codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
 def test_malformed_trees_never_raise(tree: dict[str, Any], codec: str) -> None:
-    """Well-formed MessagePack with any nonsense inside is samples or rejections, never an exception."""
+    """Valid MessagePack with any content gives samples or rejections, never an exception."""
     chunk = Codec([2], "float32", "json", 1 << 20).decode(record(msgpack.packb(tree), codec))
     assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
     assert chunk.x.shape == (len(chunk), 2)
 
 
-def test_what_provokes_the_decoder_is_rejected() -> None:
-    """Shapes that are no lists, counts that are no integers and labels without end cost one sample each."""
+def test_invalid_shapes_and_nested_labels_are_rejected() -> None:
+    """A shape that is not a list, a count that is not an integer and a deeply nested label reject one sample each."""
     codec = Codec([1], "float32", "json", 1 << 20)
     data = b"\0" * 4
     shapes: list[Any] = [4, None, [1.0], [True], "x", [[1]]]
@@ -97,21 +97,21 @@ CASES = [
 
 
 @pytest.mark.parametrize(("value", "reason"), CASES)
-def test_reasons(value: bytes, reason: str) -> None:
-    """Each fault has its reason."""
+def test_each_fault_has_its_reason(value: bytes, reason: str) -> None:
+    """An invalid record is rejected with the reason of its fault."""
     chunk = Codec([2], "float32", "json", 256).decode(record(value))
     assert chunk.rejected[0].reason == reason
 
 
-def test_integers_must_fit() -> None:
-    """A value beyond the dtype is rejected, not wrapped."""
+def test_an_integer_out_of_range_is_rejected() -> None:
+    """A value that the dtype cannot hold is rejected; it does not wrap around."""
     chunk = Codec([2], "uint8", "json", 256).decode(record(b'{"x": [1, 256], "y": 1}'))
     assert chunk.rejected[0].reason == "schema"
 
 
 @given(x=arrays(np.float32, 4, elements=st.floats(-9, 9, width=32)), y=st.integers(0, 9), fraction=st.floats(0, 0.99))
 def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: float) -> None:
-    """A sample's fate depends on its decoded value alone, and grows with the fraction."""
+    """Only the decoded value decides the hold-out; a sample that is held out stays so with a larger fraction."""
     codec, hold_out = Codec([4], "float32", "json", 1 << 20), HoldOut("value", fraction)
     fates = set()
     for name in ("json", "msgpack", "batch"):
@@ -124,8 +124,8 @@ def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: fl
 
 @given(y=st.one_of(st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=6), st.lists(labels, min_size=1, max_size=6)),
        data=st.data())  # fmt: skip
-def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObject) -> None:
-    """A batch record that is cut to some of its samples holds exactly those, NaN payloads and labels included."""
+def test_a_subset_of_a_batch_keeps_its_bits(y: list[Any], data: st.DataObject) -> None:
+    """`batch_subset` keeps exactly the chosen samples and labels, including the payload bits of NaN."""
     x = data.draw(arrays(np.uint32, (len(y), 3))).view(np.float32)
     chosen = sorted(data.draw(st.sets(st.integers(0, len(y) - 1), min_size=1)))
     y = [label % 2**62 if isinstance(label, int) else label for label in y]
@@ -135,8 +135,8 @@ def test_some_samples_of_a_batch_keep_their_bits(y: list[Any], data: st.DataObje
     assert chunk.y == [y[place] for place in chosen]
 
 
-def test_a_value_beyond_float32_rejects_its_sample() -> None:
-    """Models compute in float32: what only float64 can hold costs its own sample, and no batch."""
+def test_a_value_too_large_for_float32_rejects_its_sample() -> None:
+    """Models compute in float32: a value that only float64 can hold rejects its sample, not the whole batch."""
     codec = Codec([2], "float64", "json", 1 << 20)
     x = np.array([[1.0, 2.0], [1e39, 0.0], [0.0, -1e300], [3.4e38, -3.4e38], [np.inf, 1e39]])
     chunk = codec.decode(record(encode("batch", x, [0, 1, 2, 3, 4]), "batch"))
@@ -149,10 +149,10 @@ def test_a_value_beyond_float32_rejects_its_sample() -> None:
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
-def test_a_json_number_that_is_not_finite_is_called_so(word: str) -> None:
-    """JSON has no such number, but many writers have: the reason says what is wrong with the sample."""
+def test_a_nonfinite_json_number_has_its_own_reason(word: str) -> None:
+    """JSON has no such number, but many programs write it: the reason is nonfinite, not decode."""
     codec = Codec([2], "float32", "json", 1 << 20)
-    told = {
+    expected = {
         '{"x": [%s, 1], "y": 1}': "nonfinite",
         '{"x": [0, 1], "y": %s}': "schema",
         '{"x": [0, %s]}': "missing_label",
@@ -161,12 +161,12 @@ def test_a_json_number_that_is_not_finite_is_called_so(word: str) -> None:
         '{"x": [0, %s], "y": 1': "decode",
         "%s": "schema",
     }
-    found = {text: codec.decode(record((text % word).encode())).rejected[0].reason for text in told}
-    assert found == told
+    found = {text: codec.decode(record((text % word).encode())).rejected[0].reason for text in expected}
+    assert found == expected
 
 
-def test_a_label_is_of_256_bytes_at_most() -> None:
-    """Labels stand in every checkpoint and every page, so a longer one rejects its sample, in any codec and as an answer."""
+def test_a_label_has_at_most_256_bytes() -> None:
+    """A longer label rejects its sample, in every codec and as an answer: all checkpoints and status pages contain labels."""
     codec = Codec([1], "float32", "json", 1 << 20)
     fits, long = "\u00e9" * 128, "\u00e9" * 128 + "a"
     x = np.zeros((3, 1), np.float32)
@@ -174,15 +174,17 @@ def test_a_label_is_of_256_bytes_at_most() -> None:
     assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "schema"}
     assert "a string of 257 bytes" in str(chunk.rejected[1])
     assert codec.decode(record(encode("json", x[0], long), "json")).rejected[0].reason == "schema"
-    told = Codec([3, 4], "int32", "json", 1 << 20, TextInputConfig(kind="text", sentences=2, words=4, vocabulary=9))
+    text_codec = Codec(
+        [3, 4], "int32", "json", 1 << 20, TextInputConfig(kind="text", sentences=2, words=4, vocabulary=9)
+    )
     for answer, bad in ((fits, False), (long, True)):
         value = encode_text("json", {"story": [], "question": "who"}, answer)
-        assert bool(told.decode(record(value)).rejected) == bad
+        assert bool(text_codec.decode(record(value)).rejected) == bad
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
-def test_a_value_that_its_scaling_takes_beyond_float32_rejects_its_sample(dtype: str) -> None:
-    """The model sees `x / scale`, so with a scale below 1 smaller values are too large; the rest of the batch is accepted."""
+def test_a_value_too_large_after_scaling_rejects_its_sample(dtype: str) -> None:
+    """The model sees `x / scale`: a scale below 1 makes smaller values too large. The rest of the batch is accepted."""
     codec = Codec([2], dtype, "json", 1 << 20, scale=1e-25)
     x = np.array([[1, 2], [1e15, 0], [3, -1e15]]).astype(dtype)
     chunk = codec.decode(record(encode("batch", x, [0, 1, 2]), "batch"))

@@ -1,4 +1,4 @@
-"""Dead letters: the numbers of samples that share a letter."""
+"""Tests of the packed indices of samples that share a letter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from streamlearn.stream import deadletter
 
 
 @given(samples=st.integers(1, 99), data=st.data())
-def test_packed_numbers_come_back(samples: int, data: st.DataObject) -> None:
-    """Any set of sample numbers survives; bytes that are no such set are refused."""
+def test_packed_indices_are_unpacked(samples: int, data: st.DataObject) -> None:
+    """Any set of sample indices is unpacked unchanged; bytes that are not such a set are refused."""
     chosen = sorted(data.draw(st.sets(st.integers(0, samples - 1))))
     packed = deadletter.pack_indices(chosen, samples)
     assert deadletter.unpack_indices(packed, samples) == chosen
@@ -24,7 +24,7 @@ def test_packed_numbers_come_back(samples: int, data: st.DataObject) -> None:
 
 
 def test_a_forged_set_takes_little_memory() -> None:
-    """A few bytes can stand for a billion numbers: a letter's numbers lie in one span, and all else is refused unmade."""
+    """A few forged bytes can mean a billion indices: more than one span is refused before a list is made."""
     span = deadletter.SHARED_SPAN
     far = [3 * span, 3 * span + 5, 4 * span - 1]
     assert deadletter.unpack_indices(deadletter.pack_indices(far, 5 * span), 5 * span) == far

@@ -1,4 +1,4 @@
-"""Text: what is read of a record, what is rejected, and how words get ids."""
+"""Tests of text records: how they are read, when they are rejected, and how words get ids."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ rows = st.lists(st.lists(st.text("ab1", min_size=1, max_size=2), min_size=1, max
 
 
 def record(value: bytes, codec: str | None = None) -> Record:
-    """Return a record with a value, and a content type where a codec is named."""
+    """Return a record with a value, and a content type if a codec is given."""
     headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
 @given(story=st.lists(sentences, max_size=6), question=sentences, answer=st.text(min_size=1, max_size=9),
        codec=st.sampled_from(["json", "msgpack"]))  # fmt: skip
-def test_a_text_comes_back(story: list[str], question: str, answer: str, codec: str) -> None:
-    """The question comes first, then the newest sentences, the newest first; the answer is one label as it is."""
+def test_an_encoded_text_is_decoded(story: list[str], question: str, answer: str, codec: str) -> None:
+    """The question comes first, then the newest sentences, newest first; the answer is the label, unchanged."""
     value = encode_text(codec, {"story": story, "question": question}, answer)
     chunk = CODEC.decode(record(value, codec))
     assert (chunk.rejected, chunk.y) == ({}, [answer])
@@ -64,7 +64,7 @@ trees = st.recursive(
 @given(tree=st.fixed_dictionaries({}, optional=dict.fromkeys(("story", "question", "answer", "task", "x", "y"), trees)),
        codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
 def test_malformed_texts_never_raise(tree: dict[str, Any], codec: str) -> None:
-    """Well-formed MessagePack with any nonsense inside is one sample or one rejection, never an exception."""
+    """Valid MessagePack with any content gives one sample or one rejection, never an exception."""
     chunk = CODEC.decode(record(msgpack.packb(tree), codec))
     assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
     assert (len(chunk), chunk.x.shape) == (1, (1, 1 + SENTENCES, WORDS))
@@ -72,8 +72,8 @@ def test_malformed_texts_never_raise(tree: dict[str, Any], codec: str) -> None:
 
 
 @given(value=st.binary(max_size=100), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
-def test_noise_is_rejected_and_never_raises(value: bytes, codec: str | None) -> None:
-    """Whatever the bytes, the outcome is one rejected sample with a reason of the closed set."""
+def test_random_bytes_are_rejected_and_never_raise(value: bytes, codec: str | None) -> None:
+    """Any bytes give one rejected sample with a known reason."""
     assert CODEC.decode(record(value, codec)).rejected[0].reason in REJECT_REASONS
 
 
@@ -93,16 +93,16 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "reason", "message"), CASES)
-def test_reasons(change: dict[str, Any], reason: str, message: str) -> None:
-    """Each fault has its reason and one line that says what was expected."""
+def test_each_fault_has_its_reason(change: dict[str, Any], reason: str, message: str) -> None:
+    """An invalid text is rejected with the reason of its fault and a message that says what was expected."""
     bad = CODEC.decode(record(orjson.dumps({**GOOD, **change}))).rejected[0]
     assert bad.reason == reason
     with pytest.raises(type(bad), match=message):
         raise bad
 
 
-def test_what_is_old_or_empty_is_left_out() -> None:
-    """Only the newest sentences count, and those with a word in them: an old one that is too long does no harm."""
+def test_old_and_empty_sentences_are_left_out() -> None:
+    """Only the newest sentences that have a word are used: an old sentence that is too long rejects nothing."""
     story = ["a b c d e f g", "one", "...", "Two!", "three-3"]
     assert parse_text({"story": story, "question": "WHO?"}, SENTENCES, WORDS) == [
         ["who"],
@@ -114,8 +114,8 @@ def test_what_is_old_or_empty_is_left_out() -> None:
 
 
 @given(texts=st.lists(rows, max_size=6), size=st.integers(1, 8), cut=st.integers(0, 6))
-def test_ids_are_append_only(texts: list[list[list[str]]], size: int, cut: int) -> None:
-    """However often it is made anew from its words, a vocabulary gives every word the id of its first appearance."""
+def test_word_ids_never_change(texts: list[list[list[str]]], size: int, cut: int) -> None:
+    """A vocabulary that is restored from its words gives every word the same id as before."""
     words: list[str] = []
     whole = Vocabulary([], size)
     for text in texts:
@@ -135,8 +135,8 @@ def test_ids_are_append_only(texts: list[list[list[str]]], size: int, cut: int) 
             assert ids.tolist() == expected + [PADDING_ID] * (WORDS - len(row))
 
 
-def test_words_come_in_the_order_in_which_they_are_read() -> None:
-    """The story from its oldest sentence that counts, then the question; what is absurdly long is never kept."""
+def test_words_get_ids_in_reading_order() -> None:
+    """The story is read from its oldest sentence that is used, then the question; a word that is too long gets no id."""
     text = parse_text(
         {"story": ["Mary went.", "John " + "x" * (MAX_WORD_LENGTH + 1)], "question": "Where is Mary?"}, 3, 5
     )
@@ -149,14 +149,14 @@ def test_words_come_in_the_order_in_which_they_are_read() -> None:
 
 
 @given(one=rows, other=rows)
-def test_a_fingerprint_tells_texts_apart(one: list[list[str]], other: list[list[str]]) -> None:
-    """Equal bytes mean equal words in equal places."""
+def test_a_fingerprint_distinguishes_texts(one: list[list[str]], other: list[list[str]]) -> None:
+    """Fingerprints are equal if and only if the words and their places are equal."""
     assert (fingerprint(one).tobytes() == fingerprint(other).tobytes()) == (one == other)
 
 
 @given(story=st.lists(sentences, max_size=4), question=sentences, fraction=st.floats(0, 0.99))
-def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: str, fraction: float) -> None:
-    """A text's fate depends on its words alone: not on its codec, its case, or on what the vocabulary has met."""
+def test_hold_out_depends_only_on_the_words(story: list[str], question: str, fraction: float) -> None:
+    """The hold-out does not depend on the codec, on upper or lower case, or on the vocabulary."""
     hold_out, fates = HoldOut("value", fraction), set()
     for codec, tell in (("json", story), ("msgpack", [f"{sentence.upper()} ." for sentence in story])):
         chunk = CODEC.decode(record(encode_text(codec, {"story": tell, "question": question}, "a"), codec))
@@ -167,8 +167,8 @@ def test_hold_out_is_the_same_at_every_repetition(story: list[str], question: st
 
 
 def test_words_keep_their_marks() -> None:
-    """Vowel signs, accents and joiners belong to their word in every script; canonically equal texts are equal words."""
-    told = {
+    """Vowel signs, accents and joiners are part of their word in every script; canonically equal texts have equal words."""
+    expected = {
         "नमस्ते, दुनिया!": ["नमस्ते", "दुनिया"],
         "தமிழ் மொழி": ["தமிழ்", "மொழி"],
         "שָׁלוֹם עולם": ["שָׁלוֹם", "עולם"],
@@ -177,30 +177,30 @@ def test_words_keep_their_marks() -> None:
         "می\u200cخواهم\u200c ": ["می\u200cخواهم"],  # noqa: RUF001 - Persian, with a joiner that keeps letters apart
         "\u0301 a_b don't x\u00b2 \u0663": ["a", "b", "don", "t", "x\u00b2", "\u0663"],
     }
-    words = {text: split_words(text) for text in told}
-    assert words == {text: [unicodedata.normalize("NFC", word) for word in some] for text, some in told.items()}
+    words = {text: split_words(text) for text in expected}
+    assert words == {text: [unicodedata.normalize("NFC", word) for word in some] for text, some in expected.items()}
 
 
 @given(text=st.text())
 def test_equal_texts_have_equal_words(text: str) -> None:
-    """Composed or decomposed, a text has the same words, so that its hold-out is the same."""
+    """A text in composed and in decomposed form has the same words, so its hold-out is the same."""
     forms = [split_words(unicodedata.normalize(form, text)) for form in ("NFC", "NFD")]
     assert forms[0] == forms[1]
     assert all(unicodedata.is_normalized("NFC", word) for word in forms[0])
 
 
 @given(text=st.text(st.characters(max_codepoint=127)))
-def test_plain_text_has_the_words_of_version_1(text: str) -> None:
-    """What has no marks is read as it always was."""
+def test_ascii_text_has_the_words_of_version_1(text: str) -> None:
+    """Text without combining marks is split as in version 1."""
     assert split_words(text) == split_words(text, 1)
 
 
-def test_a_job_of_version_1_reads_as_it_began() -> None:
-    """Words that were cut at their marks stay so for a job that began with them: its hold-out may not change."""
+def test_a_job_of_version_1_keeps_its_word_splitting() -> None:
+    """A job that was started with version 1 still splits words at combining marks: its hold-out may not change."""
     assert split_words("नमस्ते Cafe\u0301", 1) == ["नमस", "त", "cafe"]
     old = Codec(CODEC.shape, "int32", "json", 1 << 16, CODEC.text, version=1)
-    told = {"story": ["Cafe\u0301"], "question": "who"}
-    value = encode_text("json", told, "me")
+    text = {"story": ["Cafe\u0301"], "question": "who"}
+    value = encode_text("json", text, "me")
     assert (old.decode(record(value)).text[0][1], CODEC.decode(record(value)).text[0][1]) == (["cafe"], ["caf\u00e9"])
     tree = Progress().to_json()
     assert Progress.from_json(tree, Positions()).codec_version == 2
