@@ -1,4 +1,4 @@
-"""What earlier versions saved is read by this one."""
+"""Checkpoints of earlier versions are still read."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 GOLDEN = sorted(make.HERE.glob("format-*/*"))
 
 
-def restored(tmp_path: Path, golden: Path) -> Job:
-    """Return the job that a golden checkpoint belongs to, restored from a copy of it."""
+def restored_job(tmp_path: Path, golden: Path) -> Job:
+    """Return the job of a golden checkpoint, restored from a copy of it."""
     shutil.copytree(golden, tmp_path / "state")
     path = tmp_path / "job.yaml"
     path.write_text(configfile.dump(make.settings(tmp_path, golden.name)))
@@ -39,20 +39,20 @@ def restored(tmp_path: Path, golden: Path) -> Job:
 
 
 def test_every_format_has_its_checkpoints() -> None:
-    """A new format is not released without some."""
+    """Every format up to the current one has golden checkpoints."""
     assert {path.parent.name for path in GOLDEN} == {f"format-{number}" for number in range(1, FORMAT + 1)}
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
-    """Every tensor, position and figure comes back as it was saved, and learning goes on."""
-    job = restored(tmp_path, golden)
+    """Every tensor, position and metric is restored as it was saved, and learning continues."""
+    job = restored_job(tmp_path, golden)
     assert job.checkpoint is not None
     files, _, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
     files[FILE] = state.from_bytes(FILE, job.matrix.table())
-    now_held = {f"{file}:{key}": tensor for file, content in files.items() for key, tensor in content.items()}
+    current = {f"{file}:{key}": tensor for file, content in files.items() for key, tensor in content.items()}
     saved = jobs.tensors(job.checkpoint)
-    assert {name for name, tensor in saved.items() if not torch.equal(tensor, now_held[name])} == set()
+    assert {name for name, tensor in saved.items() if not torch.equal(tensor, current[name])} == set()
     shown, now = job.checkpoint.read_json("status.json"), json.loads(json.dumps(job.status(None)))
     for key in ("samples", "labels", "matrix", "positions", "step", "average_accuracy", "unaccounted"):
         assert now[key] == shown[key]
@@ -68,11 +68,11 @@ def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     assert stats.applied == 2
 
 
-def test_a_parameter_of_a_later_version_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the version that wrote a checkpoint could not say is said in the log; what it could say must agree."""
+def test_a_parameter_added_later_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A parameter that the older version did not have is logged; all others must agree."""
     golden = next(path for path in GOLDEN if path.name == "stored")
     with caplog.at_level("WARNING"):
-        restored(tmp_path / "one", golden)
+        restored_job(tmp_path / "one", golden)
     assert (
         "was written by a version without the parameter epsilon of strategy.agem: it is 1e-07 from now on"
         in caplog.text
@@ -90,9 +90,9 @@ def test_a_parameter_of_a_later_version_is_accepted(tmp_path: Path, caplog: pyte
         Job.make(config, Store(config.state_dir), Metrics()).restore()
 
 
-def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """It is not broken, and to fall back behind it would lose what it holds: 78, and nothing moves."""
-    job = restored(tmp_path, GOLDEN[0])
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    """It may be valid, and using an older checkpoint would lose data: 78, and no file changes."""
+    job = restored_job(tmp_path, GOLDEN[0])
     assert job.checkpoint is not None
     file = job.checkpoint.path / MANIFEST
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": FORMAT + 1}))
@@ -101,14 +101,14 @@ def test_a_later_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     ) as caught:
         job.store.newest_valid()
     assert caught.value.code == 78
-    for name in ("latest", job.checkpoint.id):  # every command refuses it as the daemon does
+    for name in ("latest", job.checkpoint.id):  # every command refuses it, as the daemon does
         with pytest.raises(StreamlearnError, match="Install the later version"):
             job.store.find(name)
     assert job.checkpoint.path.is_dir()
 
 
 def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
-    """Positions of one source mean nothing in another: a removed section kafka ends with 78, with old checkpoints too."""
+    """Without its `kafka` section a job would use Kafka's positions for embedded topics: 78, also for old checkpoints."""
     golden = next(path for path in GOLDEN if path.name == "default")
     shutil.copytree(golden, tmp_path / "state")
     tree = {**make.settings(tmp_path, golden.name), "kafka": {"bootstrap_servers": "127.0.0.1:1"}}
@@ -117,14 +117,14 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
     config = configfile.load(path, RECIPES, {})
     with pytest.raises(
         StreamlearnError, match=r"stream\.source: the checkpoint has 'embedded', the configuration 'kafka'"
-    ) as told:
+    ) as caught:
         Job.make(config, Store(config.state_dir), Metrics()).restore()
-    assert told.value.code == 78
+    assert caught.value.code == 78
 
 
 def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
-    """The reader of a restored job reads as the version did that began it."""
-    job = restored(tmp_path, next(path for path in GOLDEN if path.name == "default"))
+    """A restored job reads samples with the codec version of the job that wrote the checkpoint."""
+    job = restored_job(tmp_path, next(path for path in GOLDEN if path.name == "default"))
     stream = make_stream_reader(job)
     assert stream.assembler.settings.codec.version == 1
     assert job.describe_model()["codec"] == 1

@@ -1,4 +1,4 @@
-"""Labels, topics and messages from outside on a terminal: neither markup nor escape sequences, and no forged lines."""
+"""Labels, topics and messages from outside cannot write markup, escape sequences or forged lines on a terminal."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHOWN = r"[/x][red]\x1b]0;pwned\x07\x1b[2J\u202e\nforged: line"
 CLI = Path(streamlearn.__file__).parent / "cli"
 
 
-def hostile(tmp_path: Path) -> dict[str, Any]:
-    """Return a status in which everything that comes from outside is hostile."""
+def hostile_status(tmp_path: Path) -> dict[str, Any]:
+    """Return a status in which every value from outside is hostile."""
     job, _ = made(tmp_path)
     counts = dict.fromkeys(("consumed", *OUTCOMES), 1)
     probe = {"size": 1, "accuracy": 0.5, "best": 0.5, "forgetting": 0.0}
@@ -41,19 +41,19 @@ def hostile(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def drawn(tree: dict[str, Any]) -> None:
-    """Draw a status as on a terminal."""
+def print_table(tree: dict[str, Any]) -> None:
+    """Print a status as a table, as on a terminal."""
     file = io.StringIO()
     Console(file=file, width=4000, force_terminal=True, color_system=None).print(render(tree))
     print(file.getvalue())
 
 
-@pytest.mark.parametrize("show", [drawn, print_plain])
-def test_a_status_shows_what_came_as_it_is(
+@pytest.mark.parametrize("show", [print_table, print_plain])
+def test_a_status_shows_hostile_text_literally(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A table and plain lines alike: `[/x]` is four letters, and an escape sequence is written out."""
-    show(hostile(tmp_path))
+    """In the table and in plain lines, `[/x]` is no markup, and control characters are escaped."""
+    show(hostile_status(tmp_path))
     shown = capsys.readouterr().out
     assert shown.count(SHOWN) >= 4
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
@@ -61,7 +61,7 @@ def test_a_status_shows_what_came_as_it_is(
 
 
 def test_lines_errors_and_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    """What commands print goes one way, errors another, the log of a terminal a third; a message has the lines it means."""
+    """Lines of commands, errors and log lines escape control characters; only an error may have several lines."""
     print_line(HOSTILE)
     print_error(f"streamlearn: a: {HOSTILE}")
     captured = capsys.readouterr()
@@ -72,8 +72,8 @@ def test_lines_errors_and_log_lines_are_escaped(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
-def test_no_command_writes_text_by_itself(path: Path) -> None:
-    """All text of commands goes through `say`, `print_json` and `print_error`, which escape it."""
+def test_commands_print_only_through_the_helpers(path: Path) -> None:
+    """All text of commands goes through `print_line`, `print_json` and `print_error`, which escape it."""
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     own = {"print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write"}
     assert path.stem == "common" or not own & set(calls)
