@@ -198,7 +198,7 @@ class SaslConfig(Section):
     @field_validator("token_url")
     @classmethod
     def _is_url(cls, value: str | None) -> str | None:
-        if value is not None and not (TOKEN_URL.fullmatch(value) and _has_possible_port(value)):
+        if value is not None and not (TOKEN_URL.fullmatch(value) and _has_valid_port(value)):
             raise PydanticCustomError(
                 "url", "expected https://HOST/PATH or http://HOST/PATH, without credentials in it"
             )
@@ -815,16 +815,16 @@ class Config(Section):
                 yield "scenario", f"scenario domain needs scenario.tasks: {why}"
             return
         topics = self.stream.topics
-        if spec.kind == "domain" and (bare := [name for name in topics or () if name not in spec.tasks]):
-            names = ", ".join(bare)
+        if spec.kind == "domain" and (undeclared := [name for name in topics or () if name not in spec.tasks]):
+            names = ", ".join(undeclared)
             why = f"scenario domain needs the classes of every topic; there are none for topic {names}"
             yield (
                 "scenario.tasks",
                 f"{why}; or leave scenario.tasks out and set classes to a list that all topics share",
             )
-        strange = [name for name in spec.tasks if topics is not None and name not in topics]
-        if spec.kind in {"task", "domain"} and strange:
-            yield "scenario.tasks", f"{', '.join(strange)}: not in stream.topics; accepted: {', '.join(topics or ())}"
+        unknown = [name for name in spec.tasks if topics is not None and name not in topics]
+        if spec.kind in {"task", "domain"} and unknown:
+            yield "scenario.tasks", f"{', '.join(unknown)}: not in stream.topics; accepted: {', '.join(topics or ())}"
 
     def _classes_are_declared(self) -> Violations:
         if isinstance(self.classes, list):
@@ -853,10 +853,7 @@ class Config(Section):
             text = "learner.augment needs images: input.shape [height, width] or [channels, height, width], not"
             yield "learner.augment", f"{text} {self.input.shape}"
         if self.learner.augment is not None and self.input.encoder is not None:
-            yield (
-                "learner.augment",
-                "learner.augment needs images, but with input.encoder the model sees features",
-            )
+            yield "learner.augment", "learner.augment needs images, but with input.encoder the model sees features"
 
     def _model_fits_input(self) -> Violations:
         name, text = self.model.name, isinstance(self.input, TextInputConfig)
@@ -892,41 +889,45 @@ class Config(Section):
     def warnings(self, recipes: Mapping[str, RecipeSchema]) -> list[str]:
         """Return warnings about values that are allowed but probably a mistake."""
         slots = {slot for name in self.strategy for slot in recipes[name].slots}
-        found = []
+        warnings = []
         if slots == {"penalty"} and self.scenario.kind == "class":
             names = " + ".join(self.strategy)
-            found.append(f"strategy {names}: importance alone does not protect class-incremental learning; add replay")
+            warnings.append(
+                f"strategy {names}: importance alone does not protect class-incremental learning; add replay"
+            )
         named = {label for labels in self.scenario.tasks.values() for label in labels}
         named |= set() if isinstance(self.classes, int) else set(self.classes)
         if both := sorted(repr(label) for label in named if label_of_other_type(label) in named):
-            found.append(f"classes {', '.join(both)}: a number and a string that look the same are two classes")
+            warnings.append(f"classes {', '.join(both)}: a number and a string that look the same are two classes")
         topics = self.stream.topics or ()
         if len(topics) == 1 and self.stream.task_end.next_topic and "naive" not in self.strategy:
-            found.append(
+            warnings.append(
                 f"strategy {' + '.join(self.strategy)}: protects nothing until a task has ended, and only a marker ends "
                 f"the only topic, {topics[0]}; set stream.task_end to records: N or idle: SECONDS"
             )
         integers = self.input.dtype.startswith(("int", "uint")) and isinstance(self.input, InputConfig)
         if integers and self.input.scale == 1 and self.strategy.get("generative", {}).get("likelihood") == "bernoulli":
-            found.append(
+            warnings.append(
                 f"input.scale is 1 for dtype {self.input.dtype}, but generative replays values from 0 to 1 (bernoulli); "
                 "set input.scale to the largest value; if some values are negative, also likelihood: gaussian"
             )
         accepted = ", ".join(MODEL_KEYS.get(self.model.name, ("options",)))
         # only a warning, because a job with an old checkpoint cannot remove the key
         ignored = f"is ignored: model {self.model.name} does not use it; it uses {accepted}"
-        found += [f"model.{key} {ignored}" for key in self.model.unused_keys()]
+        warnings += [f"model.{key} {ignored}" for key in self.model.unused_keys()]
         for name, parameters in self.strategy.items():
             if isinstance(budget := parameters.get("budget"), int) and budget < len(topics):
-                found.append(f"strategy.{name}.budget is {budget}: too few for a sample of each of {len(topics)} tasks")
+                warnings.append(
+                    f"strategy.{name}.budget is {budget}: too few for a sample of each of {len(topics)} tasks"
+                )
         if self.kafka is not None and self.kafka.security_protocol == "SASL_PLAINTEXT":
-            found.append("kafka.security_protocol SASL_PLAINTEXT: credentials are sent unencrypted")
+            warnings.append("kafka.security_protocol SASL_PLAINTEXT: credentials are sent unencrypted")
         if self.kafka is not None and not self.kafka.ssl_check_hostname:
-            found.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
+            warnings.append("kafka.ssl_check_hostname is off: any certificate of a trusted authority is accepted")
         url = self.kafka.sasl.token_url if self.kafka is not None and self.kafka.sasl is not None else None
         if url is not None and url.startswith("http:") and not LOOPBACK.fullmatch(url):
-            found.append("kafka.sasl.token_url is http: the client secret and the token are sent unencrypted")
-        return found
+            warnings.append("kafka.sasl.token_url is http: the client secret and the token are sent unencrypted")
+        return warnings
 
     def unreadable_secret(self) -> str | None:
         """Return why the secret cannot be read here, or None. The daemon may run on another machine, so this is no error."""
@@ -953,9 +954,8 @@ class Config(Section):
         tree = self.effective()
         keys = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy")
         chosen = {key: tree[key] for key in keys}
-        if (
-            encoder := tree["input"].get("encoder")
-        ) is not None:  # without its options: files may move, and the state contains its weights
+        if (encoder := tree["input"].get("encoder")) is not None:
+            # without its options: files may move, and the checkpoint contains the encoder's weights
             chosen["input"] = {**tree["input"], "encoder": encoder["name"]}
         chosen["stream.source"] = self.source  # positions in one source mean nothing in another one
         chosen["stream.codec"] = tree["stream"]["codec"]
@@ -965,6 +965,7 @@ class Config(Section):
 
 
 def _as_recipes(value: Any) -> dict[str, Any]:
+    """Return the parameters by recipe; a name, or a list of names, is the short form without parameters."""
     if isinstance(value, str):
         return {value: {}}
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
@@ -975,6 +976,7 @@ def _as_recipes(value: Any) -> dict[str, Any]:
 
 
 def _check_input(value: dict[str, Any]) -> InputConfig | TextInputConfig:
+    """Validate `input` as the section that `kind` names, so that errors concern that section alone."""
     kinds: dict[Any, type[InputConfig | TextInputConfig]] = {"numbers": InputConfig, "text": TextInputConfig}
     kind = value.get("kind", "numbers")
     if not isinstance(kind, str) or kind not in kinds:
@@ -1002,6 +1004,10 @@ def _to_init_error(details: ErrorDetails, model: type[BaseModel] | None = None) 
 def _check_recipes(
     chosen: dict[str, Any], recipes: Mapping[str, RecipeSchema], spec: InputConfig | TextInputConfig | None
 ) -> dict[str, dict[str, Any]]:
+    """Return all parameters of each chosen recipe, with defaults. Reports all errors at once.
+
+    `spec`: the input, on which some defaults depend; None if it is invalid.
+    """
     errors: list[InitErrorDetails] = []
     complete: dict[str, dict[str, Any]] = {}
     owner: dict[str, str] = {}
@@ -1030,7 +1036,7 @@ def _check_recipes(
     return complete
 
 
-def _has_possible_port(url: str) -> bool:
+def _has_valid_port(url: str) -> bool:
     try:
         return urlsplit(url).port != 0
     except ValueError:
@@ -1074,6 +1080,7 @@ def _value_at(section: Section, key: Sequence[str]) -> Any:
 
 
 def _redact(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with `***` in place of every password and secret; names of files stay."""
     return {
         key: _redact(value)
         if isinstance(value, dict)
@@ -1087,6 +1094,7 @@ def _redact(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the values of a tree with their dotted keys; an empty section counts as a value."""
     flat: list[tuple[str, Any]] = []
     for key, value in tree.items():
         if isinstance(value, dict) and value:

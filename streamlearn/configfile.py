@@ -24,19 +24,11 @@ ENV_PREFIX = "STREAMLEARN__"
 MISTYPED_PREFIX = "STREAMLEARN_"
 SECRET_WORDS = ("pass", "secret", "token", "key")  # a key that contains one of these may be a mistyped key of a secret
 PUBLIC_SASL_KEYS = {"mechanism", "username", "client_id", "scope"}  # not token_url: a URL may contain credentials
-SHORT_FORMS = {
-    "model": "name",
-    "scenario": "kind",
-    "encoder": "name",
-}  # a section that may be one word, and that word's key
-INNER = (
-    "list[",
-    "union[",
-    "function-",
-    "constrained-",
-    "literal[",
-)  # in pydantic's locations: types, which are no keys
-HINT = "; in YAML 1.1 yes, no, on and off mean true and false: write them in quotes"
+# sections that may be written as one word, and the key that the word is the value of
+SHORT_FORMS = {"model": "name", "scenario": "kind", "encoder": "name"}
+# pydantic's locations of errors contain names of types that begin with these; they are no keys
+TYPE_PREFIXES = ("list[", "union[", "function-", "constrained-", "literal[")
+BOOLEAN_HINT = "; in YAML 1.1 yes, no, on and off mean true and false: write them in quotes"
 SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("kafka", "ssl_password"))
 
 
@@ -170,7 +162,7 @@ def _describe(
     path: Path, details: ErrorDetails, lines: Mapping[tuple[str, ...], int], variables: Mapping[tuple[str, ...], str]
 ) -> str:
     """Return the message for a validation error. `variables`: the environment variable that set each overridden key."""
-    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(INNER))
+    key = tuple(str(part) for part in details["loc"] if not str(part).startswith(TYPE_PREFIXES))
     if key[-1:] in {("int",), ("str",)}:
         key = key[:-1]
     line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
@@ -181,11 +173,12 @@ def _describe(
         if details["type"] == "missing" or isinstance(details["input"], (dict, BaseModel))
         else f" is {_shown(key, details['input'])};"
     )
-    hint = HINT if isinstance(details["input"], bool) and key[:1] == ("classes",) else ""
+    hint = BOOLEAN_HINT if isinstance(details["input"], bool) and key[:1] == ("classes",) else ""
     return f"{where}: {'.'.join(key) or '(top level)'}:{value} {describe_accepted(details, section_at(Config, key[:-1]))}{hint}"
 
 
 def _shown(key: Sequence[str], value: Any) -> str:
+    """Return a value as error messages print it: cut if it is long, redacted if it may be a secret."""
     if _is_secret(key):
         return REDACTED
     shown = repr(value)
@@ -200,6 +193,7 @@ def _is_secret(key: Sequence[str]) -> bool:
 
 
 def _one_line(error: Exception) -> str:
+    """Return the message of a YAML error as one line."""
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
@@ -236,11 +230,13 @@ def _expand_short_form(key: str, value: Any) -> dict[str, Any]:
 
 
 def _secret_sources(key: tuple[str, ...]) -> str:
+    """Return where a secret may come from: its environment variable, and its key for a file if it has one."""
     name = ENV_PREFIX + "__".join(key).upper()
     return f"{name} in the environment" + ("" if key[-1].startswith("ssl") else f", or {key[-1]}_file")
 
 
 def _line_numbers(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Return the line of each key in the file."""
     lines = {}
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
@@ -263,6 +259,7 @@ def _repeated_keys(node: yaml.Node | None, key: tuple[str, ...] = ()) -> Iterato
 
 
 def _get(tree: Any, key: Sequence[str]) -> Any:
+    """Return the value at a key of a tree, or None."""
     for part in key:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree

@@ -290,17 +290,17 @@ class Metrics:
         totals = ("drawn", "evicted", "projected", "failed", "dead letters", "dead letter failures")
         self._baselines = dict.fromkeys(totals, 0)
         results = ("success", "failure")
-        folded = [name for name, (_, labels) in COUNTERS.items() if {"topic", "task"} & set(labels)]
-        closed: dict[str, Iterable[tuple[str, ...]]] = {
+        limited = [name for name, (_, labels) in COUNTERS.items() if {"topic", "task"} & set(labels)]
+        fixed_labels: dict[str, Iterable[tuple[str, ...]]] = {
             "checkpoints": product(results, SAVE_TRIGGERS),
             "dlq_records": product(results),
-            "metrics_labels_dropped": product(folded),
+            "metrics_labels_dropped": product(limited),
             "restarts": product(START_CAUSES),
             "samples_skipped": product(("nonfinite",)),
             "task_boundaries": product(TASK_END_SOURCES),
             "train_steps_skipped": product(("nonfinite", "nonfinite_generator")),
         }
-        for name, children in closed.items():
+        for name, children in fixed_labels.items():
             for labels in children:
                 self.count(name, 0, *labels)
 
@@ -321,10 +321,11 @@ class Metrics:
 
     def record_start(self, versions: Mapping[str, str], model: Mapping[str, str], started: float, cause: str) -> None:
         """Record what runs, when this process started, and how the previous one ended."""
-        Info(PREFIX + "build", "Versions of streamlearn and its libraries.", registry=self.registry).info(
-            dict(versions)
-        )
-        Info(PREFIX + "model", "Job, model, strategy and configuration.", registry=self.registry).info(dict(model))
+        for name, text, labels in (
+            ("build", "Versions of streamlearn and its libraries.", versions),
+            ("model", "Job, model, strategy and configuration.", model),
+        ):
+            Info(PREFIX + name, text, registry=self.registry).info(dict(labels))
         self.gauges.set("start_timestamp_seconds", started)
         self.count("restarts", 1, cause)
 
