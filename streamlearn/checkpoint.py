@@ -49,15 +49,9 @@ NAME = re.compile(r"ckpt-([0-9]{12})")
 FILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,120}\.(safetensors|json)")
 TAG = re.compile(r"(?!latest$|ckpt-|\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TAG_FILE = "tag-"  # a checkpoint with the tag NAME has an empty file tag-NAME
-OWN_KEYS = {
-    "format",
-    "id",
-    "parent",
-    "created",
-    "version",
-    "files",
-    "sha256",
-}  # keys of the manifest that `restore` does not copy
+OWN_KEYS = {"format", "id", "parent", "created", "version", "files", "sha256"}
+"""Keys of the manifest that `restore` does not copy, because every checkpoint has its own."""
+
 MAX_MANIFEST_BYTES = 16 << 20
 SPARE_BYTES = 16 << 20  # left free on the disk for other files of the daemon
 COPY_BYTES = 1 << 20  # size of a chunk when a file is copied

@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOCKETS_UNSUPPORTED = {
-    errno.EPERM,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-}  # errors of file systems without sockets: SMB, exFAT, many FUSE mounts
+SOCKETS_UNSUPPORTED = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+"""Errors of file systems without sockets: SMB, exFAT, many FUSE mounts."""
+
 MAX_SOCKET_PATH = 107  # bytes, on Linux
 TIMEOUT_SECONDS = 5  # to send a whole request; also for an idle connection
 ANSWER_SECONDS = 10  # for a client to read its answer
