@@ -1,4 +1,4 @@
-"""Every recipe, found by itself: what any strategy must do, whatever its mathematics."""
+"""What every recipe must do. The tests take the recipes from `RECIPES`, so a new recipe is tested without further code."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class Run:
 
 @pytest.mark.parametrize("chosen", [one for one in CHOICES if one not in SHAPES_THE_FIRST_TASK], ids=identify)
 def test_is_naive_until_the_first_task_ends(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """No strategy changes the model before there is a past to protect: bit-equal to naive."""
+    """Before the first task ends, there is nothing to protect, so every model is bit-equal to naive's."""
     run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}}, like=chosen)
     for one in (run, naive):
         one.begin()
@@ -170,7 +170,7 @@ def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -
 
 
 def test_resumes_bit_equal_with_distorted_images(tmp_path: Path) -> None:
-    """Random distortions draw from a stream that is state; probes and the accuracy before training see images as they are."""
+    """The generator of distortions is part of the state. Probes and the accuracy before training use undistorted images."""
     over: dict[str, Any] = {
         "input": {"shape": [4, 3]},
         "learner": {"updates_per_batch": 3, "augment": {"shift": 1, "rotate": 20, "zoom": 0.1}},
@@ -202,8 +202,8 @@ ENCODED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("chosen", ENCODED, ids=identify)
-def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """What an encoder makes is what every part sees; it never changes, and comes from the checkpoint, not from its function."""
+def test_resumes_bit_equal_with_an_encoder(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """Every slot gets the encoder's features. The encoder never changes; a restart loads it from the checkpoint."""
     made = {"name": "tests.support.models:encoder", "options": {"features": 7, "fresh": True}}
     one, other = (Run(tmp_path, chosen, input={"shape": [SIZE], "encoder": made}) for _ in range(2))
     assert one.learner.context.input_shape == (7,)
@@ -228,7 +228,7 @@ def test_resumes_bit_equal_behind_an_encoder(tmp_path: Path, chosen: dict[str, A
 
 @pytest.mark.parametrize("chosen", ENCODED, ids=identify)
 def test_samples_without_finite_features_are_left_out(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """They cost no other sample of the batch, are neither stored nor replayed, and count as answered wrongly in a probe."""
+    """Such a sample is neither learned nor stored nor replayed; the others of its batch are. In a probe it counts as wrong."""
     made = {"name": "tests.support.models:exponential"}
     one, other = (Run(tmp_path, chosen, input={"shape": [SIZE], "encoder": made}) for _ in range(2))
     for number in range(3):
@@ -262,14 +262,14 @@ REFUSED = {
         "normed",
         "drawing",
         "statistics",
-    },  # weights that tasks cannot share out, and statistics of batches
+    },  # shared or computed weights, and statistics of batches
 }
 
 
 @pytest.mark.parametrize("kind", list(awkward.MAKERS))
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_models_are_taken_as_they_are(tmp_path: Path, name: str, kind: str) -> None:
-    """A model of one's own learns with every recipe, resumes bit-equal and keeps its parts' modes; or is refused at once."""
+def test_unusual_models_learn_or_are_refused(tmp_path: Path, name: str, kind: str) -> None:
+    """A user's model learns with every recipe, resumes bit-equal and keeps its submodules' modes; or it is refused at once."""
     made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": kind}}}
     if kind in REFUSED.get(name, ()):
         with pytest.raises(StreamlearnError, match=rf"strategy\.{name}: ") as caught:
@@ -277,7 +277,7 @@ def test_models_are_taken_as_they_are(tmp_path: Path, name: str, kind: str) -> N
         assert caught.value.code == 78
         return
     one, other = (Run(tmp_path, {name: {}}, **made) for _ in range(2))
-    modes = [part.training for part in one.learner.strategy.network.module.modules()]
+    modes = [module.training for module in one.learner.strategy.network.module.modules()]
     one.through(1)
     one.begin()
     one.learn(range(2))
@@ -289,11 +289,11 @@ def test_models_are_taken_as_they_are(tmp_path: Path, name: str, kind: str) -> N
     assert all(bool(param.isfinite().all()) for param in one.learner.params)
     batch = one.batch(9)
     assert one.learner.evaluate(batch.x, batch.y, 1) == other.learner.evaluate(batch.x, batch.y, 1)
-    if name != "pnn":  # whose earlier columns no longer train
-        assert [part.training for part in one.learner.strategy.network.module.modules()] == modes
+    if name != "pnn":  # its earlier columns stay in evaluation mode
+        assert [module.training for module in one.learner.strategy.network.module.modules()] == modes
 
 
-ALONE: dict[str, dict[str, Any]] = {  # memories and references of one sample
+ONE_SAMPLE: dict[str, dict[str, Any]] = {  # settings with memories and references of one sample
     "er": {"budget": 1, "ratio": 0.1},
     "derpp": {"budget": 1, "ratio": 0.1},
     "gem": {"memory": 1},
@@ -308,11 +308,13 @@ ALONE: dict[str, dict[str, Any]] = {  # memories and references of one sample
 @pytest.mark.parametrize("kind", ["statistics", "spread", "drawing", "recurrent", "odd"])
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_batch_of_one_sample_is_learned(tmp_path: Path, name: str, kind: str) -> None:
-    """A single sample is learned by every recipe and model: as a batch, in a memory, as a reference, and in refinement."""
+    """Every recipe and model learns from a single sample: as a batch, in a memory, as a reference, and in the refinement."""
     if kind in REFUSED.get(name, ()):
-        return  # at the start: see the test before
+        return  # it is refused: see the test before
     run = Run(
-        tmp_path, {name: ALONE.get(name, {})}, model={"name": "tests.support.awkward:make", "options": {"kind": kind}}
+        tmp_path,
+        {name: ONE_SAMPLE.get(name, {})},
+        model={"name": "tests.support.awkward:make", "options": {"kind": kind}},
     )
     for sizes in ([BATCH, 1], [1], [1, 1, BATCH]):
         run.begin()
@@ -326,8 +328,8 @@ def test_a_batch_of_one_sample_is_learned(tmp_path: Path, name: str, kind: str) 
     assert all(bool(value.isfinite().all()) for value in run.learner.model.buffers())
 
 
-def test_layers_draw_what_the_seed_says(tmp_path: Path) -> None:
-    """Dropout, numpy and random follow the seed, at the start too, and whatever else the process draws is not disturbed."""
+def test_random_layers_follow_the_seed(tmp_path: Path) -> None:
+    """Draws of a model's layers, also from numpy and random, depend on the seed only, and do not change the process's draws."""
     for kind in ("drawing", "odd"):
         made = {"model": {"name": "tests.support.awkward:make", "options": {"kind": kind}}}
         digests = []
@@ -346,30 +348,30 @@ def test_layers_draw_what_the_seed_says(tmp_path: Path) -> None:
         assert digests[0] == digests[1]
 
 
-def test_no_part_gets_more_samples_than_it_asked_for(tmp_path: Path) -> None:
-    """A small memory stays small beside a large one, and the samples that it gets are no prefix of the stream."""
+def test_no_slot_gets_more_samples_than_it_needs(tmp_path: Path) -> None:
+    """Each slot gets the number of samples that it asked for, even if another slot needs more."""
     run = Run(tmp_path, {"er": {"budget": 24}, "gem": {"memory": 9}, "ewc": {"samples": 5}})
-    asked: dict[str, int] = {}
-    for name, part in run.learner.strategy.slots.items():
-        whole = part.end_task
+    received: dict[str, int] = {}
+    for name, slot in run.learner.strategy.slots.items():
+        original = slot.end_task
 
-        def seen(ended: EndedTask, name: str = name, whole: Callable[[EndedTask], None] = whole) -> None:
-            asked[name] = len(ended.y)
-            whole(ended)
+        def counted(ended: EndedTask, name: str = name, original: Callable[[EndedTask], None] = original) -> None:
+            received[name] = len(ended.y)
+            original(ended)
 
-        part.end_task = seen  # type: ignore[method-assign]
+        slot.end_task = counted  # type: ignore[method-assign]
     run.through(1)
-    assert asked == {"network": 0, "replay": 24, "penalty": 5, "constraint": 9}
+    assert received == {"network": 0, "replay": 24, "penalty": 5, "constraint": 9}
     assert run.learner.strategy.constraint.memory_usage()["samples"] == {0: 9}
 
 
-def test_a_balanced_memory_stays_balanced_beside_a_larger_part(tmp_path: Path) -> None:
-    """What a balanced part gets of a larger reservoir is of every class alike."""
+def test_a_balanced_memory_gets_balanced_samples(tmp_path: Path) -> None:
+    """A balanced memory gets equally many samples of each class, even if another slot needs a larger reservoir."""
     run = Run(tmp_path, {"er": {"budget": 6, "selection": "balanced"}, "ewc": {"samples": "all"}})
     run.begin()
     for number in range(12):
         batch = run.batch(number)
-        kept = (batch.y == 0) | (number == 0)  # the other class is there at the beginning alone
+        kept = (batch.y == 0) | (number == 0)  # only the first batch has the other class
         run.learner.learn(Batch(batch.x[kept], batch.y[kept], batch.task[kept]))
     run.end()
     memory = run.learner.strategy.replay.memory.samples_by_task[0]["y"]  # type: ignore[attr-defined]  # of episodic replay
@@ -377,7 +379,7 @@ def test_a_balanced_memory_stays_balanced_beside_a_larger_part(tmp_path: Path) -
 
 
 def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
-    """Where there is no average, probes see the live weights, before a restart and after it."""
+    """Without averaged weights, probes use the live weights, before a restart and after it."""
     plain = {"updates_per_batch": 3, "average": None, "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.1}}
     one, other = (Run(tmp_path, {"er": {}}, learner=plain) for _ in range(2))
     one.through(1)
@@ -392,7 +394,7 @@ def test_resumes_bit_equal_without_an_average(tmp_path: Path) -> None:
 
 @every_recipe
 def test_saving_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """A run with a hundred saves ends equal to a run with none."""
+    """A run that saves after every batch ends bit-equal to a run that never saves."""
     one, other = Run(tmp_path, chosen), Run(tmp_path, chosen)
     for run in (one, other):
         for _ in range(2):
@@ -407,7 +409,7 @@ def test_saving_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
 
 @every_recipe
 def test_evaluation_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """Probing draws no random number and moves no state."""
+    """Evaluation draws no random number and changes no state."""
     run = Run(tmp_path, chosen)
     run.through(2)
     before, batch = run.digest(), run.batch(9)
@@ -418,26 +420,28 @@ def test_evaluation_changes_nothing(tmp_path: Path, chosen: dict[str, Any]) -> N
 
 @every_recipe
 def test_a_gradient_that_is_not_finite_is_dropped(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """A poisoned batch counts as skipped and leaves every parameter, average and importance as it was."""
+    """A batch with NaN counts as skipped. Parameters, averages and optimizer stay as they were; importances stay finite."""
     run = Run(tmp_path, chosen)
     run.through(1)
     run.begin()
     run.learn(range(2))
     before = run.digest()
-    poisoned = run.batch(7)
-    poisoned.x[0, 0] = torch.nan
-    stats = run.learner.learn(poisoned)
+    broken = run.batch(7)
+    broken.x[0, 0] = torch.nan
+    stats = run.learner.learn(broken)
     assert (stats.applied, stats.outcome, stats.loss) == (0, "skipped", None)
-    moved = [name for name, value in run.digest().items() if value != before[name]]
-    assert [name for name in moved if name.startswith(("model", "live", "optimizer"))] == []
-    assert all(np.isfinite(np.frombuffer(run.digest()[name], np.float32)).all() for name in moved if "penalty" in name)
+    changed = [name for name, value in run.digest().items() if value != before[name]]
+    assert [name for name in changed if name.startswith(("model", "live", "optimizer"))] == []
+    assert all(
+        np.isfinite(np.frombuffer(run.digest()[name], np.float32)).all() for name in changed if "penalty" in name
+    )
 
 
 @every_recipe
-def test_probes_that_are_evaluated_together_give_what_each_gives_alone(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """Small probes of several tasks go through the network in one batch: the same answers, and the same loss but for rounding.
+def test_probes_evaluated_together_give_the_same_results(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """Small probes of several tasks share a batch. The accuracies are the same as alone, and the losses up to rounding.
 
-    A large probe keeps its batches, and its bits.
+    A large probe has batches of its own, so its loss is bit-equal.
     """
     run = Run(tmp_path, chosen)
     run.through(2)
@@ -456,7 +460,7 @@ def test_probes_that_are_evaluated_together_give_what_each_gives_alone(tmp_path:
 
 @pytest.mark.parametrize("chosen", [one for one in CHOICES if not FIXED_HEAD & set(one)], ids=identify)
 def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """With `grow_head` a new label past the outputs enlarges model, optimizer, average and parts, and resumes bit-equal."""
+    """With `grow_head`, a new label enlarges model, optimizer, average and slots, and the run still resumes bit-equal."""
     one = Run(tmp_path, chosen, classes=2, grow_head=True)
     one.through(2)
     assert one.learner.active_outputs.shape == (2, 4)
@@ -469,7 +473,7 @@ def test_the_head_grows(tmp_path: Path, chosen: dict[str, Any]) -> None:
 
 
 def test_a_head_that_cannot_grow_is_refused_at_the_start(tmp_path: Path) -> None:
-    """A model without a layer named `head` learns nothing before that is told."""
+    """With `grow_head`, a model without a layer named `head` is refused before anything is learned."""
     own = {"name": "tests.support.models:counting", "options": {"samples": 9}}
     Run(tmp_path, {"er": {}}, model=own, input={"shape": [5]}, grow_head=True)
     with pytest.raises(StreamlearnError, match="grow_head: the model needs a linear layer named head") as caught:
@@ -481,8 +485,8 @@ def test_a_head_that_cannot_grow_is_refused_at_the_start(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "over", [{"classes": 2, "grow_head": True}, {"scenario": {"kind": "class"}}], ids=["head", "class"]
 )
-def test_what_a_recipe_cannot_do_is_refused(tmp_path: Path, name: str, over: dict[str, Any]) -> None:
-    """An exception of this suite is an error of configuration, which names the recipe and what is accepted."""
+def test_unsupported_settings_of_a_recipe_are_refused(tmp_path: Path, name: str, over: dict[str, Any]) -> None:
+    """A setting that a recipe cannot support is a configuration error with the recipe's name and what is accepted."""
     with pytest.raises(StreamlearnError, match=rf"strategy\.{name}: .*accepted: "):
         Run(tmp_path, {name: {}}, **over)
 
@@ -490,7 +494,7 @@ def test_what_a_recipe_cannot_do_is_refused(tmp_path: Path, name: str, over: dic
 @every_recipe
 @pytest.mark.parametrize("kind", ["task", "domain"])
 def test_learns_in_every_scenario(tmp_path: Path, chosen: dict[str, Any], kind: str) -> None:
-    """Task- and domain-incremental learning reach far more than chance on the task just learned, however held back."""
+    """In scenarios task and domain, every recipe learns the second task to far more than chance."""
     quick = {"updates_per_batch": 20, "optimizer": {"lr": 0.5 if PROJECTING & set(chosen) else 0.01}}
     run = Run(tmp_path, chosen, scenario={"kind": kind, "tasks": TASKS}, learner=quick)
     for index in range(2):
@@ -507,7 +511,7 @@ def test_learns_in_every_scenario(tmp_path: Path, chosen: dict[str, Any], kind: 
 
 @pytest.mark.parametrize("chosen", [one for one in CHOICES if "naive" not in one], ids=identify)
 def test_every_method_changes_training(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """After two tasks the weights are not naive's: a method that does nothing is no method."""
+    """After two tasks, every recipe has other weights than naive. A recipe without any effect would fail here."""
     run, naive = Run(tmp_path, chosen), Run(tmp_path, {"naive": {}}, like=chosen)
     for one in (run, naive):
         one.through(2)
@@ -519,7 +523,7 @@ def test_every_method_changes_training(tmp_path: Path, chosen: dict[str, Any]) -
 
 @every_recipe
 def test_budgets_are_never_exceeded(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """What is stored stays under its budget in samples, and under `memory.max_bytes`, after every task."""
+    """After every task, the memories stay within their budgets of samples and within `memory.max_bytes`."""
     run = Run(tmp_path, chosen)
     for _ in range(3):
         run.through(1)
@@ -532,7 +536,7 @@ def test_budgets_are_never_exceeded(tmp_path: Path, chosen: dict[str, Any]) -> N
 
 @every_recipe
 def test_state_is_tensors_and_json(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """What is not a tensor survives JSON unchanged; nothing needs a pickle."""
+    """Everything in the state that is not a tensor can be written as JSON and read again unchanged."""
     run = Run(tmp_path, chosen)
     run.through(2)
     _, rest = run.saved()
@@ -543,10 +547,15 @@ def test_state_is_tensors_and_json(tmp_path: Path, chosen: dict[str, Any]) -> No
 @pytest.mark.parametrize("model", [{"hidden": [16]}, {"name": "resnet", "width": 4}], ids=["mlp", "resnet"])
 @pytest.mark.parametrize("name", ["pnn", "packnet"])
 def test_isolated_tasks_never_change(tmp_path: Path, name: str, model: dict[str, Any], kind: str) -> None:
-    """The logits of a finished task are bit-identical after later tasks, whatever momentum and weight decay would do."""
-    wild = {"optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.5}, "updates_per_batch": 3}
+    """The logits of an ended task are bit-equal after later tasks, despite momentum and weight decay."""
+    strong_decay = {"optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.5}, "updates_per_batch": 3}
     shape = [SIZE] if "hidden" in model else [SIZE, 1]
-    over = {"scenario": {"kind": kind, "tasks": TASKS}, "model": model, "input": {"shape": shape}, "learner": wild}
+    over = {
+        "scenario": {"kind": kind, "tasks": TASKS},
+        "model": model,
+        "input": {"shape": shape},
+        "learner": strong_decay,
+    }
     run = Run(tmp_path, {name: {}}, **over)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     for index in range(3):
@@ -562,10 +571,10 @@ def test_isolated_tasks_never_change(tmp_path: Path, name: str, model: dict[str,
             assert run.logits(probe, task).cpu().numpy().tobytes() == before.cpu().numpy().tobytes()
 
 
-def test_slots_default_to_nothing(tmp_path: Path) -> None:
-    """Naive is what remains when every slot holds its null object."""
+def test_naive_has_the_default_slots(tmp_path: Path) -> None:
+    """Naive's slots are the base classes, which do nothing."""
     strategy = Run(tmp_path, {"naive": {}}).learner.strategy
-    assert [type(part) for part in (strategy.replay, strategy.penalty, strategy.constraint)] == [
+    assert [type(slot) for slot in (strategy.replay, strategy.penalty, strategy.constraint)] == [
         Replay,
         Penalty,
         Constraint,
@@ -573,7 +582,7 @@ def test_slots_default_to_nothing(tmp_path: Path) -> None:
 
 
 def test_replay_protects_what_naive_forgets(tmp_path: Path) -> None:
-    """After three tasks naive has lost the first, and replay has kept it."""
+    """After three tasks naive has forgotten the first one, and replay has not."""
     accuracy = {}
     for name in ("naive", "er", "joint", "generative"):
         run = Run(tmp_path, {name: {}}, learner={"updates_per_batch": 20, "optimizer": {"lr": 0.01}})
@@ -589,8 +598,8 @@ def test_replay_protects_what_naive_forgets(tmp_path: Path) -> None:
 
 
 @every_recipe
-def test_a_task_without_a_usable_sample_harms_nothing(tmp_path: Path, chosen: dict[str, Any]) -> None:
-    """A first task that ends without one sample leaves a learner that learns the next."""
+def test_the_first_task_may_have_no_usable_sample(tmp_path: Path, chosen: dict[str, Any]) -> None:
+    """If the first task ends without a sample, the next task is learned."""
     run = Run(tmp_path, chosen)
     empty = Task(0, "a")
     run.tasks.append(empty)
@@ -603,21 +612,21 @@ def test_a_task_without_a_usable_sample_harms_nothing(tmp_path: Path, chosen: di
 
 @pytest.mark.parametrize("value", [1e20, 3e38])
 @every_recipe
-def test_a_sample_far_out_of_range_poisons_nothing(tmp_path: Path, chosen: dict[str, Any], value: float) -> None:
-    """One huge but finite sample never makes a weight that is not finite, in its task or after it."""
+def test_a_huge_sample_leaves_all_weights_finite(tmp_path: Path, chosen: dict[str, Any], value: float) -> None:
+    """One huge but finite sample never leads to a weight that is not finite, in its task or later."""
     run = Run(tmp_path, chosen)
     run.begin()
-    wild = run.batch(0)
-    wild.x[0, 0] = value
-    run.learner.learn(wild)
+    huge = run.batch(0)
+    huge.x[0, 0] = value
+    run.learner.learn(huge)
     run.learn(range(1, 4))
     run.end()
     run.through(1)
     assert all(bool(param.isfinite().all()) for param in run.learner.params)
 
 
-def test_outputs_are_the_same_however_many_come_together(tmp_path: Path) -> None:
-    """A head that grows by two at once has the weights of one that grew twice by one."""
+def test_new_outputs_do_not_depend_on_how_the_head_grew(tmp_path: Path) -> None:
+    """A head that grows by two outputs at once has the same weights as one that grows twice by one."""
     one, other = (Run(tmp_path, {"naive": {}}, classes=1, grow_head=True) for _ in range(2))
     for run, steps in ((one, [3]), (other, [2, 3])):
         for size in steps:

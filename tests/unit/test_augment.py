@@ -1,4 +1,4 @@
-"""Distortions of images against what they say they are."""
+"""Random affine distortions of images."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ CPU = torch.device("cpu")
 
 
 def distorted(x: torch.Tensor, **spec: float) -> torch.Tensor:
-    """Return images under a distortion."""
+    """Return distorted images, for the given bounds."""
     return RandomAffine(AugmentConfig(**spec), 0, CPU)(x)
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 8), (5, 6, 9), (5, 3, 6, 9)])
-def test_no_distortion_is_the_identity(shape: tuple[int, ...]) -> None:
-    """With every bound at 0 an image stays as it was."""
+def test_bounds_of_zero_change_nothing(shape: tuple[int, ...]) -> None:
+    """If every bound is 0, images stay as they are."""
     x = torch.rand(shape)
     torch.testing.assert_close(distorted(x), x)
 
 
-def test_a_shift_stays_within_its_pixels() -> None:
-    """A single bright pixel moves by at most `shift` in each direction, and its light is kept."""
+def test_a_shift_stays_within_its_bound() -> None:
+    """A single bright pixel moves by at most `shift` pixels in each direction, and keeps its brightness."""
     x = torch.zeros(500, 9, 13)
     x[:, 4, 6] = 1
     seen = distorted(x, shift=2)
@@ -36,10 +36,10 @@ def test_a_shift_stays_within_its_pixels() -> None:
         assert abs(float(moved.mean())) < 0.2
 
 
-def test_a_rotation_keeps_distances_in_an_image_that_is_not_square() -> None:
-    """A pixel turns around the centre: its distance from there stays, and its angle is within the bound."""
+def test_a_rotation_keeps_distances_in_a_non_square_image() -> None:
+    """A pixel rotates around the centre: its distance from the centre stays the same, and its angle is within the bound."""
     x = torch.zeros(400, 11, 21)
-    x[:, 5, 14] = 1  # four to the right of the centre
+    x[:, 5, 14] = 1  # four pixels to the right of the centre
     seen = distorted(x, rotate=30)
     mass = seen.sum((1, 2))
     down = (seen.sum(2) * torch.arange(11.0)).sum(1) / mass - 5
@@ -49,8 +49,8 @@ def test_a_rotation_keeps_distances_in_an_image_that_is_not_square() -> None:
     assert 27 < float(angle.max()) < 31
 
 
-def test_every_image_is_distorted_on_its_own_and_repeatably() -> None:
-    """Images of a batch differ, the next batch differs, and the same seed gives the same."""
+def test_images_get_different_repeatable_distortions() -> None:
+    """The distortions differ within a batch and between batches; the same seed gives the same distortions."""
     x = torch.rand(1, 8, 8).repeat(4, 1, 1)
     one, other = RandomAffine(AugmentConfig(zoom=0.3), 0, CPU), RandomAffine(AugmentConfig(zoom=0.3), 0, CPU)
     first = one(x)

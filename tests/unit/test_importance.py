@@ -1,4 +1,4 @@
-"""Importances against their definitions, computed the slow way."""
+"""Importances compared with their definitions, computed in a slow and simple way."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support import awkward
 
 
 def context(shape: tuple[int, ...]) -> BuildContext:
-    """Return a small context."""
+    """Return a build context for small networks."""
     return BuildContext(0, torch.device("cpu"), shape, 3, 1 << 20, lambda x: x, lambda _: nn.Identity())
 
 
 def ended_task(network: nn.Module, x: Tensor, y: Tensor) -> EndedTask:
-    """Return a task's end, in which the last output does not compete."""
-    allowed = torch.tensor([[True, True, False]])
-    return EndedTask(0, x, y, list(network.parameters()), network, allowed, [[0, 1]], torch.Generator().manual_seed(0))
+    """Return an ended task in which the last output is not active."""
+    active = torch.tensor([[True, True, False]])
+    return EndedTask(0, x, y, list(network.parameters()), network, active, [[0, 1]], torch.Generator().manual_seed(0))
 
 
 def slow_fisher(network: nn.Module, x: Tensor, y: Tensor, *, exact: bool) -> list[Tensor]:
@@ -52,8 +52,10 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("build", "shape"), NETWORKS)
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
-def test_fisher_is_the_mean_of_per_sample_squares(build: type[nn.Module], shape: tuple[int, ...], kind: str) -> None:
-    """The Fisher diagonal squares each sample's gradient, never the batch's mean."""
+def test_fisher_is_the_mean_of_squared_gradients_of_samples(
+    build: type[nn.Module], shape: tuple[int, ...], kind: str
+) -> None:
+    """The Fisher diagonal is the mean of each sample's squared gradient, not the square of the mean gradient."""
     torch.manual_seed(0)
     network, x, y = build(), torch.randn(9, *shape), torch.randint(0, 2, (9,))
     actual = FisherImportance(context(shape), kind=kind, samples=9).compute(ended_task(network, x, y))
@@ -62,8 +64,8 @@ def test_fisher_is_the_mean_of_per_sample_squares(build: type[nn.Module], shape:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-def test_sampled_fisher_tends_to_the_exact() -> None:
-    """One label drawn for each of many samples comes near the expectation over labels."""
+def test_sampled_fisher_approximates_exact_fisher() -> None:
+    """With one drawn label for each of many samples, the result is close to the expectation over all labels."""
     torch.manual_seed(0)
     network, x, y = MLP([5], 3, [6]), torch.randn(20_000, 5), torch.zeros(20_000, dtype=torch.int64)
     exact, sampled = (
@@ -73,8 +75,8 @@ def test_sampled_fisher_tends_to_the_exact() -> None:
     assert float((exact - sampled).norm() / exact.norm()) < 0.05
 
 
-def test_fisher_leaves_the_network_as_it_was() -> None:
-    """No gradient, hook or mode is left behind."""
+def test_fisher_does_not_change_the_network() -> None:
+    """Computing the Fisher information leaves no gradient and no hook, and restores the mode."""
     network = MLP([5], 3, [6])
     FisherImportance(context((5,)), kind="exact", samples=1).compute(
         ended_task(network, torch.randn(4, 5), torch.zeros(4, dtype=torch.int64))
@@ -84,19 +86,19 @@ def test_fisher_leaves_the_network_as_it_was() -> None:
     assert all(not module._forward_hooks for module in network.modules())
 
 
-def test_path_integral_is_the_loss_that_a_step_saved() -> None:
-    """On a quadratic with small steps, the path integrals of all parameters add up to the drop of the loss."""
+def test_path_integral_is_the_decrease_of_the_loss() -> None:
+    """For a quadratic loss and small steps, the sum of all path integrals is the decrease of the loss."""
     param = torch.tensor([3.0, -2.0])
     scale = torch.tensor([1.0, 4.0])
     importance = PathIntegral(context((1,)), xi=0.1)
     importance.begin_task([param])
-    begun, finite = float((scale * param.square()).sum() / 2), torch.tensor(data=True)
+    first_loss, finite = float((scale * param.square()).sum() / 2), torch.tensor(data=True)
     for _ in range(20_000):
         gradient = scale * param
         importance.see_gradient([gradient])
         param -= 1e-3 * gradient
         importance.after_step([param], finite)
-    assert float(importance.path[0].sum()) == pytest.approx(begun, rel=0.01)
+    assert float(importance.path[0].sum()) == pytest.approx(first_loss, rel=0.01)
     network = nn.Linear(1, 1)
     end = EndedTask(0, torch.empty(0), torch.empty(0), [param], network, torch.empty(0), [], torch.Generator())
     moved = torch.tensor([3.0, -2.0]) - param
@@ -104,8 +106,8 @@ def test_path_integral_is_the_loss_that_a_step_saved() -> None:
 
 
 @pytest.mark.parametrize("anchor", ["all", "last"])
-def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
-    """The closed form equals autograd on strength/2 * sum of parabolas, one a task or re-centred on the last."""
+def test_added_gradient_is_that_of_the_penalty(anchor: str) -> None:
+    """The closed form equals autograd on the sum of one parabola for each task, around its own or the last parameters."""
     torch.manual_seed(0)
     penalty = ImportancePenalty(
         context((5,)),
@@ -138,8 +140,8 @@ def test_pull_is_the_gradient_of_the_penalty(anchor: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_proximal_step_is_stable_where_the_explicit_one_is_not() -> None:
-    """However large the strength, the implicit step ends between the parameter and its anchor."""
+def test_proximal_step_is_stable_at_any_strength() -> None:
+    """Even at a huge strength, the step ends between the parameter and its anchor."""
     penalty = ImportancePenalty(
         context((1,)), PathIntegral(context((1,)), xi=0.1), 1e12, anchor="last", decay=1.0, proximal=True
     )
@@ -159,8 +161,10 @@ def slow_sensitivity(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("build", "shape"), NETWORKS)
-def test_sensitivity_is_the_mean_of_per_sample_magnitudes(build: type[nn.Module], shape: tuple[int, ...]) -> None:
-    """MAS takes each sample's magnitude before the mean, so that samples cannot cancel, and only of the task's outputs."""
+def test_sensitivity_is_the_mean_of_gradient_magnitudes_of_samples(
+    build: type[nn.Module], shape: tuple[int, ...]
+) -> None:
+    """MAS takes each sample's magnitude before the mean, and uses only the task's active outputs."""
     torch.manual_seed(0)
     network, x = build(), torch.randn(9, *shape)
     end = ended_task(network, x, torch.zeros(9, dtype=torch.int64))
@@ -188,7 +192,7 @@ class Positions(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer that is used twice, for which no closed form holds."""
+    """A model that uses a layer twice, so that the closed form does not hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,8 +213,8 @@ OWN = [
 
 @pytest.mark.parametrize(("build", "shape"), [(Positions, (2, 6, 6)), (Shared, (5,)), (nn.Identity, (3,)), *OWN])
 @pytest.mark.parametrize("power", [1, 2])
-def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, ...], power: int) -> None:
-    """Closed forms, and where there is none one gradient a sample, equal a loop over samples."""
+def test_gradient_moments_equal_those_of_a_loop(build: type[nn.Module], shape: tuple[int, ...], power: int) -> None:
+    """The gradient moments, in closed form or from single samples, equal those of a loop over samples."""
     torch.manual_seed(0)
     network = nn.Sequential(build(), nn.Linear(3, 3)).eval()
     x, y, weight = torch.randn(7, *shape), torch.randint(0, 3, (7,)), torch.rand(7)
@@ -229,8 +233,8 @@ def test_moments_are_those_of_a_loop(build: type[nn.Module], shape: tuple[int, .
         torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-6)
 
 
-def test_riemannian_walk_is_its_definition() -> None:
-    """Moving Fisher, scores of whole intervals, and their normalised sum equal a plain loop over the equations."""
+def test_riemannian_walk_follows_its_equations() -> None:
+    """The importance equals a plain loop over the equations, with a last interval that is not complete."""
     torch.manual_seed(0)
     keep, interval, size = 0.8, 3, 6
     importance = RiemannianWalk(context((1,)), keep=keep, interval=interval)
@@ -256,8 +260,8 @@ def test_riemannian_walk_is_its_definition() -> None:
         torch.testing.assert_close(importance.compute(end)[0], fisher / fisher.max() + past)
 
 
-def test_l2_pulls_every_parameter_alike() -> None:
-    """Plain L2 is a penalty whose importance is one, however many tasks there were, around the newest weights."""
+def test_l2_has_the_same_importance_for_every_parameter() -> None:
+    """After any number of tasks, the importance is 1 and the anchor is the parameters after the last task."""
     penalty = ImportancePenalty(context((5,)), UniformImportance(), 3.0, anchor="last", decay=0.0, proximal=False)
     for _ in range(3):
         network = MLP([5], 3, [6])

@@ -1,4 +1,4 @@
-"""Networks that isolate tasks: PackNet's ownership and progressive networks' columns."""
+"""Networks that isolate tasks: PackNet and progressive networks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 10**9
 
 
 def context(build: Any = None, shape: tuple[int, ...] = (6,), tasks: tuple[str, ...] = ()) -> BuildContext:
-    """Return a context of small networks with four outputs."""
+    """Return a build context for small networks with four outputs."""
 
     def built(num_outputs: int, offset: int = 0) -> nn.Module:
         torch.manual_seed(offset)
@@ -31,16 +31,16 @@ def context(build: Any = None, shape: tuple[int, ...] = (6,), tasks: tuple[str, 
 
 
 def ended_task(network: PackedNetwork, task: int, samples: int = 5) -> EndedTask:
-    """Return the end of a task with two outputs of its own."""
-    allowed = torch.zeros(task + 1, 4, dtype=torch.bool)
-    allowed[task, 2 * (task % 2) : 2 * (task % 2) + 2] = True
+    """Return an ended task with two outputs of its own."""
+    active = torch.zeros(task + 1, 4, dtype=torch.bool)
+    active[task, 2 * (task % 2) : 2 * (task % 2) + 2] = True
     x, y = torch.randn(samples, 6), torch.zeros(samples, dtype=torch.int64)
     params = list(network.module.parameters())
-    return EndedTask(task, x, y, params, network.module, allowed, [], torch.Generator())
+    return EndedTask(task, x, y, params, network.module, active, [], torch.Generator())
 
 
-def test_packnet_keeps_the_largest_of_what_is_free() -> None:
-    """Of each layer's free weights the smallest are zeroed and stay free; the rest belongs to the task."""
+def test_packnet_keeps_the_largest_free_weights() -> None:
+    """In each layer the smallest free weights are set to zero and stay free; the task owns the others."""
     network = PackedNetwork(context(), prune=0.75, samples=9)
     first = dict(network.module.named_parameters())["net.body.0.weight"].detach().clone()
     network.begin_task(0, [])
@@ -57,8 +57,8 @@ def test_packnet_keeps_the_largest_of_what_is_free() -> None:
     assert (owner[~kept] == FREE).all()
 
 
-def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
-    """Weights of outputs that a task never uses are not claimed by it."""
+def test_packnet_leaves_head_rows_of_other_outputs_free() -> None:
+    """A task does not own head weights of outputs that are not its own."""
     network = PackedNetwork(context(), prune=0.5, samples=9)
     network.begin_refinement(ended_task(network, 0))
     owned = (network.module.owners("net.head.weight") == 0).sum(1).tolist()
@@ -66,8 +66,8 @@ def test_packnet_leaves_the_rows_of_other_outputs_free() -> None:
     assert owned[2:] == [0, 0]
 
 
-def test_packnet_knows_the_head_by_its_whole_name() -> None:
-    """A layer whose name merely ends like the head's is shared out whole."""
+def test_packnet_finds_the_head_by_its_whole_name() -> None:
+    """In a layer whose name only ends with `head`, a task can own weights of every row."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(value_head=nn.Linear(6, 6), head=nn.Linear(6, 4))
     network = PackedNetwork(context(lambda: nn.Sequential(layers)), prune=0.5, samples=9)
     network.begin_refinement(ended_task(network, 0, samples=9))
@@ -75,8 +75,8 @@ def test_packnet_knows_the_head_by_its_whole_name() -> None:
     assert shares == {"net.value_head.weight": 18, "net.head.weight": 6}
 
 
-def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:
-    """Capacity left is a figure, and running out an error that names the layer."""
+def test_packnet_reports_free_weights_and_raises_without_any() -> None:
+    """The share of free weights is a metric. When no weight is free, the error names the layer."""
     network = PackedNetwork(context(), prune=0.5, samples=9)
     left = []
     for task in range(2):
@@ -90,13 +90,13 @@ def test_packnet_says_what_is_left_and_ends_when_nothing_is() -> None:
         network.begin_task(2, [])
 
 
-def test_a_task_without_samples_claims_nothing() -> None:
-    """A task that ended before a usable sample came leaves all weights free, and biases to the next."""
+def test_a_task_without_samples_owns_nothing() -> None:
+    """After a task without a usable sample, all weights are free, and the next task trains the biases."""
     network = PackedNetwork(context(), prune=0.5, samples=9)
     network.begin_refinement(ended_task(network, 0, samples=0))
     assert network.metrics()["free_ratio"] == 1
     network.begin_task(1, [])
-    assert all(bool(learns.all()) for learns in network.trainable_entries().values())
+    assert all(bool(mask.all()) for mask in network.trainable_entries().values())
 
 
 class Averaging(nn.Module):
@@ -119,15 +119,15 @@ class Averaging(nn.Module):
         (Averaging, "keeps statistics of batches"),
     ],
 )
-def test_packnet_refuses_what_it_cannot_mask(build: Any, message: str) -> None:
-    """A model without a layer that can be masked is refused when it is built."""
+def test_packnet_refuses_unsupported_models(build: Any, message: str) -> None:
+    """A model without a layer that can be masked, or with batch statistics, is refused when it is built."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         PackedNetwork(context(build), prune=0.5, samples=9)
     assert caught.value.code == 78
 
 
-def test_a_column_is_its_equation() -> None:
-    """Layer i of column 1 is W h + scale * U h', h' the input of the same layer in column 0; the first has no lateral."""
+def test_a_column_follows_its_equation() -> None:
+    """Layer i of column 1 is W h + scale * U h', where h' is that layer's input in column 0; the first has no such term."""
     network = ProgressiveNetwork(context(), max_parameters=LIMIT)
     network.begin_task(1, [])
     first: Any
@@ -147,8 +147,8 @@ def test_a_column_is_its_equation() -> None:
 
 
 @pytest.mark.parametrize("build", [None, lambda: ResNet([8, 8], 4, 4)], ids=["mlp", "resnet"])
-def test_columns_count_as_announced(build: Any) -> None:
-    """The limit is compared with the very number of parameters that the columns then have."""
+def test_parameter_limit_counts_all_columns(build: Any) -> None:
+    """`max_parameters` is compared with exactly the number of parameters that the columns will have."""
     shape = (6,) if build is None else (8, 8)
     network = ProgressiveNetwork(context(build, shape), max_parameters=LIMIT)
     network.begin_task(2, [])
@@ -162,8 +162,8 @@ def test_columns_count_as_announced(build: Any) -> None:
         ProgressiveNetwork(context(build, shape, ("a", "b", "c")), max_parameters=count - 1)
 
 
-def test_only_the_newest_column_learns() -> None:
-    """Earlier columns are frozen and stay in evaluation mode, whatever mode the network is put into."""
+def test_only_the_newest_column_is_trained() -> None:
+    """Earlier columns are frozen and stay in evaluation mode when the network is put into training mode."""
     network = ProgressiveNetwork(context(), max_parameters=LIMIT)
     network.begin_task(1, [])
     assert all(name.startswith("columns.1.") for name in network.trainable_parameters())
@@ -171,7 +171,7 @@ def test_only_the_newest_column_learns() -> None:
 
 
 def test_a_layer_that_is_used_twice_is_refused() -> None:
-    """Lateral connections are defined for layers that are used once."""
+    """Lateral connections are defined only for layers that are used once."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Replay without a stream: shares of the loss, targets, and what generators are made of, against their definitions."""
+"""Replay without a stream: shares of the loss, targets and generators, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU, YES = torch.device("cpu"), torch.tensor(data=True)
 
 
 def build(num_outputs: int, offset: int = 0) -> nn.Module:
-    """Return a small network, the same for the same offset."""
+    """Return a small network whose weights depend on the offset only."""
     torch.manual_seed(offset)
     return MLP([5], num_outputs, [6])
 
@@ -35,17 +35,17 @@ def build(num_outputs: int, offset: int = 0) -> nn.Module:
 CONTEXT = BuildContext(0, CPU, (5,), 4, 1 << 20, lambda x: x, build, 8)
 
 
-def ended_task(task: int, solver: nn.Module) -> EndedTask:
-    """Return the end of a task in which the outputs up to its own two have been met."""
-    allowed = torch.zeros(task + 1, 4, dtype=torch.bool)
-    allowed[:, : 2 * task + 2] = True
+def ended_task(task: int, model: nn.Module) -> EndedTask:
+    """Return an ended task with two outputs of its own, after tasks with two outputs each."""
+    active = torch.zeros(task + 1, 4, dtype=torch.bool)
+    active[:, : 2 * task + 2] = True
     x, y = torch.randn(8, 5), torch.arange(8) % 2 + 2 * task
     outputs = [[2 * t, 2 * t + 1] for t in range(task + 1)]
-    return EndedTask(task, x, y, list(solver.parameters()), solver, allowed, outputs, torch.Generator())
+    return EndedTask(task, x, y, list(model.parameters()), model, active, outputs, torch.Generator())
 
 
-def test_shares_by_tasks_and_by_counts() -> None:
-    """By tasks the past has 1 - 1/k; by counts what it had of the samples, a new task counting as an average one at first."""
+def test_replay_share_by_tasks_and_by_counts() -> None:
+    """By tasks: 1 - 1/k. By counts: the past tasks' share of the samples; a new task counts as an average task."""
     by_tasks, by_counts = ReplayShare("tasks"), ReplayShare("counts")
     seen = []
     for shares in (by_tasks, by_counts):
@@ -59,8 +59,8 @@ def test_shares_by_tasks_and_by_counts() -> None:
     assert seen == [[0, 1 / 2, 2 / 3, 2 / 3], [0, 1 / 2, 120 / 180, 120 / 360]]
 
 
-def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
-    """A generator of values from 0 to 1 says so where others come, one of any values where they are large; with what helps."""
+def test_unsuitable_values_are_logged_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    """A bernoulli generator warns of values outside 0 to 1, a gaussian one of large values. Both say what to do."""
     small = torch.tensor([[0.0, 0.5, 3.25, -1.5, 1.0]])
     for likelihood, size in (("bernoulli", 1), ("gaussian", 1), ("gaussian", 100)):
         batch = Batch(size * small, torch.zeros(1, dtype=torch.int64), torch.zeros(1))
@@ -73,16 +73,18 @@ def test_values_that_are_cut_are_told_once_a_task(caplog: pytest.LogCaptureFixtu
             for _ in range(3):
                 replay.sample(batch)
     messages = [record.getMessage() for record in caplog.records]
-    cut, large = messages[:2], messages[2:]
-    assert cut[0].startswith("strategy.generative: values from -1.5 to 3.25 are clipped to 0..1 in replayed samples")
-    assert "set input.scale so that they are from 0 to 1" in cut[0]
+    clipped, large = messages[:2], messages[2:]
+    assert clipped[0].startswith(
+        "strategy.generative: values from -1.5 to 3.25 are clipped to 0..1 in replayed samples"
+    )
+    assert "set input.scale so that they are from 0 to 1" in clipped[0]
     assert large[0].startswith("strategy.generative: values from -150 to 325 are too large")
     assert "input.encoder that standardises them" in large[0]
-    assert (cut[1:], large[1:]) == (cut[:1], large[:1])
+    assert (clipped[1:], large[1:]) == (clipped[:1], large[:1])
 
 
-def test_log_variances_are_bounded_and_pulled_back() -> None:
-    """Within the bounds nothing changes; beyond them the value is the bound, and the divergence still has its gradient."""
+def test_log_variances_are_bounded() -> None:
+    """Values within the bounds stay as they are. Beyond them the value is the bound, but the divergence keeps its gradient."""
     inside = torch.linspace(-19.9, 3.9, 50)
     assert torch.equal(bounded(inside), inside)
     raw = torch.tensor([1e3, 1e12, -1e6], requires_grad=True)
@@ -95,8 +97,8 @@ def test_log_variances_are_bounded_and_pulled_back() -> None:
 
 @pytest.mark.usefixtures("daemon_mode")
 @pytest.mark.parametrize("variant", ["conditional", "vae"])
-def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
-    """Columns of several hundred, as tables have them: what is generated is of the size of what is real."""
+def test_a_generator_of_large_values_does_not_explode(variant: str) -> None:
+    """For columns with values of several hundred, as in tables, generated values are about as large as the real ones."""
     spec = GeneratorSpec(
         conditional=variant == "conditional", hidden=128, latent=20, lr=1e-3, likelihood="gaussian", average=0.998,
         moments=variant == "conditional",
@@ -120,28 +122,28 @@ def test_a_generator_of_raw_values_does_not_explode(variant: str) -> None:
     assert scholar.generator.generate(z, labels).std(0).max() < 3 * x.std(0).max()
 
 
-def test_dropped_updates_of_a_generator_are_counted_and_told_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
-    """Those that were dropped with the solver's do not count again."""
+def test_dropped_generator_updates_are_counted_and_logged_once_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    """Updates that were dropped because the model's step was dropped do not count."""
     spec = GeneratorSpec(
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
     )
     replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
     batch = Batch(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), torch.zeros(3)).with_replay(None, 0.0)
-    lost = Batch(1e30 * batch.x, batch.y, batch.task, batch.weight)
+    huge = Batch(1e30 * batch.x, batch.y, batch.task, batch.weight)
     for task in range(2):
         replay.begin_task(task, [])
-        for some, finite in ((batch, True), (lost, True), (lost, True), (lost, False)):
+        for some, finite in ((batch, True), (huge, True), (huge, True), (huge, False)):
             replay.after_step(some, torch.tensor(data=finite))
         assert (replay.pop_dropped_updates(), replay.pop_dropped_updates()) == (2, 0)
-        replay.after_step(lost, YES)
+        replay.after_step(huge, YES)
         assert replay.pop_dropped_updates() == 1
     assert [record.getMessage().split(";")[0] for record in caplog.records] == [
         "an update of the generator was not finite and was dropped"
     ] * 2
 
 
-def test_max_norm_bounds_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it bounds the solver's."""
+def test_max_norm_clips_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`max_norm` clips the generator's gradient, as it does the model's."""
     context = replace(CONTEXT, max_norm=0.5)
     spec = GeneratorSpec(
         conditional=True, hidden=4, latent=2, lr=0.1, likelihood="gaussian", average=None, moments=False
@@ -160,24 +162,24 @@ def test_max_norm_bounds_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyP
     assert norms[1] == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_past_without_samples_has_its_share_by_tasks() -> None:
-    """A first task without a sample leaves nothing to divide by."""
+def test_replay_share_of_tasks_without_samples() -> None:
+    """If the past tasks had no samples, the share by counts is the share by tasks."""
     shares = ReplayShare("counts")
     shares.end_task(0)
     assert shares.value == 1 / 2
 
 
-def test_a_class_that_came_in_several_tasks_is_replayed_as_often_as_any_other() -> None:
-    """Drawn by task and output it would come once for each task; where every class has as many, one draw does."""
-    solver = build(4)
-    allowed = torch.ones(3, 4, dtype=torch.bool)
+def test_every_class_is_replayed_equally_often() -> None:
+    """A class that came in several tasks is replayed as often as any other class, and each of its tasks equally often."""
+    model = build(4)
+    active = torch.ones(3, 4, dtype=torch.bool)
     classes = [{0: "cat", 1: "dog"}, {0: "cat", 2: "cow"}, {0: "cat", 3: "hen"}]
     spec = GeneratorSpec(
         conditional=True, hidden=8, latent=3, lr=1e-3, likelihood="gaussian", average=None, moments=False
     )
     replay = GenerativeReplay(CONTEXT, spec, ReplayTargets(soft=True, temperature=2.0, ratio=2.0, balance="tasks"))
     end = EndedTask(
-        2, torch.empty(0), torch.empty(0), list(solver.parameters()), solver, allowed,
+        2, torch.empty(0), torch.empty(0), list(model.parameters()), model, active,
         [list(row) for row in classes], torch.Generator(), classes,
     )  # fmt: skip
     replay.end_task(end)
@@ -190,41 +192,41 @@ def test_a_class_that_came_in_several_tasks_is_replayed_as_often_as_any_other() 
         assert (torch.bincount(drawn[drawn[:, 1] == 0, 0]) / 40_000 - 0.25 / 3).abs().max() < 0.01
 
 
-def test_distillation_is_the_old_softmax_on_new_samples() -> None:
-    """LwF: the current inputs, with the old solver's distribution at T over the outputs of its time; 1 - 1/k of the loss."""
-    part, solver = LearningWithoutForgetting(CONTEXT, temperature=2.0, balance="tasks"), build(4)
+def test_lwf_targets_are_the_softmax_of_the_old_model() -> None:
+    """LwF replays the current inputs with the teacher's softmax at T over its outputs; they have 1 - 1/k of the loss."""
+    replay, model = LearningWithoutForgetting(CONTEXT, temperature=2.0, balance="tasks"), build(4)
     batch = Batch(torch.randn(3, 5), torch.tensor([2, 3, 2]), torch.ones(3, dtype=torch.int64))
-    assert part.sample(batch) is None
-    part.end_task(ended_task(0, solver))
+    assert replay.sample(batch) is None
+    replay.end_task(ended_task(0, model))
     with torch.no_grad():
-        expected = torch.softmax(solver(batch.x)[:, :2] / 2, 1)
-        for param in solver.parameters():
-            param.add_(1.0)  # the teacher stays what it was
-    replayed = part.sample(batch)
+        expected = torch.softmax(model(batch.x)[:, :2] / 2, 1)
+        for param in model.parameters():
+            param.add_(1.0)  # the teacher does not change
+    replayed = replay.sample(batch)
     assert replayed is not None
     assert replayed.soft_targets is not None
-    assert part.share == 1 / 2
+    assert replay.share == 1 / 2
     assert torch.equal(replayed.x, batch.x)
     torch.testing.assert_close(replayed.soft_targets[:, :2], expected)
     assert replayed.soft_targets[:, 2:].abs().max() == 0
     assert replayed.task.tolist() == [0, 0, 0]
 
 
-def test_dark_replay_matches_the_logits_of_its_time() -> None:
-    """DER++: beta of the stored samples' cross-entropy and alpha of the squared distance from the logits stored with them."""
+def test_dark_replay_matches_the_stored_logits() -> None:
+    """DER++: stored labels have weight beta, and squared distances from stored logits have weight alpha."""
     memory = EpisodicMemory(8, 1 << 20, 0)
-    part, solver = DarkReplay(CONTEXT, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
-    end = ended_task(0, solver)
-    part.end_task(end)
-    slot = memory.samples_by_task[0]
+    replay, model = DarkReplay(CONTEXT, memory, alpha=0.3, beta=0.7, ratio=1.0), build(4)
+    end = ended_task(0, model)
+    replay.end_task(end)
+    stored = memory.samples_by_task[0]
     with torch.no_grad():
-        torch.testing.assert_close(slot["logits"][:, :2], solver(slot["x"])[:, :2])
-    assert torch.isneginf(slot["logits"][:, 2:]).all()
+        torch.testing.assert_close(stored["logits"][:, :2], model(stored["x"])[:, :2])
+    assert torch.isneginf(stored["logits"][:, 2:]).all()
     batch = Batch(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
-    replayed = part.sample(batch)
+    replayed = replay.sample(batch)
     assert replayed is not None
     assert replayed.weight is not None
-    mixed = batch.with_replay(replayed, part.share)
+    mixed = batch.with_replay(replayed, replay.share)
     assert mixed.weight is not None
     assert mixed.weight.tolist() == pytest.approx([1 / 4] * 4 + [0.7 / 4] * 4 + [0.3 / 4] * 4)
     assert mixed.targets_are_logits
@@ -234,13 +236,13 @@ def test_dark_replay_matches_the_logits_of_its_time() -> None:
     torch.testing.assert_close(squared_distance(logits, replayed.soft_targets), by_hand)
 
 
-def test_moments_are_those_of_the_codes() -> None:
-    """At a rate of 1 a class has the mean and covariance of its codes, their own variances included."""
+def test_latent_moments_are_those_of_the_codes() -> None:
+    """At a rate of 1, a class has the mean and covariance of its codes, including the variance of each code."""
     torch.manual_seed(0)
     mean, log_variance, y = torch.randn(600, 3) @ torch.randn(3, 3), torch.randn(600, 3) - 2, torch.arange(600) % 2
     moments = LatentMoments(3, 3, CPU)
     moments.update(mean, log_variance, y, 1.0, YES)
-    moments.update(torch.full_like(mean, torch.nan), log_variance, y, 1.0, ~YES)  # a dropped step says nothing
+    moments.update(torch.full_like(mean, torch.nan), log_variance, y, 1.0, ~YES)  # a dropped step changes nothing
     found, root = moments.gaussians()
     for label in range(2):
         own = y == label
@@ -261,8 +263,8 @@ def generator(gated: float = 0.5, likelihood: str = "gaussian") -> Feedback:
     return Feedback([2, 2], 6, 3, hidden=40, latent=3, likelihood=likelihood, gated=gated, seed=0)
 
 
-def test_the_bound_of_brain_inspired_replay_is_its_definition() -> None:
-    """The loss is reconstruction plus the divergence of a sample's code from its own class's prior."""
+def test_loss_of_brain_inspired_replay_follows_its_definition() -> None:
+    """The loss is the reconstruction loss plus the divergence of each code from the prior of its class."""
     made, features, x = generator(), torch.randn(7, 6), torch.randn(7, 2, 2)
     with torch.no_grad():
         made.prior_log_variance.normal_()
@@ -279,8 +281,8 @@ def test_the_bound_of_brain_inspired_replay_is_its_definition() -> None:
     assert images.shape == (7, 2, 2)
 
 
-def test_classes_gate_units_of_their_own() -> None:
-    """A class's gates follow from its number alone, so they stay when classes are added; a gated unit says nothing."""
+def test_each_class_switches_off_its_own_units() -> None:
+    """The gates of a class depend on its number only, so new classes do not change them. A gated unit has no effect."""
     made, z = generator(), torch.randn(1, 3)
     before = [made.decode(z, torch.tensor([label])) for label in range(3)]
     gates = made.get_buffer("gates").clone()
@@ -296,8 +298,8 @@ def test_classes_gate_units_of_their_own() -> None:
     assert made.prior_mean.shape == (5, 3)
 
 
-def test_soft_targets_ask_for_the_temperature_squared() -> None:
-    """The gradient of a soft target at T, times T squared, tends to that of matched logits (Hinton et al. 2015)."""
+def test_soft_targets_need_the_squared_temperature() -> None:
+    """For large T, T^2 times the gradient of soft targets is that of matched logits (Hinton et al. 2015)."""
     logits, target = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
     logits, target = logits - logits.mean(), target - target.mean()
     logits.requires_grad_()
