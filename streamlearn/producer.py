@@ -310,7 +310,7 @@ def shuffle(samples: Samples, seed: int) -> Samples:
 
 
 def publish(
-    sink: LogWriter,
+    writer: LogWriter,
     topic: str,
     samples: Samples,
     options: PublishOptions,
@@ -322,25 +322,25 @@ def publish(
 
     `progress` is called with the number of samples of each record that was written.
     """
-    sink.create_topic(topic, options.partitions)
-    partitions = sink.partitions(topic)
+    writer.create_topic(topic, options.partitions)
+    partitions = writer.partitions(topic)
     if samples.is_text and options.codec == "batch":
         raise StreamlearnError(
             "codec batch is for numbers, but these samples are text: use codec json or msgpack", code=2
         )
     headers: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[options.codec]),)
     if probe is not None:
-        _write(sink, topic, probe, options, partitions, (*headers, (USE_HEADER, PROBE)), lambda _: None)
-    _write(sink, topic, samples, options, partitions, headers, progress)
+        _write(writer, topic, probe, options, partitions, (*headers, (USE_HEADER, PROBE)), lambda _: None)
+    _write(writer, topic, samples, options, partitions, headers, progress)
     if options.markers:
         for partition in range(partitions):
             # Kafka requires a key or a value
-            sink.append(topic, partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
-    sink.flush()
+            writer.append(topic, partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
+    writer.flush()
 
 
 def _write(
-    sink: LogWriter,
+    writer: LogWriter,
     topic: str,
     samples: Samples,
     options: PublishOptions,
@@ -356,13 +356,13 @@ def _write(
             value = encode_text(options.codec, x[0], y[0])
         else:
             value = encode(options.codec, x, y) if options.codec == "batch" else encode(options.codec, x[0], y[0])
-        sink.append(topic, number % partitions, value, headers=headers)
+        writer.append(topic, number % partitions, value, headers=headers)
         progress(len(y))
         if options.rate is not None:
-            sink.flush()
+            writer.flush()
             ahead = (start + len(y)) / options.rate - (time.monotonic() - start_time)
             time.sleep(max(0.0, ahead))
-    sink.flush()
+    writer.flush()
 
 
 def _read_npz(path: Path, split: str) -> Samples:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List, show and replay dead letters: samples that could not be used.", no_args_is_help=True)
 
 TopicOption = Annotated[str | None, typer.Option("--topic", help="Only letters of samples of this topic.")]
-ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only letters with this reason: label_range.")]
+ReasonOption = Annotated[
+    str | None, typer.Option("--reason", help="Only letters with this reason, such as label_range.")
+]
 KeyArgument = Annotated[
     str, typer.Argument(metavar="KEY", help="The letter's key as `list` prints it: topic-partition-offset-index.")
 ]
@@ -47,8 +49,8 @@ def list_(
     """
     from streamlearn.stream import letters
 
-    with _open_letters(config) as (log, _, dead_letter_topic, _):
-        found = letters.list_letters(log, dead_letter_topic)
+    with _open_letters(config) as (reader, _, dead_letter_topic, _):
+        found = letters.list_letters(reader, dead_letter_topic)
     matching = _filter(found.letters, topic, reason)
     chosen = [letter for letter in matching if everything or not letter.replayed]
     shown = chosen if limit is None else chosen[max(0, len(chosen) - limit) :]
@@ -86,8 +88,8 @@ def show(
     from streamlearn.stream import letters
     from streamlearn.stream.deadletter import original_headers
 
-    with _open_letters(config) as (log, _, dead_letter_topic, _):
-        record, holder = letters.find_letter(log, dead_letter_topic, key)
+    with _open_letters(config) as (reader, _, dead_letter_topic, _):
+        record, holder = letters.find_letter(reader, dead_letter_topic, key)
     letter = letters.Letter.from_record(record)
     assert letter is not None
     if holder is None and (value or output is not None):
@@ -126,7 +128,7 @@ def replay(
     to: Annotated[
         str | None, typer.Option("--to", help="Send to this topic; default: each sample to its own topic.")
     ] = None,
-    max_attempts: Annotated[int, typer.Option(min=1, help="Send no sample that was already sent so many times.")] = 3,
+    max_attempts: Annotated[int, typer.Option(min=1, help="Skip samples that were already sent so many times.")] = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -138,10 +140,10 @@ def replay(
     """
     from streamlearn.stream import letters
 
-    with _open_letters(config) as (log, sink, dead_letter_topic, state_dir):
+    with _open_letters(config) as (reader, writer, dead_letter_topic, state_dir):
         if to == dead_letter_topic:
             raise StreamlearnError(f"--to {to}: that is the dead-letter topic itself", code=2)
-        found = letters.list_letters(log, dead_letter_topic)
+        found = letters.list_letters(reader, dead_letter_topic)
         _report_skipped(found.skipped, dead_letter_topic)
         matching = [letter for letter in _filter(found.letters, topic, reason) if not letter.replayed]
         if key is not None:
@@ -154,21 +156,21 @@ def replay(
         if not chosen:
             print_line("nothing to send")
             return
-        partitions, unwritable = letters.target_partitions(sink, dead_letter_topic, chosen, to)
+        partitions, unwritable = letters.target_partitions(writer, dead_letter_topic, chosen, to)
         if not partitions:
             raise next(iter(unwritable.values()))
         _warn_of_ended_tasks(state_dir, partitions)
         sent: list[Letter] = []
         if dry_run:
             reachable = [letter for letter in chosen if (to or letter.topic) in partitions]
-            records = letters.records_to_send(log, dead_letter_topic, reachable)
+            records = letters.records_to_send(reader, dead_letter_topic, reachable)
             sent.extend(letter for _, _, group in records for letter in group)
             _report_sent("would be sent", sent, to)
         else:
             _confirm(chosen, to, yes=yes)
             try:
                 # `sent` grows while letters are sent, so that the report below is right after an error, too
-                sent.extend(letters.replay(log, sink, dead_letter_topic, chosen, to, partitions))
+                sent.extend(letters.replay(reader, writer, dead_letter_topic, chosen, to, partitions))
             finally:
                 _report_sent("sent", sent, to)
         if missing := len(chosen) - len(sent):
@@ -256,17 +258,17 @@ def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:
 
 @contextmanager
 def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]]:
-    """Yield a connected log, a sink, the dead-letter topic and the state directory of a configuration file."""
+    """Yield a connected reader, a writer, the dead-letter topic and the state directory of a configuration file."""
     quiet_kafka()
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
         raise StreamlearnError(f"{config.embedded.path}: no such file", code=74)
     from streamlearn.daemon import open_reader_and_writer
 
-    log, sink = open_reader_and_writer(config)
+    reader, writer = open_reader_and_writer(config)
     try:
-        log.connect()
-        yield log, sink, config.dead_letter_topic, config.state_dir
+        reader.connect()
+        yield reader, writer, config.dead_letter_topic, config.state_dir
     finally:
-        log.close()
-        sink.close()
+        reader.close()
+        writer.close()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def produce(
     source: Annotated[
         list[str],
-        typer.Argument(help="A .npz, .csv or .jsonl file (.csv.gz, .jsonl.gz; several: a task each), or `digits`."),
+        typer.Argument(help="A .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file, several with --by file, or `digits`."),
     ],
     config: ConfigOption = None,
     servers: ServersOption = None,
@@ -40,7 +40,9 @@ def produce(
     ] = None,
     by: Annotated[
         Literal["classes", "permutation", "rotation", "file", "task"],
-        typer.Option(help="How tasks are made; `task`: by the field `task` on each line of a .jsonl."),
+        typer.Option(
+            help="How the samples are split into tasks; `task`: by the field `task` on each line of a .jsonl."
+        ),
     ] = "classes",
     groups: Annotated[
         str | None, typer.Option(help="Classes of each task: 0,1/2,3/4,5; default: equal groups.")
@@ -58,8 +60,8 @@ def produce(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in each batch record.")] = 100,
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of each topic that is created.")] = 1,
-    rate: Annotated[float | None, typer.Option(min=0.001, help="Samples a second.")] = None,
-    markers: Annotated[bool, typer.Option(help="Write a task-end marker after each task.")] = True,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Publish at most so many samples per second.")] = None,
+    markers: Annotated[bool, typer.Option(help="Write task-end markers after each task.")] = True,
 ) -> None:
     """Publish labelled samples to topics: one topic for each task, one task after the other.
 
@@ -105,7 +107,7 @@ def produce(
     )
     if loaded is not None:
         producer.check_limits([*parts, *(probes or {}).values()], options, loaded)
-    _, sink = open_topics(loaded, servers, embedded)
+    _, writer = open_topics(loaded, servers, embedded)
     try:
         with _progress_bars() as add_bar:
             for index, (name, part) in enumerate(zip(topics, parts, strict=True)):
@@ -113,7 +115,7 @@ def produce(
                 if limit is not None:
                     chosen = producer.Samples(chosen.x[:limit], chosen.y[:limit], chosen.task[:limit])
                 producer.publish(
-                    sink,
+                    writer,
                     name,
                     chosen,
                     options,
@@ -124,7 +126,7 @@ def produce(
                     f"{name}: {len(chosen)} samples" + (f", {len(probes[index])} for the probe" if probes else "")
                 )
     finally:
-        sink.close()
+        writer.close()
 
 
 def _topic_names(topic: list[str] | None, config: Config | None, count: int) -> list[str]:

@@ -15,25 +15,25 @@ def topics(
     servers: ServersOption = None,
     embedded: EmbeddedOption = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="With a configuration: list also the topics that it does not read.")
+        bool, typer.Option("--all", help="With a configuration: also list topics that it does not read.")
     ] = False,
     json_: JsonOption = False,
 ) -> None:
     """List topics with their partitions and records: those of a configuration, or all."""
     loaded = find_config(config, servers, embedded)
-    log, _ = open_topics(loaded, servers, embedded, reading=True)
-    log.connect()
+    reader, _ = open_topics(loaded, servers, embedded, reading=True)
+    reader.connect()
     try:
-        infos = log.topics()
+        infos = reader.topics()
         if loaded is not None and not everything:
             infos = {
                 name: info
                 for name, info in infos.items()
                 if loaded.stream.reads(name) or name == loaded.dead_letter_topic
             }
-        bounds = log.bounds([(name, p) for name, info in infos.items() for p in info.partitions])
+        bounds = reader.bounds([(name, p) for name, info in infos.items() for p in info.partitions])
     finally:
-        log.close()
+        reader.close()
     rows = {
         name: {
             str(p): {"begin": bounds[name, p].begin, "end": bounds[name, p].end}

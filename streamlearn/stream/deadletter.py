@@ -39,8 +39,8 @@ class DeadLetterWriter:
     offsets. The original record's key is in a header.
     """
 
-    def __init__(self, sink: LogWriter, topic: str) -> None:
-        self.sink = sink
+    def __init__(self, writer: LogWriter, topic: str) -> None:
+        self.writer = writer
         self.topic = topic
         self.sent = 0
         self.failures = 0  # failed attempts to write a letter, or to get letters acknowledged
@@ -51,9 +51,9 @@ class DeadLetterWriter:
 
     def prepare(self) -> None:
         """Create the topic if it does not exist; raises `StreamlearnError` if that is not possible."""
-        created = self.sink.create_topic(self.topic, 1)
+        created = self.writer.create_topic(self.topic, 1)
         # brokers take a moment to list a new topic, so do not ask for the partitions of one
-        self._num_partitions = 1 if created else self.sink.partitions(self.topic)
+        self._num_partitions = 1 if created else self.writer.partitions(self.topic)
 
     def write_rejected(
         self, record: Record, rejected: Mapping[int, Rejected], samples: int, topic_id: str | None
@@ -109,7 +109,7 @@ class DeadLetterWriter:
             added += ((HEADER_PREFIX + "value-in", value_key),)
         self._unacknowledged = True
         try:
-            self.sink.append(self.topic, partition, value, key=key, headers=(*original_headers(record), *added))
+            self.writer.append(self.topic, partition, value, key=key, headers=(*original_headers(record), *added))
         except StreamlearnError as error:
             self.failures += 1
             if error.code != 74:
@@ -152,7 +152,7 @@ class DeadLetterWriter:
 
     def _flush(self) -> None:
         try:
-            self.sink.flush(ACK_SECONDS)
+            self.writer.flush(ACK_SECONDS)
         except StreamlearnError:
             self.failures += 1
             raise

@@ -136,26 +136,26 @@ def replay_attempts(record: Record) -> int:
     return parse_digits(record.header(ATTEMPT_HEADER) or b"", 9) or 0
 
 
-def read_records(log: LogReader, topic: str) -> Iterator[Record]:
+def read_records(reader: LogReader, topic: str) -> Iterator[Record]:
     """Yield the records of a topic up to its present end; none if the topic does not exist.
 
     Raises `BrokerUnavailable` if nothing can be read for `SILENCE_SECONDS`.
     """
-    info = log.topics().get(topic)
+    info = reader.topics().get(topic)
     partitions = [(topic, p) for p in info.partitions] if info is not None else []
-    bounds, last_progress = log.bounds(partitions), time.monotonic()
+    bounds, last_progress = reader.bounds(partitions), time.monotonic()
     while len(bounds) < len(partitions):  # the client does not know a topic that was created a moment ago
         _check_silence(topic, last_progress)
         time.sleep(POLL_SECONDS)
-        bounds = log.bounds(partitions)
-    log.assign({place: bounds[place].begin for place in partitions})
+        bounds = reader.bounds(partitions)
+    reader.assign({place: bounds[place].begin for place in partitions})
     ends = [bounds[place].end for place in partitions]
     previous: list[int] = []
-    while (current := [min(log.position(place), bounds[place].end) for place in partitions]) != ends:
+    while (current := [min(reader.position(place), bounds[place].end) for place in partitions]) != ends:
         if current != previous:
             previous, last_progress = current, time.monotonic()
         _check_silence(topic, last_progress)
-        for record in log.poll(POLL_SECONDS):
+        for record in reader.poll(POLL_SECONDS):
             if record.offset < bounds[record.topic, record.partition].end:
                 yield record
 
@@ -165,12 +165,12 @@ def _check_silence(topic: str, last_progress: float) -> None:
         raise BrokerUnavailable(f"{topic}: nothing was read for {SILENCE_SECONDS:.0f} s")
 
 
-def list_letters(log: LogReader, topic: str) -> LetterList:
+def list_letters(reader: LogReader, topic: str) -> LetterList:
     """Return the letters of a topic, oldest first: only the newest letter of each sample, and whether it was replayed."""
     newest: dict[SampleId, Letter] = {}
     replayed: set[SampleId] = set()
     skipped = 0
-    for record in read_records(log, topic):
+    for record in read_records(reader, topic):
         if record.header(REPLAYED) is not None:
             replayed.add((_topic_id(record), (record.key or b"").decode(errors="replace")))
         elif (letter := Letter.from_record(record)) is not None:
@@ -183,14 +183,14 @@ def list_letters(log: LogReader, topic: str) -> LetterList:
     return LetterList([replace(letter, replayed=letter.sample_id in replayed) for letter in letters], skipped)
 
 
-def find_letter(log: LogReader, topic: str, key: str) -> tuple[Record, Record | None]:
+def find_letter(reader: LogReader, topic: str, key: str) -> tuple[Record, Record | None]:
     """Return the newest letter with a key, and the letter that has its bytes, or None if retention removed that one.
 
     Raises `StreamlearnError` if there is no such letter.
     """
     holders: dict[SampleId, Record] = {}
     found: tuple[Record, Letter] | None = None
-    for record in read_records(log, topic):
+    for record in read_records(reader, topic):
         letter = Letter.from_record(record)
         if letter is None or record.header(REPLAYED) is not None:
             continue
@@ -209,7 +209,7 @@ def original_key(record: Record) -> bytes | None:
 
 
 def records_to_send(
-    log: LogReader, topic: str, chosen: Iterable[Letter]
+    reader: LogReader, topic: str, chosen: Iterable[Letter]
 ) -> Iterator[tuple[Record, bytes, list[Letter]]]:
     """Yield the records for which the samples of the chosen letters can be sent again.
 
@@ -219,7 +219,7 @@ def records_to_send(
     wanted: dict[SampleId, list[Letter]] = {}
     for letter in chosen:
         wanted.setdefault((letter.topic_id, letter.value_key), []).append(letter)
-    for record in read_records(log, topic):
+    for record in read_records(reader, topic):
         holder = Letter.from_record(record)
         if holder is None or holder.value_key != holder.key or holder.sample_id not in wanted:
             continue
@@ -235,7 +235,7 @@ def records_to_send(
 
 
 def target_partitions(
-    sink: LogWriter, topic: str, chosen: Iterable[Letter], to: str | None
+    writer: LogWriter, topic: str, chosen: Iterable[Letter], to: str | None
 ) -> tuple[dict[str, int], dict[str, StreamlearnError]]:
     """Return the number of partitions of each topic that letters go to, and why the other topics cannot be written to.
 
@@ -243,7 +243,7 @@ def target_partitions(
     broker answers.
     """
     if to is not None:
-        return {to: sink.partitions(to)}, {}
+        return {to: writer.partitions(to)}, {}
     partitions: dict[str, int] = {}
     refused: dict[str, StreamlearnError] = {}
     for name in sorted({letter.topic for letter in chosen}):
@@ -251,7 +251,7 @@ def target_partitions(
             refused[name] = StreamlearnError(f"{name} is not a topic of samples")
             continue
         try:
-            partitions[name] = sink.partitions(name)
+            partitions[name] = writer.partitions(name)
         except BrokerUnavailable:
             raise
         except StreamlearnError as error:
@@ -260,7 +260,12 @@ def target_partitions(
 
 
 def replay(
-    log: LogReader, sink: LogWriter, topic: str, chosen: Sequence[Letter], to: str | None, partitions: Mapping[str, int]
+    reader: LogReader,
+    writer: LogWriter,
+    topic: str,
+    chosen: Sequence[Letter],
+    to: str | None,
+    partitions: Mapping[str, int],
 ) -> Iterator[Letter]:
     """Send the samples of letters to their own topics, or all to the topic `to`, and mark the letters; yield the sent ones.
 
@@ -270,36 +275,38 @@ def replay(
     group: Group = []
     size = 0
     reachable = [letter for letter in chosen if (to or letter.topic) in partitions]
-    for record, value, letters in records_to_send(log, topic, reachable):
+    for record, value, letters in records_to_send(reader, topic, reachable):
         group.append((record, value, letters))
         size += len(value)
         if len(group) == GROUP_RECORDS or size >= GROUP_BYTES:
-            yield from _send(sink, topic, group, partitions, to)
+            yield from _send(writer, topic, group, partitions, to)
             group, size = [], 0
-    yield from _send(sink, topic, group, partitions, to)
+    yield from _send(writer, topic, group, partitions, to)
 
 
-def _send(sink: LogWriter, topic: str, group: Group, partitions: Mapping[str, int], to: str | None) -> Iterator[Letter]:
+def _send(
+    writer: LogWriter, topic: str, group: Group, partitions: Mapping[str, int], to: str | None
+) -> Iterator[Letter]:
     """Send a group of records, and mark their letters after all of them are acknowledged."""
     for record, value, letters in group:
         target = to or letters[0].topic
         headers = tuple(header for header in original_headers(record) if header[0] != ATTEMPT_HEADER)
         count = str(max(letter.attempts for letter in letters) + 1).encode()
-        sink.append(
+        writer.append(
             target,
             letters[0].partition % partitions[target],
             value,
             key=original_key(record),
             headers=(*headers, (ATTEMPT_HEADER, count)),
         )
-    sink.flush()
+    writer.flush()
     sent = [letter for _, _, letters in group for letter in letters]
     for letter in sent:
         mark: Headers = ((REPLAYED, (to or letter.topic).encode()),)
         if letter.topic_id is not None:
             mark += ((HEADER_PREFIX + "topic-id", letter.topic_id.encode()),)
-        sink.append(topic, letter.letter_partition, None, key=letter.key.encode(), headers=mark)
-    sink.flush()
+        writer.append(topic, letter.letter_partition, None, key=letter.key.encode(), headers=mark)
+    writer.flush()
     yield from sent
 
 
