@@ -1,4 +1,4 @@
-"""Run the cells that are not finished yet, and write docs/results.md: `python -m benchmarks.reproduce --help`."""
+"""Run the cells that are not finished, and write docs/results.md: `python -m benchmarks.reproduce --help`."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from benchmarks.reproduce.cells import Table
 
 RESULTS, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
-KEPT, QUICK = ROOT / "benchmarks", ROOT / ".cache" / "reproduce-quick"
+STORED, QUICK = ROOT / "benchmarks", ROOT / ".cache" / "reproduce-quick"
 TENTH = 0.1
 
 
 class ResultFiles:
-    """The book of the tables and that of the demonstration, and what this version can run."""
+    """The result file of the published tables and that of the demonstration."""
 
     def __init__(self, directory: Path, tables: Sequence[Table] = TABLES) -> None:
         self.tables = tables
         self.published = ResultFile(directory / "reproduce.json")
-        self.shown = ResultFile(directory / "two-tasks.json")
+        self.demonstration = ResultFile(directory / "two-tasks.json")
 
     def of(self, cell: Cell) -> ResultFile:
-        """Return the book that a cell belongs to."""
-        return self.shown if cell.table is TWO_TASKS else self.published
+        """Return the result file of a cell."""
+        return self.demonstration if cell.table is TWO_TASKS else self.published
 
     def cells(self, seeds: int | None, pattern: str, scale: float) -> list[Cell]:
-        """Return the cells of all tables, first seeds first, so that an interrupted run has something of everything."""
+        """Return the cells of all tables, ordered by seed, so that an interrupted run has results of every row."""
         found = [
             Cell(table, row, scenario, seed, scale)
             for table in self.tables
@@ -57,9 +57,9 @@ class ResultFiles:
         return sorted(wanted, key=lambda cell: cell.seed)
 
     def finished(self, scale: float) -> tuple[page.Finished, int]:
-        """Return the entries that belong to the present settings, and how many do not."""
+        """Return the results of the present settings, and the number of outdated results."""
         finished: page.Finished = defaultdict(list)
-        stale = 0
+        outdated = 0
         for table in self.tables:
             for row in table.rows:
                 for scenario in row.published:
@@ -72,50 +72,50 @@ class ResultFiles:
                         if _digest(Cell(table, row, scenario, int(seed), scale)) == entry["digest"]:
                             finished[table.name, row.method, scenario].append(entry)
                         else:
-                            stale += 1
-        return dict(finished), stale
+                            outdated += 1
+        return dict(finished), outdated
 
 
-def plan(cells: Sequence[Cell], books: ResultFiles, *, again: bool) -> tuple[list[Cell], dict[tuple[str, str], str]]:
-    """Return the cells that are to be run, and why methods of tables cannot be."""
+def plan(cells: Sequence[Cell], files: ResultFiles, *, again: bool) -> tuple[list[Cell], dict[tuple[str, str], str]]:
+    """Return the cells to run, and by table and method why cells cannot be run."""
     todo: list[Cell] = []
-    absent: dict[tuple[str, str], str] = {}
+    unavailable: dict[tuple[str, str], str] = {}
     for cell in cells:
         try:
             digest = cell.digest()
         except RecipeUnavailable as error:
-            absent[cell.table.name, cell.row.method] = str(error)
+            unavailable[cell.table.name, cell.row.method] = str(error)
         else:
-            if again or not books.of(cell).has_result(cell.key, digest):
+            if again or not files.of(cell).has_result(cell.key, digest):
                 todo.append(cell)
-    return todo, absent
+    return todo, unavailable
 
 
 def run_cells(
-    todo: Sequence[Cell], books: ResultFiles, console: Console, *, jobs: int, device: str
+    todo: Sequence[Cell], files: ResultFiles, console: Console, *, jobs: int, device: str
 ) -> dict[str, BaseException]:
-    """Run cells, and write each down as soon as it is finished; return what went wrong, by cell."""
+    """Run cells and store each result as soon as it is finished; return the errors by cell."""
     failed: dict[str, BaseException] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         whole = bar.add_task("cells", total=len(todo))
-        runs = _one_by_one(todo, device, bar) if jobs == 1 else _side_by_side(todo, device, jobs)
+        runs = _run_in_sequence(todo, device, bar) if jobs == 1 else _run_in_parallel(todo, device, jobs)
         for cell, outcome in runs:
             if isinstance(outcome, BaseException):
                 failed[cell.key] = outcome
                 console.print(f"{cell.key}: failed: {type(outcome).__name__}: {outcome}", markup=False, highlight=False)
             else:
-                books.of(cell).add(cell.key, outcome)
+                files.of(cell).add(cell.key, outcome)
                 took = f"{100 * outcome['average_accuracy']:6.2f} %, {outcome['seconds']:.0f} s"
                 console.print(f"{cell.key}: {took}", markup=False, highlight=False)
             bar.advance(whole)
     return failed
 
 
-def estimate_hours(cells: Sequence[Cell], books: ResultFiles) -> tuple[float, int]:
-    """Return the CPU hours that cells take, by those of other seeds or scenarios, and of how many nothing is known."""
+def estimate_hours(cells: Sequence[Cell], files: ResultFiles) -> tuple[float, int]:
+    """Return the expected CPU hours, from results of other seeds or scenarios, and the number of cells without any."""
     known: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for book in (books.published, books.shown):
+    for book in (files.published, files.demonstration):
         for key, entry in book.entries.items():
             table, method, scenario, _ = key.split("/")
             known[table, method, scenario].append(entry["cpu_seconds"])
@@ -130,22 +130,22 @@ def estimate_hours(cells: Sequence[Cell], books: ResultFiles) -> tuple[float, in
 
 
 def main() -> None:
-    """Plan, run, and write."""
+    """Run what is not finished, and write the document."""
     options = _options()
     console = Console()
     scale = TENTH if options.quick else 1.0
-    books = ResultFiles(QUICK if options.quick else KEPT)
-    cells = books.cells(options.seeds, options.only, scale)
+    files = ResultFiles(QUICK if options.quick else STORED)
+    cells = files.cells(options.seeds, options.only, scale)
     if not cells:
-        sys.exit(f"--only {options.only}: no cell has such a name; they are TABLE/METHOD/SCENARIO/SEED")
-    todo, absent = plan(cells, books, again=options.again)
-    for (table, method), why in absent.items():
+        sys.exit(f"--only {options.only}: no cell has such a name; names are TABLE/METHOD/SCENARIO/SEED")
+    todo, unavailable = plan(cells, files, again=options.again)
+    for (table, method), why in unavailable.items():
         console.print(f"skipped: {table}/{method}: {why}", markup=False, highlight=False)
-    hours, unknown = estimate_hours(todo, books)
-    runnable = sum((cell.table.name, cell.row.method) not in absent for cell in cells)
+    hours, unknown = estimate_hours(todo, files)
+    runnable = sum((cell.table.name, cell.row.method) not in unavailable for cell in cells)
     console.print(
         f"{runnable} cells, {runnable - len(todo)} of them finished; the rest takes about {hours:.1f} CPU hours"
-        + (f" and {unknown} cells that were never timed" if unknown else ""),
+        + (f" and {unknown} cells without a known duration" if unknown else ""),
         highlight=False,
     )
     failed: dict[str, BaseException] = {}
@@ -153,22 +153,22 @@ def main() -> None:
         runner.quiet()
         begun = time.monotonic()
         try:
-            failed = run_cells(todo, books, console, jobs=options.jobs, device=options.device)
+            failed = run_cells(todo, files, console, jobs=options.jobs, device=options.device)
         except KeyboardInterrupt:
-            sys.exit("stopped; what is finished is kept, and `make reproduce` goes on from there")
+            sys.exit("stopped; finished cells are stored, and `make reproduce` continues from there")
         console.print(f"{(time.monotonic() - begun) / 60:.0f} min", highlight=False)
-    finished, stale = books.finished(scale)
-    _show(console, finished, cells)
-    if not options.quick:  # what a tenth of the work reaches is no result
-        _, absent = plan(books.cells(None, "", 1.0), books, again=False)
-        RESULTS.write_text(page.markdown(finished, absent, stale))
+    finished, outdated = files.finished(scale)
+    _print_results(console, finished, cells)
+    if not options.quick:  # a tenth of the work gives no valid result
+        _, unavailable = plan(files.cells(None, "", 1.0), files, again=False)
+        RESULTS.write_text(page.markdown(finished, unavailable, outdated))
         page.draw(IMAGES, finished)
         console.print(f"wrote {RESULTS.relative_to(ROOT)} and its pictures", highlight=False)
     if failed:
         sys.exit(f"{len(failed)} cells failed: {', '.join(failed)}")
 
 
-def _one_by_one(
+def _run_in_sequence(
     todo: Sequence[Cell], device: str, bar: Progress
 ) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
     part = bar.add_task("", total=1.0)
@@ -180,15 +180,15 @@ def _one_by_one(
 
         try:
             yield cell, runner.run(cell, device, show)
-        except Exception as error:  # noqa: BLE001 - hours of other cells must not end with this one
+        except Exception as error:  # noqa: BLE001 - one failing cell must not stop the others, which take hours
             yield cell, error
 
 
-def _side_by_side(
+def _run_in_parallel(
     todo: Sequence[Cell], device: str, jobs: int
 ) -> Iterator[tuple[Cell, dict[str, Any] | BaseException]]:
-    # torch and its threads do not survive a fork
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=runner.begin_worker)
+    # torch and its threads do not work after a fork
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=runner.start_worker)
     try:
         runs = {pool.submit(runner.run, cell, device): cell for cell in todo}
         for run in as_completed(runs):
@@ -205,7 +205,7 @@ def _digest(cell: Cell) -> str | None:
         return None
 
 
-def _show(console: Console, finished: page.Finished, cells: Sequence[Cell]) -> None:
+def _print_results(console: Console, finished: page.Finished, cells: Sequence[Cell]) -> None:
     grid = Grid("table", "method", "scenario", "figure", "published", "ours (seeds)", "verdict")
     chosen = {(cell.table.name, cell.row.method, cell.scenario) for cell in cells}
     for table in TABLES:
@@ -221,17 +221,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduce", description=__doc__)
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds of each cell; default: the table's own, 3 or 5")
     parser.add_argument(
-        "--only", default="", metavar="PATTERN", help="cells whose TABLE/METHOD/SCENARIO/SEED has this in it"
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="run only cells whose name TABLE/METHOD/SCENARIO/SEED contains this",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side, one thread each")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; a result counts whichever it comes from")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel processes, one thread each")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; results of both are used")
     parser.add_argument(
-        "--quick", action="store_true", help="a tenth of the work, kept apart, never in docs/results.md"
+        "--quick", action="store_true", help="a tenth of the work, stored separately, never in docs/results.md"
     )
-    parser.add_argument(
-        "--report", action="store_true", help="run nothing: write docs/results.md from what is finished"
-    )
-    parser.add_argument("--again", action="store_true", help="run even what is finished: the code itself has changed")
+    parser.add_argument("--report", action="store_true", help="run nothing: write docs/results.md from stored results")
+    parser.add_argument("--again", action="store_true", help="also run finished cells, because the code has changed")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What is reproduced: every table, its protocol and its rows. A row is a strategy's parameters beside published figures."""
+"""The reproduced tables, with protocol and rows. A row has a strategy's parameters and the published figures."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ DEFAULT_SEEDS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a table. `published`: by scenario, percent, a value for each of the table's figures."""
+    """A method of a table. `published`: by scenario, a percentage for each of the table's figures."""
 
     method: str
     published: Mapping[str, Figures]
     strategy: Settings = field(default_factory=dict)
-    settings: Settings = field(default_factory=dict)  # laid over the table's
-    by_scenario: Mapping[str, Settings] = field(default_factory=dict)  # laid over both
+    settings: Settings = field(default_factory=dict)  # override the table's
+    by_scenario: Mapping[str, Settings] = field(default_factory=dict)  # override both
     curriculum: Curriculum | None = None  # instead of the table's
-    files: tuple[str, ...] = ()  # strategy, model, learner and batch size come from the first of these that exists
-    note: str = ""  # what differs from the publication, and why a figure falls short where it does
+    files: tuple[str, ...] = ()  # the first existing one gives strategy, model, learner and batch size
+    note: str = ""  # what differs from the publication, and why a figure is lower
 
 
 @dataclass(frozen=True)
 class Table:
-    """A published table: its protocol in words and in settings."""
+    """A published table: its protocol, as text and as settings."""
 
     name: str
     title: str
@@ -43,11 +43,11 @@ class Table:
     rows: tuple[Row, ...]
     figures: tuple[str, ...] = ("average_accuracy",)
     seeds: int = DEFAULT_SEEDS
-    repeated: bool = True  # over seeds; else it shows one run
+    repeated: bool = True  # over seeds; false: the table shows one run
 
 
 def optimizer(name: str, lr: float) -> Settings:
-    """Return the settings of one update a batch by this optimizer, and no averaged weights."""
+    """Return settings for one update a batch with this optimizer and without averaged weights."""
     return {"learner": {"updates_per_batch": 1, "average": None, "optimizer": {"name": name, "lr": lr}}}
 
 
@@ -58,7 +58,7 @@ def strengths(recipe: str, task: float, domain: float, class_: float) -> dict[st
 
 
 def tdc(task: float, domain: float, class_: float) -> dict[str, Figures]:
-    """Return published accuracies by scenario."""
+    """Return published accuracies by scenario: task, domain, class."""
     return {"task": (task,), "domain": (domain,), "class": (class_,)}
 
 
@@ -66,26 +66,28 @@ HIDDEN = {"model": {"name": "mlp", "hidden": [400, 400]}, "stream": {"batch_size
 SPLIT = HIDDEN | optimizer("adam", 1e-3)
 VAE = {"hidden": 400, "latent": 100, "lr": 1e-3, "average": None, "ratio": 1.0}
 MEMORY = {"budget": 1000, "selection": "balanced", "per_class": 100}
-TASK_SAMPLES = 12_700  # as many as the largest task has
+TASK_SAMPLES = 12_700  # the number of samples of the largest task
 
 DRAWN = Curriculum("drawn", samples=2000 * 128)
 IN_ORDER = Curriculum("split", samples=2000 * 128)
-ORDER_NOTE = "The digits in order with all seeds, where theirs are drawn."
+ORDER_NOTE = "Here the digits are in order with all seeds; theirs are drawn."
 
 HSU = Curriculum("split", epochs=4)
-HSU_CLASS = {"scenario": {"active": "seen"}}  # their class-incremental head opens with the classes
+HSU_CLASS = {"scenario": {"active": "seen"}}  # their class-incremental head grows with the classes
 HSU_NOTE = (
-    "Hsu et al. 2018: four epochs a task. They pad and normalise the images, and make the optimizer anew for each task."
+    "Hsu et al. 2018: four epochs a task. They pad and normalise the images, and create a new optimizer for each task."
 )
 
 SPLIT_MNIST = Table(
     "split-mnist",
     "Split MNIST",
     """
-Van de Ven, Tuytelaars & Tolias 2022: five tasks of two digits, pixels 0 to 1, MLP 784-400-400-10, Adam 1e-3 that is never
-reset, 2000 batches of 128 a task, 128 replayed samples beside them; in `class` all ten outputs compete from the start. The
-stream of a task is its training set, newly shuffled each time. Which digits make a task is drawn with each seed but seed 0, as
-in their code: some pairs are harder to keep than others. MNIST's test set is the probe. No averaged weights.""",
+Van de Ven, Tuytelaars & Tolias 2022: five tasks of two digits, pixels 0 to 1, MLP 784-400-400-10,
+Adam 1e-3 that is never reset, 2000 batches of 128 a task with 128 replayed samples each. In `class`
+all ten outputs compete from the start. The stream of a task repeats its training set, in a new
+random order each time. The digits of each task are drawn with each seed except seed 0, as in their
+code, because some pairs are harder to retain than others. The probe is MNIST's test set. No averaged
+weights.""",
     DRAWN,
     SPLIT,
     (
@@ -93,16 +95,16 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
         Row(
             "joint",
             tdc(99.67, 98.59, 98.17),
-            {"joint": {"budget": 60_000}},  # of a stream that repeats its samples; all of it would be 1.3 million
-            note="Ours meets the tasks in order and relearns all before; theirs is trained on all of them at once.",
+            {"joint": {"budget": 60_000}},  # the stream repeats its samples: all of it would be 1.3 million
+            note="Ours learns the tasks in order and relearns all earlier samples; theirs is trained on all tasks at once.",
         ),
         Row(
             "EWC",
             tdc(99.06, 63.0, 20.6),
             {"ewc": {"fisher": "exact", "anchor": "all", "samples": TASK_SAMPLES}},
             by_scenario=strengths("ewc", 1e5, 1e10, 1e9),
-            note="Their loss carries the factor 1/2, as ours does: the same strengths. The Fisher is over as many draws "
-            "from the stream as a task has samples.",
+            note="Their loss has the factor 1/2, as ours does, so the strengths are equal. The Fisher information is estimated "
+            "from as many draws from the stream as a task has samples.",
         ),
         Row(
             "SI",
@@ -110,8 +112,8 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             {"si": {"xi": 0.1}},
             # theirs is c * sum omega (theta - theta*)^2 with c = 10, 5e4, 5e3; ours has the factor 1/2
             by_scenario=strengths("si", 2 * 10.0, 2 * 5e4, 2 * 5e3),
-            note="Their loss has no factor 1/2: our strengths are twice theirs (10, 5e4, 5e3). They integrate the "
-            "penalty's gradient too, without a relu, we the task's alone.",
+            note="Their loss has no factor 1/2, so our strengths are twice theirs (10, 5e4, 5e3). They also integrate the "
+            "penalty's gradient, without a relu; we integrate only the task's.",
         ),
         Row("LwF", tdc(99.60, 71.2, 21.9), {"lwf": {"temperature": 2.0}}),
         Row(
@@ -144,8 +146,8 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             "A-GEM",
             tdc(98.54, 87.7, 65.1),
             {"agem": {**MEMORY, "momentum": "allow"}},
-            note="With Adam, and with their epsilon of 1e-7 beside the reference's squared norm, as published. In "
-            "`class` it depends most on which digits make a task: 43 to 81 with ten draws, 53 with the digits in "
+            note="With Adam, and with their epsilon of 1e-7 added to the reference's squared norm, as published. In "
+            "`class` the result depends most on the digits of each task: 43 to 81 with ten draws, 53 with the digits in "
             "order (ten seeds).",
         ),
         Row(
@@ -158,8 +160,8 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
                 "class": HSU_CLASS | {"strategy": {"mas": {"strength": 2 * 1.0 / 10}}},
             },
             curriculum=HSU,
-            note=f"{HSU_NOTE} Strengths converted from theirs (1, 1e4, 1): ours has the factor 1/2, and sums over the "
-            "outputs where they average. Our importance is per sample, theirs that of a batch's mean.",
+            note=f"{HSU_NOTE} The strengths are converted from theirs (1, 1e4, 1): ours has the factor 1/2, and sums over "
+            "the outputs; they average. Our importance is per sample, theirs is that of a batch's mean.",
         ),
         Row(
             "GEM",
@@ -168,8 +170,8 @@ in their code: some pairs are harder to keep than others. MNIST's test set is th
             optimizer("sgd", 0.01) | {"stream": {"batch_size": 64}},
             by_scenario={"class": HSU_CLASS},
             curriculum=HSU,
-            note=f"{HSU_NOTE} Theirs also rehearses its memory, one old sample for each new one in a batch of 128: here "
-            "`gem` + `er`, 64 new and 64 old samples an update (in the first task 64 new, where theirs are 128).",
+            note=f"{HSU_NOTE} Theirs also rehearses its memory, with one old sample for each new one in a batch of 128. "
+            "Here that is `gem` + `er`, with 64 new and 64 old samples an update (in the first task 64 new; theirs has 128).",
         ),
     ),
 )
@@ -179,15 +181,18 @@ ROTATED = {
     "stream": {"batch_size": 10},
 }
 
-MEAN_SQUARED = 0.008  # what the square of the mean gradient of 1000 samples keeps of the mean of their squares, here
+MEAN_SQUARED = (
+    0.008  # ratio of the squared mean gradient of 1000 samples to the mean of their squared gradients, measured here
+)
 
 ROTATIONS = Table(
     "rotations",
     "MNIST rotations",
     """
-Lopez-Paz & Ranzato 2017: twenty tasks, each all ten digits turned by an angle of its own from 0 to 180 degrees; 1000 samples a
-task, once, in batches of 10; MLP 784-100-100-10, SGD. One head for all tasks. The probe of a task is MNIST's test set, turned.
-BWT divides by the number of tasks less one (their script divides by the number of tasks).""",
+Lopez-Paz & Ranzato 2017: twenty tasks, each with all ten digits rotated by an angle of its own, from
+0 to 180 degrees. 1000 samples a task, each once, in batches of 10; MLP 784-100-100-10, SGD; one head
+for all tasks. The probe of a task is MNIST's test set, rotated by the same angle. BWT divides by the
+number of tasks minus one (their script divides by the number of tasks).""",
     Curriculum("rotations", count=20, distinct=1000),
     ROTATED,
     (
@@ -196,7 +201,7 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"class": (53.0, -8.0)},
             {"naive": {}},
             optimizer("sgd", 0.003),
-            note="Published is one run with one draw of the angles, and so in all rows.",
+            note="In all rows, the published figure is from one run with one draw of the angles.",
         ),
         Row(
             "EWC",
@@ -204,19 +209,19 @@ BWT divides by the number of tasks less one (their script divides by the number 
             # theirs is 1000 * sum F (theta - theta*)^2, and F the square of the mean gradient of 1000 samples
             {"ewc": {"strength": 2 * 1000 * MEAN_SQUARED, "fisher": "empirical", "samples": 1000}},
             optimizer("sgd", 0.01),
-            note="Theirs squares the mean gradient of 1000 samples, which keeps 0.5 to 1 % of the Fisher (measured after "
-            "each of the first four tasks), and has no factor 1/2: their strength 1000 is about our 16. With 2 the accuracy "
-            "was 49.4, with 20 it was 57.2, and 100 diverged.",
+            note="Theirs squares the mean gradient of 1000 samples, which gives 0.5 to 1 % of the Fisher information (measured "
+            "after each of the first four tasks), and has no factor 1/2: their strength 1000 corresponds to about 16 of ours. "
+            "With 2 the accuracy was 49.4, with 20 it was 57.2, and 100 diverged.",
         ),
         Row(
             "GEM",
             {"class": (86.0, 5.0)},
             {"gem": {"memory": 256, "margin": 0.5}},
             optimizer("sgd", 0.1),
-            note="Each task is learned to 86 at once, where by the two published figures it would be 81: less is left to gain "
-            "by later tasks. A separate account of their released script (PIL's rotation, quadprog, none of this code) gives "
-            "87.3 and +1.5 over five seeds (83.7 to 88.5, -1.6 to +3.4), as ours does. Their ridge of 1e-3 is absolute; one "
-            "relative to the gradients lost six points with one seed of three.",
+            note="Here each task reaches 86 when it is learned; by the two published figures it would be 81. So later tasks "
+            "can add less. A separate reimplementation of their released script (PIL's rotation, quadprog, none of this code) "
+            "gives 87.3 and +1.5 over five seeds (83.7 to 88.5, -1.6 to +3.4), as ours does. Their ridge of 1e-3 is "
+            "absolute; a ridge relative to the gradients lost six points with one seed of three.",
         ),
         Row(
             "shuffled",
@@ -224,8 +229,8 @@ BWT divides by the number of tasks less one (their script divides by the number 
             {"naive": {}},
             optimizer("sgd", 0.1),
             curriculum=Curriculum("shuffled", count=20, distinct=1000),
-            note="All tasks' samples as one task in random order, evaluated on all test sets. Its rate is not published: "
-            "ours is 0.1, that of GEM, chosen after 0.03 had given 81.0.",
+            note="The samples of all tasks as one task in random order, evaluated on all test sets. The learning rate is not "
+            "published: ours is 0.1, that of GEM, chosen after 0.03 had given 81.0.",
         ),
     ),
     figures=("average_accuracy", "backward_transfer"),
@@ -235,8 +240,9 @@ ONLINE = Table(
     "online",
     "Online generative replay, Split MNIST",
     """
-Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400; published 79.3 ± 0.6 with a forgetting of
-19.5, their best variant 82.9. Ours is the default job: generative replay with synaptic intelligence and averaged weights.""",
+Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400. They publish
+79.3 ± 0.6 with a forgetting of 19.5, and 82.9 for their best variant. Ours is the default job:
+generative replay with synaptic intelligence and averaged weights.""",
     Curriculum("split", distinct=1000),
     HIDDEN,
     (
@@ -250,7 +256,7 @@ Aljundi et al. 2019 (MIR): class-incremental, each sample seen once, MLP 400-400
             {"class": (None, None)},
             files=("configs/mnist-split.yaml",),
             curriculum=Curriculum("split"),
-            note="Nothing is published for this; a sketch before this project reached 94.5.",
+            note="No figure is published for this; a prototype before this project reached 94.5.",
         ),
     ),
     figures=("average_accuracy", "average_forgetting"),
@@ -261,8 +267,9 @@ ISOLATION = Table(
     "isolation",
     "PackNet and progressive networks",
     """
-The protocol of Split MNIST, task-incremental. Published is what separate networks reach (van de Ven et al. 2022): nothing may
-be forgotten at all, and nothing lost against them. The digits are in order.""",
+The protocol of Split MNIST, task-incremental. The published figure is that of separate networks, one
+for each task (van de Ven et al. 2022): nothing may be forgotten, and accuracy may not be lower than
+theirs. The digits are in order.""",
     IN_ORDER,
     SPLIT,
     (
@@ -290,10 +297,11 @@ TWO_TASKS = Table(
     "two-tasks",
     "Two tasks, one after the other",
     """
-The demonstration of Kirkpatrick et al. 2017: all ten digits, and then all ten digits with their pixels in another order; one
-head of ten outputs (`domain`), MLP 784-400-400-10, Adam 1e-3, four epochs of each in batches of 128, no averaged weights. The
-line is the accuracy on the first task along the stream: it falls where the second is learned without any memory, and stays
-where the first is kept. The strengths were chosen by a few short runs; GEM runs with Adam here, as all others do.""",
+The demonstration of Kirkpatrick et al. 2017: all ten digits, then all ten digits with permuted
+pixels; one head of ten outputs (`domain`), MLP 784-400-400-10, Adam 1e-3, four epochs of each task
+in batches of 128, no averaged weights. The line is the accuracy on the first task along the stream:
+it falls if the second task is learned without protection, and stays if the first is retained. The
+strengths were chosen in a few short runs. GEM runs with Adam here, as all other methods do.""",
     Curriculum("permuted", count=2, epochs=4),
     SPLIT | {"probes": {"every": 40}},
     tuple(Row(name, {"domain": (None, None)}, strategy) for name, strategy in DEMONSTRATED.items()),

@@ -1,4 +1,4 @@
-"""Models whose first weights matter to a published figure: SGD at 0.003 hardly gets away from torch's own small ones."""
+"""Models whose initial weights influence a published figure: with torch's small ones, SGD at 0.003 hardly learns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def glorot(input_shape: Sequence[int], num_outputs: int, *, hidden: Sequence[int]) -> nn.Module:
-    """Return a perceptron with the initial weights of Glorot & Bengio 2010 and no biases, as GEM's authors have it."""
+    """Return a perceptron with the initial weights of Glorot & Bengio 2010 and no biases, as in the code of GEM's authors."""
     model = MLP(input_shape, num_outputs, hidden)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):

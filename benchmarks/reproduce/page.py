@@ -1,8 +1,9 @@
-"""docs/results.md and its pictures, from the books alone."""
+"""Write docs/results.md and its pictures, from the stored results alone."""
 
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from benchmarks.reproduce.cells import Row, Table
 
 Entries = list[dict[str, Any]]
-Finished = dict[tuple[str, str, str], Entries]  # (table, method, scenario) -> a seed each
+Finished = dict[tuple[str, str, str], Entries]  # (table, method, scenario) -> one entry for each seed
 
-POINT = 1.0  # a difference that is not one, in percentage points
+POINT = 1.0  # percentage points; a smaller difference does not count
 NAMES = {
     "average_accuracy": "accuracy",
     "backward_transfer": "backward transfer",
@@ -35,25 +36,26 @@ HEAD = """# Results
 
 Written by `make reproduce`; edit `benchmarks/reproduce/`, not this page.
 
-The published tables, run through the code that the daemon runs: topics in memory, the reader, the loop and the learner; there
-is no second training loop. Figures are percent, as mean ± standard error over seeds. A verdict is `within` where the difference
-is no more than one point or two standard errors, else `above` or `short`; for forgetting, less is `above`. The strengths of
-different libraries do not compare: a table's notes say how they were converted.
+Published tables, rerun with the code that the daemon runs: topics in memory, the reader, the loop and
+the learner. There is no second training loop. Figures are percentages, as mean ± standard error over
+seeds. The verdict is `within` if the difference is at most one point or two standard errors,
+otherwise `above` or `short`; for forgetting, a lower figure is `above`. The penalty strengths of
+different libraries are not comparable: the notes say how they were converted.
 """
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table as it is shown: one method, scenario and figure."""
+    """A row of a table in the document: one method, scenario and figure."""
 
     table: Table
     row: Row
     scenario: str
     figure: str
     published: float | None
-    values: tuple[float, ...]  # percent, a seed each
-    seconds: float  # of a seed, on average
-    skipped: int  # samples whose updates were not finite
+    values: tuple[float, ...]  # percent, one for each seed
+    seconds: float  # mean over seeds
+    skipped: int  # samples of batches without a finite update
 
     @property
     def mean(self) -> float | None:
@@ -67,12 +69,12 @@ class Line:
 
     @property
     def difference(self) -> float | None:
-        """How far ours lies above what is published, in points."""
+        """Ours minus the published figure, in points."""
         return None if self.published is None or self.mean is None else self.mean - self.published
 
     @property
     def verdict(self) -> str:
-        """`within`, `above` or `short`; empty where there is nothing to compare."""
+        """`within`, `above` or `short`; empty if there is no published figure or no result."""
         if self.difference is None:
             return ""
         if abs(self.difference) <= max(POINT, 2 * (self.error or 0.0)):
@@ -89,7 +91,7 @@ class Line:
 
 
 def lines(table: Table, finished: Finished) -> list[Line]:
-    """Return a table's rows as they are shown."""
+    """Return the rows of a table in the document."""
     shown = []
     for row in table.rows:
         for scenario, published in row.published.items():
@@ -102,9 +104,9 @@ def lines(table: Table, finished: Finished) -> list[Line]:
     return shown
 
 
-def markdown(finished: Finished, absent: Mapping[tuple[str, str], str], stale: int) -> str:
-    """Return the page. `absent`: why methods of tables are not run by this version; `stale`: cells left out."""
-    parts = [HEAD, _summary(finished, stale)]
+def markdown(finished: Finished, unavailable: Mapping[tuple[str, str], str], outdated: int) -> str:
+    """Return the document. `unavailable`: why this version cannot run a method; `outdated`: number of omitted cells."""
+    parts = [HEAD, _summary(finished, outdated)]
     for table in PUBLISHED:
         shown = lines(table, finished)
         head = ["method", "scenario", "figure", "published", "ours (seeds)", "difference", "verdict", "wall time"]
@@ -112,7 +114,7 @@ def markdown(finished: Finished, absent: Mapping[tuple[str, str], str], stale: i
         parts.append(f"\n## {table.title}\n{table.protocol}\n\n{_table(head, body)}")
         if any(line.values for line in shown):
             parts.append(f"\n![{table.title}: ours beside the published figures](images/results-{table.name}.png)\n")
-        parts.append(_notes(table, shown, absent))
+        parts.append(_notes(table, shown, unavailable))
     shown = lines(TWO_TASKS, finished)
     parts.append(f"\n## {TWO_TASKS.title}\n{TWO_TASKS.protocol}\n")
     if any(line.values for line in shown):
@@ -122,12 +124,12 @@ def markdown(finished: Finished, absent: Mapping[tuple[str, str], str], stale: i
         for row in TWO_TASKS.rows
     ]
     head = ["method", "first task, when learned", "first task, at the end", "second task, at the end"]
-    parts += ["\n", _table(head, learned), _notes(TWO_TASKS, shown, absent)]
+    parts += ["\n", _table(head, learned), _notes(TWO_TASKS, shown, unavailable)]
     return "".join(parts)
 
 
 def draw(images: Path, finished: Finished) -> None:
-    """Draw a picture for each table that has figures."""
+    """Draw a picture for each table that has results."""
     images.mkdir(parents=True, exist_ok=True)
     for table in PUBLISHED:
         shown = [line for line in lines(table, finished) if line.values]
@@ -159,8 +161,8 @@ def _accuracies(entry: Mapping[str, Any]) -> list[str]:
     return [f"{100 * value:.1f}" for value in (entry["learned"][0], entry["last"][0], entry["last"][1])]
 
 
-def _summary(finished: Finished, stale: int) -> str:
-    """Return what was run where, for how long, and how it compares."""
+def _summary(finished: Finished, outdated: int) -> str:
+    """Return the machines, the CPU hours, and the number of verdicts of each kind."""
     hours: dict[str, float] = defaultdict(float)
     for entry in (entry for entries in finished.values() for entry in entries):
         hours[entry["machine"]] += entry["cpu_seconds"] / 3600
@@ -168,22 +170,23 @@ def _summary(finished: Finished, stale: int) -> str:
     verdicts = [line.verdict for table in PUBLISHED for line in lines(table, finished)]
     compared = ", ".join(f"{verdicts.count(word)} {word}" for word in ("within", "above", "short"))
     text = f"\n{where}- {sum(map(len, finished.values()))} cells; of {sum(map(bool, verdicts))} published figures: {compared}\n"
-    if stale:
-        text += f"- {stale} cells were run under earlier settings and are left out; `make reproduce` runs them again\n"
+    if outdated:
+        text += f"- {outdated} cells were run with earlier settings and are omitted; `make reproduce` runs them again\n"
     return text
 
 
-def _notes(table: Table, shown: Sequence[Line], absent: Mapping[tuple[str, str], str]) -> str:
+def _notes(table: Table, shown: Sequence[Line], unavailable: Mapping[tuple[str, str], str]) -> str:
     skipped = {line.row.method: line.skipped for line in shown if line.skipped}
     notes = []
     for row in table.rows:
-        said = [row.note] if row.note else []
-        if (why := absent.get((table.name, row.method))) is not None:
-            said.append(f"Not run by this version: {why}.")
+        sentences = [row.note] if row.note else []
+        if (why := unavailable.get((table.name, row.method))) is not None:
+            sentences.append(f"Not run by this version: {why}.")
         if row.method in skipped:
-            said.append(f"{skipped[row.method]:,} samples were skipped: their updates were not finite.")
-        if said:
-            notes.append(f"- **{row.method}**: {' '.join(said)}\n")
+            sentences.append(f"{skipped[row.method]:,} samples were skipped: their updates were not finite.")
+        if sentences:
+            text = f"- **{row.method}**: {' '.join(sentences)}"
+            notes.append(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False) + "\n")
     return "\n" + "".join(notes) if notes else ""
 
 
@@ -193,11 +196,11 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same figures give the same bytes
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # without the version, equal figures give equal bytes
 
 
 def _bars(shown: Sequence[Line]) -> Figure:
-    """Return a panel for each scenario and figure: ours, with its error, under the published bar."""
+    """Return a figure with a panel for each scenario and figure: the published bar, and ours with its error."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((line.scenario, line.figure) for line in shown))
@@ -222,7 +225,7 @@ def _bars(shown: Sequence[Line]) -> Figure:
 
 
 def _curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Return the accuracy on the first task along the stream, a line for each method."""
+    """Return a figure with the accuracy on the first task along the stream, one line for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Finished cells in a JSON file: one line a cell, written as soon as it is finished."""
+"""Store finished cells in a JSON file: one line for each cell, written as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
 
 
 class ResultFile:
-    """Entries by cell. An entry counts as long as its digest is that of the cell's configuration."""
+    """Results by key. A result is valid while its digest equals that of the cell's configuration."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
     def has_result(self, key: str, digest: str) -> bool:
-        """Tell whether a cell is finished under this configuration."""
+        """Tell whether there is a result with this digest."""
         return self.entries.get(key, {}).get("digest") == digest
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Write down a finished cell; the file is whole at any moment."""
+        """Store the result of a finished cell. The file is complete at any moment."""
         self.entries[key] = entry
         lines = [
             f"{json.dumps(name)}: {json.dumps(self.entries[name])}" for name in sorted(self.entries, key=natural_key)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        beside.replace(self.path)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        temporary.replace(self.path)

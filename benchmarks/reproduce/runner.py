@@ -1,4 +1,4 @@
-"""A cell: one method, scenario and seed of a table, through the stream, the loop and the learner that the daemon runs."""
+"""Run a cell: one method, scenario and seed of a table, with the stream, loop and learner of the daemon."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**9
-POLLED = 16  # records at a time: a batch each, so that little waits encoded
+POLLED = 16  # records in a poll, one batch each, so that few encoded records wait
 FROM_FILE = ("strategy", "model", "learner", "scenario")
 SHAPING = ("seed", "input", "classes", "grow_head", "scenario", "holdout", "model", "strategy", "learner", "probes")
 
 
-class RecipeUnavailable(StreamlearnError):  # noqa: N818 - it says what this version cannot do
-    """A cell's recipe is not there, or its parameters are not accepted."""
+class RecipeUnavailable(StreamlearnError):  # noqa: N818 - it names what this version cannot do
+    """This version does not have a cell's recipe, or does not accept its parameters."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `scale`: the part of its work that is done, 1 but for `--quick`."""
+    """One run. `scale`: the part of its samples that is learned, 1 except with `--quick`."""
 
     table: Table
     row: Row
@@ -64,16 +64,16 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name in the book and for `--only`."""
+        """Its name in the result file and for `--only`."""
         return "/".join([self.table.name, self.row.method, self.scenario, str(self.seed)])
 
     @property
     def curriculum(self) -> Curriculum:
-        """What it is taught."""
+        """The tasks that it learns."""
         return self.row.curriculum or self.table.curriculum
 
     def config(self, device: str = "cpu") -> Config:
-        """Return its configuration; raises `RecipeUnavailable` where this version has no such recipe or parameter."""
+        """Return its configuration. Raises `RecipeUnavailable` if this version has no such recipe or parameter."""
         tree = merged(self._protocol(), {**self.table.settings})
         tree = merged(merged(tree, self._own()), {"device": device, "seed": self.seed})
         try:
@@ -83,15 +83,16 @@ class Cell:
             raise RecipeUnavailable("; ".join(lines)) from error
 
     def digest(self) -> str:
-        """Return the SHA-256 of all that shapes its result. Where it runs, and how it is read, does not.
+        """Return the SHA-256 of everything that shapes its result, but not of the device or the reading.
 
-        What is absent is left out: a later version's optional key, absent here, changes no result.
+        Keys without a value are left out, so an optional key of a later version does not invalidate results. The key
+        "course" has its first name, because another name would invalidate all results.
         """
         config = self.config()
         effective = config.effective()
         shaping = {key: without_none(effective[key]) for key in SHAPING}
-        taught = {"course": asdict(self.curriculum), "scale": self.scale, "batch_size": config.stream.batch_size}
-        return hashlib.sha256(json.dumps([shaping, taught], sort_keys=True).encode()).hexdigest()
+        data = {"course": asdict(self.curriculum), "scale": self.scale, "batch_size": config.stream.batch_size}
+        return hashlib.sha256(json.dumps([shaping, data], sort_keys=True).encode()).hexdigest()
 
     def _protocol(self) -> Settings:
         topics = streams.topics(self.curriculum)
@@ -107,14 +108,14 @@ class Cell:
             "classes": list(range(10)),
             "scenario": scenarios[self.scenario],
             "holdout": {"fraction": 0.0, "max": None},
-            # the markers end the tasks; silence never does
+            # markers end the tasks, never silence
             "stream": {
                 "topics": topics,
                 "on_finished": "exit",
                 "task_end": {"idle": NEVER},
                 "queue": {"samples": 4000},
             },
-            "probes": {"every": NEVER},
+            "probes": {"every": NEVER, "every_seconds": None},
             "checkpoint": {"every_seconds": None},
         }
 
@@ -133,7 +134,7 @@ class Cell:
 
 
 class JobWithoutCheckpoints(Job):
-    """A job that writes no checkpoints: a cell that was cut off begins again."""
+    """A job that writes no checkpoints: an interrupted cell starts again."""
 
     def save(self, stream: StreamReader, trigger: str, tag: str | None = None) -> PendingSave:
         del stream, tag
@@ -141,7 +142,7 @@ class JobWithoutCheckpoints(Job):
 
 
 class ProgressControl:
-    """Asks nothing of the loop, and tells how far it is: the part of the batches that are learned."""
+    """Gives the loop no commands, and reports its progress: the part of the batches that was learned."""
 
     stopping = False
     paused = False
@@ -159,7 +160,7 @@ class ProgressControl:
 
 
 def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lambda _: None) -> dict[str, Any]:
-    """Return what the book keeps of a cell, after running it."""
+    """Run a cell and return its result for the result file."""
     config = cell.config(device)
     configure_torch(config.threads)
     task_data = streams.task_data(cell.curriculum, cell.seed)
@@ -190,7 +191,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
         "digest": cell.digest(),
         **_figures(job, curve=config.probes.every != NEVER),
         "samples": sum(totals),
-        "skipped": counted["skipped"],  # updates that were not finite: a strength that was too large
+        "skipped": counted["skipped"],  # samples without a finite update: the strength was too large
         "steps": job.learner.step,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(used, 1),
@@ -200,24 +201,24 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
 
 
 def without_none(tree: Any) -> Any:
-    """Return a tree without the keys whose value is None."""
+    """Return a tree without keys whose value is None."""
     if isinstance(tree, dict):
         return {key: without_none(value) for key, value in tree.items() if value is not None}
     return tree
 
 
 def quiet() -> None:
-    """Leave the log to errors: what is skipped is counted in the book."""
+    """Log errors only: skipped samples are counted in the result."""
     logging.getLogger("streamlearn").setLevel(logging.ERROR)
 
 
-def begin_worker() -> None:
-    """Prepare a process beside others. It ends with the one that began it, whatever ended that."""
+def start_worker() -> None:
+    """Prepare a worker process. It ends when its parent process ends, for whatever reason."""
     quiet()
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow() -> None:
+def _exit_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -226,7 +227,7 @@ def _follow() -> None:
 def _figures(job: Job, *, curve: bool) -> dict[str, Any]:
     matrix = job.matrix
     last = matrix.row(max(matrix.rows))
-    # where there is one task there is nothing to forget
+    # with one task there is nothing to forget
     figures: dict[str, Any] = {
         "average_accuracy": matrix.average_accuracy,
         "backward_transfer": matrix.backward_transfer or 0.0,
@@ -240,7 +241,7 @@ def _figures(job: Job, *, curve: bool) -> dict[str, Any]:
 
 
 def machine(device: str) -> str:
-    """Return the hardware and the library that a figure comes from, in a line."""
+    """Return one line with the hardware and the torch version of a result."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,4 @@
-"""Tasks as published, on topics in memory: records are made when they are read, so that repeating a task costs nothing."""
+"""Published tasks on topics in memory. Records are made when they are read, so repeated samples need no memory."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.support.jobs import DATA
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-HALF_TURN = 180.0
+DEGREES = 180.0
 DIGITS = 10
 PROBES_PER_RECORD = 1000
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What is taught, in which order and how often."""
+    """The tasks, their order, and how often their samples are repeated."""
 
     tasks: str  # a key of TASKS
     count: int = 5
-    distinct: int | None = None  # samples of each task that are used at all; None: every one
+    distinct: int | None = None  # number of different samples of each task; None: all
     epochs: int = 1
-    samples: int | None = None  # of each task, counting repetitions; None: `epochs` times those that are used
+    samples: int | None = None  # of each task, with repetitions; None: `epochs` times the different ones
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class TaskData:
 
 
 class RepeatedTopic(Sequence[Record]):
-    """A topic's records: the probe's, then `total` samples, every epoch in a new order, then the marker.
+    """A topic's records: those of the probe, then `total` samples with a new order in every epoch, then the marker.
 
-    What a list of them would hold, but each record is encoded when it is asked for: 256,000 samples a task are 200 MB.
+    It behaves as a list, but encodes each record when it is read: 256,000 samples of a task would be 200 MB.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RepeatedTopic(Sequence[Record]):
         return Record(self.tail.topic, self.tail.partition, offset, self.created, None, value, headers)
 
     def _chosen(self, start: int, stop: int) -> np.ndarray:
-        """Return the samples at these places of the endless row of epochs."""
+        """Return the samples at these positions of the endless sequence of epochs."""
         parts = []
         while start < stop:
             epoch, place = divmod(start, len(self.y))
@@ -100,7 +100,9 @@ class RepeatedTopic(Sequence[Record]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            if len(self._orders) > 1:  # a record spans two epochs at most, where epochs are longer than records
+            if (
+                len(self._orders) > 1
+            ):  # a record contains samples of two epochs at most, if epochs are longer than records
                 del self._orders[min(self._orders)]
             self._orders[epoch] = np.random.default_rng([*self.seed, epoch]).permutation(len(self.y))
         return self._orders[epoch]
@@ -114,7 +116,7 @@ def topics(curriculum: Curriculum) -> list[str]:
 
 
 def classes(curriculum: Curriculum, seed: int) -> list[list[int]]:
-    """Return the digits of each task: two, in order or (`drawn`) by the seed, which 0 leaves in order; or all of them."""
+    """Return the digits of each task: two in order, two drawn by the seed (`drawn`; seed 0: in order), or all."""
     if curriculum.tasks not in {"split", "drawn"}:
         return [list(range(DIGITS)) for _ in topics(curriculum)]
     order = np.arange(DIGITS)
@@ -124,7 +126,7 @@ def classes(curriculum: Curriculum, seed: int) -> list[list[int]]:
 
 
 def sizes(curriculum: Curriculum, task_data: Sequence[TaskData], scale: float) -> list[int]:
-    """Return how many samples of each task are taught; `scale` is the part of the work that is done at all."""
+    """Return the number of samples of each task, with repetitions, multiplied by `scale` (1: the whole task)."""
     whole = [
         curriculum.epochs * len(data.train) if curriculum.samples is None else curriculum.samples for data in task_data
     ]
@@ -142,57 +144,57 @@ def publish(
         producer.publish(store, topic, nothing, PublishOptions(samples_per_record=PROBES_PER_RECORD), probe=data.probe)
         *head, marker = store.records[topic, 0]
         records = RepeatedTopic(data.train, total=total, size=per_record, seed=(seed, number), head=head, tail=marker)
-        store.records[topic, 0] = cast("list[Record]", records)  # nothing more is appended to it
+        store.records[topic, 0] = cast("list[Record]", records)  # no record is appended after this
     return store
 
 
 def task_data(curriculum: Curriculum, seed: int) -> list[TaskData]:
-    """Return a curriculum's tasks; which of their samples are used, and by which angles they are turned, is the seed's."""
+    """Return the samples of each task. The seed decides which samples are used, and the angles of rotations."""
     return TASKS[curriculum.tasks](curriculum, seed)
 
 
 @cache
 def mnist(split: str) -> Samples:
-    """Return MNIST, its pixels 0 to 255."""
+    """Return MNIST with pixels 0 to 255."""
     return producer.read_samples(str(DATA / "mnist.npz"), split)
 
 
 def _split(curriculum: Curriculum, seed: int) -> list[TaskData]:
-    """Two digits a task."""
+    """Return tasks of two digits."""
     train, test = mnist("train"), mnist("test")
     groups = classes(curriculum, seed)
     parts = zip(producer.split_by_classes(train, groups), producer.split_by_classes(test, groups), strict=True)
-    return [TaskData(_some(part, curriculum.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
+    return [TaskData(_subset(part, curriculum.distinct, seed, n), probe) for n, (part, probe) in enumerate(parts)]
 
 
 def _rotations(curriculum: Curriculum, seed: int) -> list[TaskData]:
-    """All ten digits, turned: a task's angle is drawn from its own part of the half turn (Lopez-Paz & Ranzato 2017)."""
-    width = HALF_TURN / curriculum.count
+    """Return tasks of all ten digits, each rotated by an angle from its part of 0 to 180 (Lopez-Paz & Ranzato 2017)."""
+    width = DEGREES / curriculum.count
     angles = [width * (n + np.random.default_rng([seed, n]).uniform()) for n in range(curriculum.count)]
-    chosen = [_some(mnist("train"), curriculum.distinct, seed, n) for n in range(curriculum.count)]
+    chosen = [_subset(mnist("train"), curriculum.distinct, seed, n) for n in range(curriculum.count)]
     return [
-        TaskData(Samples(producer.rotate_images(part.x, angle), part.y), _turned_test(angle))
+        TaskData(Samples(producer.rotate_images(part.x, angle), part.y), _rotated_test(angle))
         for part, angle in zip(chosen, angles, strict=True)
     ]
 
 
 def _permuted(curriculum: Curriculum, seed: int) -> list[TaskData]:
-    """All ten digits, their pixels in an order of each task's own, the first as they are (Kirkpatrick et al. 2017)."""
+    """Return tasks of all ten digits, with permuted pixels except in the first task (Kirkpatrick et al. 2017)."""
     train = producer.make_permuted_tasks(mnist("train"), curriculum.count, seed)
     test = producer.make_permuted_tasks(mnist("test"), curriculum.count, seed)
     return [
-        TaskData(_some(part, curriculum.distinct, seed, n), probe)
+        TaskData(_subset(part, curriculum.distinct, seed, n), probe)
         for n, (part, probe) in enumerate(zip(train, test, strict=True))
     ]
 
 
 def _shuffled(curriculum: Curriculum, seed: int) -> list[TaskData]:
-    """One task of all rotations together. Its probe holds all test sets, which are of one size: the mean is the same."""
+    """Return one task of all rotations. Its probe has all test sets; they have one size, so the mean is the same."""
     parts = _rotations(curriculum, seed)
     return [TaskData(_joined([part.train for part in parts]), _joined([part.probe for part in parts]))]
 
 
-def _turned_test(angle: float) -> Samples:
+def _rotated_test(angle: float) -> Samples:
     test = mnist("test")
     return Samples(producer.rotate_images(test.x, angle), test.y)
 
@@ -201,7 +203,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
     return Samples(np.concatenate([part.x for part in parts]), [label for part in parts for label in part.y])
 
 
-def _some(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
+def _subset(samples: Samples, count: int | None, seed: int, task: int) -> Samples:
     if count is None or count >= len(samples):
         return samples
     return samples.select(np.random.default_rng([seed, task]).permutation(len(samples))[:count])

@@ -146,8 +146,8 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     reproduce(TINY, pattern="NAIVE/task", again=True)
     assert ran == ["tiny/naive/task/0"]
     faster = Table(**{**vars(TINY), "settings": TINY.settings | cells.optimizer("sgd", 0.2)})
-    _, stale = tool.ResultFiles(tmp_path, (faster,)).finished(1.0)
-    assert stale == 2
+    _, outdated = tool.ResultFiles(tmp_path, (faster,)).finished(1.0)
+    assert outdated == 2
     reproduce(faster, pattern="class")
     assert ran == ["tiny/naive/class/0"]
 
@@ -177,8 +177,8 @@ def entry(accuracy: float, **over: Any) -> dict[str, Any]:
     return {**figures, **spent, "learned": [1.0, 0.9], "last": [0.8, 0.9], "curve": [[0, 0.5], [10, 1.0]], **over}
 
 
-def test_the_page_sets_ours_beside_the_published(tmp_path: Path) -> None:
-    """Means, standard errors, verdicts, notes and hours are those of the entries; pictures are drawn for what is there."""
+def test_the_document_compares_ours_with_the_published_figures(tmp_path: Path) -> None:
+    """The document has means, standard errors, verdicts, notes and hours of the results; pictures show what exists."""
     finished: page.Finished = {
         ("split-mnist", "naive", "class"): [entry(0.195), entry(0.205), entry(0.2)],
         ("split-mnist", "joint", "class"): [entry(0.9), entry(0.91)],
@@ -194,10 +194,10 @@ def test_the_page_sets_ours_beside_the_published(tmp_path: Path) -> None:
     assert "| naive | class | accuracy | 53 | 60.00 (1) | +7.00 | above | 30 s |" in text
     assert "| naive | class | backward transfer | -8 | -10.00 (1) | -2.00 | short | 30 s |" in text
     assert "**LwF**: Not run by this version: no such recipe." in text
-    assert "128 samples were skipped" in text
+    assert "128 samples were skipped" in " ".join(text.split())
     assert "- A machine, 2 cores: 0.08 CPU hours" in text
     assert "- 8 cells; of 5 published figures: 2 within, 1 above, 2 short" in text
-    assert "- 3 cells were run under earlier settings" in text
+    assert "- 3 cells were run with earlier settings" in text
     assert "| sequential | 100.0 | 80.0 | 90.0 |" in text
     page.draw(tmp_path, finished)
     drawn = {path.name for path in tmp_path.iterdir()}
@@ -228,7 +228,7 @@ def test_cells_run_side_by_side(tmp_path: Path) -> None:
     (cell,) = books.cells(1, "two-tasks/sequential", 0.0)  # one sample a task
     require((DATA / "mnist.npz").is_file(), "mnist.npz")
     assert tool.run_cells([cell], books, Console(quiet=True), jobs=2, device="cpu") == {}
-    assert books.shown.entries[cell.key]["samples"] == 2
+    assert books.demonstration.entries[cell.key]["samples"] == 2
 
 
 def test_workers_end_with_the_run_that_began_them(tmp_path: Path) -> None:
@@ -265,3 +265,13 @@ def test_the_readme_has_the_counts_of_the_results() -> None:
         "Of {} published figures, ours are within one point or two standard errors in {}, above in {}, and below in {}"
     )
     assert within.format(*found.groups()) in text
+
+
+def test_the_document_shows_the_stored_results() -> None:
+    """docs/results.md is what `make reproduce ARGS=--report` writes from the stored results."""
+    files = tool.ResultFiles(tool.STORED)
+    finished, outdated = files.finished(1.0)
+    _, unavailable = tool.plan(files.cells(None, "", 1.0), files, again=False)
+    assert tool.RESULTS.read_text() == page.markdown(finished, unavailable, outdated), (
+        "run: make reproduce ARGS=--report"
+    )
