@@ -1,4 +1,4 @@
-"""The reader: one thread owns the log, decides which topic is the current task, and fills a bounded queue of deliveries."""
+"""The stream reader: a thread that owns the log, decides which topic is the current task, and fills a bounded queue."""
 
 from __future__ import annotations
 
@@ -30,46 +30,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-PAUSED_SECONDS = 0.05  # how soon a reader that waits for the learner goes on
-CHECK_SECONDS = 1.0  # how often bounds are asked for: lag, later topics, retention
+PAUSED_POLL_SECONDS = 0.05  # while the queue is full: the reader checks this often whether there is room again
+CHECK_SECONDS = 1.0  # how often the log is asked for bounds (for lag, later topics and retention)
 MAX_BACKOFF = 30.0
-OPEN_SECONDS = 60.0  # of silence after which a task is open that only a marker can end
-SOUND_SECONDS = 5.0  # a connection that held so long, or gave a record, was a good one
-LEADER_SECONDS = 10.0  # how long the current or the next topic may be without a leader before that is an outage
-HELD_BACK_SECONDS = 5.0  # how long an open transaction may hold records back before a line says so
-STALLED_SECONDS = 60.0  # without a record that is there: the client is not to be believed any more
-SWITCH_SECONDS = 0.0005  # how long the learner, back from a kernel, waits at most for this thread to let go
+OPEN_TASK_SECONDS = 60.0  # without a record: then warn that only a marker can end the task
+STABLE_SECONDS = 5.0  # a connection that was open this long, or that returned a record, was a good one
+NO_LEADER_SECONDS = 10.0  # how long a partition of the current or next topic may have no leader before it is an outage
+OPEN_TRANSACTION_SECONDS = 5.0  # how long an open transaction may delay records before it is logged
+STALLED_SECONDS = 60.0  # without a record although records can be read: the client has failed without an error
+SWITCH_INTERVAL = 0.0005  # seconds: the longest time that the learner's thread waits for this thread to release the GIL
 
 
 @dataclass
 class StreamStatus:
-    """What the reader knows of its log, for status and metrics; written by the reader thread alone."""
+    """What the reader knows about its log, for status and metrics. Only the reader thread writes it."""
 
     connected: bool = False
     last_contact: float | None = None  # Unix seconds
-    last_contact_monotonic: float | None = None  # the same, monotonic: a clock that jumps makes no outage
-    begin_offsets: dict[Partition, int] = field(default_factory=dict)  # first offsets that are kept
-    end_offsets: dict[Partition, int] = field(default_factory=dict)  # log end offsets; none while no broker tells them
-    next_offsets: dict[Partition, int] = field(default_factory=dict)  # next offset to be read
-    # number of offsets behind a transaction that is still open
+    last_contact_monotonic: float | None = None  # the same on the monotonic clock, which never jumps
+    begin_offsets: dict[Partition, int] = field(default_factory=dict)  # of the first records that are kept
+    end_offsets: dict[Partition, int] = field(default_factory=dict)  # log end offsets; empty while no broker answers
+    next_offsets: dict[Partition, int] = field(default_factory=dict)  # of the next records to be read
+    # number of offsets that cannot be read yet because of an open transaction
     behind_open_transaction: dict[Partition, int] = field(default_factory=dict)
-    num_assigned: int = 0
-    paused: bool = False
-    problem: str | None = None  # why reading stands still
-    waiting_for: str | None = None  # topic, or pattern of topics, from which the next task's first record must come
+    num_assigned: int = 0  # partitions
+    paused: bool = False  # because the queue is full
+    problem: str | None = None  # why reading has stopped
+    waiting_for: str | None = None  # the topic, or the pattern of topics, of the next task
 
     def lag(self, applied: Mapping[Partition, Position]) -> dict[Partition, int]:
-        """Return log end less the next offset to be applied; where nothing was applied, what the log still holds."""
+        """Return the number of offsets between the applied position (at first: the log's beginning) and the log's end."""
+        begins = self.begin_offsets
         return {
-            place: max(0, end - (applied[place].offset if place in applied else self.begin_offsets.get(place, 0)))
-            for place, end in self.end_offsets.items()
+            partition: max(0, end - (applied[partition].offset if partition in applied else begins.get(partition, 0)))
+            for partition, end in self.end_offsets.items()
         }
 
     def unread(self) -> dict[Partition, int]:
-        """Return log end less the next offset to be read."""
+        """Return the number of offsets between the next offset to be read and the log's end."""
+        begins, nexts = self.begin_offsets, self.next_offsets
         return {
-            place: max(0, end - self.next_offsets.get(place, self.begin_offsets.get(place, 0)))
-            for place, end in self.end_offsets.items()
+            partition: max(0, end - nexts.get(partition, begins.get(partition, 0)))
+            for partition, end in self.end_offsets.items()
         }
 
 
@@ -93,51 +95,51 @@ class StreamReader:
         self.config = config
         self.dead_letters = dead_letters
         self.group = group
-        self.refresh_seconds = refresh_seconds
+        self.refresh_seconds = refresh_seconds  # how often the log is asked for its topics
         self.status = StreamStatus()
-        self.finished = False  # nothing further will ever come, and everything was given out
+        self.finished = False  # no delivery is left, and there will be no further one
         self._queue: deque[Delivery] = deque()
         self._prepended: Iterator[Delivery] = iter(())
-        self._waiting: Counter[str] = Counter()  # samples in the queue, by topic
-        self._waiting_bytes = 0
+        self._queued_samples: Counter[str] = Counter()  # by topic
+        self._queued_bytes = 0
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # a delivery, an error, or a call of `wake`
+        self._changed = threading.Condition(self._lock)  # a new delivery, an error, or a call of `wake`
         self._woken = False
         self._stopping = threading.Event()
         self._error: BaseException | None = None
-        self._exhausted = False
-        self._commits: dict[Partition, int] = {}
+        self._exhausted = False  # no further task will begin
+        self._commits: dict[Partition, int] = {}  # offsets to commit
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._merge = PartitionMerge() if config.merge == "fixed" else None
-        self._held: set[Partition] = set()
+        self._paused_partitions: set[Partition] = set()
         self._topics: dict[str, TopicInfo] = {}
         self._bounds: dict[Partition, Bounds] = {}
-        self._checked = self._refreshed = -1e9
-        self._last_record = time.monotonic()
-        self._last_polled = -1e9  # when the source last gave a record
-        self._waiting_since: float | None = None  # when records were there and none came
-        self._unknown_since: float | None = None  # when the current or the next topic lost its leader
-        self._held_back_since: dict[Partition, float] = {}  # when reading came to an open transaction
-        self._left_out: dict[str, str] = {}  # topics of no present use that do not answer, and why; asked again later
-        self._warned: dict[str, str] = {}  # those of them that a line was logged for
+        self._checked = self._refreshed = -1e9  # when `_check_log` last ran, and when it last asked for topics
+        self._last_record = time.monotonic()  # when a record last arrived, or the connection was restored
+        self._last_polled = -1e9  # when a record last arrived
+        self._waiting_since: float | None = None  # since when records can be read but do not arrive
+        self._no_leader_since: float | None = None  # since when a partition of the current or next topic has no leader
+        self._transaction_since: dict[Partition, float] = {}  # when reading reached an open transaction
+        self._left_out: dict[str, str] = {}  # topics, neither current nor next, that do not answer, and why
+        self._logged_left_out: dict[str, str] = {}  # the reasons that were logged
         self._linger_since: float | None = None
-        self._to_end: str | None = None  # the topic whose task somebody asked to end
-        self._told_open: str | None = None  # the task of which it was said that it stays open
-        self._burst: str | None = None  # why reading stands still until it is acknowledged
+        self._task_to_end: str | None = None  # the topic of the task that `end_task` must end
+        self._logged_open: str | None = None  # the task of which it was logged that it stays open
+        self._burst: str | None = None  # why reading has stopped until `resume_after_burst`
         self._burst_resumed = threading.Event()
 
     # -- for the loop
 
     def start(self) -> None:
-        """Begin to read."""
-        sys.setswitchinterval(SWITCH_SECONDS)
+        """Start the reader thread."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread.start()
 
     def next_delivery(self, timeout: float) -> Delivery | None:
-        """Return the next delivery, or None when none came in time or `wake` was called; raises what the reader died of.
+        """Return the next delivery, or None after `timeout` seconds or a call of `wake`; raises the reader thread's error.
 
-        The main thread waits here, so a signal handler may run inside. `Condition` is used, because `SimpleQueue.get` of
-        CPython 3.11 and 3.12 waits for ever when a handler returns after the deadline.
+        The main thread waits here, so a signal handler can run meanwhile. This is why a `Condition` is used: in CPython 3.11
+        and 3.12, `SimpleQueue.get` waits for ever if a signal handler returns after the deadline.
         """
         if (prepended := next(self._prepended, None)) is not None:
             return prepended
@@ -146,8 +148,8 @@ class StreamReader:
             woken, self._woken = self._woken, False
             if self._queue:
                 delivery = self._queue.popleft()
-                self._waiting -= delivery.observations.consumed
-                self._waiting_bytes -= _num_bytes(delivery)
+                self._queued_samples -= delivery.observations.consumed
+                self._queued_bytes -= _num_bytes(delivery)
                 return delivery
             if self._error is not None:
                 raise self._error
@@ -155,46 +157,46 @@ class StreamReader:
         return None
 
     def wake(self) -> None:
-        """Have the call of `next` that waits, or else the following one, return at once."""
+        """Make the waiting call of `next_delivery`, or else the next call, return at once."""
         with self._changed:
             self._woken = True
             self._changed.notify()
 
     def prepend(self, deliveries: Iterable[Delivery]) -> None:
-        """Give these out before anything else, each made when it is its turn: refinement is not a second loop."""
+        """Return these deliveries before all others; each is made when it is needed. The loop uses it for refinement."""
         self._prepended = iter(deliveries)
 
     def flush_dead_letters(self) -> None:
-        """Return when every dead letter is acknowledged; a checkpoint begins only after it."""
+        """Wait until all dead letters are acknowledged. A checkpoint may begin only after that."""
         try:
             self.dead_letters.flush()
         except StreamlearnError as error:
             if error.code == NO_PERMISSION:
-                self._error = error  # no later try would help: the loop gets it when it has applied what is queued
+                self._error = error  # trying again cannot help: the loop gets the error after the queued deliveries
             raise
 
     def resume_after_burst(self) -> None:
-        """Have reading go on where a burst of rejects stopped it, with the count anew."""
+        """Continue reading if a burst of rejected samples has stopped it, and set the count of rejects to zero."""
         if self._burst is not None:
             self._burst_resumed.set()
 
     def end_task(self, topic: str) -> None:
-        """Have this topic's task end where it was read up to; to ask again does nothing."""
-        self._to_end = topic
+        """End the task of this topic at the positions up to which it was read. A repeated call changes nothing."""
+        self._task_to_end = topic
 
     def commit_positions(self, positions: Positions) -> None:
-        """Have positions reported to the log, soon, for lag graphs."""
+        """Let the reader thread commit these positions to the log soon, for lag graphs."""
         with self._lock:
             self._commits = {partition: position.offset for partition, position in positions.by_partition.items()}
 
     @property
     def queued_samples(self) -> Counter[str]:
-        """Samples consumed and not yet given out, by topic."""
+        """The number of samples, by topic, that were read and are in no returned delivery yet."""
         with self._lock:
-            return +self._waiting + self.assembler.undelivered
+            return +self._queued_samples + self.assembler.undelivered
 
     def stop(self) -> None:
-        """End the thread and let go of the log."""
+        """Stop the reader thread and close the log."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=15)
@@ -208,23 +210,24 @@ class StreamReader:
 
     def _run(self) -> None:
         try:
-            self._read_on()
-        except BaseException as error:  # noqa: BLE001 - a thread has no caller: the loop raises it
+            self._read_until_stopped()
+        except BaseException as error:  # noqa: BLE001 - the loop raises it, because a thread has no caller
             self.status.problem = str(error)
             with self._changed:
                 self._error = error
                 self._changed.notify()
         finally:
             try:
-                with contextlib.suppress(StreamlearnError):  # a report is not worth an error, least of all after one
+                with contextlib.suppress(StreamlearnError):  # a failed commit is no reason for an error
                     if self.status.connected and self._commits:
-                        self._commit()
-                        self.log_reader.poll(POLL_SECONDS)  # a client sends only while it polls
+                        self._send_commits()
+                        self.log_reader.poll(POLL_SECONDS)  # the client sends commits only while it polls
                 self.log_reader.close()
-            except Exception as error:  # noqa: BLE001 - what it ends with is known already, and closing is no reason to hide it
+            except Exception as error:  # noqa: BLE001 - it must not hide the error with which the thread ended
                 logger.warning("closing the log failed: %s", error)
 
-    def _read_on(self) -> None:
+    def _read_until_stopped(self) -> None:
+        """Connect, read, and connect again after each outage."""
         backoff, since, last = 1.0, time.monotonic(), ""
         while not self._stopping.is_set():
             connected = float("inf")
@@ -232,14 +235,14 @@ class StreamReader:
                 self.log_reader.connect()
                 self.assembler.cluster_id = self.log_reader.cluster_id
                 self.dead_letters.prepare()
-                self._restore()
+                self._start_at_positions()
                 connected = time.monotonic()
                 while not self._stopping.is_set():
-                    self._turn()
+                    self._read_once()
                     since = time.monotonic()
             except BrokerUnavailable as error:
-                sound = self._was_sound(connected)
-                if self.status.last_contact is None or (self.status.connected and (sound or str(error) != last)):
+                stable = self._was_stable(connected)
+                if self.status.last_contact is None or (self.status.connected and (stable or str(error) != last)):
                     logger.warning("%s; waiting for it", error)
                 self.status.connected = False
                 self.status.end_offsets = {}
@@ -247,98 +250,103 @@ class StreamReader:
                 limit = self.config.startup_timeout
                 if limit is not None and self.status.last_contact is None and time.monotonic() - since > limit:
                     raise
-                if sound:
+                if stable:
                     backoff = 1.0
             except Unreadable as error:
-                if self._steps_over(error):
+                if self._skip_damaged_batch(error):
                     continue
                 if str(error) != last:
-                    logger.error("%s; reading stands still, and is tried again now and then", error)  # noqa: TRY400 - the line says all
+                    logger.error("%s; reading has stopped, and is tried again from time to time", error)  # noqa: TRY400 - no traceback
                     backoff = 1.0
                 self.status.problem = last = str(error)
-            jitter = random.SystemRandom().uniform(0.5, 1.0)  # not the global generator: it is the learner's
+            jitter = random.SystemRandom().uniform(0.5, 1.0)  # the global generator belongs to the learner
             self._stopping.wait(backoff * jitter)
             backoff = min(2 * backoff, MAX_BACKOFF)
 
-    def _was_sound(self, connected: float) -> bool:
-        """Tell whether a connection since this time was of use, so that its end is the beginning of a new outage."""
-        return self._last_polled > connected or time.monotonic() - connected > SOUND_SECONDS
+    def _was_stable(self, connected: float) -> bool:
+        """Return whether the connection made at this time was of use, so that its end is the beginning of a new outage."""
+        return self._last_polled > connected or time.monotonic() - connected > STABLE_SECONDS
 
-    def _steps_over(self, error: Unreadable) -> bool:
-        """Go on behind a damaged batch where that is configured, or its task has ended; the offsets count as lost."""
-        task, place, policy = self.assembler.task, error.partition, self.config.on_offset_out_of_range
-        is_current = place is None or task is None or place[0] == task.name
+    def _skip_damaged_batch(self, error: Unreadable) -> bool:
+        """Skip a damaged batch if the configuration says so, or if its task has ended; return whether it was skipped.
+
+        The skipped offsets count as lost. Raises `StreamlearnError` if `stream.on_offset_out_of_range` is exit.
+        """
+        task, partition, policy = self.assembler.task, error.partition, self.config.on_offset_out_of_range
+        is_current = partition is None or task is None or partition[0] == task.name
         if is_current and policy == "exit":
             raise StreamlearnError(str(error)) from error
-        if (is_current and policy == "stop") or place is None or self._merge:
-            return False  # what waits in a merge lies before the damage, and is not lost
+        if (is_current and policy == "stop") or partition is None or self._merge:
+            return False  # records that wait in a merge come before the damaged batch, and must not be lost
         bounds = None
         with contextlib.suppress(StreamlearnError):
-            bounds = self.log_reader.bounds([place]).get(place)
-        target = min(error.end, bounds.end if bounds is not None else 0)  # a damaged batch may lie about its size
-        lost = target - max(error.begin, position.offset if (position := self._position(place)) is not None else 0)
+            bounds = self.log_reader.bounds([partition]).get(partition)
+        target = min(error.end, bounds.end if bounds is not None else 0)  # the size in a damaged batch can be wrong
+        position = self._position(partition)
+        lost = target - max(error.begin, position.offset if position is not None else 0)
         if lost <= 0:
             return False
-        logger.error("%s: going on at %d, %d offsets are lost", error, target, lost)
-        self.assembler.skip_lost_offsets(place, target, lost, "corrupt")
+        logger.error("%s: continuing at %d; %d offsets are lost", error, target, lost)
+        self.assembler.skip_lost_offsets(partition, target, lost, "corrupt")
         return True
 
-    def _turn(self) -> None:
+    def _read_once(self) -> None:
+        """Handle the requests of other threads, check the log if it is time, and poll once."""
         now = time.monotonic()
         if self._burst_resumed.is_set():
             self._burst_resumed.clear()
-            self._read_on_after_burst()
+            self._continue_after_burst()
         if now - self._checked >= CHECK_SECONDS:
-            self._check(now)
-        self._commit()
-        if (topic := self._to_end) is not None:
-            self._to_end = None
-            self._end_here(topic)
+            self._check_log(now)
+        self._send_commits()
+        if (topic := self._task_to_end) is not None:
+            self._task_to_end = None
+            self._end_task_now(topic)
         if self.status.problem is not None:
             self._stopping.wait(POLL_SECONDS)
             return
-        self._balance()
+        self._pause_or_resume()
         if (records := self._poll()) is None:
-            return  # nothing is concluded from how far the log was read
-        self._identify({record.topic for record in records})
+            return
+        self._check_topic_ids({record.topic for record in records})
         for record in self._in_order(records):
-            self._before_end(record)
+            self._check_partitions_before_end(record)
             for delivery in self.assembler.feed(record):
-                self._put(delivery)
-            if self._stops_at_burst():
-                return  # before anything is concluded from how far the log was read
-        self._after_poll(records)
+                self._enqueue(delivery)
+            if self._stop_at_burst():
+                return  # the records after the burst count as unread, so `_finish_poll` would be wrong
+        self._finish_poll(records)
 
     def _poll(self) -> list[Record] | None:
-        """Return the next records, or None where a topic of no present use is refused, and is left out from now on."""
+        """Return the next records, or None if a topic had to be left out because its permission was withdrawn."""
         try:
-            return self.log_reader.poll(PAUSED_SECONDS if self.status.paused else POLL_SECONDS)
+            return self.log_reader.poll(PAUSED_POLL_SECONDS if self.status.paused else POLL_SECONDS)
         except StreamlearnError as error:
             if error.code != NO_PERMISSION:
                 raise
             self._refreshed = -1e9
-            self._check(time.monotonic())  # raises where it is the current topic that is refused; another is left out
+            self._check_log(time.monotonic())  # raises if it is the current topic; leaves out any other
             if not self._left_out:
                 raise
             return None
 
     def _in_order(self, records: list[Record]) -> Iterable[Record]:
-        """Return the records whose turn it is: as they arrive, or merged in an order that the log alone decides."""
+        """Return the records to feed now: as they arrive, or merged in an order that depends on the log alone."""
         if self._merge is None or self.assembler.task is None:
-            return records  # late, all of them
+            return records  # without a current task, all of them are late
         current = self.assembler.task.name
         self._merge.add([record for record in records if record.topic == current])
         late = [record for record in records if record.topic != current]
-        return chain(late, self._merge.pop_ready(self._awaited(), self.log_reader.position))
+        return chain(late, self._merge.pop_ready(self._unfinished_partitions(), self.log_reader.position))
 
-    def _drain(self) -> None:
-        """Feed what waits for other partitions: they will have nothing more, or the task has ended."""
+    def _feed_waiting(self) -> None:
+        """Feed all records that wait in the merge, when no other partition has more records for the task."""
         for record in self._merge.pop_ready([], self.log_reader.position) if self._merge is not None else ():
             for delivery in self.assembler.feed(record):
-                self._put(delivery)
+                self._enqueue(delivery)
 
-    def _awaited(self) -> list[Partition]:
-        """Return the current task's partitions that may still have records for it."""
+    def _unfinished_partitions(self) -> list[Partition]:
+        """Return the partitions of the current task that can still have records for it."""
         task = self.assembler.task
         if task is None:
             return []
@@ -351,216 +359,213 @@ class StreamReader:
             and (p not in ends or self.log_reader.position((name, p)) < ends[p])
         ]
 
-    def _stops_at_burst(self) -> bool:
-        """Tell whether reading stands still here, because too many samples in a row were rejected."""
-        spec, burst = self.config.dead_letter, self.assembler.burst
-        if spec.burst is None or burst.length < spec.burst:
+    def _stop_at_burst(self) -> bool:
+        """Stop reading if too many samples in a row were rejected; return whether it stops.
+
+        Raises `StreamlearnError` (65) if `on_burst` is exit; only logs if it is continue.
+        """
+        config, burst = self.config.dead_letter, self.assembler.burst
+        if config.burst is None or burst.length < config.burst:
             return False
-        why = str(burst)
-        logger.error("%s (stream.dead_letter.on_burst: %s)", why, spec.on_burst)
-        if spec.on_burst == "continue":
+        problem = str(burst)
+        logger.error("%s (stream.dead_letter.on_burst: %s)", problem, config.on_burst)
+        if config.on_burst == "continue":
             burst.clear()
             return False
-        self._put(self.assembler.flush_observations())
-        self._put(self.assembler.forgive_rejects())
-        if spec.on_burst == "exit":
-            raise StreamlearnError(why, code=65)
-        self._burst = self.status.problem = why
+        self._enqueue(self.assembler.flush_observations())
+        self._enqueue(self.assembler.forgive_rejects())
+        if config.on_burst == "exit":
+            raise StreamlearnError(problem, code=65)
+        self._burst = self.status.problem = problem
         return True
 
-    def _read_on_after_burst(self) -> None:
+    def _continue_after_burst(self) -> None:
         self._burst = None
         self.assembler.burst.clear()
-        self._restore()  # what was polled beyond the burst is read again
+        self._start_at_positions()  # records that were polled after the burst are read again
 
-    def _identify(self, topics: set[str]) -> None:
-        """Refuse records of a topic that was made anew: clients read on by name and number, and say nothing."""
+    def _check_topic_ids(self, topics: set[str]) -> None:
+        """Raise if the records come from a topic that was deleted and created again: the client does not notice it."""
         for topic in topics:
             known = self.assembler.topic_id(topic)
             info = self.log_reader.describe(topic) if known is not None else None
             if known is not None and (info is None or info.topic_id != known):
-                raise BrokerUnavailable(f"topic {topic} is not the one that was read so far")
+                raise BrokerUnavailable(f"topic {topic} is no longer the topic that was read so far")
 
-    def _before_end(self, record: Record) -> None:
-        """Ask for the topic anew before its last marker counts: a partition that was added has yet to give its own."""
-        if self.assembler.is_last_marker(record) and self._has_grown(record.topic):
+    def _check_partitions_before_end(self, record: Record) -> None:
+        """Before the last marker of a task, ask whether its topic has new partitions, which need a marker too."""
+        if self.assembler.is_last_marker(record) and self._has_new_partitions(record.topic):
             info = self._topics[record.topic]
             self.assembler.set_partitions(info.name, info.topic_id, info.partitions)
 
-    def _has_grown(self, topic: str) -> bool:
-        """Ask whether a topic has other partitions than those known; if so, the next check assigns them, at once."""
+    def _has_new_partitions(self, topic: str) -> bool:
+        """Ask whether a topic has other partitions than before; if so, check the log in the next turn to assign them."""
         info = self.log_reader.describe(topic)
         if info is None or info.partitions == self._topics[topic].partitions:
             return False
-        if self._is_other(info):
-            raise BrokerUnavailable(f"topic {topic} is not the one that was read so far")
+        if self._was_recreated(info):
+            raise BrokerUnavailable(f"topic {topic} is no longer the topic that was read so far")
         self._topics[topic] = info
         self._checked = -1e9
         return True
 
-    def _after_poll(self, records: list[Record]) -> None:
+    def _finish_poll(self, records: list[Record]) -> None:
+        """Update the offsets after a poll, end the task if it is complete, and deliver what must not wait longer."""
         if records:
             self._last_record = self._last_polled = time.monotonic()
             for record in records:
                 self.status.next_offsets[record.topic, record.partition] = record.offset + 1
-        self._end_if_reached(polled=bool(records))
+        self._end_task_if_complete(polled=bool(records))
         linger = self.config.linger
         if linger is not None and self.assembler.num_undelivered:
             self._linger_since = self._linger_since or time.monotonic()
             if time.monotonic() - self._linger_since >= linger:
-                self._put(self.assembler.flush_short_batch())
+                self._enqueue(self.assembler.flush_short_batch())
         if not records:
-            self._put(self.assembler.flush_observations())
+            self._enqueue(self.assembler.flush_observations())
         if not self.assembler.num_undelivered:
             self._linger_since = None
 
-    def _put(self, delivery: Delivery | None) -> None:
+    def _enqueue(self, delivery: Delivery | None) -> None:
+        """Put a delivery, if there is one, into the queue."""
         if delivery is None:
             return
         if delivery.batch is not None:
             self._linger_since = None
         if delivery.task_end_reason is not None:
-            self._checked = -1e9  # the next task is chosen at once
+            self._checked = -1e9  # check the log at once, to begin the next task
         with self._changed:
-            self._waiting += delivery.observations.consumed
-            self._waiting_bytes += _num_bytes(delivery)
+            self._queued_samples += delivery.observations.consumed
+            self._queued_bytes += _num_bytes(delivery)
             self._queue.append(delivery)
             self._changed.notify()
 
-    def _balance(self) -> None:
-        """Pause over the high mark, resume under half of it; polling goes on, so the connection is kept."""
-        bounds = self.config.queue
-        fill = max(self._waiting.total() / bounds.samples, self._waiting_bytes / (bounds.megabytes * 1e6))
+    def _pause_or_resume(self) -> None:
+        """Pause fetching while the queue is full, and resume when it is half empty. Polling continues, to stay connected."""
+        limits = self.config.queue
+        fill = max(self._queued_samples.total() / limits.samples, self._queued_bytes / (limits.megabytes * 1e6))
         if fill >= 1 or (self.status.paused and fill >= 0.5):
-            self.status.paused, held = True, set(self.status.next_offsets)
+            self.status.paused, to_pause = True, set(self.status.next_offsets)
         else:
-            self.status.paused, held = False, self._merge.full if self._merge is not None else set()
-        if held != self._held:
-            self.log_reader.pause_partitions(held)
-            self._held = held
+            self.status.paused, to_pause = False, self._merge.full if self._merge is not None else set()
+        if to_pause != self._paused_partitions:
+            self.log_reader.pause_partitions(to_pause)
+            self._paused_partitions = to_pause
 
-    def _commit(self) -> None:
+    def _send_commits(self) -> None:
         with self._lock:
             commits, self._commits = self._commits, {}
         if commits:
             try:
                 self.log_reader.commit(self.group, commits)
             except StreamlearnError as error:
-                logger.warning("positions could not be reported: %s", error)
+                logger.warning("positions could not be committed: %s", error)
 
     # -- which topics
 
-    def _restore(self) -> None:
-        self._last_record = time.monotonic()  # an outage is not silence
+    def _start_at_positions(self) -> None:
+        """Check the log, and assign all partitions again at the assembler's positions."""
+        self._last_record = time.monotonic()  # the time of an outage does not count for `idle`
         self._refreshed = self._checked = -1e9
         self.status.next_offsets.clear()
-        self._check(time.monotonic())
+        self._check_log(time.monotonic())
 
-    def _check(self, now: float) -> None:
-        """Ask the log what `poll` keeps silent about: topics, ids, bounds; then choose, assign and close."""
+    def _check_log(self, now: float) -> None:
+        """Ask the log for what `poll` does not report (topics, ids, bounds); then begin a task, assign, and fix ends."""
         if now - self._refreshed >= self.refresh_seconds or self.assembler.task is None:
             self._topics = self.log_reader.topics()
             self._refreshed = now
             self._left_out = {}
-        names = self._matching()
-        self._ask_bounds(names, now)
+        names = self._matching_topics()
+        self._update_bounds(names, now)
         self._checked = now
         self.status.connected = True
         self.status.last_contact, self.status.last_contact_monotonic = time.time(), now
-        self.status.problem = self.dead_letters.retry_failed() or self._trouble() or self._burst
+        self.status.problem = self.dead_letters.retry_failed() or self._find_problem() or self._burst
         if self.status.problem is not None:
             return
-        self._choose(names)
-        self._assign()
-        self._follow_positions(now)
-        self._look_for_stall(now)
-        self.status.begin_offsets = {
-            p: bounds.begin for p, bounds in self._bounds.items() if p in self.status.next_offsets
-        }
-        self.status.end_offsets = {p: bounds.end for p, bounds in self._bounds.items() if p in self.status.next_offsets}
-        self._close_if_passed(names)
+        self._begin_next_task(names)
+        self._assign_partitions()
+        self._update_offsets(now)
+        self._check_for_stall(now)
+        assigned = self.status.next_offsets
+        self.status.begin_offsets = {p: bounds.begin for p, bounds in self._bounds.items() if p in assigned}
+        self.status.end_offsets = {p: bounds.end for p, bounds in self._bounds.items() if p in assigned}
+        self._fix_end_offsets_if_passed(names)
 
-    def _ask_bounds(self, names: list[str], now: float) -> None:
-        """Ask for the bounds of all topics. The current one and the next must answer; the others may be left out."""
+    def _update_bounds(self, names: list[str], now: float) -> None:
+        """Ask for the bounds of all topics. The current and the next topic must answer; the others can be left out."""
         task, begun = self.assembler.task, {task.name for task in self.assembler.progress.tasks}
-        first = ([task.name] if task is not None and task.name in self._topics else []) + self._later(names)[:1]
-        if (
-            task is not None
-            and task.name in first
-            and (refused := self._topics[task.name].missing_permission) is not None
-        ):
-            raise StreamlearnError(f"topic {task.name}: {refused}", code=NO_PERMISSION)
-        for name in begun & set(names) - set(first):
-            if (refused := self._topics[name].missing_permission) is not None:
-                self._leave_out(name, refused)
-        places = self._places(first)
-        self._bounds = self.log_reader.bounds(places)
-        missing = [f"{topic}[{p}]" for topic, p in places if (topic, p) not in self._bounds]
-        if not missing:
-            self._unknown_since = None
-        elif self._unknown_since is None:
-            self._unknown_since = now  # it may be of a moment ago, or about to have another leader
-        elif now - self._unknown_since > LEADER_SECONDS:
-            raise BrokerUnavailable(f"{', '.join(missing)}: no leader answers for it")
-        rest = [name for name in names if name not in first and name not in self._left_out]
+        required = [task.name] if task is not None and task.name in self._topics else []
+        required += self._topics_not_begun(names)[:1]
+        if task is not None and task.name in required and (missing := self._topics[task.name].missing_permission):
+            raise StreamlearnError(f"topic {task.name}: {missing}", code=NO_PERMISSION)
+        for name in begun & set(names) - set(required):
+            if (missing := self._topics[name].missing_permission) is not None:
+                self._leave_out(name, missing)
+        partitions = self._partitions(required)
+        self._bounds = self.log_reader.bounds(partitions)
+        leaderless = [f"{topic}[{p}]" for topic, p in partitions if (topic, p) not in self._bounds]
+        if not leaderless:
+            self._no_leader_since = None
+        elif self._no_leader_since is None:
+            self._no_leader_since = now  # the partition can be new, or about to get another leader
+        elif now - self._no_leader_since > NO_LEADER_SECONDS:
+            raise BrokerUnavailable(f"{', '.join(leaderless)}: no leader answers for it")
+        others = [name for name in names if name not in required and name not in self._left_out]
         try:
-            self._bounds |= self.log_reader.bounds(self._places(rest))
+            self._bounds |= self.log_reader.bounds(self._partitions(others))
         except StreamlearnError as error:
             if not isinstance(error, BrokerUnavailable) and error.code != NO_PERMISSION:
                 raise
-            for name in rest:
+            for name in others:
                 self._leave_out(name, str(error))
             return
-        for name in rest:
-            silent = [p for topic, p in self._places([name]) if (topic, p) not in self._bounds]
+        for name in others:
+            silent = [p for topic, p in self._partitions([name]) if (topic, p) not in self._bounds]
             if not silent:
-                self._warned.pop(name, None)
-            elif (
-                name in begun and self.log_reader.describe(name) is not None
-            ):  # else it is gone, and the next refresh sees it
+                self._logged_left_out.pop(name, None)
+            elif name in begun and self.log_reader.describe(name) is not None:  # or it was deleted
                 self._leave_out(name, f"no leader answers for partition {', '.join(map(str, silent))}")
 
-    def _places(self, names: Iterable[str]) -> list[Partition]:
-        return [(name, p) for name in names for p in self._topics[name].partitions]
+    def _partitions(self, topics: Iterable[str]) -> list[Partition]:
+        return [(name, p) for name in topics for p in self._topics[name].partitions]
 
-    def _leave_out(self, name: str, why: str) -> None:
-        """Do without a topic that is neither current nor next, until the topics are asked for again; say it once."""
-        self._left_out[name] = why
-        if self._warned.get(name) != why:
-            logger.warning(
-                "topic %s: %s; it is not read for now, and learning goes on", name, why, extra={"topic": name}
-            )
-        self._warned[name] = why
+    def _leave_out(self, topic: str, why: str) -> None:
+        """Do not read a topic, neither current nor next, until the topics are asked for again; log each reason once."""
+        self._left_out[topic] = why
+        if self._logged_left_out.get(topic) != why:
+            text = "topic %s: %s; it is not read for now, and learning continues"
+            logger.warning(text, topic, why, extra={"topic": topic})
+        self._logged_left_out[topic] = why
 
-    def _follow_positions(self, now: float) -> None:
-        """Take the log's word on how far it was read: the ends of transactions, and what they aborted, are no records."""
-        self.status.next_offsets = {place: self.log_reader.position(place) for place in self.status.next_offsets}
+    def _update_offsets(self, now: float) -> None:
+        """Update the offsets from the log's positions, which also pass the gaps that transactions and compaction leave."""
+        self.status.next_offsets = {p: self.log_reader.position(p) for p in self.status.next_offsets}
         if not self._merge:
             self.assembler.skip_to(self.status.next_offsets)
-        held_back = {
-            place: bounds.end - bounds.readable
-            for place, bounds in self._bounds.items()
-            if bounds.last_stable is not None and self.status.next_offsets.get(place, -1) >= bounds.last_stable
+        delayed = {
+            partition: bounds.end - bounds.readable
+            for partition, bounds in self._bounds.items()
+            if bounds.last_stable is not None and self.status.next_offsets.get(partition, -1) >= bounds.last_stable
         }
-        since = self._held_back_since
-        self._held_back_since = {place: since.get(place, now) for place in held_back}
-        for (topic, p), begun in self._held_back_since.items():
-            if now - begun >= HELD_BACK_SECONDS and (topic, p) not in self.status.behind_open_transaction:
-                count = held_back[topic, p]
-                logger.info(
-                    "%s[%d]: an open transaction holds %d offsets back: they are read when it ends", topic, p, count
-                )
+        since = self._transaction_since
+        self._transaction_since = {partition: since.get(partition, now) for partition in delayed}
+        for (topic, p), begun in self._transaction_since.items():
+            if now - begun >= OPEN_TRANSACTION_SECONDS and (topic, p) not in self.status.behind_open_transaction:
+                text = "%s[%d]: %d offsets are behind an open transaction; they are read when it ends"
+                logger.info(text, topic, p, delayed[topic, p])
         self.status.behind_open_transaction = {
-            p: n for p, n in held_back.items() if now - self._held_back_since[p] >= HELD_BACK_SECONDS
+            p: count for p, count in delayed.items() if now - self._transaction_since[p] >= OPEN_TRANSACTION_SECONDS
         }
 
-    def _position(self, place: Partition) -> Position | None:
-        """Return up to where a partition was fed, in this process or before it."""
-        return self.assembler.read_position(place) or self.assembler.progress.positions.by_partition.get(place)
+    def _position(self, partition: Partition) -> Position | None:
+        """Return the position up to which a partition was read, in this process or before it."""
+        return self.assembler.read_position(partition) or self.assembler.progress.positions.by_partition.get(partition)
 
-    def _matching(self) -> list[str]:
-        """Return the tasks' topics that exist, in order: those begun first, in the order they were begun."""
-        begun = dict.fromkeys(task.name for task in self.assembler.progress.tasks)  # in order
+    def _matching_topics(self) -> list[str]:
+        """Return the existing topics of tasks, in order; topics whose task has begun come first."""
+        begun = dict.fromkeys(task.name for task in self.assembler.progress.tasks)  # keeps the order
         if self.config.topics is not None:
             return [name for name in self.config.topics if name in self._topics]
         found = [
@@ -575,26 +580,30 @@ class StreamReader:
             found.sort(key=natural_key)
         return [name for name in begun if name in self._topics] + found
 
-    def _has_records(self, name: str) -> bool:
-        bounds = [self._bounds[name, p] for p in self._topics[name].partitions if (name, p) in self._bounds]
+    def _has_records(self, topic: str) -> bool:
+        """Return whether a topic has a record that can be read."""
+        bounds = [self._bounds[topic, p] for p in self._topics[topic].partitions if (topic, p) in self._bounds]
         return any(b.readable > b.begin for b in bounds)
 
-    def _later(self, names: list[str]) -> list[str]:
+    def _topics_not_begun(self, names: list[str]) -> list[str]:
         begun = {task.name for task in self.assembler.progress.tasks}
         return [name for name in names if name not in begun]
 
-    def _choose(self, names: list[str]) -> None:
-        """Begin the next task when none is current and its topic has a record; refuse (78) what a domain cannot learn."""
+    def _begin_next_task(self, names: list[str]) -> None:
+        """Begin the next task if no task is current and its topic has a record.
+
+        Raises `StreamlearnError`: 77 if we may not read the topic, 78 if the scenario declares no classes for it.
+        """
         if self.assembler.task is not None:
             return
         tasks = self.assembler.progress.tasks
-        later = self._later(names)
+        later = self._topics_not_begun(names)
         if self.config.topics is not None:
             upcoming = self.config.topics[len(tasks)] if len(tasks) < len(self.config.topics) else None
             later = [name for name in later if name == upcoming]
             over = upcoming is None
             if upcoming is not None and upcoming not in self._topics:
-                self._refuse_hidden(upcoming)
+                self._check_permission(upcoming)
         else:
             later = [name for name in later if self._has_records(name)]
             upcoming = self.config.pattern
@@ -602,210 +611,217 @@ class StreamReader:
         if self.config.on_finished == "exit" and over:
             self._exhausted = True
         if not later or not self._has_records(later[0]):
-            self._wait_for(None if self._exhausted else upcoming)
+            self._set_waiting_for(None if self._exhausted else upcoming)
             return
         name = later[0]
-        if (refused := self._topics[name].missing_permission) is not None:
-            raise StreamlearnError(f"topic {name}: {refused}", code=NO_PERMISSION)
-        self._wait_for(None)
+        if (missing := self._topics[name].missing_permission) is not None:
+            raise StreamlearnError(f"topic {name}: {missing}", code=NO_PERMISSION)
+        self._set_waiting_for(None)
         if (
             self.config.order == "name"
             and self.config.pattern
             and tasks
             and natural_key(name) < natural_key(tasks[-1].name)
         ):
-            logger.warning("topic %s sorts before %s, which has begun: it is learned after it", name, tasks[-1].name)
+            text = "topic %s sorts before %s, whose task has begun already; it is learned after it"
+            logger.warning(text, name, tasks[-1].name)
         scenario = self.assembler.settings.scenario
         declared = scenario.declared_classes(name) if scenario.kind == "domain" else []
         if declared is None:
             known = ", ".join(scenario.declared)
             raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)
         task = Task(len(tasks), name, labels=list(declared))
-        self._drain()
-        self._put(self.assembler.begin_task(task))
+        self._feed_waiting()
+        self._enqueue(self.assembler.begin_task(task))
         self._last_record = time.monotonic()
 
-    def _refuse_hidden(self, topic: str) -> None:
-        """Raise (77) where the topic is there, and not ours to see: it would be waited for in vain."""
+    def _check_permission(self, topic: str) -> None:
+        """Raise (77) if the topic exists but we may not read it; otherwise we would wait for ever."""
         info = self.log_reader.describe(topic)
         if info is not None and info.missing_permission is not None:
             raise StreamlearnError(f"topic {topic}: {info.missing_permission}", code=NO_PERMISSION)
 
-    def _wait_for(self, topic: str | None) -> None:
+    def _set_waiting_for(self, topic: str | None) -> None:
         if topic is not None and topic != self.status.waiting_for:
             missing = "has no record yet" if topic in self._topics else "does not exist yet"
             logger.info("waiting for topic %s, which %s", topic, missing, extra={"topic": topic})
         self.status.waiting_for = topic
 
-    def _assign(self) -> None:
+    def _assign_partitions(self) -> None:
+        """Read all partitions of all tasks that have begun, each from its position."""
         offsets: dict[Partition, int] = {}
         for task in self.assembler.progress.tasks:
-            if (info := self._topics.get(task.name)) is None or self._is_other(info) or task.name in self._left_out:
+            info = self._topics.get(task.name)
+            if info is None or self._was_recreated(info) or task.name in self._left_out:
                 continue
             self.assembler.set_partitions(task.name, info.topic_id, info.partitions)
             for p in info.partitions:
-                place = (task.name, p)
-                known = self._position(place)
-                begin = self._bounds[place].begin if place in self._bounds else 0
-                offsets[place] = known.offset if known is not None else begin
-                if task is not self.assembler.task and place in self._bounds:
-                    self._step_aside(place, offsets)
+                partition = (task.name, p)
+                position = self._position(partition)
+                begin = self._bounds[partition].begin if partition in self._bounds else 0
+                offsets[partition] = position.offset if position is not None else begin
+                if task is not self.assembler.task and partition in self._bounds:
+                    self._fit_to_bounds(partition, offsets)
         if set(offsets) != set(self.status.next_offsets):
             self.log_reader.assign(offsets)
             if self._merge is not None:
-                self._merge.clear()  # what had its turn is what the offsets tell
-            self.status.next_offsets = {
-                place: self.status.next_offsets.get(place, offset) for place, offset in offsets.items()
-            }
+                self._merge.clear()  # reading starts at the offsets again
+            self.status.next_offsets = {p: self.status.next_offsets.get(p, offset) for p, offset in offsets.items()}
         self.status.num_assigned = len(offsets)
 
-    def _step_aside(self, place: Partition, offsets: dict[Partition, int]) -> None:
-        """Keep an ended task's partition readable: nothing there can be learned any more, only counted late."""
-        bounds, at = self._bounds[place], offsets[place]
-        if at > bounds.end:
-            del offsets[place]
-        elif at < bounds.begin:
-            self.assembler.skip_lost_offsets(place, bounds.begin, bounds.begin - at, "retention")
-            offsets[place] = bounds.begin
-            self.status.next_offsets.pop(place, None)
+    def _fit_to_bounds(self, partition: Partition, offsets: dict[Partition, int]) -> None:
+        """Adjust the offset of an ended task's partition, whose records only count as late, so that it can be read."""
+        bounds, offset = self._bounds[partition], offsets[partition]
+        if offset > bounds.end:
+            del offsets[partition]
+        elif offset < bounds.begin:
+            self.assembler.skip_lost_offsets(partition, bounds.begin, bounds.begin - offset, "retention")
+            offsets[partition] = bounds.begin
+            self.status.next_offsets.pop(partition, None)
 
-    def _is_other(self, info: TopicInfo) -> bool:
+    def _was_recreated(self, info: TopicInfo) -> bool:
+        """Return whether a topic has another id than the one that was read under this name."""
         known = self.assembler.topic_id(info.name)
         return known is not None and info.topic_id is not None and known != info.topic_id
 
-    def _trouble(self) -> str | None:
-        """Return why the current task cannot be read on, or None; jumps over what retention took, where configured."""
+    def _find_problem(self) -> str | None:
+        """Return why reading must stop, or None. Skip what retention has removed, if the configuration says so."""
         task = self.assembler.task
         for ended in self.assembler.progress.tasks:
-            if ended is not task and (info := self._topics.get(ended.name)) is not None and self._is_other(info):
-                why = "its task has ended, so nothing of it would be learned: give new data a topic of another name"
-                return self._refuse(f"topic {ended.name} was deleted and created again ({info.topic_id}); {why}")
+            if ended is not task and (info := self._topics.get(ended.name)) is not None and self._was_recreated(info):
+                why = "its task has ended, so new records would not be learned; write them to a topic of another name"
+                return self._stop_reading(f"topic {ended.name} was deleted and created again ({info.topic_id}); {why}")
         if task is None:
             return None
         if (info := self._topics.get(task.name)) is None:
             problem = f"topic {task.name} is gone"
             if self.status.problem != problem:
-                logger.error("%s: reading stands still until it is there again", problem)
+                logger.error("%s: reading stops until the topic exists again", problem)
             return problem
-        if self._is_other(info):
-            return self._refuse(f"topic {task.name} was deleted and created again: its id is {info.topic_id}")
+        if self._was_recreated(info):
+            return self._stop_reading(f"topic {task.name} was deleted and created again: its id is {info.topic_id}")
         for p in info.partitions:
-            place = (task.name, p)
-            position = self._position(place)
-            if position is None or place not in self._bounds:
+            partition = (task.name, p)
+            position = self._position(partition)
+            if position is None or partition not in self._bounds:
                 continue
-            bounds = self._bounds[place]
+            bounds = self._bounds[partition]
             if position.offset > bounds.end:
-                return self._refuse(f"{task.name}[{p}] ends at {bounds.end}, before our position {position.offset}")
+                return self._stop_reading(
+                    f"{task.name}[{p}] ends at {bounds.end}, before our position {position.offset}"
+                )
             if position.offset < bounds.begin:
-                where = f"{task.name}[{p}] begins at {bounds.begin}, past our position {position.offset}"
+                problem = f"{task.name}[{p}] begins at {bounds.begin}, past our position {position.offset}"
                 if self.config.on_offset_out_of_range not in {"earliest", "latest"}:
-                    return self._refuse(where)
+                    return self._stop_reading(problem)
                 target = bounds.begin if self.config.on_offset_out_of_range == "earliest" else bounds.end
-                logger.error("%s: going on at %d, %d offsets are lost", where, target, target - position.offset)
-                self.assembler.skip_lost_offsets(place, target, target - position.offset, "retention")
-                self.status.next_offsets.pop(place, None)
+                lost = target - position.offset
+                logger.error("%s: continuing at %d; %d offsets are lost", problem, target, lost)
+                self.assembler.skip_lost_offsets(partition, target, lost, "retention")
+                self.status.next_offsets.pop(partition, None)
         return None
 
-    def _refuse(self, problem: str) -> str:
+    def _stop_reading(self, problem: str) -> str:
+        """Log a problem once and return it; raises `StreamlearnError` if `stream.on_offset_out_of_range` is exit."""
         if self.config.on_offset_out_of_range == "exit":
             raise StreamlearnError(problem)
         if self.status.problem != problem:
-            logger.error("%s: reading stops here (stream.on_offset_out_of_range)", problem)
+            logger.error("%s: reading stops (stream.on_offset_out_of_range)", problem)
         return problem
 
-    def _close_if_passed(self, names: list[str]) -> None:
-        """Fix the current task's end offsets, once, when a later topic has shown a record."""
+    def _fix_end_offsets_if_passed(self, names: list[str]) -> None:
+        """Fix the end offsets of the current task when a later topic has a record (`task_end.next_topic`)."""
         task = self.assembler.task
         if task is None or task.end_offsets is not None or not self.config.task_end.next_topic:
             return
-        if any(self._has_records(name) for name in self._later(names)):
-            if self._has_grown(task.name):
-                return  # to a partition that nobody reads yet; the next check, at once, closes
-            places = self._places([task.name])
+        if any(self._has_records(name) for name in self._topics_not_begun(names)):
+            if self._has_new_partitions(task.name):
+                return  # they are not assigned yet; the next check fixes the offsets
+            partitions = self._partitions([task.name])
             now = self.log_reader.bounds(
-                places
-            )  # asked after the later record was seen, or the last ones could be missed
-            if len(now) == len(places):  # one that is too new to be known is waited for
-                self._put(self.assembler.fix_end_offsets({p: now[task.name, p].end for _, p in places}))
+                partitions
+            )  # asked after the later record was seen, so that no record is missed
+            if len(now) == len(partitions):  # otherwise wait until all partitions are known
+                self._enqueue(self.assembler.fix_end_offsets({p: now[task.name, p].end for _, p in partitions}))
 
-    def _end_if_reached(self, *, polled: bool) -> None:
+    def _end_task_if_complete(self, *, polled: bool) -> None:
+        """End the current task if its end offsets are reached, or if no record has arrived for `task_end.idle` seconds."""
         task = self.assembler.task
         if task is None:
             return
         if task.end_offsets is not None:
-            reached = {(task.name, p): self.log_reader.position((task.name, p)) for p in task.end_offsets}
-            if all(reached[task.name, p] >= end for p, end in task.end_offsets.items()):
-                self.assembler.skip_to({(task.name, p): end for p, end in task.end_offsets.items()})
-                self._put(self.assembler.end_task(task.fixed_by))
+            ends = {(task.name, p): end for p, end in task.end_offsets.items()}
+            reached = {partition: self.log_reader.position(partition) for partition in ends}
+            if all(reached[partition] >= end for partition, end in ends.items()):
+                self.assembler.skip_to(ends)
+                self._enqueue(self.assembler.end_task(task.fixed_by))
             return
         self._warn_if_open(task, polled=polled)
         idle = self.config.task_end.idle
         if idle is None or polled or task.counts["consumed"] == 0 or self.status.paused:
             return
-        places = self._places([task.name]) if task.name in self._topics else []
-        caught_up = bool(places) and all(
-            p in self._bounds and self.log_reader.position(p) >= self._bounds[p].end for p in places
+        partitions = self._partitions([task.name]) if task.name in self._topics else []
+        caught_up = bool(partitions) and all(
+            p in self._bounds and self.log_reader.position(p) >= self._bounds[p].end for p in partitions
         )
-        if caught_up and time.monotonic() - self._last_record >= idle and not self._has_grown(task.name):
-            self._drain()
-            self._put(self.assembler.end_task("idle"))
+        if caught_up and time.monotonic() - self._last_record >= idle and not self._has_new_partitions(task.name):
+            self._feed_waiting()
+            self._enqueue(self.assembler.end_task("idle"))
 
-    def _end_here(self, topic: str) -> None:
-        """End a topic's task where it was read up to, if it is the current one and does not end already.
+    def _end_task_now(self, topic: str) -> None:
+        """End a topic's task where it was read up to, if it is current and its end offsets are not fixed yet.
 
-        Where a burst has stopped the reading, it does not come to an end that was fixed before.
+        If a burst has stopped the reading, the task ends here even if its end offsets are fixed: they cannot be reached.
         """
         task = self.assembler.task
         if task is None or task.name != topic or (task.end_offsets is not None and self._burst is None):
             return
         known = self._topics[topic].partitions if topic in self._topics else ()
-        read = [
-            p
-            for name, p in (*self.status.next_offsets, *self.assembler.progress.positions.by_partition)
-            if name == topic
-        ]
-        self._put(
-            self.assembler.fix_end_offsets_here(sorted({*known, *read}))
-        )  # saved, so that a restart ends it there too
-        self._put(self.assembler.end_task("command"))
-        self._drain()  # what waits for other partitions is late
-        if self._burst is not None:  # of this task: it does not keep the next one from beginning
-            self._read_on_after_burst()
+        positions = (*self.status.next_offsets, *self.assembler.progress.positions.by_partition)
+        read = [p for name, p in positions if name == topic]
+        # the end offsets are saved, so that a restart ends the task at the same place
+        self._enqueue(self.assembler.fix_end_offsets_here(sorted({*known, *read})))
+        self._enqueue(self.assembler.end_task("command"))
+        self._feed_waiting()  # these records count as late
+        if self._burst is not None:  # a burst in the ended task must not keep the next one from beginning
+            self._continue_after_burst()
 
     def _warn_if_open(self, task: Task, *, polled: bool) -> None:
-        """Say once that a silent task stays open, where no later topic can end it and perhaps no marker will come."""
+        """Warn once that a task without new records stays open, if no later topic can end it."""
         topics = self.config.topics
         if polled or topics is None or task.name != topics[-1] or not self.config.task_end.next_topic:
             return
         silent = time.monotonic() - self._last_record
-        if silent < OPEN_SECONDS or task.name == self._told_open or self.status.paused:
+        if silent < OPEN_TASK_SECONDS or task.name == self._logged_open or self.status.paused:
             return
-        self._told_open = task.name
+        self._logged_open = task.name
         logger.warning(
-            "task %s has had no record for %.0f s and stays open: no topic is listed after it, so a marker ends it, or "
-            "`streamlearn task end`, or stream.task_end with records or idle",
+            "task %s has had no record for %.0f s and stays open, because no topic is listed after it; to end it, write "
+            "a marker, run `streamlearn task end`, or set stream.task_end.records or stream.task_end.idle",
             task.name,
             silent,
             extra={"task": task.name},
         )
 
-    def _look_for_stall(self, now: float) -> None:
-        """Make the client anew when records wait and none comes: clients have been seen to be silent for ever."""
+    def _check_for_stall(self, now: float) -> None:
+        """Raise `BrokerUnavailable`, to connect again, if records can be read but none arrive.
+
+        kafka-python can stop returning records without an error (dpkp/kafka-python#2605 describes such a case).
+        """
         waiting = sum(
-            max(0, bounds.readable - self.status.next_offsets[place])
-            for place, bounds in self._bounds.items()
-            if place in self.status.next_offsets and place not in self._held
+            max(0, bounds.readable - self.status.next_offsets[partition])
+            for partition, bounds in self._bounds.items()
+            if partition in self.status.next_offsets and partition not in self._paused_partitions
         )
         since = self._waiting_since
         if not waiting or since is None or self._last_record > since:
             self._waiting_since = now if waiting else None
         elif now - since > STALLED_SECONDS:
             self._waiting_since = None
-            raise BrokerUnavailable(f"{waiting} records wait, and none has come for {STALLED_SECONDS:.0f} s")
+            raise BrokerUnavailable(f"{waiting} records can be read, but none has arrived for {STALLED_SECONDS:.0f} s")
 
 
 def _num_bytes(delivery: Delivery) -> int:
-    """Return the size of a delivery's samples."""
-    held = sum(part.x.nbytes for part in delivery.observations.held_out)
-    return held + (delivery.batch.x.nbytes if delivery.batch is not None else 0)
+    """Return the size of a delivery's samples in bytes."""
+    held_out = sum(part.x.nbytes for part in delivery.observations.held_out)
+    return held_out + (delivery.batch.x.nbytes if delivery.batch is not None else 0)

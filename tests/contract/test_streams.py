@@ -768,7 +768,7 @@ def test_the_first_rejected_sample_of_a_topic_is_logged(world: World, caplog: py
     a = world.topic("a", [0, 98, 99])
     everything(world.stream(topics=[a], classes=[0, 1]))
     lines = [record.getMessage() for record in caplog.records if "is rejected" in record.getMessage()]
-    told = "a sample is rejected: label 98 has no output; accepted: 0, 1; further ones are counted"
+    told = "a sample is rejected: label 98 has no output; accepted: 0, 1; further ones in this topic are counted, not logged"
     assert lines == [f"{a}[0] offset 1: {told}"]
 
 

@@ -253,7 +253,7 @@ def test_what_lies_behind_an_open_transaction_is_not_late(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task's end takes in every acknowledged record; it is reached when the transaction before them has ended."""
-    monkeypatch.setattr(reader, "HELD_BACK_SECONDS", 0.0)
+    monkeypatch.setattr(reader, "OPEN_TRANSACTION_SECONDS", 0.0)
     name = world.topic("a", [0, 1], marker=False)
     producer = transactional(kafka, name)
     producer.begin_transaction()

@@ -84,7 +84,7 @@ def test_a_slow_signal_handler_does_not_extend_a_wait(tmp_path: Path, where: str
     before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.3))
 
     def end_both() -> None:
-        stream._put(Delivery())
+        stream._enqueue(Delivery())
         desk._wake_event.set()
 
     rescue = threading.Timer(20, end_both)

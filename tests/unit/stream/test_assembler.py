@@ -60,7 +60,7 @@ def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
     assert stands.positions.by_partition["a", 0].skip == 6
     again = made(stands, max_record_bytes=20)
     with pytest.raises(
-        StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it is read as 1 .*max_record_bytes"
+        StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it decodes to 1 .*max_record_bytes"
     ) as told:
         list(again.feed(batch_record(10)))
     assert told.value.code == 78
@@ -76,7 +76,7 @@ def test_a_batch_that_is_not_unpacked_any_more_does_not_hide_the_rest_of_a_recor
     """One record stands for a batch, at its last offset; a stop stood inside one of the batch's records: reading ends (78)."""
     stands = applied(list(made().feed(batch_record(10))))
     whole = Record("a", 0, 4, 0.0, None, None, (), oversize="it unpacks to more than 64 bytes", begin=0)
-    with pytest.raises(StreamlearnError, match=r"6 samples .* now it is read as 1 \(oversize: it unpacks") as told:
+    with pytest.raises(StreamlearnError, match=r"6 samples .* now it decodes to 1 \(oversize: it unpacks") as told:
         list(made(stands).feed(whole))
     assert told.value.code == 78
 
@@ -86,7 +86,9 @@ def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> No
     x = np.zeros((3, 1), np.float32)
     with caplog.at_level("WARNING"):
         list(made().feed(Record("a", 0, 0, 0.0, None, encode("batch", x, [1, "1", "\u0663"]), BATCH)))
-    assert [record.message for record in caplog.records] == ["topic a: label '1' comes beside 1: they are two labels"]
+    assert [record.message for record in caplog.records] == [
+        "topic a: labels '1' and 1 differ in type, so they are two different labels"
+    ]
     caplog.clear()
     with caplog.at_level("WARNING"):
         list(made(classes=[0, 1]).feed(Record("a", 0, 0, 0.0, None, encode("batch", x, ["1", "01", "2"]), BATCH)))
@@ -113,7 +115,7 @@ def test_a_late_sample_is_logged_once_and_kept_where_configured(
     assert progress.counts_of("a")["rejected"] == 0
     told = [record.message for record in caplog.records if "late" in record.message]
     assert len(told) == 1
-    assert told[0].startswith("a[0] offset 1: a sample comes after the end of its task")
+    assert told[0].startswith("a[0] offset 1: a late sample comes after the end of its task")
     letters = store.records["dlq", 0]
     assert [letter.key for letter in letters] == ([b"a-0-1-2", b"a-0-1-3", b"a-0-2-0", b"a-0-2-1"] if keep else [])
     assert {letter.header("streamlearn.errors.reason") for letter in letters} == ({b"late"} if keep else set())

@@ -251,7 +251,7 @@ def test_a_current_topic_without_a_leader_is_an_outage(
     flawed: tuple[World, FlawedLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a while it may have none; then it is told, and reading goes on by itself."""
-    monkeypatch.setattr("streamlearn.stream.reader.LEADER_SECONDS", 0.1)
+    monkeypatch.setattr("streamlearn.stream.reader.NO_LEADER_SECONDS", 0.1)
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
     progress = Progress()

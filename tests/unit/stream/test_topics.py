@@ -102,7 +102,7 @@ def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.Lo
         checked = stream.status.last_contact_monotonic
         reading.until(lambda: stream.status.last_contact_monotonic != checked)
     told = [record.message for record in caplog.records if "is gone" in record.message]
-    assert told == ["topic a is gone: reading stands still until it is there again"]
+    assert told == ["topic a is gone: reading stops until the topic exists again"]
 
 
 def test_a_file_of_topics_that_is_made_anew_stops_the_reading(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_silent_task_that_only_a_marker_ends_is_told(
     reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last of the listed topics has no later one; where its producer writes no marker, one line says what ends it."""
-    monkeypatch.setattr(reader, "OPEN_SECONDS", 0.3)
+    monkeypatch.setattr(reader, "OPEN_TASK_SECONDS", 0.3)
     reading.publish("a", 4)
     with caplog.at_level(logging.WARNING):
         stream = reading.start(topics=["a"])
