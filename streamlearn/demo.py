@@ -77,25 +77,27 @@ def run(output: Path) -> None:
     ]
     report.write(output, runs)
     report.write_json(
-        output / "summary.json", {name: report.summary(one) for name, one in zip(RUNS, runs, strict=True)}
+        output / "summary.json", {name: report.summary(learned) for name, learned in zip(RUNS, runs, strict=True)}
     )
     _print_summary(output, runs, time.monotonic() - started)
 
 
 def _publish(work: Path) -> None:
+    """Write each task's training samples and probe into its topic."""
     from streamlearn.stream.embedded import EmbeddedWriter
 
     train, test = producer.read_samples("digits"), producer.read_samples("digits", "test")
     groups = producer.equal_class_groups(train, TASKS)
-    sink = EmbeddedWriter(work / "topics.sqlite")
+    writer = EmbeddedWriter(work / "topics.sqlite")
     tasks, probes = producer.split_by_classes(train, groups), producer.split_by_classes(test, groups)
     for number, (topic, samples, probe) in enumerate(zip(topics(), tasks, probes, strict=True)):
-        how = producer.PublishOptions(samples_per_record=10)
-        producer.publish(sink, topic, producer.shuffle(samples, number), how, probe=probe)
-    sink.close()
+        options = producer.PublishOptions(samples_per_record=10)
+        producer.publish(writer, topic, producer.shuffle(samples, number), options, probe=probe)
+    writer.close()
 
 
 def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
+    """Start the daemon of a run; its output goes to a log file."""
     path = work / f"{name}.yaml"
     path.write_text(configfile.dump(make_config(work, name)))
     with (work / f"{name}.log").open("wb") as log:
@@ -135,12 +137,13 @@ def _read_matrix(state: Path) -> list[list[float | None]]:
     try:
         matrix: list[list[float | None]] = Client(state, timeout=2).get("/matrix")["matrix"]
     except StreamlearnError:
-        found = Store(state).all()
-        matrix = AccuracyMatrix.from_checkpoint(found[0]).matrix() if found else []
+        checkpoints = Store(state).all()
+        matrix = AccuracyMatrix.from_checkpoint(checkpoints[0]).matrix() if checkpoints else []
     return matrix
 
 
 def _print_summary(output: Path, runs: Sequence[report.Run], seconds: float) -> None:
+    """Print the average accuracy and forgetting of each run."""
     print(f"\n{'':<44}{'average accuracy':>18}{'forgotten':>12}")
     for run in runs:
         accuracy, forgetting = run.status["average_accuracy"], run.status["average_forgetting"]
