@@ -42,15 +42,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(
-        self, grads: Sequence[Tensor], finite: Tensor, frozen_entries: Mapping[int, Tensor] = MappingProxyType({})
+        self, grads: Sequence[Tensor], finite: Tensor, fixed_entries: Mapping[int, Tensor] = MappingProxyType({})
     ) -> None:
         """Take a step. If `finite` (0-dim, bool) is false, parameters and moments stay exactly as they were.
 
-        `frozen_entries` maps the index of a parameter to a mask: masked entries whose gradient is 0 also stay as they were.
+        `fixed_entries` maps the index of a parameter to a mask: masked entries whose gradient is 0 also stay as they were.
         """
         before = [
             (tensor, tensor.clone(), entries & (grads[index] == 0))
-            for index, entries in frozen_entries.items()
+            for index, entries in fixed_entries.items()
             for tensor in (self.params[index], *(values[index] for values in self.moments.values()))
         ]
         self._step(grads, finite)

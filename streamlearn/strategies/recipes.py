@@ -363,9 +363,8 @@ class Recipe:
     slots: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     exclusive_reason: str | None = None  # why it cannot be combined with other recipes; None: it can
-    input_defaults: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = (
-        None  # defaults that depend on the input
-    )
+    # returns the defaults that depend on the input
+    input_defaults: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = None
 
     @cached_property
     def parameters(self) -> type[BaseModel]:
