@@ -178,7 +178,10 @@ def _extract_tensors(
 ) -> Tree:
     rest: Tree = {}
     for key, raw in tree.items():
-        value = _encode(raw)
+        try:
+            value = _encode(raw)
+        except TypeError as error:
+            raise TypeError(f"{key}: {error}") from None
         if isinstance(value, Tensor):
             files.setdefault(f"{group}{SUFFIX}", {})[prefix + key] = value
         elif isinstance(value, Immutable):
@@ -233,8 +236,14 @@ def _has_plain_keys(tree: Mapping[Any, Any]) -> bool:
 
 
 def _encode_tensor(value: Tensor) -> Any:
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
-        raise TypeError(f"a tensor of layout {value.layout} and type {value.dtype}; expected a dense one")
+    if value.is_meta:
+        raise TypeError("a tensor on the device meta, which has no values; create it on a real device")
+    if value.is_quantized:
+        raise TypeError(
+            f"a quantized tensor ({value.dtype}); store value.dequantize(), and quantize it again in forward"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"a tensor of layout {value.layout}; store value.to_dense(), and convert it again in forward")
     if value.dtype in STORED:
         return value
     dtype = str(value.dtype).removeprefix("torch.")

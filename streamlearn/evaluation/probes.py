@@ -17,7 +17,7 @@ from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from streamlearn.data import HeldOut, Progress
+    from streamlearn.data import HeldOut, Label, Progress
 
 State = dict[str, Any]
 
@@ -29,6 +29,33 @@ class Evaluator(Protocol):
         """Return accuracy and mean loss for each probe, given as its `x [n, ...]`, `y [n]` and task."""
 
 
+class _Numbers:
+    """The number that training has given to each name that a probe contained first; negative if there is none yet.
+
+    Names are only ever added, so an update costs what is new: a stream may have a hundred thousand words.
+    """
+
+    def __init__(self, first: int, dtype: torch.dtype) -> None:
+        self.table = torch.empty(0, dtype=dtype)
+        self._first = first  # the number of the first name that training has seen
+        self._seen: dict[Label, int] = {}  # names that training has seen: their numbers
+        self._places: dict[Label, int] = {}  # names that probes contained first: their places in the table
+
+    def update(self, seen: Sequence[Label], probe_names: Sequence[Label]) -> None:
+        """Take what was added to the two lists since the last call."""
+        if len(seen) == len(self._seen) and len(probe_names) == len(self._places):
+            return
+        begin = len(self._places)
+        for place, name in enumerate(probe_names[begin:], begin):
+            self._places[name] = place
+        added = [self._seen.get(name, -1 - place) for place, name in enumerate(probe_names[begin:], begin)]
+        self.table = torch.cat([self.table, torch.tensor(added, dtype=self.table.dtype)])
+        for number, name in enumerate(seen[len(self._seen) :], self._first + len(self._seen)):
+            self._seen[name] = number
+            if name in self._places:
+                self.table[self._places[name]] = number
+
+
 class Probes:
     """One probe per task, of at most `maximum` samples (None: no limit)."""
 
@@ -38,28 +65,13 @@ class Probes:
         self.seed = seed
         self._sealed: dict[int, tuple[Tensor, Tensor]] = {}
         self._open: dict[int, Reservoir] = {}
-        # output of each of `Progress.probe_labels`, and id of each of `Progress.probe_words`; negative if there is none yet
-        self._labels = torch.empty(0, dtype=torch.int64)
-        self._words = torch.empty(0, dtype=torch.int32)
-        self._known = (0, 0, 0, 0)  # lengths of the four lists at the last look-up
+        self._outputs = _Numbers(0, torch.int64)  # of each of `Progress.probe_labels`
+        self._word_ids = _Numbers(FIRST_WORD_ID, torch.int32)  # of each of `Progress.probe_words`
 
     def resolve_names(self, progress: Progress) -> None:
         """Look up outputs and ids for the labels and words that only probes contained when they arrived."""
-        lists = progress.labels, progress.probe_labels, progress.vocabulary, progress.probe_words
-        sizes = len(lists[0]), len(lists[1]), len(lists[2]), len(lists[3])
-        if sizes == self._known:  # all four lists are append-only
-            return
-        self._known = sizes
-        ids: dict[str, int] = {}
-        if progress.probe_words:
-            ids = {word: FIRST_WORD_ID + index for index, word in enumerate(progress.vocabulary)}
-        seen = progress.labels
-        labels = [
-            seen.index(label) if label in seen else -1 - index for index, label in enumerate(progress.probe_labels)
-        ]
-        words = [ids.get(word, -1 - index) for index, word in enumerate(progress.probe_words)]
-        self._labels = torch.tensor(labels, dtype=torch.int64)
-        self._words = torch.tensor(words, dtype=torch.int32)
+        self._outputs.update(progress.labels, progress.probe_labels)
+        self._word_ids.update(progress.vocabulary, progress.probe_words)
 
     def add(self, held_out: Iterable[HeldOut]) -> None:
         """Offer held-out samples to the probes of their tasks. Sealed probes ignore them."""
@@ -87,7 +99,7 @@ class Probes:
         else:
             return None
         x, y = self._resolved(x, y)
-        return (torch.where(x < 0, UNKNOWN_ID, x) if len(self._words) else x), y
+        return (torch.where(x < 0, UNKNOWN_ID, x) if len(self._word_ids.table) else x), y
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -122,10 +134,10 @@ class Probes:
 
     def _resolved(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Replace negative numbers in `x` and `y` by the ids and outputs that are known now."""
-        if len(self._labels):
-            y = torch.where(y < 0, self._labels[(-1 - y).clamp(min=0)], y)
-        if len(self._words):
-            x = torch.where(x < 0, self._words[(-1 - x).clamp(min=0)], x)
+        if len(self._outputs.table):
+            y = torch.where(y < 0, self._outputs.table[(-1 - y).clamp(min=0)], y)
+        if len(self._word_ids.table):
+            x = torch.where(x < 0, self._word_ids.table[(-1 - x).clamp(min=0)], x)
         return x, y
 
     def _new(self, task: int) -> Reservoir:

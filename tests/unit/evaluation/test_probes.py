@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 
 from streamlearn import configfile, state
-from streamlearn.data import HeldOut, Labels, Task
+from streamlearn.data import HeldOut, Labels, Progress, Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learner import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +71,40 @@ def test_a_restored_probe_chooses_the_same_samples() -> None:
     assert torch.equal(a[0], b[0])
     assert len(a[1]) == 50
     assert 120 < float(a[0].mean()) < 280
+
+
+def test_names_are_resolved_as_they_come() -> None:
+    """However labels and words arrive, a probe's samples have the numbers that one look-up over everything would give."""
+    rng = random.Random(3)
+    probes, progress = Probes(None, 1 << 20, 0), Progress()
+    names = [f"n{number}" for number in range(40)]
+    for _ in range(60):
+        for seen, apart in (
+            (progress.labels, progress.probe_labels),
+            (progress.vocabulary, progress.probe_words),
+        ):
+            name = rng.choice(names)
+            if rng.random() < 0.5 and name not in seen:
+                seen.append(name)
+            elif name not in seen and name not in apart:
+                apart.append(name)
+        probes.resolve_names(progress)
+    outputs = [
+        progress.labels.index(label) if label in progress.labels else -1 - place
+        for place, label in enumerate(progress.probe_labels)
+    ]
+    words = [
+        FIRST_WORD_ID + progress.vocabulary.index(word) if word in progress.vocabulary else UNKNOWN_ID
+        for word in progress.probe_words
+    ]
+    y, x = -1 - np.arange(len(outputs)), -1 - np.arange(len(words), dtype=np.int32)[:, None]
+    probes.add([HeldOut(0, np.zeros((len(y), 1), np.int32), y), HeldOut(1, x, np.zeros(len(x), np.int64))])
+    labels, texts = probes.samples(0), probes.samples(1)
+    assert labels is not None
+    assert texts is not None
+    assert labels[1].tolist() == outputs
+    assert texts[0].flatten().tolist() == words
+    assert {output < 0 for output in outputs} == {word == UNKNOWN_ID for word in words} == {True, False}
 
 
 def test_small_probes_share_forward_passes(tmp_path: Path) -> None:
