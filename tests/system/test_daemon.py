@@ -180,7 +180,7 @@ def test_isolated_tasks_are_predicted_by_task(tmp_path: Path, strategy: str) -> 
         where = ("--state", tmp_path / "state", tmp_path / "probe.npz", "--json")
         done = cli("predict", *where, "--task", task["name"])
         assert json.loads(done.stdout)["accuracy"] == task["probe"]["accuracy"] > 0.8, done.stderr
-    assert "needs --task, one of: t1, t2" in cli("predict", *where).stderr
+    assert "needs --task; accepted: t1, t2" in cli("predict", *where).stderr
 
 
 def test_pause_checkpoint_resume_and_stop(tmp_path: Path) -> None:
