@@ -1,1 +1,1 @@
-"""Speed, as ratios against a plain torch loop in the same run. `make bench` prints them and writes results.json."""
+"""Measure speed, as ratios to a plain torch loop in the same run. `make bench` prints them and writes results.json."""

@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those that are named: `python -m benchmarks [NAME] ...`, see `SUITES`."""
+"""Run all benchmarks, or the named ones: `python -m benchmarks [NAME] ...`. The names are in `SUITES`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SUITES = {
 
 
 def main() -> None:
-    """Run, print, and write `results.json` beside this file."""
-    chosen = sys.argv[1:] or list(SUITES)
+    """Run the benchmarks, print the results, and write `results.json` beside this file."""
+    names = sys.argv[1:] or list(SUITES)
     path = Path(__file__).parent / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name in chosen:
+    for name in names:
         print(f"== {name}", flush=True)
         results[name] = SUITES[name]()
     results["machine"] = {
@@ -40,7 +40,7 @@ def main() -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     missed = [
         f"{name}.{key}: {entry['value']} (target: {entry['target']})"
-        for name in chosen
+        for name in names
         for key, entry in results[name].items()
         if isinstance(entry, dict) and entry.get("met") is False
     ]

@@ -1,7 +1,7 @@
-"""The 20 bAbI tasks one after the other: what naive, joint and er know of task 5, and of all tasks so far, as they go.
+"""Learn the 20 bAbI tasks in sequence with naive, joint and er, and draw their accuracy along the stream.
 
-`python -m benchmarks.babi` learns them from `configs/babi.yaml`, writes `docs/data/babi.json` and draws
-`docs/images/babi.png`; `--quick` takes a tenth of the samples and writes nothing, `--draw` only draws again.
+`python -m benchmarks.babi` uses `configs/babi.yaml`, writes `docs/data/babi.json` and draws `docs/images/babi.png`.
+`--quick` learns a tenth of the samples and writes nothing, `--draw` only draws.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "docs" / "data" / "babi.json", ROOT / "docs" / "images" / "babi.png"
 METHODS = {"naive": "naive: {}", "er": None, "joint": "joint: {}"}  # er as configs/babi.yaml has it
 COLOURS = {"naive": "#c1483c", "joint": "#8a8f98", "er": "#2a6fb0"}
-WATCHED = 4  # task 5
+SHOWN_TASK = 4  # task 5
 
 
 def settings(directory: str, strategy: str | None, **over: str) -> Config:
-    """Return the shipped configuration with another strategy; `over` are further keys, as the environment names them."""
+    """Return the shipped configuration with another strategy. `over` has more keys, named as in the environment."""
     environ = {"STATE_DIR": f"{directory}/state", "STREAM__ON_FINISHED": "exit", "DEVICE": "cpu", **over}
     environ |= {"CHECKPOINT__EVERY_SECONDS": "null", "PROBES__EVERY": "10"}
     if strategy is not None:
@@ -55,8 +55,8 @@ def settings(directory: str, strategy: str | None, **over: str) -> Config:
     return configfile.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
 
 
-def published(topics: Sequence[str], limit: int | None) -> MemoryStore:
-    """Return a log in memory with all tasks, each with its test questions as the probe."""
+def publish_tasks(topics: Sequence[str], limit: int | None) -> MemoryStore:
+    """Publish all tasks to a log in memory, each with its test questions as its probe, and return the log's store."""
     path = str(DATA / "babi_en.jsonl.gz")
     train, test = producer.read_samples(path), producer.read_samples(path, "test")
     names = producer.task_names(train, len(topics))
@@ -70,7 +70,7 @@ def published(topics: Sequence[str], limit: int | None) -> MemoryStore:
 
 
 def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
-    """Learn the whole log; return the curves, the matrix and the CPU seconds."""
+    """Learn the whole log, and return the history of accuracies, the matrix and the CPU seconds."""
     spec = config.stream
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     dead = DeadLetterWriter(store, "dlq")
@@ -82,7 +82,7 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     stream.stop()
     assert job.progress.totals()["trained"] == job.progress.totals()["consumed"] - job.progress.totals()["held_out"]
     return {
-        "history": [[trained, named(row)] for _, trained, row in job.matrix.history],
+        "history": [[trained, json_keys(row)] for _, trained, row in job.matrix.history],
         "matrix": job.matrix.matrix(),
         "average_accuracy": job.matrix.average_accuracy,
         "average_forgetting": job.matrix.average_forgetting,
@@ -92,24 +92,26 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     }
 
 
-def named(row: Mapping[int, float]) -> dict[str, float]:
-    """Return a row of accuracies as JSON has it."""
+def json_keys(row: Mapping[int, float]) -> dict[str, float]:
+    """Return a row of accuracies with keys that JSON can hold."""
     return {str(task): round(value, 4) for task, value in sorted(row.items())}
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw task 5 on the left, the average over tasks seen on the right, along the stream."""
+    """Draw the accuracy on task 5 (left) and the average over the tasks seen so far (right) along the stream."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
-    for axes, watched in ((left, True), (right, False)):
+    for axes, single_task in ((left, True), (right, False)):
         ends = {}
         for name in METHODS:
-            rows = [(trained, row) for trained, row in results[name]["history"] if not watched or str(WATCHED) in row]
-            values = [row[str(WATCHED)] if watched else sum(row.values()) / len(row) for _, row in rows]
+            rows = [
+                (trained, row) for trained, row in results[name]["history"] if not single_task or str(SHOWN_TASK) in row
+            ]
+            values = [row[str(SHOWN_TASK)] if single_task else sum(row.values()) / len(row) for _, row in rows]
             axes.plot([trained for trained, _ in rows], values, color=COLOURS[name], linewidth=1.6)
             ends[name] = (rows[-1][0], values[-1])
         label(axes, ends)
@@ -119,7 +121,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         (left, "Accuracy on task 5 (three-argument relations)"),
         (right, "Average over the tasks seen"),
     ):
-        finish(axes, title, tasks, per_task)
+        decorate(axes, title, tasks, per_task)
     left.set_ylabel("accuracy on 1,000 test questions a task")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -127,15 +129,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def label(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
-    """Write each method's name and last value beside its curve, none over another."""
+    """Write each method's name and last value beside its curve, without overlap."""
     lowest = -1.0
     for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
         lowest = max(y, lowest + 0.055)
         axes.annotate(f" {name} {100 * y:.0f} %", (x, lowest), color=COLOURS[name], va="center", fontsize=9)
 
 
-def finish(axes: Axes, title: str, tasks: int, per_task: float) -> None:
-    """Mark where tasks begin, and name what is shown."""
+def decorate(axes: Axes, title: str, tasks: int, per_task: float) -> None:
+    """Add titles, axis labels, and lines where tasks begin."""
     axes.set_title(title, fontsize=11)
     axes.set_xlim(0, tasks * per_task * 1.14)
     axes.set_ylim(-0.02, 1.03)
@@ -149,7 +151,7 @@ def finish(axes: Axes, title: str, tasks: int, per_task: float) -> None:
 
 
 def main() -> None:
-    """Learn, or with `--draw` only draw."""
+    """Learn and draw, or with `--draw` only draw."""
     quick = "--quick" in sys.argv
     if "--draw" not in sys.argv:
         configure_torch(1)
@@ -158,9 +160,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 config = settings(directory, strategy)
                 topics = config.stream.topics or []
-                results[name] = learn(published(topics, 100 if quick else None), config)
+                results[name] = learn(publish_tasks(topics, 100 if quick else None), config)
             last = results[name]["matrix"][-1]
-            print(f"{name:<6} average {results[name]['average_accuracy']:.3f}, forgotten "
+            print(f"{name:<6} average {results[name]['average_accuracy']:.3f}, forgetting "
                   f"{results[name]['average_forgetting']:.3f}, {results[name]['cpu_seconds']} s: "
                   + " ".join(f"{100 * value:.0f}" for value in last), flush=True)  # fmt: skip
             if not quick:

@@ -1,4 +1,4 @@
-"""What checkpoints cost: learning with one every ten seconds beside learning with none, and the pause that each one is."""
+"""Measure checkpoints: throughput with one every ten seconds against none, and how long each one pauses learning."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 EVERY_SECONDS, PAIRS = 10.0, 4
 TARGET = 0.97
-WIDTHS = {"1 M": 690, "10 M": 2790, "100 M": 9600}  # of two hidden layers
+WIDTHS = {"1 M": 690, "10 M": 2790, "100 M": 9600}  # widths of two hidden layers, by number of parameters
 DEFAULT: dict[str, dict[str, Any]] = {"generative": {}, "si": {}}
 
 
-def made(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
-    """Return a job in its first task, and the stream that it would be fed from."""
+def make_job(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
+    """Return a job in its first task, and its stream."""
     config: Config = settings(directory, "t").model_copy(update=over)
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     store = MemoryStore()
@@ -50,9 +50,9 @@ def made(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
 
 
 def throughput() -> dict[str, Any]:
-    """Return the ratio of batches learned in ten seconds with a checkpoint to those without, in turn."""
+    """Return the median ratio of batches learned in ten seconds with a checkpoint to those without, in alternation."""
     with tempfile.TemporaryDirectory() as name:
-        job, stream = made(Path(name), strategy=DEFAULT)
+        job, stream = make_job(Path(name), strategy=DEFAULT)
         batch = samples(0)
         for _ in range(100):
             job.learner.learn(batch)
@@ -75,11 +75,11 @@ def throughput() -> dict[str, Any]:
 
 
 def pause(label: str, width: int) -> dict[str, Any]:
-    """Return how long learning waits for a checkpoint of a model of so many parameters with Adam, and its writing takes."""
+    """Return the pause, the writing time and the size of a checkpoint of a model of this width, with Adam."""
     with tempfile.TemporaryDirectory() as name:
         config = settings(Path(name), "t")
         model = config.model.model_copy(update={"hidden": [width, width]})
-        job, stream = made(Path(name), model=model)
+        job, stream = make_job(Path(name), model=model)
         job.learner.learn(samples(0))
         pauses, writes = [], []
         for _ in range(3):
@@ -104,7 +104,7 @@ def pause(label: str, width: int) -> dict[str, Any]:
 
 
 def run() -> dict[str, Any]:
-    """Measure both; print and return them."""
+    """Measure throughput and pauses; print and return them."""
     configure_torch(1)
     results = {"every 10 s": throughput()}
     for label, width in WIDTHS.items():

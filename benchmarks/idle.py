@@ -1,4 +1,4 @@
-"""What a daemon costs while nothing arrives."""
+"""Measure the CPU share of a daemon while no record arrives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGET = 2.0
 
 
 def run() -> dict[str, Any]:
-    """Measure the CPU share of an idle daemon over embedded topics; print and return it."""
+    """Measure, print and return the CPU share of an idle daemon that reads embedded topics."""
     with tempfile.TemporaryDirectory() as name:
         config = jobs.write_config(Path(name), stream={"on_finished": "wait"})
         with jobs.Daemon(config) as daemon:

@@ -1,4 +1,4 @@
-"""How fast samples come in: Kafka and embedded topics beside the log in memory, for a learner of one step a batch."""
+"""Measure how fast samples are read: Kafka and embedded topics against the log in memory, with one step a batch."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ TARGET = 0.8
 
 
 class NoCommands:
-    """Asks nothing of the loop."""
+    """A control for the loop that gives no commands."""
 
     stopping = False
     paused = False
 
     def serve(self, job: Job, stream: StreamReader, *, idle: bool) -> None:
-        """Answer nobody."""
+        """Do nothing: there are no commands."""
 
     def wait(self, seconds: float) -> None:
-        """Wait for nobody."""
+        """Return at once."""
 
 
 def settings(directory: Path, topic: str) -> Config:
-    """Return the configuration of a learner of one step a batch."""
+    """Return a configuration with one optimizer step a batch."""
     tree = {
         "state_dir": str(directory / "state"),
         "device": "cpu",
@@ -66,7 +66,7 @@ def settings(directory: Path, topic: str) -> Config:
 
 
 def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float:
-    """Return samples a second through the whole loop."""
+    """Return the samples a second that the whole loop learns."""
     spec = config.stream
     job = Job.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(sink, "dlq")
@@ -82,7 +82,7 @@ def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float
 
 
 def measure(log: LogReader, sink: LogWriter, topic: str, samples: int, codec: str) -> float:
-    """Publish to a topic and return the rate at which it is learned."""
+    """Publish samples to a topic, and return the samples a second at which they are learned."""
     rng = np.random.default_rng(0)
     content = producer.Samples(rng.integers(0, 255, (samples, PIXELS), np.uint8), rng.integers(0, 10, samples).tolist())
     producer.publish(sink, topic, content, producer.PublishOptions(codec=codec))
@@ -91,7 +91,7 @@ def measure(log: LogReader, sink: LogWriter, topic: str, samples: int, codec: st
 
 
 def run() -> dict[str, Any]:
-    """Measure every source; print and return samples a second, and the ratio to memory."""
+    """Measure every log; print and return samples a second, and the ratio to the log in memory."""
     configure_torch(1)
     store = MemoryStore()
     rates: dict[str, float] = {"memory, batched": measure(MemoryReader(store), store, "m", SAMPLES, "batch")}

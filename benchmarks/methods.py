@@ -1,4 +1,4 @@
-"""What every recipe costs: milliseconds an update, the ratio to a plain torch loop in the same run, and memory by tasks."""
+"""Measure every recipe: milliseconds an update, the ratio to a plain torch loop in the same run, and memory by tasks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 TASKS, ROUNDS = 50, 7
 SHOWN = (1, 10, 50)
 NAMES = [f"t{number}" for number in range(TASKS)]
-# of one CPU thread; on a GPU a step of this size waits for launches, and ratios count those
+# with one CPU thread; on a GPU a step of this size waits for kernel launches, and the ratio would measure those
 TARGETS = (
     {} if DEVICE != "cpu" else {"l2": 1.15, "ewc": 1.15, "mas": 1.15, "si": 1.4, "rwalk": 1.5, "agem": 2.2, "er": 1.9}
 )
-GROWS = {"gem", "pnn", "joint"}  # cost more with every task, and say so
-SAME = 1.15  # of one and the same step, measured twice
+GROWS = {"gem", "pnn", "joint"}  # their documented cost grows with every task
+MAX_GROWTH = 1.15  # largest ratio of a step measured at task 50 to task 2 that counts as equal
 SGD = {"learner": {"optimizer": {"name": "sgd", "lr": 0.01}}}
 PARAMETERS: dict[str, dict[str, Any]] = {
     "packnet": {"prune": 0.95},  # room for fifty tasks
@@ -40,8 +40,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-def grown(name: str) -> Iterator[tuple[int, Learner]]:
-    """Give a learner of a recipe each time that it has begun a task, with the number of tasks that have ended."""
+def learners_by_task(name: str) -> Iterator[tuple[int, Learner]]:
+    """Yield a learner of a recipe at the begin of each task, with the number of tasks that have ended."""
     tree: dict[str, Any] = {
         "device": DEVICE,
         "input": {"shape": [PIXELS]},
@@ -77,17 +77,17 @@ def grown(name: str) -> Iterator[tuple[int, Learner]]:
 
 
 def megabytes(learner: Learner) -> float:
-    """Return the size of everything that a checkpoint keeps of a learner."""
+    """Return the size of the learner's state in a checkpoint, in megabytes."""
     files, _, _ = state.pack(learner.state_dict())
     return sum(tensor.nbytes for content in files.values() for tensor in content.values()) / 1e6
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Return a recipe's figures: its step beside a plain one in the second task and in the last, and its memory."""
+    """Return the ratio of a recipe's step to a plain step in the second and the last task, and its memory."""
     memory: dict[str, float] = {}
     early = late = (0.0, 0.0, 0.0)
     hidden = NEEDS.get(name, {}).get("model", {}).get("hidden", [400, 400])
-    for ended, learner in grown(name):
+    for ended, learner in learners_by_task(name):
         if ended in SHOWN:
             memory[str(ended)] = round(megabytes(learner), 1)
         if ended in {1, TASKS - 1}:
@@ -105,7 +105,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def run() -> dict[str, Any]:
-    """Measure every recipe; print and return ratios, milliseconds and memory."""
+    """Measure every recipe; print and return ratios, milliseconds and megabytes."""
     configure_torch(1)
     results: dict[str, Any] = {}
     print(f"{'recipe':<12}{'ms':>8}{'ratio':>8}{'target':>8}{'task 50':>9}   MB after 1, 10, 50 tasks")
@@ -116,8 +116,8 @@ def run() -> dict[str, Any]:
         entry["grows"] = name in GROWS
         if target is not None:
             entry |= {"target": f"<= {target}", "met": entry["value"] <= target}
-        if name not in GROWS and grew > SAME:
-            entry |= {"target": f"at task 50 at most {SAME} of task 2", "met": False}
+        if name not in GROWS and grew > MAX_GROWTH:
+            entry |= {"target": f"at task 50 at most {MAX_GROWTH} of task 2", "met": False}
         results[name] = entry
         shown = ", ".join(f"{value:.1f}" for value in entry["megabytes"].values())
         limit = "" if target is None else f"{target:.2f}"

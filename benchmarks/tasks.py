@@ -1,7 +1,7 @@
-"""What many tasks cost: the time of each task, the answer to `/status`, and the files and JSON of a checkpoint.
+"""Measure the cost of many tasks: the time of each task and of `/status`, and the files and JSON of a checkpoint.
 
 `python -m benchmarks tasks`, or `python -m benchmarks.tasks 200` with another number of tasks. The default strategy learns
-tasks of 200 samples from embedded topics, in a daemon of its own. Each task has two of ten labels, which come again.
+tasks of 200 samples from embedded topics, in a daemon of its own. Each task has two of ten labels, so labels repeat.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 TASKS = 1000
 SAMPLES = 200
-NEIGHBOURS = 10  # tasks of which the median is taken, so that one pause of the machine decides nothing
+NEIGHBOURS = 10  # tasks in each median, so that a single pause of the machine has no influence
 TARGETS = {"ratio": 2.0, "status_seconds": 0.1, "files": 50}
 
 
 def publish(path: Path, tasks: int) -> None:
-    """Publish tasks of two classes that lie apart."""
+    """Publish tasks of two separable classes."""
     sink = EmbeddedWriter(path)
     for task in range(tasks):
         rng = np.random.default_rng(task)
@@ -49,7 +49,7 @@ def publish(path: Path, tasks: int) -> None:
 
 
 def settings(directory: Path) -> dict[str, Any]:
-    """Return the configuration: a small model, and everything else as it comes."""
+    """Return a configuration with a small model and otherwise defaults."""
     return {
         "name": "tasks",
         "state_dir": str(directory / "state"),
@@ -64,7 +64,7 @@ def settings(directory: Path) -> dict[str, Any]:
 
 
 def status_times(process: subprocess.Popen[bytes], state: Path) -> Iterator[tuple[int, float]]:
-    """Give, as long as the daemon runs, how many tasks there are, and the seconds in which it says so."""
+    """Yield, while the daemon runs, the number of tasks and the seconds that `/status` took."""
     while process.poll() is None:
         time.sleep(0.5)
         begun = time.perf_counter()
@@ -76,14 +76,14 @@ def status_times(process: subprocess.Popen[bytes], state: Path) -> Iterator[tupl
 
 
 def durations(log: Path) -> list[float]:
-    """Return the seconds of each task, from its beginning to the beginning of the next."""
+    """Return the seconds from the begin of each task to the begin of the next."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     begins = [datetime.fromisoformat(line["ts"]).timestamp() for line in lines if line["msg"].endswith(" starts")]
     return [later - earlier for earlier, later in itertools.pairwise(begins)]
 
 
 def measure(tasks: int) -> dict[str, Any]:
-    """Learn so many tasks and return what they cost."""
+    """Learn so many tasks and return the measurements."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         publish(directory / "topics.sqlite", tasks)
@@ -117,7 +117,7 @@ def measure(tasks: int) -> dict[str, Any]:
 
 
 def run(tasks: int = TASKS) -> dict[str, Any]:
-    """Print what many tasks cost, and return it beside the targets."""
+    """Measure, print, and return the results with their targets."""
     found = measure(tasks)
     return {
         **{

@@ -1,4 +1,4 @@
-"""The update beside a plain torch loop: same net, batch, fused optimizer, thread and floating-point mode, in turn."""
+"""Measure the update against a plain torch loop with the same net, batch, fused optimizer, threads and float mode."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TARGETS = {"naive": 1.05, "ewc": 1.2, "si": 1.5, "er": 2.0, "generative": 1.2}
 
 
 def learner(strategy: dict[str, Any]) -> Learner:
-    """Return a learner with one finished task, so that the past is there to be protected."""
+    """Return a learner after one task, so that the strategy has something to protect."""
     tree = {
         "device": DEVICE,
         "input": {"shape": [PIXELS]},
@@ -61,7 +61,7 @@ def learner(strategy: dict[str, Any]) -> Learner:
 
 
 def samples(seed: int, task: int | None = None) -> Batch:
-    """Return a batch of noise."""
+    """Return a batch of random samples."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(BATCH, PIXELS, generator=generator)
     y = torch.randint(CLASSES, (BATCH,), generator=generator)
@@ -69,7 +69,7 @@ def samples(seed: int, task: int | None = None) -> Batch:
 
 
 def plain(hidden: Sequence[int] = (HIDDEN, HIDDEN)) -> Callable[[], None]:
-    """Return a plain loop of so many steps."""
+    """Return a function that makes `STEPS` steps of a plain torch loop."""
     model, batch = MLP([PIXELS], CLASSES, hidden).to(DEVICE), samples(1)
     x, y = batch.x.to(DEVICE), batch.y.to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
@@ -85,13 +85,13 @@ def plain(hidden: Sequence[int] = (HIDDEN, HIDDEN)) -> Callable[[], None]:
 
 
 def wait() -> None:
-    """Return when the device has done what it was asked."""
+    """Wait until the device has finished its work."""
     if DEVICE != "cpu":
         torch.cuda.synchronize()
 
 
 def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
-    """Return a loop that does the work of generative replay, written out: generate, label, learn both nets."""
+    """Return a function with plain steps of generative replay: generate, label, train both networks."""
     batch, count = samples(1), ratio * BATCH
     new_x, new_y = batch.x.to(DEVICE), batch.y.to(DEVICE)
     solver, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]).to(DEVICE) for _ in range(2))
@@ -129,7 +129,7 @@ def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
 def ratio_of(
     ours: Callable[[], object], theirs: Callable[[], object], rounds: int = ROUNDS
 ) -> tuple[float, float, float]:
-    """Return the median ratio of alternating rounds, and the median milliseconds a step of each."""
+    """Return the median ratio of alternating rounds, and the median milliseconds a step of both."""
     pairs = []
     for _ in range(rounds + 1):
         times = []
@@ -138,13 +138,13 @@ def ratio_of(
             steps()
             times.append((time.perf_counter() - begun) / STEPS * 1000)
         pairs.append(times)
-    rest = pairs[1:]  # the first is warming up
+    rest = pairs[1:]  # without the first round, the warm-up
     ratio = statistics.median(own / other for other, own in rest)
     return ratio, statistics.median(own for _, own in rest), statistics.median(other for other, _ in rest)
 
 
 def run() -> dict[str, Any]:
-    """Measure every strategy; print and return ratios, milliseconds and targets."""
+    """Measure strategies with a target; print and return ratios, milliseconds and targets."""
     configure_torch(1)
     results: dict[str, Any] = {}
     print(f"{'strategy':<12}{'ratio':>8}{'target':>8}{'ms/step':>10}{'plain':>10}")
