@@ -1,4 +1,4 @@
-"""Fixtures: one Apache Kafka for the session, started only when a test asks for it."""
+"""Fixtures: one Apache Kafka for the session, started only if a test needs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-# what runs in the background of a shell or under `nohup` ignores these, and what the tests start would inherit that
+# a background job of a shell, or a program under `nohup`, ignores these, and the tests' processes would inherit that
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
@@ -26,31 +26,33 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of `make chaos`."""
-    parser.addoption("--chaos-seed", type=int, default=random.randrange(10_000), help="repeat the chaos of this seed")
-    parser.addoption("--again", action="store_true", help="run chaos cases that are finished, too")
+    parser.addoption(
+        "--chaos-seed", type=int, default=random.randrange(10_000), help="seed of the chaos tests, to repeat a run"
+    )
+    parser.addoption("--again", action="store_true", help="also run finished chaos cases")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Print the seed of the chaos."""
+    """Print the seed of the chaos tests."""
     return f"--chaos-seed {config.getoption('--chaos-seed')}"
 
 
 @pytest.fixture(autouse=True)
 def plain_floats() -> Iterator[None]:
-    """Leave no test's floating-point mode to the next: hypothesis cannot bear that denormals are flushed."""
+    """Reset the floating-point mode after each test: hypothesis does not work with flushed denormals."""
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture
 def daemon_mode() -> None:
-    """Compute as the daemon does: one thread, denormals flushed."""
+    """Compute as the daemon does: with one thread and flushed denormals."""
     configure_torch(1)
 
 
 @pytest.fixture(scope="session")
 def bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Give the address of a broker that all tests share; topics are told apart by name."""
+    """Return the address of a broker that all tests share; each test uses its own topic names."""
     if address := os.environ.get("STREAMLEARN_TEST_KAFKA"):
         yield address
         return
@@ -60,5 +62,5 @@ def bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def kafka(bootstrap: str) -> KafkaConfig:
-    """Say how to reach it."""
+    """Return the configuration section for the shared broker."""
     return KafkaConfig.model_validate({"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1})

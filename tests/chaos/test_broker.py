@@ -219,11 +219,11 @@ def test_network(case: Case, tmp_path: Path, how: str, faults: int) -> None:
             elif how == "delayed":
                 proxy.delay(case.rng.uniform(0.2, 3))
             else:
-                proxy.swallow()
+                proxy.drop()
             time.sleep(case.rng.uniform(1, 20 if how == "black-holed" else 6))
             proxy.heal()
 
         behind = f"127.0.0.1:{proxy.port}"
         lost, twice = run_with_faults(case, tmp_path, behind, inject_fault, faults, source=broker.address)
-        case.assert_happened("connections and chunks disturbed", proxy.hindered, faults)
+        case.assert_happened("connections and chunks disturbed", proxy.disturbed, faults)
     case.record(f"the network to the broker {how}", faults, lost=lost, twice=twice)

@@ -1,4 +1,4 @@
-"""Real daemons in tests: a configuration, a process, what it answers, and what it leaves behind."""
+"""Run real daemons in tests: write configurations, publish tasks, start processes, read status and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from streamlearn.stream.log import LogWriter
 
 DATA = Path(os.environ.get("STREAMLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` where there is one: what holds on a CPU holds there
+DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` runs the same tests on a GPU
 TOPICS = ["t1", "t2", "t3", "t4", "t5"]
 DEADLINE = 240
 
 
 def require(present: object, what: str) -> None:
-    """Fail where something is missing and CI is set; skip with one line otherwise."""
+    """If something is missing, fail the test with CI=1, otherwise skip it with one line."""
     if not present:
         if os.environ.get("CI"):
             pytest.fail(f"{what} is missing, and CI must not skip what needs it")
@@ -43,14 +43,14 @@ def require(present: object, what: str) -> None:
 
 
 def mnist() -> Path:
-    """Return the MNIST file, or fail or skip."""
+    """Return the path of the MNIST file; fail or skip the test if it is missing."""
     path = DATA / "mnist.npz"
     require(path.is_file(), str(path))
     return path
 
 
 def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree with another laid over it."""
+    """Return a tree in which the values of `over` replace those of `base`, at any depth."""
     out = dict(base)
     for key, value in over.items():
         known = out.get(key)
@@ -59,7 +59,7 @@ def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(directory: Path, **over: Any) -> dict[str, Any]:
-    """Return a configuration of MNIST tasks over embedded topics, small and quick."""
+    """Return a small configuration of MNIST tasks over embedded topics."""
     base: dict[str, Any] = {
         "name": "job",
         "state_dir": str(directory / "state"),
@@ -79,12 +79,12 @@ def settings(directory: Path, **over: Any) -> dict[str, Any]:
 
 
 def write_config(directory: Path, **over: Any) -> Path:
-    """Write such a configuration and return its path."""
+    """Write the configuration of `settings` and return its path."""
     return write_tree(directory, settings(directory, **over))
 
 
 def write_tree(directory: Path, tree: Mapping[str, Any]) -> Path:
-    """Write any configuration and return its path."""
+    """Write a configuration and return its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "job.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -92,7 +92,7 @@ def write_tree(directory: Path, tree: Mapping[str, Any]) -> Path:
 
 
 def tasks(per_task: int, probe_size: int | None = 200) -> list[tuple[producer.Samples, producer.Samples]]:
-    """Return five MNIST tasks of two digits each, with their probes."""
+    """Return five MNIST tasks of two digits each, each with its probe."""
     train, test = producer.read_samples(str(mnist())), producer.read_samples(str(mnist()), "test")
     groups = producer.equal_class_groups(train, 5)
     cut: list[tuple[producer.Samples, producer.Samples]] = []
@@ -105,12 +105,12 @@ def tasks(per_task: int, probe_size: int | None = 200) -> list[tuple[producer.Sa
 
 
 def first(samples: producer.Samples, count: int) -> producer.Samples:
-    """Return the first samples."""
+    """Return the first `count` samples."""
     return samples.select(np.arange(min(count, len(samples))))
 
 
 def publish(sink: LogWriter, per_task: int, prefix: str = "", **how: Any) -> None:
-    """Publish the five tasks."""
+    """Publish the five MNIST tasks."""
     for topic, (samples, probe) in zip(TOPICS, tasks(per_task), strict=True):
         producer.publish(
             sink, prefix + topic, samples, producer.PublishOptions(**{"samples_per_record": 20, **how}), probe=probe
@@ -118,7 +118,7 @@ def publish(sink: LogWriter, per_task: int, prefix: str = "", **how: Any) -> Non
 
 
 def kafka_config(directory: Path, bootstrap: str, prefix: str, **over: Any) -> Path:
-    """Write a configuration that reads the topics of this prefix from Kafka."""
+    """Write a configuration that reads the topics with this prefix from Kafka."""
     on_kafka = {
         "kafka": {"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1, "group_id": prefix + directory.name},
         "stream": {
@@ -130,7 +130,7 @@ def kafka_config(directory: Path, bootstrap: str, prefix: str, **over: Any) -> P
 
 
 def publish_embedded(path: Path, per_task: int, **how: Any) -> None:
-    """Publish the five tasks to embedded topics."""
+    """Publish the five MNIST tasks to embedded topics."""
     sink = EmbeddedWriter(path)
     publish(sink, per_task, **how)
     sink.close()
@@ -166,7 +166,7 @@ class Daemon:
             self.kill()
 
     def status(self) -> dict[str, Any] | None:
-        """Return its status, or None while it does not answer."""
+        """Return the daemon's status, or None while it does not answer."""
         hints = read_process_record(self.state)
         if hints is None or hints.pid != self.process.pid:
             return None
@@ -178,16 +178,16 @@ class Daemon:
 
     @property
     def http(self) -> str:
-        """The address of its read-only listener."""
+        """The address of the read-only listener."""
         hints = read_process_record(self.state)
         assert hints is not None
         return hints.http
 
-    def until(self, holds: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE) -> dict[str, Any]:
-        """Return the first status for which something holds; fails when the process ends or the time is over."""
+    def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE) -> dict[str, Any]:
+        """Return the first status that fulfils a condition; fail if the process ends or the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if (status := self.status()) is not None and holds(status):
+            if (status := self.status()) is not None and condition(status):
                 return status
             if self.process.poll() is not None:
                 pytest.fail(f"the daemon ended with {self.process.returncode}:\n{self.tail()}")
@@ -195,21 +195,21 @@ class Daemon:
         pytest.fail(f"not reached within {seconds} s; status {self.status()}\n{self.tail()}")
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the process with SIGKILL, as a power cut would."""
         self.process.kill()
         self.process.wait(30)
 
     def finish(self, seconds: float = DEADLINE) -> int:
-        """Return its exit code when it ends by itself."""
+        """Wait until the daemon ends by itself, and return its exit code."""
         return self.process.wait(seconds)
 
     def stop(self) -> int:
-        """Ask it to end, and return its exit code."""
+        """Send SIGTERM, and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
     def tail(self) -> str:
-        """Return the end of its log."""
+        """Return the end of the log."""
         return self.log.read_text()[-3000:]
 
 
@@ -222,7 +222,7 @@ def run_to_end(config: Path, seconds: float = DEADLINE) -> Checkpoint:
 
 
 def tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return every tensor of a checkpoint, by file and name."""
+    """Return all tensors of a checkpoint, by file and name."""
     return {
         f"{name}:{key}": tensor
         for name in checkpoint.manifest["files"]
@@ -232,7 +232,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """Return what differs between two checkpoints' states, bit by bit; empty where they are equal."""
+    """Return the names of tensors and keys that differ between two checkpoints, bit by bit; empty if they are equal."""
     a, b = tensors(one), tensors(other)
     found = sorted(set(a) ^ set(b))
     found += [name for name in a if name in b and a[name].numpy().tobytes() != b[name].numpy().tobytes()]
@@ -242,6 +242,6 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def all_accounted_for(status: Mapping[str, Any]) -> bool:
-    """Tell whether every consumed sample has exactly one outcome."""
+    """Tell whether each consumed sample has exactly one outcome."""
     samples = dict(status["samples"])
     return bool(samples.pop("consumed") == sum(samples.values()) and status["unaccounted"] == {})

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that cuts, delays and swallows: the network between a client and its broker."""
+"""A TCP proxy on loopback that resets connections, delays data or drops it: a faulty network to a broker."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CHUNK = 64 << 10
 
 
 class Proxy:
-    """Passes bytes between its own port and a target's; `mode` is `pass`, `delay`, `swallow` or `cut`."""
+    """Forwards bytes between its own port and a target port. `mode` is `pass`, `delay`, `drop` or `cut`."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = free_port()
         self.mode = "pass"
-        self.seconds = 0.0  # by which `delay` holds back each chunk
-        self.hindered = 0  # chunks and connections that did not pass as they should
+        self.seconds = 0.0  # delay of each chunk in mode `delay`
+        self.disturbed = 0  # chunks and connections that were not forwarded normally
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -43,26 +43,26 @@ class Proxy:
         self._loop.close()
 
     def heal(self) -> None:
-        """Let everything pass again; what was swallowed is gone with its connection, as after a real outage."""
-        if self.mode == "swallow":
-            self._loop.call_soon_threadsafe(self._drop)
+        """Forward everything again. Connections whose data was dropped are reset, as after a real outage."""
+        if self.mode == "drop":
+            self._loop.call_soon_threadsafe(self._reset_connections)
         self.mode = "pass"
 
     def delay(self, seconds: float) -> None:
-        """Hold back every chunk by so long."""
+        """Delay each chunk by this time."""
         self.seconds, self.mode = seconds, "delay"
 
-    def swallow(self) -> None:
-        """Take every byte and pass none on: nobody is told."""
-        self.mode = "swallow"
+    def drop(self) -> None:
+        """Accept all bytes and forward none, without an error to the client."""
+        self.mode = "drop"
 
     def cut(self) -> None:
-        """Reset every connection and take no new one."""
+        """Reset all connections and accept no new one."""
         self.mode = "cut"
-        self._loop.call_soon_threadsafe(self._drop)
+        self._loop.call_soon_threadsafe(self._reset_connections)
 
-    def _drop(self) -> None:
-        self.hindered += len(self._writers)
+    def _reset_connections(self) -> None:
+        self.disturbed += len(self._writers)
         for writer in self._writers:
             writer.transport.abort()
 
@@ -81,29 +81,29 @@ class Proxy:
         self._writers.add(writer)
         try:
             if self.mode == "cut":
-                self.hindered += 1
+                self.disturbed += 1
                 return
             there, back = await asyncio.open_connection("127.0.0.1", self.target)
             self._writers.add(back)
             try:
-                await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+                await asyncio.gather(self._forward(reader, back), self._forward(there, writer))
             finally:
                 self._writers.discard(back)
                 back.transport.abort()
         except OSError:
-            pass  # one side is gone, and so is the other then
+            pass  # one side has closed; the other is closed below
         finally:
             self._writers.discard(writer)
             writer.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while chunk := await reader.read(CHUNK):
                 if self.mode == "delay":
-                    self.hindered += 1
+                    self.disturbed += 1
                     await asyncio.sleep(self.seconds)
-                if self.mode == "swallow":
-                    self.hindered += 1
+                if self.mode == "drop":
+                    self.disturbed += 1
                     continue
                 writer.write(chunk)
                 await writer.drain()

@@ -1,4 +1,4 @@
-"""Other versions of CPython, with what the program needs installed."""
+"""Find other versions of CPython, and install the program's dependencies for them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def python(version: str) -> str:
-    """Return an interpreter of this version that has the program's dependencies; skips with one line where there is none.
+    """Return the path of an interpreter of this version with the program's dependencies; skip if none is found.
 
-    It is the running one, or one in `.cache/python-VERSION`, which is made at the first call: that takes minutes, since
-    torch is downloaded.
+    That is the running interpreter, or one in `.cache/python-VERSION`. The first call creates that environment and takes
+    minutes, because it downloads torch.
     """
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
@@ -41,7 +41,7 @@ def python(version: str) -> str:
 
 
 def _find(version: str) -> str | None:
-    """Return a path of an interpreter that runs: on PATH there may be a stand-in for one that is not installed."""
+    """Return the path of an interpreter that really runs: PATH may have a placeholder for a version not installed."""
     for command in ([f"python{version}"], [_uv() or "uv", "python", "find", version]):
         if shutil.which(command[0]) is None:
             continue

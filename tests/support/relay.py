@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that counts who gets through, and, unlike `Proxy`, hands on what comes with a connection's end."""
+"""A TCP relay on loopback that counts connections and, unlike `Proxy`, forwards data that arrives with a close."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 class Relay:
-    """Forwards every connection to one port, both ways."""
+    """Forwards every connection to one port, in both directions."""
 
     def __init__(self, port: int) -> None:
         self.target = port
@@ -18,7 +18,7 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """Take no further connection."""
+        """Accept no further connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 

@@ -1,4 +1,4 @@
-"""A token server on loopback: the client credentials grant, with answers that tests choose."""
+"""A token server on loopback for the client credentials grant, with answers that tests choose."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TokenServer:
-    """Gives unsigned tokens for one client's secret; counts who asked."""
+    """Gives unsigned tokens for the secret of one client, and records requests."""
 
     def __init__(self, client: str, secret: str, lifetime: float = 60, **answer: Any) -> None:
         self.client = client
@@ -30,7 +30,7 @@ class TokenServer:
 
     @property
     def url(self) -> str:
-        """Where it gives tokens."""
+        """The address for token requests."""
         return f"http://127.0.0.1:{self._server.server_port}/token"
 
     def __enter__(self) -> Self:
@@ -45,7 +45,7 @@ class TokenServer:
         self._thread.join()
 
     def respond(self, authorization: str, form: dict[str, list[str]]) -> tuple[int, dict[str, Any]]:
-        """Return status and body for one request."""
+        """Return the status and the body of the answer to one request."""
         self.asked.append(form)
         expected = base64.b64encode(f"{self.client}:{self.secret}".encode()).decode()
         if self.status != 200:
@@ -67,13 +67,13 @@ class TokenServer:
                 self.wfile.write(json.dumps(tree).encode())
 
             def log_message(self, *_: Any) -> None:
-                """Say nothing."""
+                """Write no log."""
 
         return Handler
 
 
 def unsigned(subject: str, lifetime: float) -> str:
-    """Return a JSON Web Token without a signature, which a broker takes that has no validator configured."""
+    """Return an unsigned JSON Web Token; a broker without a configured validator accepts it."""
     now = time.time()
     claims = {"sub": subject, "iat": now, "exp": now + lifetime, "scope": "test", "jti": str(now)}
     parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in ({"alg": "none"}, claims)]
