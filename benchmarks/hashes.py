@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import runpy
 import shutil
@@ -21,11 +22,16 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import yaml
 from safetensors.numpy import load_file
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("STREAMLEARN_DATA", ROOT.parent / "shared" / "data"))
@@ -67,6 +73,11 @@ def cases() -> dict[str, dict[str, Any]]:
         "resnet": {"input": {"shape": [1, 4, 3]}, "model": {"name": "resnet", "width": 4}, "strategy": {"er": {}}},
         "two partitions": {"stream": {"batch_size": BATCH, "merge": "fixed"}, "strategy": {"derpp": {}}},
         "sgd": {"learner": {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}}},
+        "encoder": {
+            "input": {"shape": [SIZE], "encoder": {"name": "hashes:encoder"}},
+            "strategy": {"generative": {"likelihood": "gaussian"}, "si": {}},
+        },
+        "own model": {"model": {"name": "hashes:own_model"}, "strategy": {"er": {}, "ewc": {}}},
         "text": {
             "input": {"kind": "text", "sentences": 4, "words": 6, "vocabulary": 30},
             "model": {"name": "memnet", "embedding": 8, "hops": 2, "heads": 2},
@@ -121,6 +132,21 @@ def complete(name: str, tree: dict[str, Any]) -> dict[str, Any]:
         "stream": {**tree.get("stream", {}), "pattern": "[abc]", "on_finished": "exit"},
         **({} if "MNIST" not in name and "digits" not in name else {"model": {"hidden": [100, 100]}}),
     }
+
+
+def encoder(input_shape: Sequence[int]) -> nn.Module:
+    """Return an encoder of random features, which are always the same."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(math.prod(input_shape), 7), nn.Tanh())
+
+
+def own_model(input_shape: Sequence[int], num_outputs: int) -> nn.Module:
+    """Return a model as users write them, with statistics of batches and dropout."""
+    size = math.prod(input_shape)
+    return nn.Sequential(
+        nn.Linear(size, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, num_outputs)
+    )
 
 
 # -- one run, by the command line alone
@@ -218,6 +244,7 @@ def hashed(checkpoint: Path) -> dict[str, str]:
 def work(directory: Path, resume: Path | None) -> None:
     """Run the cases that stand in a directory's `cases.json`, and write their hashes beside it."""
     results: dict[str, Any] = {}
+    sys.path.append(str(Path(__file__).parent))  # `hashes:encoder` is found there
     for number, (name, tree) in enumerate(json.loads((directory / "cases.json").read_text()).items()):
         try:
             results[name] = learn(directory / str(number), name, tree)
@@ -269,6 +296,8 @@ def main() -> None:
         work(given.work[0], given.work[1] if len(given.work) > 1 else None)
         return
     chosen = {name: tree for name, tree in cases().items() if given.only in name}
+    if not chosen:
+        sys.exit(f"no case contains {given.only!r}; there are: {', '.join(cases())}")
     with tempfile.TemporaryDirectory() as temporary:
         place = given.keep or Path(temporary)
         other: dict[str, dict[str, str]] = {}
