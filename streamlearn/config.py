@@ -564,7 +564,7 @@ class HoldoutConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """The solver's optimizer. It always uses torch's fused implementation."""
+    """The model's optimizer. It always uses torch's fused implementation."""
 
     name: Literal["adam", "sgd", "adamw"] = Field("adam", description="optimizer algorithm")
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate")
@@ -578,7 +578,7 @@ class OptimizerConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Largest random distortions of images before the solver sees them, both new and replayed images."""
+    """Largest random distortions of images before the model sees them, both new and replayed images."""
 
     shift: float = Field(0.0, ge=0, allow_inf_nan=False, description="largest shift in each direction, in pixels")
     rotate: float = Field(0.0, ge=0, le=180, description="largest rotation in either direction, in degrees")

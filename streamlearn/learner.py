@@ -69,7 +69,7 @@ class LearnStats:
     accuracy: float  # of the evaluated model on the batch, before training on it (test, then train)
     gradient_norm: float  # of the last step
     unusable: int = 0  # samples left out because the encoder's features are not finite
-    generator_dropped: int = 0  # dropped steps of a generator, while the solver's step was applied
+    generator_dropped: int = 0  # dropped steps of a generator, while the model's step was applied
 
     @property
     def outcome(self) -> str:

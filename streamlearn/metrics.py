@@ -85,7 +85,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("task",),
     ),
     "replay_agreement_ratio": (
-        "Share of a class's generated samples that the solver assigns to it, at the last task's end; for at most 200 classes.",
+        "Share of a class's generated samples that the model assigns to it, at the last task's end; for at most 200 classes.",
         ("task", "label"),
     ),
     "replay_buffer_capacity_samples": ("Limit on the stored samples.", ()),
@@ -178,7 +178,7 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "train_steps": ("Optimizer steps applied.", ("task",)),
     "train_steps_skipped": (
-        "Optimizer steps dropped: `nonfinite` for the solver, `nonfinite_generator` for a generator alone.",
+        "Optimizer steps dropped: `nonfinite` for the model, `nonfinite_generator` for a generator alone.",
         ("reason",),
     ),
     "train_gradient_clipped": ("Optimizer steps with a clipped gradient.", ()),
@@ -463,7 +463,7 @@ class Metrics:
                 self.add_increase(name, key, value)
 
     def record_agreement(self, agreement: Mapping[tuple[str, str], float]) -> None:
-        """Record how often the solver recognises generated samples, by task and class."""
+        """Record how often the model recognises generated samples, by task and class."""
         shown = {(task, label): ratio for (task, label), ratio in agreement.items() if self._admit_label("task", task)}
         self.gauges.replace("replay_agreement_ratio", shown)
 

@@ -1,6 +1,6 @@
 """The generator of brain-inspired replay: van de Ven, Siegelmann & Tolias 2020, "Brain-inspired replay for continual learning".
 
-It has no encoder of its own: it reads the solver's last hidden layer (replay through feedback). Every class has its own prior,
+It has no encoder of its own: it reads the model's last hidden layer (replay through feedback). Every class has its own prior,
 and switches off a part of the decoder's hidden units (gating by internal context).
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Feedback(nn.Module):
-    """Codes from the solver's features `[B, features]`, a normal prior per class, and a decoder gated by class.
+    """Codes from the model's features `[B, features]`, a normal prior per class, and a decoder gated by class.
 
     `gated` is the share of hidden units that a class switches off. The class number and `seed` alone decide which ones.
     """
