@@ -1,4 +1,4 @@
-"""What a stream means, the same over memory, embedded topics and Apache Kafka: every test runs over all three."""
+"""The contract of a stream. Every test runs over memory, over embedded topics and over Apache Kafka."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXT = TextInputConfig(kind="text", sentences=2, words=4, vocabulary=8)
 
 @dataclass
 class World:
-    """A log under test, a prefix of its own for topic names, and the streams that were made."""
+    """A log under test, a unique prefix for topic names, and the stream readers of the test."""
 
     open_log: Callable[[], LogReader]
     sink: LogWriter
@@ -46,11 +46,11 @@ class World:
     streams: list[StreamReader] = field(default_factory=list)
 
     def name(self, topic: str) -> str:
-        """Return a topic's real name."""
+        """Return a topic's name with the prefix."""
         return f"{self.prefix}-{topic}"
 
     def topic(self, topic: str, labels: list[Any], *, marker: bool = True, partitions: int = 1) -> str:
-        """Publish a topic of one-number samples, whose x is their place, in turn to its partitions."""
+        """Publish a topic of one-number samples. x is the sample's index; the partitions take turns."""
         name = self.name(topic)
         self.sink.create_topic(name, partitions)
         for index, label in enumerate(labels):
@@ -67,18 +67,18 @@ class World:
         value = encode("json", np.array([x], np.float32), label)
         self.sink.append(name, partition, value, headers=(*TYPED, *headers))
 
-    def tell(self, name: str, sentence: str, question: str = "who?", answer: str = "me") -> None:
+    def send_text(self, name: str, sentence: str, question: str = "who?", answer: str = "me") -> None:
         """Publish a text of one sentence."""
         text = {"story": [sentence], "question": question}
         self.sink.append(name, 0, encode_text("json", text, answer), headers=TYPED)
 
     def mark(self, name: str, partitions: int = 1) -> None:
-        """Publish a task's end."""
+        """Publish a task-end marker in each partition."""
         for partition in range(partitions):
             self.sink.append(name, partition, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
         self.sink.flush()
 
-    def remake(self, name: str) -> None:
+    def recreate(self, name: str) -> None:
         """Delete a topic and create it again, empty."""
         if isinstance(self.sink, MemoryStore):
             with self.sink.changed:
@@ -107,7 +107,7 @@ class World:
         sink: Any = None,
         **spec: Any,
     ) -> StreamReader:
-        """Return a started stream."""
+        """Return a stream reader that has been started."""
         full = StreamConfig.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
         dead = DeadLetterWriter(sink or self.sink, self.name("dlq"))
         codec = Codec([1], "float32", "json", full.max_record_bytes)
@@ -144,7 +144,7 @@ class World:
 
 @pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    """One of the three logs."""
+    """Return a test log: each of the three kinds in turn."""
     prefix = f"x{uuid.uuid4().hex[:8]}"
     if request.param == "memory":
         store = MemoryStore()
@@ -164,7 +164,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
 def until(
     stream: StreamReader, holds: Callable[[list[Delivery]], bool], progress: Progress | None = None
 ) -> list[Delivery]:
-    """Apply deliveries as the loop does until something holds; return them."""
+    """Apply deliveries, as the loop does, until a condition is true; return them."""
     progress = progress if progress is not None else Progress()
     found: list[Delivery] = []
     deadline = time.monotonic() + SECONDS
@@ -179,7 +179,7 @@ def until(
 
 
 def apply(progress: Progress, delivery: Delivery) -> None:
-    """Do with a delivery what the loop does, without a model."""
+    """Apply a delivery to the progress as the loop does, but without a model."""
     if delivery.new_task is not None:
         progress.tasks.append(delivery.new_task)
     progress.register_labels(delivery.observations)
@@ -194,12 +194,12 @@ def everything(stream: StreamReader, progress: Progress | None = None) -> list[D
 
 
 def places(deliveries: list[Delivery]) -> list[list[int]]:
-    """Return the places of the samples in each batch."""
+    """Return the sample indices of each batch."""
     return [delivery.batch.x.flatten().int().tolist() for delivery in deliveries if delivery.batch is not None]
 
 
 def test_batches_are_the_next_samples_in_offset_order(world: World) -> None:
-    """A batch is `batch_size` samples in order whatever was polled; the last one of a task may be short."""
+    """A batch is the next `batch_size` samples in order, however they were polled; the last batch of a task can be short."""
     a, b = world.topic("a", [0, 1] * 5), world.topic("b", [2, 3])
     progress = Progress()
     found = everything(world.stream(topics=[a, b]), progress)
@@ -216,7 +216,7 @@ def test_batches_are_the_next_samples_in_offset_order(world: World) -> None:
 
 @pytest.mark.parametrize("cut", range(1, 6))
 def test_any_restart_gives_the_same_batches(world: World, cut: int) -> None:
-    """A stream that is made anew from the progress of any delivery goes on with the very next sample."""
+    """A new reader that starts from the progress of any delivery continues with the next sample."""
     topics = [world.topic("a", [0, 1] * 5), world.topic("b", [2, 3])]
     expected = places(everything(world.stream(topics=topics)))
     progress = Progress()
@@ -229,8 +229,8 @@ def test_any_restart_gives_the_same_batches(world: World, cut: int) -> None:
     assert progress.totals()["consumed"] == progress.totals()["trained"] == 12
 
 
-def test_next_topic_ends_a_task_where_it_ended_then(world: World) -> None:
-    """Once a later topic has a record, the current one's end offsets are fixed; what comes after is late."""
+def test_next_topic_ends_a_task_at_its_end_offsets_of_that_moment(world: World) -> None:
+    """Once a later topic has a record, the current task's end offsets are fixed; records after them are late."""
     a = world.topic("a", [0, 1, 0], marker=False)
     stream = world.stream(topics=[a, world.name("b")], task_end="next_topic", on_finished="wait")
     progress = Progress()
@@ -246,7 +246,7 @@ def test_next_topic_ends_a_task_where_it_ended_then(world: World) -> None:
 
 
 def test_a_count_ends_a_task(world: World) -> None:
-    """`records: N` ends a task after N samples of any outcome; the rest is late."""
+    """`records: N` ends a task after N samples of any outcome; further samples are late."""
     a, b = world.topic("a", [0] * 7, marker=False), world.topic("b", [1] * 5, marker=False)
     progress = Progress()
     stream = world.stream(topics=[a, b], task_end={"records": 5}, on_finished="wait")
@@ -256,15 +256,15 @@ def test_a_count_ends_a_task(world: World) -> None:
 
 
 def test_silence_ends_a_task(world: World) -> None:
-    """`idle: SECONDS` ends a task when nothing has come for so long."""
+    """`idle: SECONDS` ends a task when no record has arrived for that time."""
     a = world.topic("a", [0, 1, 0], marker=False)
     found = everything(world.stream(topics=[a], task_end={"idle": 0.5}))
     assert [delivery.task_end_reason for delivery in found if delivery.task_end_reason is not None] == ["idle"]
     assert places(found) == [[0, 1, 2]]
 
 
-def test_garbage_goes_to_the_dead_letters_unchanged(world: World) -> None:
-    """What cannot be used is a dead letter with its bytes, its headers and its reason; it costs no other sample."""
+def test_invalid_records_become_dead_letters_unchanged(world: World) -> None:
+    """An invalid record becomes a dead letter with its bytes, headers and reason; the other samples are learned."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     world.send(a, 0.0, 0)
@@ -295,8 +295,8 @@ def test_garbage_goes_to_the_dead_letters_unchanged(world: World) -> None:
     assert {letter.header("streamlearn.errors.key") for letter in letters} == {b"k"}
 
 
-def test_one_bad_sample_rejects_itself_and_not_its_record(world: World) -> None:
-    """A label beyond the classes inside a batch record costs one sample."""
+def test_one_invalid_sample_does_not_reject_its_record(world: World) -> None:
+    """In a batch record, a label that is not a class rejects only its own sample."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(5, dtype=np.float32)[:, None], [0, 1, 2, 0, 1])
@@ -320,7 +320,7 @@ def test_a_probe_header_holds_a_sample_out(world: World) -> None:
 
 
 def test_a_hash_holds_a_fraction_out_and_duplicates_with_it(world: World) -> None:
-    """Equal samples share their fate, so that a duplicate never leaks from the probe into training."""
+    """Equal samples are all held out or all trained, so that no copy of a probe sample is trained."""
     a = world.topic("a", [0, 1] * 20 + [0, 1] * 20, marker=True)
     progress = Progress()
     everything(world.stream(topics=[a], fraction=0.3), progress)
@@ -339,7 +339,7 @@ def test_several_partitions_are_one_task(world: World) -> None:
 
 
 def uneven(world: World, *, marker: bool = True) -> str:
-    """Publish a topic of three partitions, of seven, three and no samples; x tells the partition and the place in it."""
+    """Publish a topic of three partitions, of seven, three and no samples; x is 10 times the partition plus the offset."""
     name = world.name("a")
     world.sink.create_topic(name, 3)
     for partition, count in ((1, 3), (0, 7)):
@@ -362,8 +362,8 @@ def test_merged_partitions_come_in_one_order(world: World) -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 4))
-def test_a_restart_merges_on_where_it_was(world: World, cut: int) -> None:
-    """A stream made anew in the midst of merging goes on with the very next sample of the same order."""
+def test_a_restart_continues_a_merge(world: World, cut: int) -> None:
+    """A new reader that starts in the middle of a merge continues with the next sample of the same order."""
     topics = [uneven(world)]
     progress = Progress()
     first = world.stream(topics=topics, merge="fixed")
@@ -375,8 +375,8 @@ def test_a_restart_merges_on_where_it_was(world: World, cut: int) -> None:
     assert progress.totals()["consumed"] == progress.totals()["trained"] == 10
 
 
-def test_merging_waits_for_the_slowest_and_for_no_more(world: World) -> None:
-    """A record waits until no partition can still have one before it; a later topic says that none will come."""
+def test_a_merge_waits_only_while_an_earlier_record_can_come(world: World) -> None:
+    """A record waits while another partition can still have an earlier one; a later topic ends the waiting."""
     name = uneven(world, marker=False)
     stream = world.stream(topics=[name, world.name("b")], task_end="next_topic", merge="fixed", batch_size=1)
     progress = Progress()
@@ -395,15 +395,15 @@ def test_merging_waits_for_the_slowest_and_for_no_more(world: World) -> None:
     assert progress.unaccounted() == {}
 
 
-def test_a_pattern_orders_topics_as_people_do(world: World) -> None:
-    """Digits are compared as numbers, and dead-letter topics never match."""
+def test_a_pattern_orders_topics_by_their_numbers(world: World) -> None:
+    """Digits in topic names are compared as numbers."""
     names = [world.topic(f"t-{n}", [n]) for n in (10, 2, 1)]
     found = everything(world.stream(pattern=f"{world.prefix}-t.*"))
     assert [d.new_task.name for d in found if d.new_task is not None] == [names[2], names[1], names[0]]
 
 
-def test_dead_letters_are_no_task_though_the_pattern_matches(world: World) -> None:
-    """The topic that takes what cannot be used is never learned from, whatever its name."""
+def test_the_dead_letter_topic_is_never_a_task(world: World) -> None:
+    """The dead-letter topic is not learned even if the pattern matches its name."""
     world.topic("dlq", [5])
     a = world.topic("a", [0])
     progress = Progress()
@@ -412,7 +412,7 @@ def test_dead_letters_are_no_task_though_the_pattern_matches(world: World) -> No
 
 
 def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """One log line and the status tell of a topic that is missing or empty; reading goes on when its record comes."""
+    """One log line and the status name a topic that is missing or empty; reading continues when it has a record."""
     caplog.set_level("INFO", "streamlearn.stream.reader")
     a = world.topic("a", [0])
     progress = Progress()
@@ -421,7 +421,7 @@ def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogC
     until(stream, lambda _: stream.status.waiting_for is not None, progress)
     assert stream.status.waiting_for == world.name("missing")
     assert stream.status.problem is None
-    time.sleep(1.2)  # the next look at the log says nothing again
+    time.sleep(1.2)  # the next check of the log must not log it again
     lines = [record.getMessage() for record in caplog.records if "waiting for topic" in record.getMessage()]
     assert lines == [f"waiting for topic {world.name('missing')}, which does not exist yet"]
     world.topic("missing", [1])
@@ -430,14 +430,14 @@ def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogC
 
 
 def test_a_pattern_that_matches_nothing_is_waited_for(world: World) -> None:
-    """Where no topic can be named, the pattern is."""
+    """If no topic is known, the status names the pattern."""
     stream = world.stream(pattern=f"{world.prefix}-t.*", on_finished="wait")
     until(stream, lambda _: stream.status.waiting_for is not None)
     assert stream.status.waiting_for == f"{world.prefix}-t.*"
 
 
 def test_a_domain_without_classes_is_not_begun(world: World) -> None:
-    """A topic that a pattern finds and scenario.tasks does not name is told, and nothing of it is learned."""
+    """A topic that matches the pattern but is not in scenario.tasks is an error, and is not learned."""
     domain = Scenario("domain", "seen", 10, {world.name("t-1"): [0]})
     world.topic("t-1", [0])
     other = world.topic("t-2", [0])
@@ -474,15 +474,15 @@ def test_a_small_queue_pauses_the_reader_and_loses_nothing(world: World) -> None
     assert [place for batch in places(everything(stream)) for place in batch] == list(range(200))
 
 
-def test_a_short_batch_is_learned_after_its_linger(world: World) -> None:
-    """`linger` trades the promise of equal batches for freshness; every record still counts once."""
+def test_a_short_batch_is_learned_after_linger(world: World) -> None:
+    """With `linger`, batches can be short but are learned sooner; every record still counts once."""
     a = world.topic("a", [0, 1], marker=False)
     found = until(world.stream(topics=[a], linger=0.3), lambda found: bool(places(found)))
     assert places(found) == [[0, 1]]
 
 
-def test_positions_are_reported(world: World) -> None:
-    """A report of positions is no more than that: reading goes on as before."""
+def test_committing_positions_does_not_change_the_reading(world: World) -> None:
+    """Committed positions are for lag graphs only."""
     a = world.topic("a", [0] * 8)
     stream = world.stream(topics=[a], on_finished="wait")
     progress = Progress()
@@ -492,8 +492,8 @@ def test_positions_are_reported(world: World) -> None:
     assert progress.totals()["trained"] == 8
 
 
-def test_ends_below_what_was_applied_never_take_a_position_back(world: World) -> None:
-    """A partition that has late records beyond its task's end stays where it is, after a restart too."""
+def test_end_offsets_below_a_position_do_not_move_it_back(world: World) -> None:
+    """A partition with late records after its task's end keeps its position, also after a restart."""
     a = world.topic("a", [0, 1] * 8, marker=False, partitions=2)
     later = world.topic("b", [2], marker=False)
     progress = Progress(
@@ -510,20 +510,20 @@ def test_ends_below_what_was_applied_never_take_a_position_back(world: World) ->
     assert progress.positions.by_partition[a, 0] >= Position(7)
 
 
-def test_a_topic_of_an_ended_task_that_is_made_anew_stops_the_reading(world: World) -> None:
-    """Nothing of it would be learned, so it is not passed over in silence; a topic that is only deleted is no problem."""
+def test_a_recreated_topic_of_an_ended_task_stops_the_reading(world: World) -> None:
+    """Its records would not be learned, so this must not stay unnoticed; a topic that is only deleted is no problem."""
     a, b = world.topic("a", [0, 1]), world.topic("b", [2, 3], marker=False)
     progress = Progress()
     stream = world.stream(topics=[a, b], on_finished="wait", linger=0.1)
     until(stream, lambda _: progress.totals()["trained"] == 4, progress)
-    world.remake(a)
+    world.recreate(a)
     why = f"topic {a} was deleted and created again"
     until(stream, lambda _: (stream.status.problem or "").startswith(why), progress)
     assert "its task has ended" in str(stream.status.problem)
 
 
-def test_everything_read_is_lag_0(world: World) -> None:
-    """When all of a topic was learned, nothing is unread and the applied positions are the log's ends."""
+def test_the_lag_is_0_when_everything_is_learned(world: World) -> None:
+    """When all samples are learned, nothing is unread and the applied positions are the log end offsets."""
     a = world.topic("a", [0, 1, 0, 1], marker=False, partitions=2)
     progress = Progress()
     stream = world.stream(topics=[a], on_finished="wait", linger=0.1)
@@ -532,8 +532,8 @@ def test_everything_read_is_lag_0(world: World) -> None:
     assert set(stream.status.unread().values()) == {0}
 
 
-def test_a_smaller_count_ends_the_task_at_once(world: World) -> None:
-    """A count that was lowered below what is consumed ends the task; labels beyond it take no output."""
+def test_a_lowered_count_ends_the_task_at_once(world: World) -> None:
+    """A count below the number of consumed samples ends the task; labels after it take no output."""
     a = world.topic("a", [0] * 8 + [7] * 4, marker=False)
     progress = Progress()
     first = world.stream(topics=[a], task_end={"records": 11}, on_finished="wait")
@@ -546,7 +546,7 @@ def test_a_smaller_count_ends_the_task_at_once(world: World) -> None:
 
 
 def test_an_outage_is_not_silence(world: World) -> None:
-    """A task that ends by silence is not ended by a broker that was away: the silence counts from its return."""
+    """An outage does not end a task with `idle`: the silence counts from the end of the outage."""
     idle, connected, ends, progress = 1.5, list[float](), dict[Any, int](), Progress()
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], task_end={"idle": idle}, on_finished="wait")
@@ -564,16 +564,16 @@ def test_an_outage_is_not_silence(world: World) -> None:
         return poll(timeout)
 
     assert stream.status.end_offsets == {(a, 0): 2}
-    # An outage, where no broker can be stopped.
+    # simulates an outage
     stream.log_reader.connect, stream.log_reader.poll = reconnect, fail  # type: ignore[method-assign]
     until(stream, lambda found: any(delivery.task_end_reason == "idle" for delivery in found), progress)
     assert len(connected) > 1, "there was no outage"
-    assert ends == {}, "nobody tells where the log ends"
+    assert ends == {}, "the log end is unknown during an outage"
     assert time.monotonic() - connected[-1] >= idle
 
 
 def test_a_rejected_batch_record_is_written_once(world: World) -> None:
-    """Fifty bad samples of one record are fifty letters, of which the first carries its bytes."""
+    """Fifty rejected samples of one record are fifty letters; only the first one has the record's bytes."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(50, dtype=np.float32)[:, None], [99] * 50)
@@ -588,7 +588,7 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
 
 
 class Unwilling:
-    """A sink that keeps what it is given until it is willing, as one whose topic cannot be written."""
+    """A writer whose `flush` fails until `willing` is set; it keeps all records until then."""
 
     def __init__(self, sink: LogWriter) -> None:
         self.sink = sink
@@ -612,8 +612,8 @@ class Unwilling:
         return getattr(self.sink, name)
 
 
-def test_what_cannot_be_written_to_the_dead_letters_stops_the_reading(world: World) -> None:
-    """No checkpoint moves past a letter that is not acknowledged, status says so, and nothing is lost once it can be."""
+def test_dead_letters_that_cannot_be_written_stop_the_reading(world: World) -> None:
+    """No checkpoint moves past an unacknowledged letter, and the status names the problem; later, no letter is lost."""
     a = world.topic("a", [0, 1, 99, 98] * 2, marker=False)
     unwilling = Unwilling(world.sink)
     stream = world.stream(topics=[a], on_finished="wait", classes=[0, 1], sink=unwilling)
@@ -633,8 +633,8 @@ def test_what_cannot_be_written_to_the_dead_letters_stops_the_reading(world: Wor
     assert stream.status.problem is None
 
 
-def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
-    """Where the first letter of a batch record cannot be taken, the next attempt carries the bytes all the same."""
+def test_a_letter_that_could_not_be_appended_keeps_its_bytes(world: World) -> None:
+    """If the first letter of a batch record cannot be appended, the next attempt still has the record's bytes."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     value = encode("batch", np.arange(3, dtype=np.float32)[:, None], [99] * 3)
@@ -642,10 +642,10 @@ def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
     world.mark(a)
 
     class Full(Unwilling):
-        """Its first record finds no room."""
+        """A writer that fails at its first record."""
 
         def append(self, *arguments: Any, **named: Any) -> None:
-            """Take a record, but not the first."""
+            """Take a record, but fail at the first one."""
             if not self.willing:
                 self.willing = True
                 raise StreamlearnError("disk full", code=74)
@@ -660,7 +660,7 @@ def test_a_letter_that_could_not_be_taken_keeps_its_bytes(world: World) -> None:
 
 
 def test_a_repeat_after_a_crash_has_the_same_key_and_bytes(world: World) -> None:
-    """What was rejected, but in no checkpoint, is rejected again: the letters can be told to be the same."""
+    """Samples that were rejected after the last checkpoint are rejected again, and their letters are identical."""
     a = world.topic("a", [0, 99, 0, 98])
     for _ in range(2):
         stream = world.stream(topics=[a], classes=[0, 1])
@@ -671,8 +671,8 @@ def test_a_repeat_after_a_crash_has_the_same_key_and_bytes(world: World) -> None
     assert letters[:2] == letters[2:]
 
 
-def test_headers_of_a_record_cannot_pretend(world: World) -> None:
-    """Names that begin with streamlearn.errors are ours; whatever else a record has is kept, repeated names too."""
+def test_a_record_cannot_forge_the_headers_of_a_letter(world: World) -> None:
+    """Headers named streamlearn.errors.* are replaced; all other headers are kept, also repeated ones."""
     a = world.topic("a", [0], marker=False)
     odd = (("", b""), ("twice", b"1"), ("twice", b"2"), ("n\u00e4me", b"\xff\x00"))
     world.send(a, 1.0, 99, headers=(*odd, ("streamlearn.errors.topic", b"other"), ("streamlearn.errors.key", b"k")))
@@ -698,12 +698,12 @@ BURST: list[Any] = [
     1,
     99,
     0,
-]  # a batch, one sample that waits, seven rejects, and on
+]  # a full batch, one sample that waits, seven rejects, then more samples
 
 
 @pytest.mark.parametrize("how", ["resumed", "restarted"])
-def test_a_burst_of_rejects_stands_still_until_it_is_acknowledged(world: World, how: str) -> None:
-    """So many rejects in a row stop the reading with one line; what is learned is the same as without the pause."""
+def test_a_burst_of_rejects_stops_the_reading_until_a_resume_or_restart(world: World, how: str) -> None:
+    """The batches are the same as without the stop, and no letter is written twice."""
     a = world.topic("a", BURST)
     spec: dict[str, Any] = {"topics": [a], "classes": [0, 1]}
     whole = Progress()
@@ -749,8 +749,8 @@ def test_a_burst_does_not_outlive_the_end_of_its_task(world: World) -> None:
     assert stream.status.problem is None
 
 
-def test_a_burst_may_be_logged_only_or_end_the_daemon(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """With `continue` every burst is a line and reading goes on; with `exit` the loop gets the error, its code 65."""
+def test_on_burst_continue_only_logs_and_exit_raises(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """With `continue` every burst is one log line; with `exit` the loop gets an error with code 65."""
     a = world.topic("a", BURST)
     spec: dict[str, Any] = {"topics": [a], "classes": [0, 1]}
     progress = Progress()
@@ -764,16 +764,16 @@ def test_a_burst_may_be_logged_only_or_end_the_daemon(world: World, caplog: pyte
 
 
 def test_the_first_rejected_sample_of_a_topic_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A stream of which nothing can be used does not end without a word; what follows is counted."""
+    """Further rejected samples are only counted."""
     a = world.topic("a", [0, 98, 99])
     everything(world.stream(topics=[a], classes=[0, 1]))
     lines = [record.getMessage() for record in caplog.records if "is rejected" in record.getMessage()]
-    told = "a sample is rejected: label 98 has no output; accepted: 0, 1; further ones in this topic are counted, not logged"
-    assert lines == [f"{a}[0] offset 1: {told}"]
+    message = "a sample is rejected: label 98 has no output; accepted: 0, 1; further ones in this topic are counted, not logged"
+    assert lines == [f"{a}[0] offset 1: {message}"]
 
 
-def test_a_good_sample_ends_a_burst(world: World) -> None:
-    """Bad samples among good ones are no burst, however many there are."""
+def test_an_accepted_sample_ends_a_burst(world: World) -> None:
+    """Rejected samples between accepted ones are not a burst, however many there are."""
     a = world.topic("a", [90, 91, 92, 0] * 5)
     progress = Progress()
     everything(world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 4}), progress)
@@ -781,7 +781,7 @@ def test_a_good_sample_ends_a_burst(world: World) -> None:
 
 
 def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> None:
-    """The samples of one record count one by one, and reading stands still after that record."""
+    """Each sample of the record counts, and reading stops after the record."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     for label in (0, 9, 0):
@@ -797,19 +797,19 @@ def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> 
     assert (progress.totals()["trained"], progress.totals()["rejected"]) == (12, 6)
 
 
-def told(world: World) -> list[str]:
-    """Publish two topics of texts, most with a new word; some are rejected, and the last comes late."""
+def publish_texts(world: World) -> list[str]:
+    """Publish two topics of texts, most with a new word; some are rejected, and one is late."""
     a, b = world.name("a"), world.name("b")
     for name in (a, b):
         world.sink.create_topic(name, 1)
     for n in range(6):
-        world.tell(a, f"w{n} w0")
-        world.tell(a, f"bad{n}", question="?")
-    world.tell(a, "unlabelled", answer="one too many")
+        world.send_text(a, f"w{n} w0")
+        world.send_text(a, f"bad{n}", question="?")
+    world.send_text(a, "unlabelled", answer="one too many")
     world.mark(a)
-    world.tell(a, "late")
+    world.send_text(a, "late")
     for n in range(4, 9):
-        world.tell(b, f"w{n} w1")
+        world.send_text(b, f"w{n} w1")
     world.mark(b)
     return [a, b]
 
@@ -828,13 +828,13 @@ WORDS = [
     "w5",
     "w6",
     "w7",
-]  # the first texts with w0 and w2 are held out; w8 finds no room
+]  # the first texts with w0 and w2 are held out; w8 comes when the vocabulary is full
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4, 6])
 def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
-    """Words get ids as they appear in what is trained, take effect with their delivery, and never change."""
-    topics = told(world)
+    """Words get ids in the order in which trained texts contain them, and keep them."""
+    topics = publish_texts(world)
     spec: dict[str, Any] = {"topics": topics, "text": TEXT, "classes": ["me"], "batch_size": 2, "fraction": 0.3}
     whole = Progress()
     expected = everything(world.stream(**spec), whole)
@@ -847,7 +847,7 @@ def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
     begun = until(first, lambda found: len(found) >= cut, progress)
     first.stop()
     at = progress.positions.by_partition.get((topics[0], 0), Position(0)).offset
-    if len(progress.tasks) == 1:  # what the reader had seen beyond the applied positions is nowhere
+    if len(progress.tasks) == 1:  # words that were read but not applied are not in the progress
         trained = [f"w{n}" for n in (1, 3, 4, 5) if 2 * n < at]
         assert [word for word in progress.vocabulary if word not in {"who", "w0"}] == trained
         assert set(progress.probe_words) <= {"who", "w0", "w2"}
@@ -859,12 +859,12 @@ def test_words_keep_their_ids_after_any_restart(world: World, cut: int) -> None:
 
 
 def test_a_text_is_held_out_with_its_duplicates(world: World) -> None:
-    """Equal texts share their fate, whatever the vocabulary has met between them."""
+    """Equal texts are all held out or all trained, whatever words were added between them."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
     for _ in range(2):
         for n in range(20):
-            world.tell(a, f"w{n} came")
+            world.send_text(a, f"w{n} came")
     world.mark(a)
     progress = Progress()
     found = everything(world.stream(topics=[a], text=TEXT, fraction=0.3), progress)

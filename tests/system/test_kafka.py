@@ -1,4 +1,4 @@
-"""What only a real broker can do to us: topics made anew, retention, transactions."""
+"""What only a real broker does: recreated topics, retention, transactions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECONDS = 30
 
 @pytest.fixture
 def world(kafka: KafkaConfig) -> Iterator[World]:
-    """Give a broker's topics with a prefix of their own."""
+    """Return a test log on the broker, with a unique prefix for topic names."""
     prefix = f"k{uuid.uuid4().hex[:8]}"
     made = World(lambda: KafkaReader(kafka, f"g-{prefix}"), KafkaWriter(kafka), prefix)
     yield made
@@ -46,14 +46,14 @@ def world(kafka: KafkaConfig) -> Iterator[World]:
 
 @pytest.fixture
 def admin(kafka: KafkaConfig) -> Iterator[KafkaAdminClient]:
-    """Give an operator's client."""
+    """Return an admin client."""
     client = KafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     yield client
     client.close()
 
 
 def problem(stream: StreamReader) -> str:
-    """Return the problem that a stream shows, once it does."""
+    """Wait for a problem in a stream's status, and return it."""
     deadline = time.monotonic() + SECONDS
     while stream.status.problem is None:
         assert time.monotonic() < deadline, "no problem was seen"
@@ -71,7 +71,7 @@ def begun(world: World, **spec: Any) -> tuple[StreamReader, Progress, str]:
 
 
 def deleted(admin: KafkaAdminClient, name: str) -> None:
-    """Delete a topic, and return when the broker lists it no more."""
+    """Delete a topic, and wait until the broker no longer lists it."""
     admin.delete_topics([name])
     deadline = time.monotonic() + SECONDS
     while name in admin.list_topics():
@@ -79,8 +79,8 @@ def deleted(admin: KafkaAdminClient, name: str) -> None:
         time.sleep(0.1)
 
 
-def said(stream: StreamReader, words: str) -> None:
-    """Return when a stream's problem has these words in it."""
+def wait_for_problem(stream: StreamReader, words: str) -> None:
+    """Wait until a stream's problem contains these words."""
     deadline = time.monotonic() + SECONDS
     while words not in (stream.status.problem or ""):
         assert time.monotonic() < deadline, stream.status.problem
@@ -88,25 +88,25 @@ def said(stream: StreamReader, words: str) -> None:
 
 
 @pytest.mark.parametrize("samples", [3, 20], ids=["shorter", "longer"])
-def test_a_topic_made_anew_is_another_topic(world: World, admin: KafkaAdminClient, samples: int) -> None:
-    """A topic that was deleted and created again under its name is never taken for the old one, whatever its length."""
+def test_a_recreated_topic_is_another_topic(world: World, admin: KafkaAdminClient, samples: int) -> None:
+    """A topic that was deleted and created again is never taken for the old one, whatever its length."""
     stream, _, name = begun(world)
     deleted(admin, name)
     world.topic("a", [1] * samples, marker=False)
-    said(stream, "deleted and created again")
+    wait_for_problem(stream, "deleted and created again")
     assert stream.next_delivery(1.0) is None
 
 
-def test_a_deleted_topic_is_told(world: World, admin: KafkaAdminClient) -> None:
-    """Polling it is silent for ever; the problem says that it is gone."""
+def test_a_deleted_topic_is_a_problem(world: World, admin: KafkaAdminClient) -> None:
+    """`poll` would return no records for ever; the problem says that the topic is gone."""
     stream, _, name = begun(world)
     deleted(admin, name)
-    said(stream, f"topic {name} is gone")
+    wait_for_problem(stream, f"topic {name} is gone")
     assert stream.next_delivery(1.0) is None
 
 
 def add_partitions(world: World, admin: KafkaAdminClient, kafka: KafkaConfig, name: str, count: int) -> None:
-    """Give a topic more partitions, `count` in all, which the world's writer knows at once."""
+    """Add partitions to a topic, up to `count`; the test's writer knows them at once."""
     admin.create_partitions({name: count})
     deadline = time.monotonic() + SECONDS
     while len(admin.describe_topics([name])[0]["partitions"]) < count:
@@ -117,7 +117,7 @@ def add_partitions(world: World, admin: KafkaAdminClient, kafka: KafkaConfig, na
 
 
 def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka: KafkaConfig) -> None:
-    """A partition that is added while its topic is being learned is read from its beginning, and its marker is waited for."""
+    """A partition that is added during its task is read from its beginning, and the task waits for its marker."""
     stream, progress, name = begun(world)
     add_partitions(world, admin, kafka, name, 3)
     for place in range(4):
@@ -134,7 +134,7 @@ def test_added_partitions_are_read(world: World, admin: KafkaAdminClient, kafka:
 def test_a_partition_that_was_just_added_belongs_to_the_task(
     world: World, admin: KafkaAdminClient, kafka: KafkaConfig, how: str
 ) -> None:
-    """Topics are asked for anew before a task ends, so what a new partition holds by then is learned, and not late."""
+    """Before a task ends, the topic is asked for again, so records of a new partition are learned and not late."""
     rule: dict[str, Any] = {"task_end": {"idle": 2.0}} if how == "idle" else {}
     name, later = world.topic("a", [0, 1] * 4, marker=False), world.topic("b", [], marker=False)
     progress = Progress()
@@ -155,8 +155,8 @@ def test_a_partition_that_was_just_added_belongs_to_the_task(
     assert (progress.counts_by_topic[name]["trained"], progress.totals()["late"]) == (13, 0)
 
 
-def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
-    """Restarted on an empty directory and filled anew, its topics are others: nothing is learned twice, or passed over."""
+def test_topics_of_a_broker_that_lost_its_disk_are_other_topics(tmp_path: Path) -> None:
+    """After a restart with an empty directory and new records, no sample is learned twice or skipped."""
     with KafkaBroker(tmp_path / "kafka") as broker:
         config = jobs.kafka_config(tmp_path / "job", broker.address, "", stream={"on_finished": "wait"})
         sink = KafkaWriter(KafkaConfig.model_validate({"bootstrap_servers": broker.address}))
@@ -177,7 +177,7 @@ def test_a_broker_that_lost_its_disk_is_not_read_on(tmp_path: Path) -> None:
 
 
 def lose(world: World, admin: KafkaAdminClient, name: str) -> None:
-    """Have the broker drop what was not read yet, as retention does: ten records, of which the last three stay."""
+    """Let the broker delete unread records, as retention does: of ten records, the last three stay."""
     for number in range(10):
         world.send(name, 100.0 + number, 1)
     world.sink.flush()
@@ -185,7 +185,7 @@ def lose(world: World, admin: KafkaAdminClient, name: str) -> None:
 
 
 def test_lost_records_stop_the_stream(world: World, admin: KafkaAdminClient) -> None:
-    """Records that retention took before they were read are an error that says so, not a gap in silence."""
+    """Records that retention removed before they were read are a problem, not an unnoticed gap."""
     first, progress, name = begun(world)
     first.stop()
     lose(world, admin, name)
@@ -194,8 +194,8 @@ def test_lost_records_stop_the_stream(world: World, admin: KafkaAdminClient) -> 
     assert stream.next_delivery(1.0) is None
 
 
-def test_lost_records_may_be_jumped_over_and_are_counted(world: World, admin: KafkaAdminClient) -> None:
-    """With `earliest` reading goes on at what is left, and every lost offset is counted."""
+def test_lost_records_can_be_skipped_and_are_counted(world: World, admin: KafkaAdminClient) -> None:
+    """With `earliest` reading continues at the first kept record, and every lost offset is counted."""
     first, progress, name = begun(world)
     first.stop()
     lose(world, admin, name)
@@ -209,7 +209,7 @@ def test_lost_records_may_be_jumped_over_and_are_counted(world: World, admin: Ka
     assert progress.unaccounted() == {}
 
 
-def test_lost_records_may_end_the_daemon(world: World, admin: KafkaAdminClient) -> None:
+def test_lost_records_can_end_the_daemon(world: World, admin: KafkaAdminClient) -> None:
     """With `exit` the loop gets the error."""
     first, progress, name = begun(world)
     first.stop()
@@ -221,8 +221,8 @@ def test_lost_records_may_end_the_daemon(world: World, admin: KafkaAdminClient) 
         until(stream, lambda _: False)
 
 
-def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, kafka: KafkaConfig) -> None:
-    """What a transaction aborted is not learned, and its offsets do not keep a task from reaching its end."""
+def test_aborted_transactions_do_not_change_where_a_task_ends(world: World, kafka: KafkaConfig) -> None:
+    """Aborted records are not learned, and their offsets do not prevent a task from reaching its end."""
     name = world.topic("a", [0, 1], marker=False)
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
     producer.init_transactions()
@@ -243,16 +243,16 @@ def test_aborted_transactions_leave_holes_that_end_no_task_early(world: World, k
 
 
 def transactional(kafka: KafkaConfig, name: str) -> KafkaProducer:
-    """Return a producer of transactions."""
+    """Return a transactional producer."""
     made = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=f"t-{name}")
     made.init_transactions()
     return made
 
 
-def test_what_lies_behind_an_open_transaction_is_not_late(
+def test_records_behind_an_open_transaction_are_not_late(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task's end takes in every acknowledged record; it is reached when the transaction before them has ended."""
+    """A task's end offset includes all acknowledged records; it is reached after the transaction ends."""
     monkeypatch.setattr(reader, "OPEN_TRANSACTION_SECONDS", 0.0)
     name = world.topic("a", [0, 1], marker=False)
     producer = transactional(kafka, name)
@@ -276,7 +276,7 @@ def test_what_lies_behind_an_open_transaction_is_not_late(
 
 
 def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: KafkaConfig) -> None:
-    """A record that may yet be aborted ends no task."""
+    """A record that can still be aborted does not end the task before it."""
     stream, progress, name = begun(world, task_end="next_topic")
     stream.config.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]
     producer = transactional(kafka, name)
@@ -292,7 +292,7 @@ def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafk
 
 
 def test_transactions_leave_no_lag(world: World, kafka: KafkaConfig) -> None:
-    """Commit markers and aborted records take offsets, and are not records that wait: both alerts look at these figures."""
+    """Commit markers and aborted records have offsets, but they must not count as unread: alerts use these metrics."""
     name = world.topic("a", [], marker=False)
     producer = transactional(kafka, name)
     for keep in (True, False, True, False):
@@ -313,7 +313,7 @@ def test_transactions_leave_no_lag(world: World, kafka: KafkaConfig) -> None:
 
 
 def test_lag_counts_from_what_the_log_still_holds(world: World, admin: KafkaAdminClient) -> None:
-    """Where retention has emptied a partition that was never read, nothing waits."""
+    """If retention has emptied a partition that was never read, its lag is 0."""
     name = world.topic("a", [0, 1] * 6, marker=False, partitions=2)
     admin.delete_records({TopicPartition(name, 1): 6})
     stream = world.stream(topics=[name], on_finished="wait")
@@ -322,10 +322,10 @@ def test_lag_counts_from_what_the_log_still_holds(world: World, admin: KafkaAdmi
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
-def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
+def test_every_compression_is_read_up_to_the_limit(
     world: World, kafka: KafkaConfig, codec: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A batch that would fill the memory is one rejected sample with its letter; what is before and after it is learned."""
+    """A batch beyond the limit is one rejected sample with its letter; samples before and after it are learned."""
     name = world.topic("a", [0, 1], marker=False)
     producer = KafkaProducer(
         bootstrap_servers=kafka.bootstrap_servers, compression_type=codec, max_request_size=1 << 30, linger_ms=1000
@@ -347,10 +347,10 @@ def test_every_codec_is_read_and_none_unpacks_beyond_its_bound(
     assert f"a {codec} batch of 1 record unpacks to more than {kafka_batches.UNPACKED_BYTES} bytes" in caplog.text
 
 
-def test_a_large_batch_of_many_records_is_counted_whole(
+def test_all_offsets_of_a_too_large_batch_are_counted(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The offsets that the one rejected sample stands for are counted as never seen."""
+    """One rejected sample stands for the batch; its other offsets count as lost."""
     monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
     monkeypatch.setattr(kafka_batches, "UNPACKED_BYTES", 1000)
     name = world.topic("a", [], marker=False)
@@ -376,8 +376,8 @@ def rejecting(world: World, **spec: Any) -> tuple[StreamReader, Progress, str]:
     return stream, progress, name
 
 
-def settles(stream: StreamReader) -> bool:
-    """Tell whether the letters are acknowledged; a checkpoint is refused where they are not."""
+def letters_acknowledged(stream: StreamReader) -> bool:
+    """Return whether the letters are acknowledged, so that a checkpoint can begin."""
     try:
         stream.flush_dead_letters()
     except StreamlearnError:
@@ -385,23 +385,23 @@ def settles(stream: StreamReader) -> bool:
     return True
 
 
-def settled(stream: StreamReader) -> None:
-    """Return when the letters are acknowledged."""
+def wait_for_letters(stream: StreamReader) -> None:
+    """Wait until the letters are acknowledged."""
     deadline = time.monotonic() + 2 * SECONDS
-    while not settles(stream):
+    while not letters_acknowledged(stream):
         assert time.monotonic() < deadline, stream.status.problem
         time.sleep(0.2)
 
 
-def test_a_dead_letter_topic_that_is_deleted_is_made_anew(world: World, admin: KafkaAdminClient) -> None:
-    """The next letters are written to a new topic of that name; none is lost, and reading goes on."""
+def test_a_deleted_dead_letter_topic_is_created_again(world: World, admin: KafkaAdminClient) -> None:
+    """The next letters are written to a new topic of the same name; no letter is lost, and reading continues."""
     stream, progress, name = rejecting(world)
     admin.delete_topics([world.name("dlq")])
     for place in (5.0, 6.0):
         world.send(name, place, 98)
     world.mark(name)
     until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
-    settled(stream)
+    wait_for_letters(stream)
     assert [letter.key for letter in world.read_all("dlq")] == [f"{name}-0-{n}-0".encode() for n in (5, 6)]
     assert (progress.totals()["rejected"], progress.unaccounted()) == (3, {})
 
@@ -412,8 +412,8 @@ def alter(admin: KafkaAdminClient, topic: str, **settings: str) -> None:
     admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, configs=changes)])
 
 
-def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, admin: KafkaAdminClient) -> None:
-    """While it takes nothing, status says so and no checkpoint is begun; then every letter is there, with its bytes."""
+def test_a_dead_letter_topic_that_rejects_writes_stops_the_reading(world: World, admin: KafkaAdminClient) -> None:
+    """Meanwhile the status names the problem and no checkpoint begins; afterwards every letter is complete."""
     stream, progress, name = rejecting(world)
     alter(admin, world.name("dlq"), max_message_bytes="0")
     world.send(name, 5.0, 98)
@@ -425,10 +425,10 @@ def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, 
     assert stream.dead_letters.failures >= 1
     world.send(name, 6.0, 97)
     alter(admin, world.name("dlq"), max_message_bytes="1000000")
-    settled(stream)
+    wait_for_letters(stream)
     world.mark(name)
     until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
-    settled(stream)
+    wait_for_letters(stream)
     letters = world.read_all("dlq")
     assert [letter.key for letter in letters] == [f"{name}-0-{n}-0".encode() for n in (4, 5, 6)]
     assert {letter.header(ORIGINAL_SIZE_HEADER) for letter in letters} == {None}
@@ -436,7 +436,7 @@ def test_a_dead_letter_topic_that_takes_nothing_stops_the_reading(world: World, 
 
 
 def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: KafkaAdminClient) -> None:
-    """What the topic never takes stands in the way of no checkpoint: the beginning is kept, and its size said."""
+    """A letter that is too large would prevent every checkpoint: the beginning is kept, and its size wait_for_problem."""
     stream, progress, name = rejecting(world)
     alter(admin, world.name("dlq"), max_message_bytes="3000")
     noise = random.Random(0).randbytes(100_000)  # what a codec cannot make smaller
@@ -444,7 +444,7 @@ def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: Ka
     world.sink.append(name, 0, b"\xff", headers=(("mine", noise[:10_000]),))
     world.mark(name)
     until(stream, lambda found: any(delivery.task_end_reason for delivery in found), progress)
-    settled(stream)
+    wait_for_letters(stream)
     assert stream.dead_letters.failures == 0
     cut = world.read_all("dlq")[1:]
     assert [(len(letter.value or b""), letter.header(ORIGINAL_SIZE_HEADER)) for letter in cut] == [
@@ -455,7 +455,7 @@ def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: Ka
 
 
 class Raw(str):
-    """A header's name as clients in C write it: any bytes."""
+    """A header name of any bytes, which clients in C can write."""
 
     __slots__ = ()
 
@@ -464,8 +464,8 @@ class Raw(str):
         return b"\xff\xfe\xc3\xa4" + b"x" * (len(self) - 4)
 
 
-def test_a_header_name_that_is_no_text_stops_nothing(world: World) -> None:
-    """The record is used, or rejected, like any other, in batches that are compressed or not; so are those after it."""
+def test_a_header_name_that_is_not_utf_8_does_not_stop_the_reading(world: World) -> None:
+    """The record and those after it are used or rejected like any other, in compressed batches too."""
     name = world.topic("a", [0, 1], marker=False)
     odd = (("first", b"1"), (Raw("xxxxxx"), b"2"), ("third", b"3"))
     world.send(name, 2.0, 0, headers=odd)

@@ -1,4 +1,4 @@
-"""Real daemons against a broker with TLS, users and permissions: who may, learns; who may not is told why, once."""
+"""Real daemons against a broker with TLS, users and permissions."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.kafka
 
 USER, PASSWORD, CLIENT_SECRET = "learner", "c4n4ry-password", "c4n4ry-client-secret"
 SAMPLES = 40
-CLIENTS = 5  # reader and writer of a daemon have two each, and the reader may have made one anew
+CLIENTS = 5  # reader and writer of a daemon have two each, and the reader may have connected once more
 PASSWORD_KEY = "STREAMLEARN__KAFKA__SASL__PASSWORD"
 SECRET_KEY = "STREAMLEARN__KAFKA__SASL__CLIENT_SECRET"
 
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureBroker]:
-    """Give a broker whose only user may do nothing yet."""
+    """Return a broker whose only user has no permission yet."""
     settings = {"connections.max.reauth.ms": 3_600_000}
     with SecureBroker(tmp_path_factory.mktemp("secure"), {USER: PASSWORD}, **settings) as made:
         yield made
@@ -111,32 +111,32 @@ class Job:
 
 @pytest.fixture
 def job(broker: SecureBroker, tmp_path: Path) -> Iterator[Job]:
-    """Give a job for which the user has no permission yet."""
+    """Return a job whose user has no permission yet."""
     made = Job(broker, tmp_path)
     yield made
     made.sink.close()
 
 
 def ended(daemon: jobs.Daemon) -> tuple[int, str]:
-    """Return a daemon's exit code and the one line that tells of its failure; its log has no traceback."""
+    """Return a daemon's exit code and its one error line; check that its log has no traceback."""
     code = daemon.finish(60)
     text = daemon.log.read_text()
     assert "Traceback" not in text
     lines = [line for line in text.splitlines() if not line.startswith("{")]
     assert len(lines) == 1, text
-    told = [line for line in text.splitlines() if '"level": "error"' in line or '"level": "warning"' in line]
-    assert told == []
+    lines = [line for line in text.splitlines() if '"level": "error"' in line or '"level": "warning"' in line]
+    assert lines == []
     return code, lines[0].removeprefix("streamlearn: ")
 
 
 def all_learned(status: dict[str, Any]) -> bool:
-    """Tell whether every sample that was published was learned."""
+    """Return whether every published sample was learned."""
     return bool(status.get("samples", {}).get("trained") == SAMPLES)
 
 
 @pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-512"])
 def test_learns_to_the_end_with_a_password(job: Job, mechanism: str) -> None:
-    """Over TLS, with no permission but those that are needed, every sample is learned."""
+    """Over TLS, with exactly the needed permissions, every sample is learned."""
     job.allow()
     job.mark()
     with jobs.Daemon(
@@ -147,7 +147,7 @@ def test_learns_to_the_end_with_a_password(job: Job, mechanism: str) -> None:
 
 
 def test_learns_to_the_end_with_tokens(job: Job) -> None:
-    """The same with OAUTHBEARER: reader, dead letters and their administration share one token."""
+    """With OAUTHBEARER, reader, writer and admin client share one token."""
     job.allow()
     job.mark()
     with TokenServer(USER, CLIENT_SECRET) as server:
@@ -158,8 +158,8 @@ def test_learns_to_the_end_with_tokens(job: Job) -> None:
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
 
 
-def test_a_connection_outlives_its_token(job: Job) -> None:
-    """A broker ends a session with its token; before that the client logs in again with the next one, unnoticed."""
+def test_a_connection_continues_after_its_token_expires(job: Job) -> None:
+    """The client authenticates again with a new token before the broker ends the session."""
     job.allow()
     with TokenServer(USER, CLIENT_SECRET, lifetime=3) as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER, "client_secret": CLIENT_SECRET}
@@ -177,8 +177,8 @@ def test_a_connection_outlives_its_token(job: Job) -> None:
         log.close()
 
 
-def test_a_refused_client_is_told_why(job: Job) -> None:
-    """A token server that does not know us ends the daemon at once, before any broker is asked twice."""
+def test_a_refusal_by_the_token_server_ends_the_daemon_at_once(job: Job) -> None:
+    """The error is the token server's, and no broker is asked twice."""
     before = job.broker.relay.connections
     with TokenServer(USER, "another") as server:
         sasl = {"mechanism": "OAUTHBEARER", "token_url": server.url, "client_id": USER}
@@ -215,7 +215,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, int, str]] = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refusal_ends_the_daemon_at_once(job: Job, case: str) -> None:
-    """One connection, one line with the broker's reason, and a code that no supervisor takes for a reason to try again."""
+    """There is one connection, one line with the broker's reason, and a code after which supervisors do not restart."""
     over, host, code, why = REFUSALS[case]
     if "ssl_cafile" in over:
         over = {"ssl_cafile": str(make_authority(job.directory / "other"))}
@@ -223,10 +223,10 @@ def test_a_refusal_ends_the_daemon_at_once(job: Job, case: str) -> None:
     before, address = relay.connections, f"{host}:{relay.port}"
     wrong = {} if "security_protocol" in over else {PASSWORD_KEY: "wrong"}  # it would be a sasl section
     with jobs.Daemon(job.config(**{**over, "bootstrap_servers": address}), environment=wrong) as daemon:
-        told_code, told = ended(daemon)
+        exit_code, line = ended(daemon)
     assert relay.connections - before == 1
-    assert told_code == code
-    assert re.fullmatch(f"{address}: {why}", told), told
+    assert exit_code == code
+    assert re.fullmatch(f"{address}: {why}", line), line
 
 
 PERMISSIONS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -243,7 +243,7 @@ PERMISSIONS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("case", PERMISSIONS)
 def test_a_missing_permission_ends_the_daemon_at_once(job: Job, case: str) -> None:
-    """One line names what is missing, and on what; the client itself would say nothing."""
+    """One line names the missing permission and the resource; the client alone reports nothing."""
     but, why = PERMISSIONS[case]
     job.allow(*but)
     with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
@@ -254,8 +254,8 @@ WITHDRAWN = {"READ": ["READ"], "READ and DESCRIBE": ["READ", "DESCRIBE"]}
 
 
 @pytest.mark.parametrize("case", WITHDRAWN)
-def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
-    """No record comes that could fail: the daemon looks by itself, saves what it has, and says what is missing."""
+def test_a_withdrawn_permission_is_noticed(job: Job, case: str) -> None:
+    """Even without new records, the daemon notices it, saves, and names the missing permission."""
     job.allow()
     with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
@@ -266,8 +266,8 @@ def test_a_permission_that_is_withdrawn_is_noticed(job: Job, case: str) -> None:
     assert Store(daemon.state).all()[0].read_json("status.json")["samples"]["trained"] == SAMPLES
 
 
-def test_an_ended_topic_that_is_withdrawn_ends_nothing(job: Job) -> None:
-    """A retired topic may lose its permission: one warning, and the next one is learned on, after a restart too."""
+def test_an_ended_topic_without_permission_does_not_end_the_daemon(job: Job) -> None:
+    """It is one warning, and the next topic is learned, also after a restart."""
     later = f"{job.topic}2"
     job.sink.create_topic(later, 1)
     job.allow()
@@ -296,7 +296,7 @@ def test_an_ended_topic_that_is_withdrawn_ends_nothing(job: Job) -> None:
 
 
 def refusal(log: KafkaReader, topic: str) -> str:
-    """Poll, and ask for the topics, until they say why one is refused, or half a minute is over."""
+    """Poll and ask for the topics until one names a missing permission, at most for half a minute."""
     deadline = time.monotonic() + 30
     while (refused := log.topics()[topic].missing_permission) is None:
         assert time.monotonic() < deadline
@@ -305,8 +305,8 @@ def refusal(log: KafkaReader, topic: str) -> str:
 
 
 @pytest.mark.parametrize("case", WITHDRAWN)
-def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
-    """While the queue is full nothing is fetched, so that nothing can be refused: the list of topics tells."""
+def test_a_paused_reader_notices_a_withdrawn_permission(job: Job, case: str) -> None:
+    """While fetching is paused no fetch can fail; the list of topics has the missing permission."""
     job.allow()
     log = KafkaReader(job.kafka(), job.group)
     log.connect()
@@ -319,8 +319,8 @@ def test_a_reader_that_polls_nothing_notices_too(job: Job, case: str) -> None:
     log.close()
 
 
-def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
-    """Connections live on; when the broker starts anew, one attempt with the old password is enough."""
+def test_a_changed_password_ends_the_daemon(job: Job) -> None:
+    """Open connections stay; after a restart of the broker, one attempt with the old password ends the daemon."""
     job.allow()
     with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
@@ -341,8 +341,8 @@ def test_a_password_that_was_changed_ends_the_daemon(job: Job) -> None:
     assert 1 <= attempts <= CLIENTS
 
 
-def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> None:
-    """The position does not move past a letter that was not taken: the next start finds the record again."""
+def test_a_withdrawn_permission_for_dead_letters_ends_the_daemon(job: Job) -> None:
+    """The position does not move past an unwritten letter: the next start reads the record again."""
     job.allow()
     with jobs.Daemon(job.config(), environment={PASSWORD_KEY: PASSWORD}) as daemon:
         daemon.until(all_learned, 60)
@@ -362,7 +362,7 @@ def test_dead_letters_that_may_be_written_no_more_end_the_daemon(job: Job) -> No
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "OAUTHBEARER"])
 def test_secrets_are_nowhere(job: Job, mechanism: str) -> None:
-    """Password, client secret and tokens stand in no log, answer, metric, command line or file of a daemon at debug."""
+    """No log, answer, metric, command line or file of a daemon at debug level has a password, secret or token."""
     job.allow()
     environment = {PASSWORD_KEY: PASSWORD}
     with TokenServer(USER, CLIENT_SECRET) as server:

@@ -1,4 +1,4 @@
-"""How connections fail: what is told, and what is left behind."""
+"""How connections fail: the error messages, and that nothing stays open."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give up soon."""
+def short_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the time of a failing attempt."""
     monkeypatch.setattr(connection, "BOOTSTRAP_MS", 300)
 
 
@@ -34,8 +34,8 @@ def settings(**over: Any) -> dict[str, Any]:
     return connection.client_settings(KafkaConfig.model_validate({"bootstrap_servers": "localhost:1", **over}))
 
 
-def test_a_broker_that_is_not_there_leaves_nothing_behind() -> None:
-    """An outage of months, with an attempt every half minute, costs no thread and no socket."""
+def test_failed_attempts_leave_no_thread_and_no_socket() -> None:
+    """The reader tries every half minute, possibly for months."""
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(BrokerUnavailable, match=r"^localhost:1: no broker answers \(111 ECONNREFUSED\)$"):
@@ -43,8 +43,8 @@ def test_a_broker_that_is_not_there_leaves_nothing_behind() -> None:
     assert threading.active_count() == before
 
 
-def test_who_hangs_up_is_asked_about() -> None:
-    """A broker that ends the connection without a word may speak another protocol: the line says which we do."""
+def test_a_disconnecting_broker_hints_at_the_protocol() -> None:
+    """A broker that disconnects without an answer may speak another protocol; the message names ours."""
     with socket.create_server(("127.0.0.1", free_port())) as server:
         port = server.getsockname()[1]
 
@@ -66,8 +66,8 @@ def test_who_hangs_up_is_asked_about() -> None:
 
 @pytest.mark.kafka
 @pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
-def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: KafkaConfig, protocol: str) -> None:
-    """It hangs up on a TLS greeting without a word; that it answers without TLS shows what is wrong, and ends with 78."""
+def test_a_broker_without_tls_is_a_configuration_error(kafka: KafkaConfig, protocol: str) -> None:
+    """It disconnects during the TLS handshake but answers without TLS, so the error has code 78, not 69."""
     over: dict[str, Any] = {"bootstrap_servers": kafka.bootstrap_servers, "security_protocol": protocol}
     if protocol == "SASL_SSL":
         over["sasl"] = {"username": "a", "password": "b"}
@@ -78,14 +78,14 @@ def test_a_broker_without_tls_is_told_from_one_that_is_away(kafka: KafkaConfig, 
     assert caught.value.code == 78
 
 
-def test_files_of_keys_and_certificates_are_read_before_any_broker_is_asked(tmp_path: Path) -> None:
-    """What is missing or makes no sense is told with its key and path."""
+def test_key_and_certificate_files_are_checked_before_connecting(tmp_path: Path) -> None:
+    """The error for a missing or invalid file has its configuration key and path."""
     certificate, other = make_authority(tmp_path / "a"), make_authority(tmp_path / "b")
     noise = tmp_path / "noise.pem"
     noise.write_text("noise")
     own = {"ssl_certfile": certificate, "ssl_keyfile": certificate.with_suffix(".key")}
     assert settings(security_protocol="SSL", ssl_cafile=certificate, **own)["ssl_context"].check_hostname
-    for over, told in (
+    for over, message in (
         ({"ssl_cafile": tmp_path / "none.pem"}, f"kafka.ssl_cafile: {tmp_path}/none.pem is not a readable file"),
         ({"ssl_cafile": noise}, f"kafka.ssl_cafile: {noise}: "),
         ({**own, "ssl_certfile": noise}, f"kafka.ssl_certfile: {noise}: "),
@@ -93,7 +93,7 @@ def test_files_of_keys_and_certificates_are_read_before_any_broker_is_asked(tmp_
     ):
         with pytest.raises(StreamlearnError) as caught:
             settings(security_protocol="SSL", **over)
-        assert (caught.value.code, str(caught.value).startswith(told)) == (77, True), caught.value
+        assert (caught.value.code, str(caught.value).startswith(message)) == (77, True), caught.value
 
 
 HANDSHAKE = "Handshake failed: [SSL: "
@@ -114,13 +114,13 @@ ERRORS: list[tuple[Exception, bool]] = [
 
 
 @pytest.mark.parametrize(("error", "refused"), ERRORS, ids=[str(number) for number in range(len(ERRORS))])
-def test_refusals_are_told_from_outages(error: Exception, *, refused: bool) -> None:
-    """Only what another attempt cannot change ends the daemon."""
+def test_refusals_differ_from_outages(error: Exception, *, refused: bool) -> None:
+    """Only an error that another attempt cannot change ends the daemon."""
     assert connection.is_refusal(error) == refused
 
 
-def test_the_client_draws_from_no_generator_of_a_model() -> None:
-    """Which broker the client asks first, and how long it waits, moves no draw of a model that uses Python's `random`."""
+def test_the_client_does_not_use_the_global_random_generator() -> None:
+    """The client's random choices must not change the draws of a model that uses Python's `random`."""
     settings()
     users = [name for name, module in sys.modules.items() if name.startswith("kafka.") and hasattr(module, "random")]
     assert "kafka.cluster" in users

@@ -1,4 +1,4 @@
-"""One order of several partitions, whatever arrives when."""
+"""The merge of several partitions into one order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def record(partition: int, offset: int) -> Record:
     st.randoms(use_true_random=False),
 )
 def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: object) -> None:
-    """However the records are polled, they come by offset, then partition; offsets may have holes."""
+    """However records are polled, they come by offset, then by partition; offsets can have gaps."""
     assert hasattr(chance, "choice")
     left = {p: sorted(each) for p, each in enumerate(offsets)}
     ends = {p: max(each, default=-1) + 1 for p, each in left.items()}
-    merge, given_out, at = PartitionMerge(), [], dict.fromkeys(left, 0)
+    merge, merged, at = PartitionMerge(), [], dict.fromkeys(left, 0)
     while any(left.values()):
         p = chance.choice([p for p, each in left.items() if each])
         polled = left[p][: chance.choice([1, 2, 5])]
@@ -31,13 +31,13 @@ def test_the_order_is_a_function_of_the_log(offsets: list[list[int]], chance: ob
         at[p] = polled[-1] + 1
         merge.add([record(p, offset) for offset in polled])
         awaited = [("t", q) for q in left if at[q] < ends[q]]
-        given_out += [(r.offset, r.partition) for r in merge.pop_ready(awaited, lambda place: at[place[1]])]
-    assert given_out == sorted((offset, p) for p, each in enumerate(offsets) for offset in each)
+        merged += [(r.offset, r.partition) for r in merge.pop_ready(awaited, lambda partition: at[partition[1]])]
+    assert merged == sorted((offset, p) for p, each in enumerate(offsets) for offset in each)
     assert not merge
 
 
-def test_what_waits_too_much_is_full() -> None:
-    """A partition that others keep waiting is to be read no further, until it was given out or forgotten."""
+def test_a_partition_with_too_many_waiting_records_is_full() -> None:
+    """It is full until its records are taken or discarded."""
     merge = PartitionMerge()
     merge.add([record(0, offset) for offset in range(MAX_RECORDS)])
     assert merge.full == {("t", 0)}

@@ -1,4 +1,4 @@
-"""Tokens by client credentials, from a real HTTP server."""
+"""Getting tokens by client credentials from a real HTTP server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRET = "s3cr3t-canary"
 
 
 def provider(url: str, **over: Any) -> oauth.ClientCredentials:
-    """Return a provider with a cache of its own."""
+    """Return a provider that shares no token with others."""
     base = {"mechanism": "OAUTHBEARER", "token_url": url, "client_id": "trainer", "client_secret": SECRET}
     return oauth.ClientCredentials(SaslConfig.model_validate({**base, **over}))
 
@@ -44,8 +44,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_a_token_is_asked_for_once_and_used_by_every_connection() -> None:
-    """Many threads that connect at once ask the server once, with the scope."""
+def test_one_token_is_requested_and_shared_by_all_connections() -> None:
+    """Threads that connect at the same time cause one request, with the scope."""
     with TokenServer("trainer", SECRET) as server:
         source = provider(server.url, scope="kafka.read kafka.write")
         found: list[str] = []
@@ -59,7 +59,7 @@ def test_a_token_is_asked_for_once_and_used_by_every_connection() -> None:
 
 
 def test_a_token_is_renewed_at_four_fifths_of_its_lifetime(clock: Clock) -> None:
-    """Not before, and not after it has run out."""
+    """Not earlier, and before it expires."""
     with TokenServer("trainer", SECRET, lifetime=100) as server:
         source = provider(server.url)
         first = source.token()
@@ -69,8 +69,8 @@ def test_a_token_is_renewed_at_four_fifths_of_its_lifetime(clock: Clock) -> None
         assert source.token() == server.given[1]
 
 
-def test_a_lifetime_beyond_all_floats_is_long(clock: Clock) -> None:
-    """JSON has integers of any size."""
+def test_a_lifetime_too_large_for_a_float_is_accepted(clock: Clock) -> None:
+    """An integer in JSON can have any size."""
     with TokenServer("trainer", SECRET, expires_in=10**400) as server:
         source = provider(server.url)
         first = source.token()
@@ -78,8 +78,8 @@ def test_a_lifetime_beyond_all_floats_is_long(clock: Clock) -> None:
         assert source.token() == first
 
 
-def test_a_valid_token_outlives_a_server_that_is_down(clock: Clock) -> None:
-    """While the token is valid it is used; after that the outage is told, as one to wait for."""
+def test_a_valid_token_is_used_while_the_server_is_down(clock: Clock) -> None:
+    """After the token expires, the error is `BrokerUnavailable`, so that the reader waits."""
     with TokenServer("trainer", SECRET, lifetime=100) as server:
         source = provider(server.url)
         first = source.token()
@@ -93,21 +93,21 @@ def test_a_valid_token_outlives_a_server_that_is_down(clock: Clock) -> None:
         assert source.token() == server.given[-1]
 
 
-def test_a_server_that_is_not_there_is_waited_for() -> None:
-    """Nobody who listens is an outage."""
+def test_an_unreachable_server_is_an_outage() -> None:
+    """If nothing listens at the address, the error is `BrokerUnavailable`."""
     with TokenServer("trainer", SECRET) as server:
         url = server.url
     with pytest.raises(BrokerUnavailable, match=r"no token: ConnectError: .*refused"):
         provider(url).token()
 
 
-def test_a_wrong_secret_is_refused_at_once_and_told_without_it() -> None:
-    """The answer's own code is told, and nothing else of it: a server may repeat what it was sent."""
+def test_a_wrong_secret_is_refused_and_not_shown() -> None:
+    """The message has only the answer's error code, because the answer can repeat the secret."""
     with TokenServer("trainer", "another") as server:
         with pytest.raises(StreamlearnError) as caught:
             provider(server.url).token()
-        told = f"{server.url}: no token for client trainer, scope None: refused with 401 (invalid_client)"
-        assert (caught.value.code, str(caught.value)) == (77, told)
+        message = f"{server.url}: no token for client trainer, scope None: refused with 401 (invalid_client)"
+        assert (caught.value.code, str(caught.value)) == (77, message)
 
 
 ANSWERS: list[tuple[dict[str, Any], str]] = [
@@ -119,16 +119,16 @@ ANSWERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "told"), ANSWERS, ids=[told for _, told in ANSWERS])
-def test_an_answer_that_is_none_is_refused(answer: dict[str, Any], told: str) -> None:
-    """What is not a token, or has no end, goes to no broker."""
-    with TokenServer("trainer", SECRET, **answer) as server, pytest.raises(StreamlearnError, match=told) as caught:
+@pytest.mark.parametrize(("answer", "message"), ANSWERS, ids=[message for _, message in ANSWERS])
+def test_an_invalid_answer_is_refused(answer: dict[str, Any], message: str) -> None:
+    """An invalid token or lifetime is never sent to a broker."""
+    with TokenServer("trainer", SECRET, **answer) as server, pytest.raises(StreamlearnError, match=message) as caught:
         provider(server.url).token()
     assert caught.value.code == 77
 
 
-def test_the_secret_may_come_from_a_file_that_is_read_at_every_renewal(tmp_path: Path, clock: Clock) -> None:
-    """A secret that was rotated needs no restart."""
+def test_a_secret_file_is_read_at_every_renewal(tmp_path: Path, clock: Clock) -> None:
+    """A changed secret needs no restart."""
     path = tmp_path / "secret"
     path.write_text("old\n")
     with TokenServer("trainer", "old") as server:

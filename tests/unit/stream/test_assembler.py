@@ -1,4 +1,4 @@
-"""The assembler: what it makes of records alone, without a log."""
+"""The assembler alone, without a log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def made(
     store: MemoryStore | None = None,
     **rules: Any,
 ) -> Assembler:
-    """Return an assembler that stands in task a, or where progress stands."""
+    """Return an assembler in task a, or with the given progress."""
     letters = DeadLetterWriter(store or MemoryStore(), "dlq")
     letters.prepare()
     codec = Codec([1], "float32", "json", max_record_bytes)
@@ -40,13 +40,13 @@ def made(
 
 
 def batch_record(count: int, offset: int = 0) -> Record:
-    """Return a batch record of so many samples."""
+    """Return a batch record with this number of samples."""
     value = encode("batch", np.arange(count, dtype=np.float32)[:, None], [0] * count)
     return Record("a", 0, offset, 0.0, None, value, BATCH)
 
 
 def applied(deliveries: list[Delivery]) -> Progress:
-    """Return what a checkpoint holds after these deliveries, through JSON."""
+    """Apply deliveries and return the progress as a checkpoint has it, through JSON."""
     progress = Progress(tasks=[Task(0, "a")])
     for delivery in deliveries:
         progress.register_labels(delivery.observations)
@@ -54,16 +54,16 @@ def applied(deliveries: list[Delivery]) -> Progress:
     return Progress.from_json(json.loads(json.dumps(progress.to_json())), progress.positions)
 
 
-def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
-    """A stop inside a record, and then a lower bound on its bytes: its other samples may not vanish, so reading ends (78)."""
+def test_a_record_that_now_decodes_to_fewer_samples_is_an_error() -> None:
+    """After a stop inside a record, a lower size limit would lose the record's other samples, so the code is 78."""
     stands = applied(list(made().feed(batch_record(10))))
     assert stands.positions.by_partition["a", 0].skip == 6
     again = made(stands, max_record_bytes=20)
     with pytest.raises(
         StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it decodes to 1 .*max_record_bytes"
-    ) as told:
+    ) as message:
         list(again.feed(batch_record(10)))
-    assert told.value.code == 78
+    assert message.value.code == 78
     assert not again.undelivered
     going_on = made(stands)
     assert list(going_on.feed(batch_record(10))) == []
@@ -72,17 +72,17 @@ def test_a_record_that_is_cut_otherwise_than_before_is_not_read_on() -> None:
     assert delivery.batch.x[:, 0].tolist() == [6, 7, 8, 9, 0, 1]
 
 
-def test_a_batch_that_is_not_unpacked_any_more_does_not_hide_the_rest_of_a_record() -> None:
-    """One record stands for a batch, at its last offset; a stop stood inside one of the batch's records: reading ends (78)."""
+def test_a_batch_that_is_no_longer_unpacked_is_an_error_inside_its_records() -> None:
+    """One record stands for the whole batch; if the stop was inside one of its records, the code is 78."""
     stands = applied(list(made().feed(batch_record(10))))
     whole = Record("a", 0, 4, 0.0, None, None, (), oversize="it unpacks to more than 64 bytes", begin=0)
-    with pytest.raises(StreamlearnError, match=r"6 samples .* now it decodes to 1 \(oversize: it unpacks") as told:
+    with pytest.raises(StreamlearnError, match=r"6 samples .* now it decodes to 1 \(oversize: it unpacks") as message:
         list(made(stands).feed(whole))
-    assert told.value.code == 78
+    assert message.value.code == 78
 
 
-def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    """1 and "1" are two labels: the second is warned of where it takes an output, and hinted at where it has none."""
+def test_labels_that_differ_only_in_type_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """For 1 and "1" there is a warning if both take an output, and a hint if one is rejected."""
     x = np.zeros((3, 1), np.float32)
     with caplog.at_level("WARNING"):
         list(made().feed(Record("a", 0, 0, 0.0, None, encode("batch", x, [1, "1", "\u0663"]), BATCH)))
@@ -96,10 +96,8 @@ def test_labels_that_look_alike_are_told(caplog: pytest.LogCaptureFixture) -> No
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["count", "dead_letter"])
-def test_a_late_sample_is_logged_once_and_kept_where_configured(
-    caplog: pytest.LogCaptureFixture, *, keep: bool
-) -> None:
-    """What comes after the task's end is counted late, also in the record that ends it; where configured it is a letter too."""
+def test_a_late_sample_is_logged_once_and_can_be_a_dead_letter(caplog: pytest.LogCaptureFixture, *, keep: bool) -> None:
+    """Samples after the task's end are late, also within the record that ends it; they can be dead letters too."""
     store = MemoryStore()
     assembler = made(store=store, samples_per_task=7, dead_letter_late=keep)
     with caplog.at_level("WARNING"):
@@ -113,16 +111,16 @@ def test_a_late_sample_is_logged_once_and_kept_where_configured(
     progress = applied([*found, last])
     assert (progress.counts_of("a")["trained"], progress.counts_of("a")["late"], progress.unaccounted()) == (7, 4, {})
     assert progress.counts_of("a")["rejected"] == 0
-    told = [record.message for record in caplog.records if "late" in record.message]
-    assert len(told) == 1
-    assert told[0].startswith("a[0] offset 1: a late sample comes after the end of its task")
+    message = [record.message for record in caplog.records if "late" in record.message]
+    assert len(message) == 1
+    assert message[0].startswith("a[0] offset 1: a late sample comes after the end of its task")
     letters = store.records["dlq", 0]
     assert [letter.key for letter in letters] == ([b"a-0-1-2", b"a-0-1-3", b"a-0-2-0", b"a-0-2-1"] if keep else [])
     assert {letter.header("streamlearn.errors.reason") for letter in letters} == ({b"late"} if keep else set())
 
 
-def test_a_late_letter_that_cannot_be_sent_leaves_its_record_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is counted, so the record is read again."""
+def test_a_late_record_counts_as_unread_if_its_letter_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sample is counted, so that the record is read again."""
     store = MemoryStore()
     assembler = made(store=store, samples_per_task=2, dead_letter_late=True)
     list(assembler.feed(batch_record(2)))

@@ -1,4 +1,4 @@
-"""Embedded topics: what a look at them costs, and what a failure says."""
+"""Embedded topics: the cost of asking for bounds, and the error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def steps(path: Path, records: int) -> list[int]:
-    """Return the steps of SQLite's machine that bounds and first record cost, in a topic of so many records."""
+    """Return SQLite's virtual-machine steps for the bounds and for the first timestamp of a topic of this size."""
     sink = EmbeddedWriter(path)
     sink.create_topic("a", 2)
     for number in range(records):
@@ -41,13 +41,13 @@ def steps(path: Path, records: int) -> list[int]:
     return taken
 
 
-def test_a_look_at_a_topic_costs_the_same_whatever_its_size(tmp_path: Path) -> None:
-    """Bounds are asked for every second: they are looked up, and no record is read for them."""
+def test_the_cost_of_bounds_does_not_depend_on_the_topic_size(tmp_path: Path) -> None:
+    """Bounds are asked for every second, so they must not read every record."""
     assert steps(tmp_path / "few", 4) == steps(tmp_path / "many", 4000)
 
 
-def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
-    """The failure is what SQLite said first, for topics, records and positions; with room again each record is there once."""
+def test_a_full_disk_is_reported_and_loses_no_record(tmp_path: Path) -> None:
+    """The message is SQLite's first error, for topics, records and positions; later each record is written once."""
     sink, log = EmbeddedWriter(tmp_path / "a"), EmbeddedReader(tmp_path / "a")
     sink.create_topic("a", 1)
     log.connect()
@@ -56,9 +56,9 @@ def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
     for _ in range(30):
         sink.append("a", 0, b"x" * 5000)
     for _ in range(2):
-        with pytest.raises(StreamlearnError, match="database or disk is full") as told:
+        with pytest.raises(StreamlearnError, match="database or disk is full") as caught:
             sink.flush()
-        assert told.value.code == 74
+        assert caught.value.code == 74
     with pytest.raises(StreamlearnError, match="positions cannot be written: database or disk is full"):
         log.commit("g", {(f"{'t' * 200}{number}", 0): number for number in range(1000)})
 
@@ -75,9 +75,9 @@ def test_a_full_file_is_called_full_and_loses_nothing(tmp_path: Path) -> None:
     log.close()
 
 
-@pytest.mark.parametrize("made_anew", [False, True])
-def test_a_file_that_is_removed_is_noticed_at_once(tmp_path: Path, *, made_anew: bool) -> None:
-    """Reader and writer have the removed file open, and nobody else sees it: both say so, and both find the new one."""
+@pytest.mark.parametrize("recreated", [False, True])
+def test_a_removed_file_is_noticed_at_once(tmp_path: Path, *, recreated: bool) -> None:
+    """Reader and writer, which have the removed file open, raise, and then use the new file."""
     path = tmp_path / "a"
     sink, log = EmbeddedWriter(path), EmbeddedReader(path)
     sink.create_topic("a", 1)
@@ -85,20 +85,20 @@ def test_a_file_that_is_removed_is_noticed_at_once(tmp_path: Path, *, made_anew:
     old = log.topics()["a"].topic_id
     for file in tmp_path.iterdir():
         file.unlink()
-    if made_anew:
+    if recreated:
         other = EmbeddedWriter(path)
         other.create_topic("a", 1)
         other.close()
     with pytest.raises(BrokerUnavailable, match="was removed or replaced while it was read"):
         log.topics()
     sink.append("dlq", 0, b"letter")
-    with pytest.raises(StreamlearnError, match="was removed or replaced while it was written") as told:
+    with pytest.raises(StreamlearnError, match="was removed or replaced while it was written") as caught:
         sink.flush()
-    assert told.value.code == 74
+    assert caught.value.code == 74
     log.connect()
     sink.create_topic("dlq", 1)
     sink.flush()
-    assert set(log.topics()) == ({"a", "dlq"} if made_anew else {"dlq"})
+    assert set(log.topics()) == ({"a", "dlq"} if recreated else {"dlq"})
     assert old not in {info.topic_id for info in log.topics().values()}
     assert log.bounds([("dlq", 0)]) == {("dlq", 0): Bounds(0, 1)}, "the letter is where people look for it"
     sink.close()

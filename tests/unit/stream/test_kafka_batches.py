@@ -1,4 +1,4 @@
-"""Record batches: how far they are unpacked, and what a damaged one says."""
+"""The limit of unpacking record batches, and the errors of damaged ones."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ PACK: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("how", PACK)
-def test_what_fits_is_unpacked_as_it_was(how: str) -> None:
-    """Every form that clients write is read, up to the last byte of the bound."""
+def test_data_within_the_limit_is_unpacked(how: str) -> None:
+    """Every form that clients write is unpacked, up to exactly the limit."""
     codec, pack = PACK[how]
     data = bytes(range(256)) * 12_000  # several steps
     assert kafka_batches.UNPACK[codec](pack(data), len(data)) == data
 
 
 @pytest.mark.parametrize("how", PACK)
-def test_what_does_not_fit_is_not_unpacked(how: str) -> None:
-    """One byte too many is refused; of a hundred megabytes hardly more than the bound is ever in memory."""
+def test_data_beyond_the_limit_is_not_unpacked(how: str) -> None:
+    """One byte too many is an error, and a hundred megabytes never are in memory."""
     codec, pack = PACK[how]
     with pytest.raises(kafka_batches.OversizeBatch):
         kafka_batches.UNPACK[codec](pack(bytes(10_001)), 10_000)
@@ -63,8 +63,8 @@ def test_what_does_not_fit_is_not_unpacked(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", PACK)
-def test_what_ends_too_early_is_no_content(how: str) -> None:
-    """A cut batch gives an error, or less than there was: never an endless loop."""
+def test_incomplete_data_never_loops_for_ever(how: str) -> None:
+    """Incomplete data gives an error or fewer bytes."""
     codec, pack = PACK[how]
     data = bytes(range(256)) * 40
     packed = pack(data)
@@ -82,8 +82,8 @@ def batch(codec: int = 0, records: int = 3, value: bytes = b"x" * 100) -> bytear
     return bytearray(builder.build())
 
 
-def taken(*parts: bytearray) -> list[object]:
-    """Return what the client takes of these batches, values and errors in the order in which they come."""
+def read_batches(*parts: bytearray) -> list[object]:
+    """Return the values and the error that the client gets from these batches, in order."""
     fetched = kafka_batches.PartitionRecords(0, TopicPartition("t", 5), MemoryRecords(b"".join(map(bytes, parts))))
     found: list[object] = []
     try:
@@ -96,42 +96,42 @@ def taken(*parts: bytearray) -> list[object]:
     return found
 
 
-def test_a_damaged_batch_says_where_it_is() -> None:
-    """Partition and offsets are known, whatever is wrong with it; what is before it is read."""
+def test_the_error_of_a_damaged_batch_has_its_place() -> None:
+    """The error has partition and offsets for every kind of damage; records before it are read."""
     wrong_sum, wrong_codec, no_gzip = batch(), batch(), batch(codec=1)
     wrong_sum[-3] ^= 1
-    assert [str(error) for error in taken(wrong_sum)] == [
+    assert [str(error) for error in read_batches(wrong_sum)] == [
         "t[5]: the batch at offset 0 cannot be read: its checksum is wrong"
     ]
-    *values, error = taken(batch(), shifted(wrong_sum, 3))
+    *values, error = read_batches(batch(), shifted(wrong_sum, 3))
     assert values == [b"x" * 100] * 3
     assert isinstance(error, Unreadable)
     assert (error.partition, error.begin, error.end) == (("t", 5), 3, 6)
     wrong_codec[22] |= 6
-    [error] = taken(signed(wrong_codec))
+    [error] = read_batches(signed(wrong_codec))
     assert "its compression method is unknown (6)" in str(error)
     no_gzip[HEADER_BYTES + 4] ^= 0xFF
     no_gzip[HEADER_BYTES + 12] ^= 0xFF
-    [error] = taken(signed(no_gzip))
+    [error] = read_batches(signed(no_gzip))
     assert "t[5]: the batch at offset 0 cannot be read: " in str(error)
 
 
-def test_a_batch_beyond_the_bound_is_one_record_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the batch's last offset, so that the position moves past all of it."""
+def test_a_batch_beyond_the_limit_becomes_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has the batch's last offset, so that the position moves past the whole batch."""
     monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
-    before, value, after = taken(batch(1, 1), shifted(batch(1, 50), 1), shifted(batch(0, 1, b"after"), 51))
+    before, value, after = read_batches(batch(1, 1), shifted(batch(1, 50), 1), shifted(batch(0, 1, b"after"), 51))
     assert (before, after) == (b"x" * 100, b"after")
     assert isinstance(value, kafka_batches.OversizeValue)
     assert (value.why, value.begin) == ("a gzip batch of 50 records unpacks to more than 1000 bytes", 1)
 
 
 def shifted(data: bytearray, offset: int) -> bytearray:
-    """Return a batch that begins at another offset, which its checksum does not cover."""
+    """Return a batch that begins at another offset; the checksum does not cover the offset."""
     return bytearray(offset.to_bytes(8, "big")) + data[8:]
 
 
 def signed(data: bytearray) -> bytearray:
-    """Return a batch with the checksum of what it holds."""
+    """Return a batch with a correct checksum."""
     from kafka.record.util import calc_crc32c
 
     data[17:21] = calc_crc32c(memoryview(data)[21:]).to_bytes(4, "big")

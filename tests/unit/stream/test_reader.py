@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FlawedLog(MemoryReader):
-    """A log of which some batches are damaged, and some topics refused or without a leader."""
+    """A log in which batches can be damaged, and topics can be without permission or without a leader."""
 
     def __init__(self, store: MemoryStore) -> None:
         super().__init__(store, 2)
@@ -61,7 +61,7 @@ class FlawedLog(MemoryReader):
 
 @pytest.fixture
 def flawed() -> Iterator[tuple[World, FlawedLog]]:
-    """Give a world over such a log."""
+    """Return a test log of this kind, with its reader."""
     store = MemoryStore()
     log = FlawedLog(store)
     world = World(lambda: log, store, "f")
@@ -71,7 +71,7 @@ def flawed() -> Iterator[tuple[World, FlawedLog]]:
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Return when something holds."""
+    """Wait until a condition is true."""
     deadline = time.monotonic() + SECONDS
     while not holds():
         assert time.monotonic() < deadline
@@ -79,7 +79,7 @@ def eventually(holds: Callable[[], bool]) -> None:
 
 
 class Waits(threading.Event):
-    """A stop event that notes how long it was waited for, and does not wait."""
+    """A stop event that records waiting times, and does not wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,17 +91,17 @@ class Waits(threading.Event):
 
 
 def waits(stream: StreamReader) -> list[float]:
-    """Return the pauses that a stream makes from here on, without making them."""
+    """Return the list to which the reader's pauses are added from now on; it does not really pause."""
     noted = Waits()
     stream._stopping = noted
     return noted.seconds
 
 
 @pytest.mark.parametrize("kind", [Unreadable, BrokerUnavailable])
-def test_an_error_that_a_reconnect_cannot_mend_is_tried_ever_less_often(
+def test_pauses_grow_while_connecting_again_does_not_help(
     flawed: tuple[World, FlawedLog], kind: type[StreamlearnError], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That the connection itself succeeds does not make the next pause short again; the error is named once."""
+    """A successful connection alone does not make the pause short again; the error is logged once."""
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], on_finished="wait")
@@ -120,7 +120,7 @@ def test_an_error_that_a_reconnect_cannot_mend_is_tried_ever_less_often(
 
 
 def test_an_outage_after_a_record_is_a_new_one(flawed: tuple[World, FlawedLog]) -> None:
-    """A connection that gave something was a good one: the next pause is short."""
+    """If the connection returned a record, the next pause is short again."""
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], on_finished="wait", linger=0.05)
@@ -138,8 +138,8 @@ def test_an_outage_after_a_record_is_a_new_one(flawed: tuple[World, FlawedLog]) 
         assert seconds[before] <= 1.0
 
 
-def test_a_damaged_batch_stops_the_reading_and_is_named(flawed: tuple[World, FlawedLog]) -> None:
-    """Nothing is passed over by itself: the problem says where it is; the log is connected."""
+def test_a_damaged_batch_stops_the_reading(flawed: tuple[World, FlawedLog]) -> None:
+    """By default nothing is skipped: the problem names the place, and the log stays connected."""
     world, log = flawed
     a = world.topic("a", [0, 1, 0, 1, 0, 1], marker=False)
     log.damaged[a, 0] = (2, 4)
@@ -152,8 +152,8 @@ def test_a_damaged_batch_stops_the_reading_and_is_named(flawed: tuple[World, Fla
     assert places(until(stream, lambda found: len(places(found)) == 2, progress)) == [[2, 3], [4, 5]]
 
 
-def test_a_damaged_batch_may_be_jumped_over_and_is_counted(flawed: tuple[World, FlawedLog]) -> None:
-    """With `earliest` reading goes on behind it, and its offsets are counted as lost."""
+def test_a_damaged_batch_can_be_skipped_and_is_counted(flawed: tuple[World, FlawedLog]) -> None:
+    """With `earliest` reading continues after it, and its offsets count as lost."""
     world, log = flawed
     a = world.topic("a", [0, 1, 0, 1, 0, 1])
     log.damaged[a, 0] = (2, 4)
@@ -165,7 +165,7 @@ def test_a_damaged_batch_may_be_jumped_over_and_is_counted(flawed: tuple[World, 
     assert progress.unaccounted() == {}
 
 
-def test_a_damaged_batch_may_end_the_daemon(flawed: tuple[World, FlawedLog]) -> None:
+def test_a_damaged_batch_can_end_the_daemon(flawed: tuple[World, FlawedLog]) -> None:
     """With `exit` the loop gets the error."""
     world, log = flawed
     a = world.topic("a", [0, 1, 0, 1], marker=False)
@@ -174,8 +174,8 @@ def test_a_damaged_batch_may_end_the_daemon(flawed: tuple[World, FlawedLog]) -> 
         until(world.stream(topics=[a], on_finished="wait", on_offset_out_of_range="exit"), lambda _: False)
 
 
-def test_damage_in_an_ended_task_stops_nothing(flawed: tuple[World, FlawedLog]) -> None:
-    """What comes late is not learned: it is passed over, with a line, and counted."""
+def test_a_damaged_batch_of_an_ended_task_is_skipped(flawed: tuple[World, FlawedLog]) -> None:
+    """Its records would be late anyway: it is logged and counted."""
     world, log = flawed
     a, b = world.topic("a", [0, 1]), world.topic("b", [2], marker=False)
     log.damaged[a, 0] = (3, 5)
@@ -190,10 +190,10 @@ def test_damage_in_an_ended_task_stops_nothing(flawed: tuple[World, FlawedLog]) 
 
 
 @pytest.mark.parametrize("how", ["refused", "leaderless"])
-def test_an_ended_topic_that_does_not_answer_stops_nothing(
+def test_an_ended_topic_that_does_not_answer_is_left_out(
     flawed: tuple[World, FlawedLog], how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A permission that was withdrawn from it, or a broker that is gone with it, is one warning; it is read again later."""
+    """A withdrawn permission, or a leader that is gone, is one warning; the topic is read again later."""
     world, log = flawed
     a, b = world.topic("a", [0, 1]), world.topic("b", [2], marker=False)
     progress = Progress()
@@ -212,10 +212,10 @@ def test_an_ended_topic_that_does_not_answer_stops_nothing(
     until(stream, lambda _: progress.totals()["late"] == 1, progress)
 
 
-def test_a_topic_that_is_gone_while_another_is_refused_does_not_end_its_task(
+def test_idle_does_not_end_the_task_of_a_deleted_topic(
     flawed: tuple[World, FlawedLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is concluded from the silence of a topic that is not there: `idle` ends no task then."""
+    """A deleted topic has no records, which `idle` must not take for silence, even while another topic is refused."""
     world, log = flawed
     a, b = world.topic("a", [0, 1]), world.topic("b", [2], marker=False)
     progress = Progress()
@@ -236,7 +236,7 @@ def test_a_topic_that_is_gone_while_another_is_refused_does_not_end_its_task(
 
 
 def test_the_current_topic_must_be_readable(flawed: tuple[World, FlawedLog]) -> None:
-    """A missing permission on what is being learned ends the daemon (77)."""
+    """A missing permission for the current topic ends the daemon (77)."""
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
     stream = world.stream(topics=[a], on_finished="wait")
@@ -250,7 +250,7 @@ def test_the_current_topic_must_be_readable(flawed: tuple[World, FlawedLog]) -> 
 def test_a_current_topic_without_a_leader_is_an_outage(
     flawed: tuple[World, FlawedLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a while it may have none; then it is told, and reading goes on by itself."""
+    """After some time without a leader it is an outage; reading continues when there is a leader."""
     monkeypatch.setattr("streamlearn.stream.reader.NO_LEADER_SECONDS", 0.1)
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
@@ -266,8 +266,8 @@ def test_a_current_topic_without_a_leader_is_an_outage(
     assert stream.status.problem is None
 
 
-def test_lag_where_nothing_was_read_is_what_the_log_holds() -> None:
-    """Offsets that retention took before anything was read wait for nobody."""
+def test_the_lag_of_an_unread_partition_is_the_number_of_kept_offsets() -> None:
+    """Offsets that retention removed do not count."""
     status = StreamStatus(
         begin_offsets={("a", 0): 500, ("a", 1): 40}, end_offsets={("a", 0): 500, ("a", 1): 50, ("a", 2): 7}
     )

@@ -31,7 +31,7 @@ SECONDS = 20
 
 
 class Reading:
-    """A stream of JSON samples over a log, by default in memory, and what it has delivered."""
+    """A reader of JSON samples over a log (in memory by default), and its deliveries."""
 
     def __init__(self, source: LogReader | None = None, sink: LogWriter | None = None) -> None:
         self.store = MemoryStore()
@@ -83,15 +83,15 @@ class Reading:
 
 @pytest.fixture
 def reading() -> Iterator[Reading]:
-    """Return a stream that is stopped at the end."""
+    """Return a `Reading` that is stopped after the test."""
     made = Reading()
     yield made
     if made.stream is not None:
         made.stream.stop()
 
 
-def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
-    """Reading stands still, and an error line says so, however often the log is asked."""
+def test_a_deleted_topic_is_logged_once(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
+    """Reading stops with one error line, however often the log is checked."""
     reading.publish("a", 4)
     with caplog.at_level(logging.ERROR):
         stream = reading.start(topics=["a"])
@@ -101,12 +101,12 @@ def test_a_topic_that_is_gone_is_logged_once(reading: Reading, caplog: pytest.Lo
         reading.until(lambda: stream.status.problem == "topic a is gone")
         checked = stream.status.last_contact_monotonic
         reading.until(lambda: stream.status.last_contact_monotonic != checked)
-    told = [record.message for record in caplog.records if "is gone" in record.message]
-    assert told == ["topic a is gone: reading stops until the topic exists again"]
+    messages = [record.message for record in caplog.records if "is gone" in record.message]
+    assert messages == ["topic a is gone: reading stops until the topic exists again"]
 
 
-def test_a_file_of_topics_that_is_made_anew_stops_the_reading(tmp_path: Path) -> None:
-    """While the daemon runs, as at its start: records of another file are not taken for those of the one read so far."""
+def test_a_recreated_file_of_topics_stops_the_reading(tmp_path: Path) -> None:
+    """Records of another file are never taken for those of the first, neither while running nor at a start."""
     path = tmp_path / "topics.sqlite"
 
     def publish() -> None:
@@ -128,8 +128,8 @@ def test_a_file_of_topics_that_is_made_anew_stops_the_reading(tmp_path: Path) ->
     assert reading.consumed() == 4
 
 
-def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
-    """Somebody asks: what was read is learned as a short batch, what comes later is late, and the next task begins."""
+def test_end_task_ends_a_task_at_its_read_positions(reading: Reading) -> None:
+    """Samples that were read are learned as a short batch, later ones are late, and the next task begins."""
     reading.publish("a", 6)
     stream = reading.start(topics=["a", "b"])
     reading.until(lambda: stream.queued_samples.total() == 2)
@@ -149,8 +149,8 @@ def test_a_task_is_ended_where_it_was_read_up_to(reading: Reading) -> None:
     assert reading.progress.unaccounted() == {}
 
 
-def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None:
-    """The place is durable before the task's last batch is learned, so what came since does not belong to it."""
+def test_a_restart_ends_a_task_at_the_same_place(reading: Reading) -> None:
+    """The end offsets are saved before the last batch is learned, so later records do not belong to the task."""
     reading.publish("a", 6)
     stream = reading.start(topics=["a"])
     reading.until(lambda: stream.queued_samples.total() == 2)
@@ -169,10 +169,10 @@ def test_a_restart_ends_a_task_where_somebody_ended_it(reading: Reading) -> None
     reading.until(lambda: reading.progress.counts_of("a")["late"] == 5)
 
 
-def test_a_silent_task_that_only_a_marker_ends_is_told(
+def test_a_silent_task_that_only_a_marker_can_end_is_logged(
     reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last of the listed topics has no later one; where its producer writes no marker, one line says what ends it."""
+    """The last listed topic has no later topic; one log line says how its task can end."""
     monkeypatch.setattr(reader, "OPEN_TASK_SECONDS", 0.3)
     reading.publish("a", 4)
     with caplog.at_level(logging.WARNING):
@@ -181,14 +181,14 @@ def test_a_silent_task_that_only_a_marker_ends_is_told(
             reading.until(lambda: stream.status.last_contact_monotonic is not None)
             checked = stream.status.last_contact_monotonic
             reading.until(lambda before=checked: stream.status.last_contact_monotonic != before)  # type: ignore[misc]
-    told = [record.message for record in caplog.records if "stays open" in record.message]
-    assert len(told) == 1
-    assert "task a has had no record for" in told[0]
-    assert "streamlearn task end" in told[0]
+    messages = [record.message for record in caplog.records if "stays open" in record.message]
+    assert len(messages) == 1
+    assert "task a has had no record for" in messages[0]
+    assert "streamlearn task end" in messages[0]
 
 
-def test_a_domain_learns_topics_that_nobody_declared(reading: Reading) -> None:
-    """Its classes are given once, so a topic that a pattern finds later is learned with the same outputs."""
+def test_a_domain_learns_topics_that_are_not_declared(reading: Reading) -> None:
+    """All tasks have the same classes, so a topic that is found later is learned with the same outputs."""
     reading.publish("d1", 4)
     reading.start(Scenario("domain", "seen", [1, 0]), pattern="d.*")
     reading.until(lambda: reading.consumed() == 4)
