@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
 from streamlearn import configfile, state
 from streamlearn.data import Task
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import configure_torch

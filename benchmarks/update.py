@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from streamlearn import configfile
 from streamlearn.data import Batch, Task
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import VAE
 from streamlearn.scenario import Scenario

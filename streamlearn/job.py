@@ -25,7 +25,7 @@ from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from streamlearn.checkpoint import Checkpoint, Content, Store
     from streamlearn.config import Config
     from streamlearn.data import HeldOut, Partition, Task
-    from streamlearn.learner import LearnStats
+    from streamlearn.learning.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import StreamReader
 

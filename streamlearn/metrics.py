@@ -29,7 +29,7 @@ from streamlearn.data import REJECT_REASONS
 if TYPE_CHECKING:
     from streamlearn.data import Delivery, Partition, Progress
     from streamlearn.evaluation.matrix import AccuracyMatrix
-    from streamlearn.learner import LearnStats
+    from streamlearn.learning.learner import LearnStats
     from streamlearn.stream.reader import StreamStatus
 
 PREFIX = "streamlearn_"

@@ -20,7 +20,7 @@ ROWS = [
     {"configfile", "scenario"},
     {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
     {"state", "strategies", "evaluation"},
-    {"learner", "service", "predict", "producer", "report"},
+    {"learning", "service", "predict", "producer", "report"},
     {"metrics"},
     {"job"},
     {"loop"},

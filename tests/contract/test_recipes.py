@@ -13,7 +13,7 @@ import torch
 from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
 from streamlearn import configfile, state
 from streamlearn.data import Batch, StreamlearnError, Task
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.strategies.slots import Constraint, EndedTask, Penalty, Replay

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
-from streamlearn.learner import LearnStats
+from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import (
     COUNTERS,
     GAUGES,

@@ -22,7 +22,7 @@ from streamlearn.daemon import ControlDesk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.job import MIN_REPLAY_AGREEMENT, Diverged, Job
-from streamlearn.learner import LearnStats
+from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings

@@ -8,7 +8,7 @@ import pytest
 
 from streamlearn import configfile
 from streamlearn.data import Label, Labels, Task
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamlearn import configfile, state
 from streamlearn.data import Batch, Delivery, Task
-from streamlearn.learner import Learner, make_learner
+from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.metrics import Metrics
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.generative import GenerativeReplay

@@ -13,7 +13,7 @@ from torch import nn
 from streamlearn import configfile, state
 from streamlearn.data import HeldOut, Labels, Progress, Task
 from streamlearn.evaluation.probes import Probes
-from streamlearn.learner import make_learner
+from streamlearn.learning.learner import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID

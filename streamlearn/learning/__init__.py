@@ -1,0 +1,1 @@
+"""What learns: the learner, its update, and what they need."""
