@@ -124,8 +124,8 @@ def ended(daemon: jobs.Daemon) -> tuple[int, str]:
     assert "Traceback" not in text
     lines = [line for line in text.splitlines() if not line.startswith("{")]
     assert len(lines) == 1, text
-    lines = [line for line in text.splitlines() if '"level": "error"' in line or '"level": "warning"' in line]
-    assert lines == []
+    logged = [line for line in text.splitlines() if '"level": "error"' in line or '"level": "warning"' in line]
+    assert logged == []
     return code, lines[0].removeprefix("streamlearn: ")
 
 
