@@ -94,12 +94,12 @@ def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
     """Return a function with plain steps of generative replay: generate, label, train both networks."""
     batch, count = samples(1), ratio * BATCH
     new_x, new_y = batch.x.to(DEVICE), batch.y.to(DEVICE)
-    solver, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]).to(DEVICE) for _ in range(2))
+    model, frozen = (MLP([PIXELS], CLASSES, [HIDDEN, HIDDEN]).to(DEVICE) for _ in range(2))
     generator, old = (
         VAE([PIXELS], CLASSES, conditional=True, hidden=HIDDEN, latent=latent, likelihood="bernoulli").to(DEVICE)
         for _ in range(2)
     )
-    optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in (solver, generator)]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in (model, generator)]
     weight = torch.cat([torch.full((BATCH,), 0.5 / BATCH), torch.full((count,), 0.5 / count)]).to(DEVICE)
 
     def generated() -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,7 @@ def bare_replay(ratio: int = 2, latent: int = 50) -> Callable[[], None]:
         for _ in range(STEPS):
             x_old, y_old, soft = generated()
             x, y = torch.cat([new_x, x_old]), torch.cat([new_y, y_old])
-            logits = solver(x)
+            logits = model(x)
             new = functional.cross_entropy(logits[:BATCH], new_y, reduction="none")
             past = -4 * (soft * functional.log_softmax(logits[BATCH:] / 2, 1)).sum(1)
             torch.dot(torch.cat([new, past]), weight).backward()
