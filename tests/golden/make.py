@@ -1,4 +1,4 @@
-"""Makes the checkpoints that every later version must read: `python -m tests.golden.make`, once for each format."""
+"""Write the checkpoints that every later version must read: `python -m tests.golden.make`, once for each format."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def settings(directory: Path, name: str) -> dict[str, Any]:
-    """Return a job's configuration, its state and topics in a directory."""
+    """Return a job's configuration, with its state and topics in this directory."""
     tree = jobs.settings(directory, strategy=STRATEGIES[name])
     return {**tree, **SETTINGS, "stream": {**SETTINGS["stream"], "on_finished": "exit"}}
 
 
 def samples(task: int, count: int) -> Samples:
-    """Return samples of two classes that lie apart."""
+    """Return samples of two separable classes."""
     rng = np.random.default_rng(task)
     labels = rng.integers(0, 2, count)
     x = rng.normal(size=(count, 4)).astype(np.float32)
@@ -46,7 +46,7 @@ def samples(task: int, count: int) -> Samples:
 
 
 def main() -> None:
-    """Learn a task and the beginning of another, and keep the checkpoint and its configuration."""
+    """Learn one task and the begin of a second, and store the checkpoint with its configuration."""
     for name in STRATEGIES:
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)

@@ -1,4 +1,4 @@
-"""The tool that reruns published tables: its streams, what it runs again, and its page."""
+"""Tests of `make reproduce`: its topics in memory, which cells it runs, and its document."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TINY = Table(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Teach two tasks of twenty samples instead of MNIST."""
+    """Replace MNIST by two tasks of twenty samples."""
 
     def lesson(task: int) -> streams.TaskData:
         train = Samples(PIXELS, [2 * task + n % 2 for n in range(20)])
@@ -56,7 +56,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def topic(total: int) -> streams.RepeatedTopic:
-    """Return a topic of the twenty samples, repeated."""
+    """Return a topic that repeats the twenty samples until it has `total`."""
     curriculum = Curriculum("tiny", count=1, samples=total)
     store = streams.publish(curriculum, streams.task_data(curriculum, 0), per_record=SIZE, seed=3, scale=1.0)
     records = store.records["tiny-1", 0]
@@ -65,7 +65,7 @@ def topic(total: int) -> streams.RepeatedTopic:
 
 
 def learned(records: list[Any]) -> np.ndarray:
-    """Return which samples the training records hold, in order."""
+    """Return the indices of the samples in the training records, in order."""
     trees = [
         msgpack.unpackb(record.value)
         for record in records
@@ -76,8 +76,8 @@ def learned(records: list[Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("total", [20, 47, 61, 5])
-def test_records_made_when_read_are_those_of_a_list(total: int) -> None:
-    """Slices, single offsets and offsets from the end equal those of a list, in whatever order they are read."""
+def test_records_equal_those_of_a_list(total: int) -> None:
+    """Slices and single offsets, also from the end, equal those of a list, in any order of reading."""
     whole = list(topic(total))
     again = topic(total)
     assert len(again) == len(whole) == 1 + -(-total // SIZE) + 1
@@ -93,7 +93,7 @@ def test_records_made_when_read_are_those_of_a_list(total: int) -> None:
 
 
 def test_each_epoch_is_a_permutation_of_its_own() -> None:
-    """Every epoch has each sample once, in another order; the last one may be cut short."""
+    """Every epoch has each sample once, in a different order; the last epoch may be incomplete."""
     taught = learned(list(topic(50)))
     first, second, third = taught[:20], taught[20:40], taught[40:]
     assert sorted(first) == sorted(second) == list(range(20))
@@ -101,8 +101,8 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     assert len(set(third)) == len(third) == 10
 
 
-def test_digits_are_drawn_with_every_seed_but_the_first() -> None:
-    """A task's two digits are the seed's, every digit is in one task, and seed 0 leaves them in order."""
+def test_every_seed_but_0_draws_the_digits() -> None:
+    """The seed draws the two digits of each task, every digit is in one task, and seed 0 keeps them in order."""
     curriculum = Curriculum("drawn")
     in_order = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     drawn = [streams.classes(curriculum, seed) for seed in range(4)]
@@ -112,13 +112,13 @@ def test_digits_are_drawn_with_every_seed_but_the_first() -> None:
     assert streams.classes(curriculum, 3) == drawn[3]
 
 
-def test_an_optional_key_of_a_later_version_makes_no_cell_stale() -> None:
-    """The digest is of what is present: a key that is absent here is one that this version may not have known."""
+def test_an_optional_key_of_a_later_version_makes_no_cell_outdated() -> None:
+    """The digest ignores keys without a value, because an earlier version may not have known them."""
     assert runner.without_none({"a": 1, "b": None, "c": {"d": None, "e": [None]}}) == {"a": 1, "c": {"e": [None]}}
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells run once, survive in the file, and run again only where their configuration has changed."""
+    """A cell runs once, its result stays in the file, and it runs again only if its configuration has changed."""
     ran: list[str] = []
     really = runner.run
 
@@ -152,8 +152,8 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert ran == ["tiny/naive/class/0"]
 
 
-def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What went wrong is named by cell, and the rest is finished and kept."""
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is returned by cell; all other cells are finished and stored."""
     really = runner.run
 
     def run(cell: runner.Cell, *rest: Any) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def test_a_cell_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: 
 
 
 def entry(accuracy: float, **over: Any) -> dict[str, Any]:
-    """Return what a book keeps of a cell."""
+    """Return a stored result of a cell."""
     figures = {"average_accuracy": accuracy, "backward_transfer": -0.1, "average_forgetting": 0.0}
     spent = {"seconds": 30.0, "cpu_seconds": 36.0, "skipped": 0, "machine": "A machine, 2 cores"}
     return {**figures, **spent, "learned": [1.0, 0.9], "last": [0.8, 0.9], "curve": [[0, 0.5], [10, 1.0]], **over}
@@ -205,15 +205,15 @@ def test_the_document_compares_ours_with_the_published_figures(tmp_path: Path) -
 
 
 def test_less_forgetting_is_better() -> None:
-    """A figure of which less is better is above what is published where it is lower."""
+    """If lower is better, a figure below the published one counts as above."""
     row = cells.ONLINE.rows[0]
     line = page.Line(cells.ONLINE, row, "class", "average_forgetting", 19.5, (9.0, 9.2), 1.0, 0)
     assert line.verdict == "above"
     assert page.Line(cells.ONLINE, row, "class", "average_forgetting", 19.5, (25.0,), 1.0, 0).verdict == "short"
 
 
-def test_every_cell_of_this_version_is_sound() -> None:
-    """Each cell has a configuration, or a reason that names what is missing: a recipe, or one of its parameters."""
+def test_every_cell_is_valid_or_has_a_reason() -> None:
+    """Each cell has a valid configuration, or a reason that names the missing recipe or parameter."""
     books = tool.ResultFiles(Path("/nowhere"))
     todo, absent = tool.plan(books.cells(1, "", 1.0), books, again=False)
     assert {cell.row.method for cell in todo} >= {"naive", "joint", "EWC", "SI", "generative replay"}
@@ -222,8 +222,8 @@ def test_every_cell_of_this_version_is_sound() -> None:
 
 
 @pytest.mark.slow
-def test_cells_run_side_by_side(tmp_path: Path) -> None:
-    """A cell reaches a process of its own and its figures come back, although nothing of this process is there."""
+def test_cells_run_in_parallel(tmp_path: Path) -> None:
+    """A cell runs in a worker process that shares nothing with this one, and its result comes back."""
     books = tool.ResultFiles(tmp_path)
     (cell,) = books.cells(1, "two-tasks/sequential", 0.0)  # one sample a task
     require((DATA / "mnist.npz").is_file(), "mnist.npz")
@@ -231,8 +231,8 @@ def test_cells_run_side_by_side(tmp_path: Path) -> None:
     assert books.demonstration.entries[cell.key]["samples"] == 2
 
 
-def test_workers_end_with_the_run_that_began_them(tmp_path: Path) -> None:
-    """A run that is killed leaves no process that goes on for hours."""
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """After a run is killed, its worker processes end too."""
     script = (
         "import os, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
