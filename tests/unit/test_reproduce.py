@@ -239,7 +239,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         "from multiprocessing import get_context\n"
         "from benchmarks.reproduce import runner\n"
         "if __name__ == '__main__':\n"
-        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=runner.begin_worker)\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=runner.start_worker)\n"
         "    worker = pool.submit(os.getpid).result()\n"
         "    pool.submit(time.sleep, 600)\n"
         "    print(worker, flush=True)\n"
