@@ -25,7 +25,9 @@ import os
 import re
 import shutil
 import stat
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,7 +38,6 @@ from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from concurrent.futures import Future
     from pathlib import Path
 
     Content = bytes | Callable[[], bytes] | None
@@ -437,7 +438,7 @@ class Store:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StreamlearnError(f"{self.root}: cannot be created: {error.strerror}", code=77) from error
+            raise StreamlearnError.from_os_error(error, f"{self.root}: cannot be created") from error
 
     def _newest_and_next_number(self) -> tuple[Checkpoint | None, int]:
         """Return the newest checkpoint and the next free number, higher than every one ever used; raises `StreamlearnError`."""
@@ -456,19 +457,35 @@ class Store:
     def _add_files(self, directory: Path, files: Mapping[str, Content], parent: Checkpoint | None) -> dict[str, Any]:
         """Write or link every file into a directory, wait until all are durable, and return their entries of the manifest.
 
-        Several files are synced at the same time, because one sync may take seconds. If one fails, its error is raised after
-        all of them have ended.
+        Several files are synced at the same time, because one sync may take seconds; where no thread can start, one after
+        another. If a sync fails, its error is raised after all of them have ended.
         """
-        syncs: list[Future[None]] = []
-        with ThreadPoolExecutor(SYNC_THREADS, "sync") as pool:
-            entries = {
-                name: self._add_file(
-                    directory, name, content, parent, lambda file: syncs.append(pool.submit(_sync, file))
-                )
-                for name, content in sorted(files.items())
-            }
-        for each in syncs:
-            each.result()
+        written: deque[int] = deque()  # descriptors to sync
+        errors: list[OSError] = []
+
+        def sync_next() -> None:
+            with suppress(IndexError):
+                try:
+                    _sync(written.popleft())
+                except OSError as error:
+                    errors.append(error)
+
+        def start_sync(pool: ThreadPoolExecutor, descriptor: int) -> None:
+            written.append(descriptor)
+            with suppress(RuntimeError):  # no thread can start, for example at a limit on processes
+                pool.submit(sync_next)
+
+        try:
+            with ThreadPoolExecutor(SYNC_THREADS, "sync") as pool:
+                entries = {
+                    name: self._add_file(directory, name, content, parent, partial(start_sync, pool))
+                    for name, content in sorted(files.items())
+                }
+        finally:
+            while written:
+                sync_next()
+        if errors:
+            raise errors[0]
         return entries
 
     def _add_file(

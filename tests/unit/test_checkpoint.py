@@ -248,6 +248,36 @@ def test_files_are_synced_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     assert order[17:] == [MANIFEST, ".tmp-ckpt-000000000001", "checkpoints"]
 
 
+def test_without_threads_files_are_synced_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit on processes no thread starts; the checkpoint is complete, and no descriptor stays open."""
+    store, before = Store(tmp_path), len([*Path("/proc/self/fd").iterdir()])
+    synced: list[int] = []
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    store.save({f"part-{n}.json": b"{}" for n in range(3)}, {"step": 1}).verify()
+    assert len(synced) >= 3
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_directory_that_cannot_be_created_has_the_code_of_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is an input or output error; only a missing permission is 77."""
+    for number, code in ((errno.ENOSPC, 74), (errno.EACCES, 77)):
+
+        def refuse(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(StreamlearnError, match="checkpoints: cannot be created: ") as caught:
+            Store(tmp_path).save({}, {"step": 1})
+        assert caught.value.code == code
+
+
 def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever sync fails, no file is left, and no descriptor stays open."""
     sync, refused = os.fsync, [""]
