@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.ingest import settings
 from benchmarks.update import samples
 from streamlearn.checkpoint import Store
+from streamlearn.core.states import SaveTrigger
 from streamlearn.data import Position, Positions, Progress, Task
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
@@ -62,7 +63,7 @@ def throughput() -> dict[str, Any]:
             for saves in (False, True):
                 until, count = time.perf_counter() + EVERY_SECONDS, 0
                 if saves:
-                    job.save(stream, "interval")
+                    job.save(stream, SaveTrigger.INTERVAL)
                 while time.perf_counter() < until:
                     job.learner.learn(batch)
                     job.finish_save(stream)
@@ -84,7 +85,7 @@ def pause(label: str, width: int) -> dict[str, Any]:
         pauses, writes = [], []
         for _ in range(3):
             begun = time.perf_counter()
-            saving = job.save(stream, "interval")
+            saving = job.save(stream, SaveTrigger.INTERVAL)
             pauses.append(time.perf_counter() - begun)
             assert saving.written is not None
             writes.append(saving.written.result()[2])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint import Store
+from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.data import Progress, StreamlearnError, format_outcomes, is_out_of_memory
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
@@ -72,14 +73,14 @@ class ControlDesk:
         self._task_end_requests: list[tuple[Request, int]] = []  # request and index of its task
         self._wake_event = threading.Event()
         self._wake_stream: Callable[[], None] = lambda: None
-        self._status: dict[str, Any] = {"state": "starting", "pid": os.getpid(), "name": config.name}
+        self._status: dict[str, Any] = {"state": DaemonState.STARTING, "pid": os.getpid(), "name": config.name}
         self._checks: dict[str, Any] = {"restored": {"ok": False}}
         self._matrix: Callable[[], list[list[float | None]]] = list
         self._published = 0.0
         self._publish_interval = PUBLISH_SECONDS  # seconds
         self._last_turn = time.monotonic()
         self._on_ready: Callable[[], None] | None = None
-        metrics.record_state("starting", ready=False)
+        metrics.record_state(DaemonState.STARTING, ready=False)
         for command in COMMANDS:
             for result in ("success", "failure"):
                 metrics.count("control_requests", 0, command, result)
@@ -179,7 +180,7 @@ class ControlDesk:
             job.store.check_tag(tag)
             if any(other.arguments.get("tag") == tag for other, _ in self._save_requests):
                 raise StreamlearnError(f"tag {tag}: the checkpoint that is being written has it")
-        self._save_requests.append((request, job.save(stream, "manual", tag)))
+        self._save_requests.append((request, job.save(stream, SaveTrigger.MANUAL, tag)))
 
     def _end_task(self, job: Job, stream: StreamReader) -> int:
         """End the open task where it was read up to; return its index. Raises `StreamlearnError` if no task can be ended."""
@@ -235,7 +236,7 @@ class ControlDesk:
         self._wake()
 
     def status(self) -> dict[str, Any]:
-        return {**self._status, "state": "draining"} if self.stopping else self._status
+        return {**self._status, "state": DaemonState.DRAINING} if self.stopping else self._status
 
     def matrix(self) -> list[list[float | None]]:
         return self._matrix()
@@ -283,8 +284,10 @@ class ControlDesk:
         self._wake_event.set()
         self._wake_stream()
 
-    def _state(self) -> str:
-        return "draining" if self.stopping else "paused" if self.paused else "running"
+    def _state(self) -> DaemonState:
+        if self.stopping:
+            return DaemonState.DRAINING
+        return DaemonState.PAUSED if self.paused else DaemonState.RUNNING
 
     def _check(self, job: Job, stream: StreamReader) -> dict[str, Any]:
         contact = stream.status.last_contact_monotonic
@@ -342,7 +345,7 @@ def run(
         configure_torch(config.threads)
         from streamlearn.job import Job
 
-        metrics.record_state("restoring", ready=False)
+        metrics.record_state(DaemonState.RESTORING, ready=False)
         spec = config.checkpoint
         store = Store(
             config.state_dir, keep=spec.keep, hourly=spec.hourly, task_ends=spec.task_ends, before_write=lock.check
@@ -357,7 +360,7 @@ def run(
             stack.enter_context(live_view(desk))
         stack.callback(desk.refuse_requests)
         while (diverged := learn_from(job, desk)) is not None:
-            metrics.record_state("restoring", ready=False)
+            metrics.record_state(DaemonState.RESTORING, ready=False)
             job = job.roll_back(diverged)
         try_record_clean_end(config.state_dir)
         ignore_stop_signals()
@@ -395,7 +398,7 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
         job.metrics.count("out_of_memory", 1)
         raise StreamlearnError.from_out_of_memory(error) from error
     finally:
-        job.state = "draining"
+        job.state = DaemonState.DRAINING
         desk.publish(job, stream)
         for _ in range(2):  # a second time, if a save that had already started has failed
             if job.progress.positions != job.snapshot_positions and not job.mid_delivery:
@@ -425,7 +428,7 @@ def save_last(job: Job, stream: StreamReader) -> Diverged | None:
     from streamlearn.job import Diverged
 
     try:
-        job.save(stream, "shutdown")
+        job.save(stream, SaveTrigger.SHUTDOWN)
     except Diverged as error:
         logger.warning("%s: the batches since the last checkpoint are not saved", error)
         return error

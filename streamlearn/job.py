@@ -20,6 +20,7 @@ import torch
 
 from streamlearn import __version__, state
 from streamlearn.checkpoint import LockLost
+from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, is_out_of_memory
 from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
@@ -83,7 +84,7 @@ class Snapshot:
 class PendingSave:
     """A checkpoint that the writer thread is writing, or that waits for the one before it."""
 
-    trigger: str
+    trigger: SaveTrigger
     snapshot: Snapshot
     tags: list[str] = field(default_factory=list)
     written: Future[tuple[Checkpoint, int | None, float]] | None = None  # None while it waits
@@ -107,7 +108,7 @@ class Job:
     restored_checkpoint: Checkpoint | None = None  # the one that this job started from
     saved_positions: Positions = field(default_factory=Positions)  # of the newest durable checkpoint
     newest_timestamps: dict[str, float] = field(default_factory=dict)  # of the newest applied record, by topic
-    state: str = "starting"
+    state: DaemonState = DaemonState.STARTING
     started: float = field(default_factory=time.time)
     batches_without_update: int = 0  # consecutive batches without a finite update
     rollbacks: int = 0  # consecutive rollbacks that led to this job
@@ -315,7 +316,7 @@ class Job:
         by_batches = spec.every_batches is not None and self.learner.batches - self._saved_batches >= spec.every_batches
         return by_batches or (spec.every_seconds is not None and waited >= spec.every_seconds)
 
-    def save(self, stream: StreamReader, trigger: str, tag: str | None = None) -> PendingSave:
+    def save(self, stream: StreamReader, trigger: SaveTrigger, tag: str | None = None) -> PendingSave:
         """Take a snapshot and let the writer thread write it; `finish_save` handles the result.
 
         Learning pauses only for the copy, never for the disk. One checkpoint is written at a time, and at most one waits. A
@@ -486,7 +487,7 @@ class Job:
         )
         files[matrix.FILE] = self.matrix.table()
         files["offsets.json"] = _json(self.progress.positions.to_json())
-        files["status.json"] = _json({**self.status(None), "state": "stopped", "pid": None})
+        files["status.json"] = _json({**self.status(None), "state": DaemonState.STOPPED, "pid": None})
         info = {
             "step": self.learner.step,
             "batches": self.learner.batches,

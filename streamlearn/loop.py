@@ -9,6 +9,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from streamlearn.core.states import SaveTrigger
+
 if TYPE_CHECKING:
     from streamlearn.data import Delivery
     from streamlearn.job import Job
@@ -46,7 +48,7 @@ def run(job: Job, stream: StreamReader, control: Control) -> None:
         if job.evaluation_due(idle=delivery is None):
             job.evaluate(live=True)
         if job.checkpoint_due():
-            job.save(stream, "interval")
+            job.save(stream, SaveTrigger.INTERVAL)
         control.serve(job, stream, idle=delivery is None)
 
 
@@ -90,11 +92,11 @@ def turn(job: Job, stream: StreamReader, delivery: Delivery) -> None:
     if delivery.end_offsets is not None:
         # Save the end offsets before the last, short batch is learned. A newer snapshot that replaces this one contains them
         # too. So every checkpoint with later batches has the end offsets, and a restart does not choose others.
-        job.save(stream, "task_end")
+        job.save(stream, SaveTrigger.TASK_END)
 
     if delivery.forgives_below is not None:
         # a restart must read on after the burst, although samples from before it may still wait for their batch
-        job.save(stream, "burst")
+        job.save(stream, SaveTrigger.BURST)
 
     if delivery.task_end_reason is not None and task is not None:
         task.state = "refining"
@@ -110,7 +112,7 @@ def turn(job: Job, stream: StreamReader, delivery: Delivery) -> None:
         job.check_replay()
         if learner.strategy.penalty.metrics():
             job.metrics.gauges.set("importance_last_update_timestamp_seconds", time.time())
-        job.save(stream, "task_end")
+        job.save(stream, SaveTrigger.TASK_END)
         logger.info(
             "accuracy %s, forgetting %s",
             _four_digits(job.matrix.average_accuracy),

@@ -24,6 +24,7 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
+from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.data import REJECT_REASONS
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.reader import StreamStatus
 
 PREFIX = "streamlearn_"
-STATES = ("starting", "restoring", "running", "paused", "draining")
-SAVE_TRIGGERS = ("interval", "task_end", "shutdown", "manual", "burst")
+STATES = tuple(state for state in DaemonState if state is not DaemonState.STOPPED)  # a stopped daemon has no metrics
 TASK_END_SOURCES = ("marker", "next_topic", "count", "idle", "command")  # label `source`: what ended a task
 START_CAUSES = ("first", "clean", "crash")  # label `cause`: how the previous process ended
 SKIP_REASONS = ("retention", "corrupt", "oversize")  # label `reason` of skipped offsets
@@ -292,7 +292,7 @@ class Metrics:
         results = ("success", "failure")
         limited = [name for name, (_, labels) in COUNTERS.items() if {"topic", "task"} & set(labels)]
         fixed_labels: dict[str, Iterable[tuple[str, ...]]] = {
-            "checkpoints": product(results, SAVE_TRIGGERS),
+            "checkpoints": product(results, SaveTrigger),
             "dlq_records": product(results),
             "metrics_labels_dropped": product(limited),
             "restarts": product(START_CAUSES),
@@ -482,11 +482,11 @@ class Metrics:
         """Set the value above which a running total counts: a total that was restored from state is not new in this process."""
         self._baselines[key] = total
 
-    def record_state(self, state: str, *, ready: bool) -> None:
+    def record_state(self, state: DaemonState, *, ready: bool) -> None:
         """Record the state of the daemon, and whether every readiness condition holds."""
         self.gauges.replace("state", {(name,): name == state for name in STATES})
         self.gauges.set("up_ready", ready)
-        self.gauges.set("consumer_paused", state == "paused")
+        self.gauges.set("consumer_paused", state is DaemonState.PAUSED)
 
     def _smooth(self, name: str, task: str, value: float | None) -> None:
         if value is None or not math.isfinite(value) or not self._admit_label("task", task):

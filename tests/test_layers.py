@@ -14,7 +14,7 @@ PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 
 ROWS = [
-    {"older_keys"},
+    {"older_keys", "core"},
     {"data", "patterns", "tensors", "logs", "__init__"},
     {"config", "table"},
     {"configfile", "scenario"},

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from benchmarks.reproduce.cells import Row, Settings, Table
     from benchmarks.reproduce.streams import Curriculum
+    from streamlearn.core.states import SaveTrigger
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**9
@@ -136,7 +137,7 @@ class Cell:
 class JobWithoutCheckpoints(Job):
     """A job that writes no checkpoints: an interrupted cell starts again."""
 
-    def save(self, stream: StreamReader, trigger: str, tag: str | None = None) -> PendingSave:
+    def save(self, stream: StreamReader, trigger: SaveTrigger, tag: str | None = None) -> PendingSave:
         del stream, tag
         return PendingSave(trigger, Snapshot({}, {}, {}, frozenset(), Positions(), 0, 0.0), finished=True)
 

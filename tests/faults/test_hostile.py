@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from streamlearn import daemon, loop, state
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
+from streamlearn.core.states import SaveTrigger
 from streamlearn.data import REJECT_REASONS, Progress
 from streamlearn.job import Job
 from streamlearn.metrics import Metrics
@@ -238,7 +239,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
     stream.start()
     try:
         loop.run(job, stream, Unattended())
-        assert job.save(stream, "shutdown") is not None
+        assert job.save(stream, SaveTrigger.SHUTDOWN) is not None
     finally:
         stream.stop()
     return job

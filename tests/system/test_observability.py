@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from streamlearn.core.states import SaveTrigger
 from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import (
@@ -28,7 +29,6 @@ from streamlearn.metrics import (
     HISTOGRAMS,
     MAX_LABEL_VALUES,
     PREFIX,
-    SAVE_TRIGGERS,
     SKIP_REASONS,
     START_CAUSES,
     STATES,
@@ -394,7 +394,7 @@ def test_label_values_are_documented_and_exist() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text()
     known = {
         "`reason` of a rejection": REJECT_REASONS,
-        "`trigger`": SAVE_TRIGGERS,
+        "`trigger`": tuple(SaveTrigger),
         "`state`": STATES,
         "`source` of a task's end": TASK_END_SOURCES,
         "`cause` of a start": START_CAUSES,

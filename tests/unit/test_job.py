@@ -18,6 +18,7 @@ from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import format_summary, read_status
 from streamlearn.config import Config, DivergenceConfig
+from streamlearn.core.states import SaveTrigger
 from streamlearn.daemon import ControlDesk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -77,7 +78,7 @@ def test_a_snapshot_does_not_change(tmp_path: Path) -> None:
     """Neither later updates nor later positions get into a checkpoint that is being written."""
     job, stream = made(tmp_path)
     before = job.learner.params[0].clone()
-    saving = job.save(stream, "manual")
+    saving = job.save(stream, SaveTrigger.MANUAL)
     with torch.no_grad():
         job.learner.params[0].add_(1)
     job.progress.positions = Positions({("a", 0): Position(4)})
@@ -94,11 +95,11 @@ def test_a_snapshot_does_not_change(tmp_path: Path) -> None:
 def test_a_failed_checkpoint_is_one_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Training continues, the next attempt waits, and the previous checkpoint stays valid."""
     job, stream = made(tmp_path)
-    job.save(stream, "manual")
+    job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
     job.store.root = tmp_path / "file" / "checkpoints"
     (tmp_path / "file").write_text("")
-    saving = job.save(stream, "interval")
+    saving = job.save(stream, SaveTrigger.INTERVAL)
     job.wait_for_saves(stream)
     assert (saving.finished, saving.checkpoint) == (True, None)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
@@ -113,7 +114,7 @@ def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:
     job, stream = made(tmp_path)
     for _ in range(2):
         job.learner.step += 1
-        job.save(stream, "manual")
+        job.save(stream, SaveTrigger.MANUAL)
         job.wait_for_saves(stream)
     rate, restored = job.learner.optimizer.lr, []
     for attempt in (1, 2, 3):
@@ -230,9 +231,9 @@ def after_accuracy_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over:
     return job, stream
 
 
-@pytest.mark.parametrize("trigger", ["interval", "burst", "manual", "shutdown", "task_end"])
+@pytest.mark.parametrize("trigger", SaveTrigger)
 def test_every_save_evaluates_first_if_drop_is_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trigger: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trigger: SaveTrigger
 ) -> None:
     """No checkpoint may contain weights that the next evaluation would refuse, whatever triggered the save."""
     job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
@@ -342,7 +343,7 @@ def test_a_restart_keeps_the_time_of_the_evaluation(tmp_path: Path, monkeypatch:
     job.evaluate()
     assert last_success(job) == ["2000.0"]  # this one had no result
     monkeypatch.undo()
-    job.save(stream, "manual")
+    job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
     again = Job.make(job.config, job.store, Metrics())
     again.restore()
@@ -374,7 +375,7 @@ def test_an_incompatible_checkpoint_is_explained(
 ) -> None:
     """Another strategy is one difference, whatever its parameters; for labels that cannot be added there is a hint."""
     job, stream = made(tmp_path, **before)
-    job.save(stream, "manual")
+    job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
     other, _ = made(tmp_path, **(before | now))
     with pytest.raises(StreamlearnError) as caught:
@@ -407,17 +408,17 @@ def test_learning_never_waits_for_the_disk(tmp_path: Path) -> None:
     """While a checkpoint is written every save returns at once: the newest snapshot waits, and replaces older ones."""
     job, stream = made(tmp_path)
     held = BlockedStore(job)
-    first = job.save(stream, "interval")
+    first = job.save(stream, SaveTrigger.INTERVAL)
     assert held.begun.wait(60)
     move(job, 4)
-    by_hand = job.save(stream, "manual", "mine")
+    by_hand = job.save(stream, SaveTrigger.MANUAL, "mine")
     job.progress.tasks.append(Task(0, "a", end_offsets={0: 5}))
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     move(job, 5)
-    closed = job.save(stream, "task_end")
+    closed = job.save(stream, SaveTrigger.TASK_END)
     move(job, 6)
     job.progress.tasks[0].state = "ended"
-    ended = job.save(stream, "task_end")
+    ended = job.save(stream, SaveTrigger.TASK_END)
     assert (job.checkpoint, first.finished, job.snapshot_positions) == (None, False, job.progress.positions)
     held.open.set()
     job.wait_for_saves(stream)
@@ -439,9 +440,9 @@ def test_a_stop_writes_at_most_one_more_checkpoint(tmp_path: Path) -> None:
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     held = BlockedStore(job)
-    job.save(stream, "interval")
+    job.save(stream, SaveTrigger.INTERVAL)
     move(job, 4)
-    job.save(stream, "interval")
+    job.save(stream, SaveTrigger.INTERVAL)
     move(job, 5)
     beats = []
 
@@ -470,7 +471,7 @@ def test_a_stop_saves_again_after_a_failed_save(tmp_path: Path, monkeypatch: pyt
         return save(*arguments, **more)
 
     monkeypatch.setattr(job.store, "save", fail_once)
-    job.save(stream, "interval")
+    job.save(stream, SaveTrigger.INTERVAL)
     desk = ControlDesk(job.config, Metrics())
     desk.stopping = True
     learn(job, stream, desk)
@@ -487,7 +488,7 @@ def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
         move(job, 4 + number)
         if number == 2:
             job.store.restore("1")
-        saving = job.save(stream, "manual")
+        saving = job.save(stream, SaveTrigger.MANUAL)
         job.wait_for_saves(stream)
         assert saving.checkpoint is not None
         inodes.append((saving.checkpoint.path / "probes.sealed.0.safetensors").stat().st_ino)
@@ -521,7 +522,7 @@ def test_status_and_checkpoint_grow_linearly_with_tasks(tmp_path: Path) -> None:
         status = job.status(stream)
         assert (status["matrix"], len(status["tasks"])) == (None, count)
         move(job, 3 + count)
-        saving = job.save(stream, "task_end")
+        saving = job.save(stream, SaveTrigger.TASK_END)
         job.wait_for_saves(stream)
         assert saving.checkpoint is not None
         files = saving.checkpoint.manifest["files"]

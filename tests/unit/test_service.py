@@ -14,6 +14,7 @@ import pytest
 
 from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import why_not_ready
+from streamlearn.core.states import SaveTrigger
 from streamlearn.daemon import ControlDesk, Request
 from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
@@ -233,7 +234,7 @@ def test_a_tag_taken_meanwhile_is_reported(tmp_path: Path) -> None:
     """The checkpoint is saved, and the answer says that it does not have the tag."""
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
-    job.save(stream, "manual")
+    job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
     held = BlockedStore(job)
     desk._requests.append(request := Request("checkpoint", {"tag": "mine"}))

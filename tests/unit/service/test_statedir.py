@@ -17,6 +17,7 @@ import pytest
 
 from streamlearn.checkpoint import LockLost, Store
 from streamlearn.cli import lifecycle
+from streamlearn.core.states import SaveTrigger
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import (
@@ -180,12 +181,12 @@ def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code:
     state_dir = tmp_path / "state"
     with locked(state_dir) as lock:
         job.store = Store(state_dir, before_write=lock.check)
-        job.save(stream, "manual")
+        job.save(stream, SaveTrigger.MANUAL)
         job.wait_for_saves(stream)
         assert len(job.store.all()) == 1
         shutil.rmtree(state_dir)
         second = Lock(state_dir) if how == "replaced" else None
-        job.save(stream, "manual")
+        job.save(stream, SaveTrigger.MANUAL)
         with pytest.raises(LockLost, match=how) as caught:
             job.wait_for_saves(stream)
         assert caught.value.code == code
@@ -197,7 +198,7 @@ def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code:
 def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training continues after EIO, and the next save succeeds."""
     job, stream = made(tmp_path)
-    job.save(stream, "manual")
+    job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
 
     def fail(_: object) -> Any:
@@ -205,11 +206,11 @@ def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as broken:
         broken.setattr(Store, "paths", fail)
-        job.save(stream, "manual")
+        job.save(stream, SaveTrigger.MANUAL)
         job.wait_for_saves(stream)
         assert job.current_save is None
     failed, job.save_failed = job.save_failed, None
     assert failed is not None
-    saving = job.save(stream, "manual")
+    saving = job.save(stream, SaveTrigger.MANUAL)
     job.wait_for_saves(stream)
     assert saving.checkpoint is not None
