@@ -13,8 +13,8 @@ from benchmarks.update import samples
 from streamlearn.checkpoint import Store
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import Position, Positions, Progress, Task
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter

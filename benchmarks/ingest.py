@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn import configfile, loop, producer
+from streamlearn import configfile, producer
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config, KafkaConfig
 from streamlearn.data import Progress
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime import loop
+from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec

@@ -22,9 +22,7 @@ ROWS = [
     {"state", "strategies", "evaluation"},
     {"learning", "service", "predict", "producer", "report"},
     {"metrics"},
-    {"job"},
-    {"loop"},
-    {"daemon", "demo"},
+    {"runtime", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -19,12 +19,12 @@ import yaml
 from pydantic import ValidationError
 
 from benchmarks.reproduce import streams
-from streamlearn import loop
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
 from streamlearn.data import Positions, Progress, StreamlearnError
-from streamlearn.job import Job, PendingSave, Snapshot
 from streamlearn.metrics import Metrics
+from streamlearn.runtime import loop
+from streamlearn.runtime.job import Job, PendingSave, Snapshot
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec

@@ -263,7 +263,7 @@ def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
         raise StreamlearnError(f"{config.embedded.path}: no such file", code=74)
-    from streamlearn.daemon import open_reader_and_writer
+    from streamlearn.runtime.daemon import open_reader_and_writer
 
     reader, writer = open_reader_and_writer(config)
     try:

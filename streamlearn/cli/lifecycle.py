@@ -67,7 +67,8 @@ def run(
 
     try:
         loaded = load_config(config, warn=True)
-        from streamlearn import daemon, logs
+        from streamlearn import logs
+        from streamlearn.runtime import daemon
 
         logs.set_up(loaded.log.level, loaded.log.format)
         live = sys.stdout.isatty() and not quiet and ready_fd is None

@@ -66,6 +66,6 @@ def open_topics(
         return EmbeddedReader(embedded), EmbeddedWriter(embedded)
     if config is None:
         raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
-    from streamlearn.daemon import open_reader_and_writer
+    from streamlearn.runtime.daemon import open_reader_and_writer
 
     return open_reader_and_writer(config)

@@ -14,8 +14,8 @@ import pytest
 from streamlearn import configfile, state
 from streamlearn.checkpoint import MANIFEST, Store, _digest
 from streamlearn.data import StreamlearnError
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
 from tests.chaos.case import FULL, Case
 from tests.support import jobs

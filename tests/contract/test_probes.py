@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from streamlearn import loop, state
+from streamlearn import state
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
 from streamlearn.data import Delivery, Progress, Task
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime import loop
+from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec
@@ -199,7 +200,7 @@ def test_probes_do_not_change_what_is_learned(tmp_path: Path, choice: str, strat
 
 def test_the_log_has_accuracies_with_four_digits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The end of a task is one log line; forgetting is not defined before the second task."""
-    caplog.set_level("INFO", "streamlearn.loop")
+    caplog.set_level("INFO", "streamlearn.runtime.loop")
     samples = {topic: numbers(labels, 24, seed) for seed, (topic, labels) in enumerate(LABELS.items())}
     learn(tmp_path, published(samples, {topic: numbers(LABELS[topic], 7, 9) for topic in LABELS}), strategy="naive")
     lines = [message for message in caplog.messages if message.startswith("accuracy")]

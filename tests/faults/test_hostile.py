@@ -14,13 +14,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from streamlearn import daemon, loop, state
+from streamlearn import state
 from streamlearn.checkpoint import Store
 from streamlearn.config import Config
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import REJECT_REASONS, Progress
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime import daemon, loop
+from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode

@@ -15,17 +15,17 @@ from torch import nn
 
 from streamlearn.checkpoint import Store
 from streamlearn.config import KafkaConfig
-from streamlearn.daemon import ControlDesk, learn
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.models.mlp import MLP
+from streamlearn.runtime.daemon import ControlDesk, learn
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.kafka import KafkaWriter
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 from tests.system.test_daemon import cli, one_line
-from tests.unit.test_job import made
+from tests.unit.runtime.test_job import made
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -180,7 +180,7 @@ def test_out_of_memory_is_75_and_saves_nothing(tmp_path: Path, monkeypatch: pyte
     """The failed update may have changed a part of the model, so the previous checkpoint stays the newest."""
     job, stream = made(tmp_path)
     job.mid_delivery = True
-    monkeypatch.setattr("streamlearn.loop.run", fail)
+    monkeypatch.setattr("streamlearn.runtime.loop.run", fail)
     desk = ControlDesk(job.config, Metrics())
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
         learn(job, stream, desk)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn import daemon
 from streamlearn.checkpoint import MANIFEST, Store
 from streamlearn.cli import lifecycle
+from streamlearn.runtime import daemon
 from streamlearn.stream import letters
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.log import PROBE, USE_HEADER

@@ -12,11 +12,11 @@ import torch
 
 from streamlearn import configfile, older_keys, state
 from streamlearn.checkpoint import FORMAT, MANIFEST, Store
-from streamlearn.daemon import make_stream_reader
 from streamlearn.data import Batch, Progress, StreamlearnError
 from streamlearn.evaluation.matrix import FILE
-from streamlearn.job import Job
 from streamlearn.metrics import Metrics
+from streamlearn.runtime.daemon import make_stream_reader
+from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
 from tests.golden import make
 from tests.support import jobs

@@ -15,14 +15,14 @@ import pytest
 from streamlearn.checkpoint import Store
 from streamlearn.cli.lifecycle import why_not_ready
 from streamlearn.core.states import SaveTrigger
-from streamlearn.daemon import ControlDesk, Request
 from streamlearn.data import StreamlearnError, Task
 from streamlearn.metrics import Metrics
+from streamlearn.runtime.daemon import ControlDesk, Request
 from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
 from streamlearn.service.statedir import locked, record_process
-from tests.unit.test_job import BlockedStore, made
+from tests.unit.runtime.test_job import BlockedStore, made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.daemon import ControlDesk
 from streamlearn.data import Delivery
 from streamlearn.metrics import Metrics
-from tests.unit.test_job import made
+from streamlearn.runtime.daemon import ControlDesk
+from tests.unit.runtime.test_job import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable

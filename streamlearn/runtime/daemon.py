@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.config import Config
-    from streamlearn.job import Diverged, Job, PendingSave
+    from streamlearn.runtime.job import Diverged, Job, PendingSave
     from streamlearn.stream.log import LogReader, LogWriter
     from streamlearn.stream.reader import StreamReader
 
@@ -343,7 +343,7 @@ def run(
         from streamlearn.tensors import configure_torch
 
         configure_torch(config.threads)
-        from streamlearn.job import Job
+        from streamlearn.runtime.job import Job
 
         metrics.record_state(DaemonState.RESTORING, ready=False)
         spec = config.checkpoint
@@ -368,7 +368,7 @@ def run(
 
 def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
     """Learn until a stop is requested or the stream is finished; return the error if training diverged, else None."""
-    from streamlearn.job import Diverged
+    from streamlearn.runtime.job import Diverged
 
     stream = make_stream_reader(job)
     stream.start()
@@ -387,7 +387,7 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
     Raises `StreamlearnError`: 75 if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
     rejected; and `Diverged`.
     """
-    from streamlearn import loop
+    from streamlearn.runtime import loop
 
     diverged = None
     try:
@@ -425,7 +425,7 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
 
 def save_last(job: Job, stream: StreamReader) -> Diverged | None:
     """Save the last checkpoint; return the error if training diverged and nothing may be saved, else None."""
-    from streamlearn.job import Diverged
+    from streamlearn.runtime.job import Diverged
 
     try:
         job.save(stream, SaveTrigger.SHUTDOWN)

@@ -13,7 +13,7 @@ from streamlearn.core.states import SaveTrigger
 
 if TYPE_CHECKING:
     from streamlearn.data import Delivery
-    from streamlearn.job import Job
+    from streamlearn.runtime.job import Job
     from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from streamlearn import loop
 from streamlearn.checkpoint import Checkpoint, Store
 from streamlearn.cli.lifecycle import format_summary, read_status
 from streamlearn.config import Config, DivergenceConfig
 from streamlearn.core.states import SaveTrigger
-from streamlearn.daemon import ControlDesk, Request, learn
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
-from streamlearn.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics
+from streamlearn.runtime import loop
+from streamlearn.runtime.daemon import ControlDesk, Request, learn
+from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
@@ -294,7 +294,7 @@ def test_a_batch_without_usable_samples_is_not_evaluated(tmp_path: Path, monkeyp
 
 def test_the_warning_and_the_alert_on_replay_agree() -> None:
     """The warning at a task's end and the alert StreamlearnReplayPoor have the same limit."""
-    rules = (Path(__file__).parents[2] / "deploy" / "prometheus" / "streamlearn.rules.yml").read_text()
+    rules = (Path(__file__).parents[3] / "deploy" / "prometheus" / "streamlearn.rules.yml").read_text()
     assert re.findall(r"\(streamlearn_replay_agreement_ratio\) < ([0-9.]+)", rules) == [str(MIN_REPLAY_AGREEMENT)]
 
 
