@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.ingest import NoCommands
-from streamlearn import configfile, producer
-from streamlearn.checkpoint import Store
+from streamlearn import producer
+from streamlearn.checkpoint.store import Store
+from streamlearn.config import loader
 from streamlearn.data import Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "docs" / "data" / "babi.json", ROOT / "docs" / "images" / "babi.png"
@@ -52,8 +53,8 @@ def settings(directory: str, strategy: str | None, **over: str) -> Config:
     environ |= {"CHECKPOINT__EVERY_SECONDS": "null", "PROBES__EVERY": "10"}
     if strategy is not None:
         environ["STRATEGY"] = strategy
-    named = {f"{configfile.ENV_PREFIX}{key}": value for key, value in environ.items()}
-    return configfile.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
+    named = {f"{loader.ENV_PREFIX}{key}": value for key, value in environ.items()}
+    return loader.load(ROOT / "configs" / "babi.yaml", RECIPES, named)
 
 
 def publish_tasks(topics: Sequence[str], limit: int | None) -> MemoryStore:

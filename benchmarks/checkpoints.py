@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.ingest import settings
 from benchmarks.update import samples
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import Position, Positions, Progress, Task
 from streamlearn.metrics import Metrics
@@ -24,7 +24,7 @@ from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
 
 EVERY_SECONDS, PAIRS = 10.0, 4
 TARGET = 0.97

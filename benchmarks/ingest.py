@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn import configfile, producer
-from streamlearn.checkpoint import Store
-from streamlearn.config import Config, KafkaConfig
+from streamlearn import producer
+from streamlearn.checkpoint.store import Store
+from streamlearn.config import loader
 from streamlearn.data import Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
@@ -23,12 +23,14 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
+    from streamlearn.config.root import Config
     from streamlearn.stream.log import LogReader, LogWriter
 
 SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
@@ -62,8 +64,8 @@ def settings(directory: Path, topic: str) -> Config:
         "checkpoint": {"every_seconds": None},
     }
     path = directory / "job.yaml"
-    path.write_text(configfile.dump(tree))
-    return configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(tree))
+    return loader.load(path, RECIPES, {})
 
 
 def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float:

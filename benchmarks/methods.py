@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
-from streamlearn import configfile, state
+from streamlearn import state
+from streamlearn.config import loader
 from streamlearn.data import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
@@ -53,8 +54,8 @@ def learners_by_task(name: str) -> Iterator[tuple[int, Learner]]:
     }
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.yaml"
-        path.write_text(configfile.dump(merged(tree, NEEDS.get(name, {}))))
-        config = configfile.load(path, RECIPES, {})
+        path.write_text(loader.dump(merged(tree, NEEDS.get(name, {}))))
+        config = loader.load(path, RECIPES, {})
     learner = make_learner(config, Scenario.from_config(config))
     tasks: list[Task] = []
     for index in range(TASKS + 1):

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn import configfile, producer
-from streamlearn.checkpoint import Store
+from streamlearn import producer
+from streamlearn.checkpoint.store import Store
+from streamlearn.config import loader
 from streamlearn.data import StreamlearnError
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.service.client import Client
@@ -88,7 +89,7 @@ def measure(tasks: int) -> dict[str, Any]:
         directory = Path(name)
         publish(directory / "topics.sqlite", tasks)
         config, log = directory / "job.yaml", directory / "job.log"
-        config.write_text(configfile.dump(settings(directory)))
+        config.write_text(loader.dump(settings(directory)))
         with log.open("wb") as out:
             command = [sys.executable, "-m", "streamlearn", "run", str(config), "--quiet"]
             process = subprocess.Popen(command, stdout=out, stderr=out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamlearn import configfile
+from streamlearn.config import loader
 from streamlearn.data import Batch, Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.models.mlp import MLP
@@ -44,8 +44,8 @@ def learner(strategy: dict[str, Any]) -> Learner:
     }
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "job.yaml"
-        path.write_text(configfile.dump(tree))
-        config = configfile.load(path, RECIPES, {})
+        path.write_text(loader.dump(tree))
+        config = loader.load(path, RECIPES, {})
     made = make_learner(config, Scenario.from_config(config))
     for index in range(2):
         made.begin_task(Task(index, "ab"[index]))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from streamlearn.tensors import seeded_generator
 
 if TYPE_CHECKING:
-    from streamlearn.config import AugmentConfig
+    from streamlearn.learning.config import AugmentConfig
 
 
 class RandomAffine:

@@ -8,8 +8,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamlearn import configfile, producer, report
-from streamlearn.checkpoint import Store
+from streamlearn import producer, report
+from streamlearn.checkpoint.store import Store
+from streamlearn.config import loader
 from streamlearn.data import StreamlearnError
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.service.client import Client
@@ -99,7 +100,7 @@ def _publish(work: Path) -> None:
 def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
     """Start the daemon of a run; its output goes to a log file."""
     path = work / f"{name}.yaml"
-    path.write_text(configfile.dump(make_config(work, name)))
+    path.write_text(loader.dump(make_config(work, name)))
     with (work / f"{name}.log").open("wb") as log:
         command = [sys.executable, "-m", "streamlearn", "run", str(path)]
         return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - the command is this interpreter and this package

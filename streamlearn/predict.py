@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import nn
 from torch.nn import functional
 
-from streamlearn import config, state
+from streamlearn import state
+from streamlearn.core.config import InputConfig, TextInputConfig
 from streamlearn.data import Rejected, StreamlearnError, is_out_of_memory
+from streamlearn.learning.config import ModelConfig
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
 from streamlearn.models.modes import global_seed
@@ -32,7 +34,7 @@ from streamlearn.tensors import configure_torch, finite_rows, make_preprocess
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streamlearn.checkpoint import Checkpoint
+    from streamlearn.checkpoint.store import Checkpoint
     from streamlearn.data import Label
     from streamlearn.strategies.slots import Network
 
@@ -66,8 +68,8 @@ class _State(_Lenient):
 class ModelDescription(_Lenient):
     """The content of `model.json`, validated."""
 
-    model: config.ModelConfig
-    input: config.InputConfig | config.TextInputConfig
+    model: ModelConfig
+    input: InputConfig | TextInputConfig
     vocabulary: list[str]
     codec: Literal[1, 2] = 1  # older checkpoints have no version: theirs is 1
     seed: Count
@@ -86,7 +88,7 @@ class ModelDescription(_Lenient):
         where = f"{checkpoint.path / 'model.json'}"
         try:
             tree = checkpoint.read_json("model.json")
-            section = config.TextInputConfig if tree["input"]["kind"] == "text" else config.InputConfig
+            section = TextInputConfig if tree["input"]["kind"] == "text" else InputConfig
             tree["input"] = {key: value for key, value in tree["input"].items() if key in section.model_fields}
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -135,7 +137,7 @@ class Model:
         self.description = ModelDescription.read(checkpoint)
         configure_torch(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
-        self.text = isinstance(tree.input, config.TextInputConfig)
+        self.text = isinstance(tree.input, TextInputConfig)
         cpu = torch.device("cpu")
         encoder, self.shape = None, tuple(tree.input.shape)
         if tree.input.encoder is not None:
@@ -181,7 +183,7 @@ class Model:
 
     def _build(self, spec: Mapping[str, Any]) -> Network:
         tree, cpu = self.description, torch.device("cpu")
-        vocabulary = tree.input.vocabulary if isinstance(tree.input, config.TextInputConfig) else None
+        vocabulary = tree.input.vocabulary if isinstance(tree.input, TextInputConfig) else None
 
         def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
             return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
@@ -260,7 +262,7 @@ class Model:
 
     def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description
-        assert isinstance(tree.input, config.TextInputConfig)
+        assert isinstance(tree.input, TextInputConfig)
         vocabulary = Vocabulary(tree.vocabulary, tree.input.vocabulary)
         ids = np.zeros((len(x), *tree.input.shape), tree.input.dtype)
         rejected = {}

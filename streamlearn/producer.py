@@ -25,7 +25,7 @@ from streamlearn.table import read_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.data import Label
     from streamlearn.stream.log import Headers, LogWriter
 

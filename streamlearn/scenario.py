@@ -10,7 +10,7 @@ from streamlearn.data import Labels
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.data import Label, Task
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from streamlearn.config import KafkaConfig
+from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.tensors import configure_torch
 from tests.support.kafka_broker import KafkaBroker
 

@@ -19,8 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from benchmarks.reproduce import streams
-from streamlearn.checkpoint import Store
-from streamlearn.config import Config
+from streamlearn.checkpoint.store import Store
+from streamlearn.config.root import Config
 from streamlearn.data import Positions, Progress, StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from streamlearn.checkpoint import BrokenCheckpoint, Store
+from streamlearn.checkpoint.store import BrokenCheckpoint, Store
 from streamlearn.cli.common import (
     JsonOption,
     StateOption,

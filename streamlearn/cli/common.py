@@ -14,7 +14,7 @@ from streamlearn.data import StreamlearnError, is_out_of_memory
 from streamlearn.logs import printable, printable_lines
 
 if TYPE_CHECKING:
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
 
 StateOption = Annotated[
     Path | None,
@@ -31,7 +31,7 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML
 
 def load_config(path: Path, *, warn: bool = False) -> Config:
     """Return a configuration, and print its warnings if `warn` is set; raises `StreamlearnError` (78)."""
-    from streamlearn.configfile import load
+    from streamlearn.config.loader import load
     from streamlearn.strategies.recipes import RECIPES
 
     config = load(path, RECIPES, os.environ)

@@ -26,7 +26,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
     if json_:
         print_json(tree)
     else:
-        from streamlearn.configfile import dump
+        from streamlearn.config.loader import dump
 
         for line in dump(tree).splitlines():
             print_line(line)
@@ -35,7 +35,7 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the file, for completion in editors."""
-    from streamlearn.configfile import schema as make_schema
+    from streamlearn.config.schema import schema as make_schema
     from streamlearn.strategies.recipes import RECIPES
 
     print_json(make_schema(RECIPES))

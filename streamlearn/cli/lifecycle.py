@@ -212,7 +212,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
         if matrix and tree.get("tasks") and tree["matrix"] is None:
             tree["matrix"] = Client(directory, timeout=60).get("/matrix")["matrix"]
         return tree
-    from streamlearn.checkpoint import Store
+    from streamlearn.checkpoint.store import Store
 
     try:
         checkpoint = Store(directory).find("latest", "status.json")

@@ -17,7 +17,7 @@ from streamlearn.logs import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.data import Label
     from streamlearn.producer import ReadOptions, Samples
 

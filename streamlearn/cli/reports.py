@@ -25,7 +25,7 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML page and pictures of what was learned and what was forgotten."""
-    from streamlearn.checkpoint import Store
+    from streamlearn.checkpoint.store import Store
     from streamlearn.report import Run, write
 
     def read_run(directory: Path, name: str) -> Run:

@@ -12,7 +12,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.stream.log import LogReader, LogWriter
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
@@ -48,7 +48,7 @@ def open_topics(
     """
     quiet_kafka()
     if servers is not None:
-        from streamlearn.config import SERVER, KafkaConfig
+        from streamlearn.stream.logs.config import SERVER, KafkaConfig
 
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
             raise StreamlearnError(

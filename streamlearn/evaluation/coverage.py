@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.config import HoldoutConfig
     from streamlearn.data import Label, Task
+    from streamlearn.evaluation.config import HoldoutConfig
 
 EARLY_SAMPLES = 1000  # warn when a running task consumed this many and trained none
 EXPECTED = 20  # warn when a running task should have this many held-out samples and has none

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.augment import RandomAffine
-from streamlearn.config import TextInputConfig
+from streamlearn.core.config import TextInputConfig
 from streamlearn.data import Batch, Delivery, StreamlearnError
 from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
 from streamlearn.models import registry
@@ -47,8 +47,9 @@ from streamlearn.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from streamlearn.config import Config, LearnerConfig
+    from streamlearn.config.root import Config
     from streamlearn.data import Label, Task
+    from streamlearn.learning.config import LearnerConfig
     from streamlearn.scenario import Scenario
     from streamlearn.strategies.slots import Network, Slot, State, Strategy
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.data import Progress, StreamlearnError, format_outcomes, is_out_of_memory
 from streamlearn.metrics import Metrics
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.runtime.job import Diverged, Job, PendingSave
     from streamlearn.stream.log import LogReader, LogWriter
     from streamlearn.stream.reader import StreamReader

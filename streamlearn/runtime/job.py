@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn import __version__, state
-from streamlearn.checkpoint import LockLost
+from streamlearn.checkpoint.store import LockLost
 from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, is_out_of_memory
 from streamlearn.evaluation import matrix
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.checkpoint import Checkpoint, Content, Store
-    from streamlearn.config import Config
+    from streamlearn.checkpoint.store import Checkpoint, Content, Store
+    from streamlearn.config.root import Config
     from streamlearn.data import HeldOut, Partition, Task
     from streamlearn.learning.learner import LearnStats
     from streamlearn.metrics import Metrics

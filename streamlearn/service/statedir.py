@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint import LockLost, read_plain_file
+from streamlearn.checkpoint.store import LockLost, read_plain_file
 from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:

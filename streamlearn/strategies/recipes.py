@@ -19,7 +19,8 @@ from streamlearn.strategies.parameter_descriptions import describe_parameter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from streamlearn.config import Config, InputConfig, TextInputConfig
+    from streamlearn.config.root import Config
+    from streamlearn.core.config import InputConfig, TextInputConfig
     from streamlearn.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.slots import BuildContext, Network, Strategy

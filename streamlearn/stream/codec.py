@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 import orjson
 
-from streamlearn.config import TextInputConfig
+from streamlearn.core.config import TextInputConfig
 from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse_text
@@ -28,7 +28,7 @@ from streamlearn.stream.text import fingerprint, parse_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
     from streamlearn.data import Label
     from streamlearn.stream.text import Rows
 

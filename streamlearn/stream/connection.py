@@ -30,7 +30,7 @@ from streamlearn.stream.log import BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from streamlearn.config import KafkaConfig
+    from streamlearn.stream.logs.config import KafkaConfig
 
 BOOTSTRAP_MS = 5000
 REQUEST_MS = 10_000

@@ -36,8 +36,8 @@ from streamlearn.stream.log import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from streamlearn.config import KafkaConfig
     from streamlearn.data import Partition
+    from streamlearn.stream.logs.config import KafkaConfig
 
 MAX_POLL_RECORDS = 2000
 TOO_LARGE = (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError)

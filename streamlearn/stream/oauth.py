@@ -16,7 +16,7 @@ from streamlearn.data import StreamlearnError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from streamlearn.config import SaslConfig
+    from streamlearn.stream.logs.config import SaslConfig
 
 TIMEOUT_SECONDS = 5.0
 MAX_LIFETIME_SECONDS = 1e9  # an integer in JSON can be too large for a float

@@ -21,9 +21,9 @@ from streamlearn.stream.merge import PartitionMerge
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from streamlearn.config import StreamConfig
     from streamlearn.data import Partition, Position
     from streamlearn.stream.assembler import Assembler
+    from streamlearn.stream.config import StreamConfig
     from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.log import Bounds, LogReader, Record, TopicInfo
 

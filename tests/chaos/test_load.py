@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from streamlearn import producer
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END

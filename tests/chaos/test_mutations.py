@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn import configfile, state
-from streamlearn.checkpoint import MANIFEST, Store, _digest
+from streamlearn import state
+from streamlearn.checkpoint.store import MANIFEST, Store, _digest
+from streamlearn.config import loader
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from streamlearn.config import Config
+    from streamlearn.config.root import Config
 
     Mutation = Callable[[Path, random.Random], None]
 
@@ -190,7 +191,7 @@ def test_mutations(case: Case, daemon: Path, tmp_path: Path, number: int) -> Non
     source = Store(daemon.parent / "state").root
     path = tmp_path / "job.yaml"
     path.write_text(daemon.read_text().replace(str(daemon.parent / "state"), str(tmp_path / "state")))
-    config = configfile.load(path, RECIPES, {})
+    config = loader.load(path, RECIPES, {})
     root = tmp_path / "state" / "checkpoints"
     known: list[Any] = []
     for keep in (slice(0, 2), slice(0, 1)):  # the newest; the previous one

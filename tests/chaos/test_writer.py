@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.checkpoint import MANIFEST, Checkpoint, Store
+from streamlearn.checkpoint.store import MANIFEST, Checkpoint, Store
 from tests.chaos.case import FULL, ROOT, Case
 from tests.support import jobs
 
@@ -28,7 +28,7 @@ ERRORS = {
 WRITER = """
 import json, sys
 from pathlib import Path
-from streamlearn.checkpoint import OWN_KEYS, Store
+from streamlearn.checkpoint.store import OWN_KEYS, Store
 from streamlearn.data import StreamlearnError
 state, source, parent, attempts = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 manifest = json.loads((source / "MANIFEST.json").read_bytes())

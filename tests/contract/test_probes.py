@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from streamlearn import state
-from streamlearn.checkpoint import Store
-from streamlearn.config import Config
+from streamlearn.checkpoint.store import Store
+from streamlearn.config.root import Config
 from streamlearn.data import Delivery, Progress, Task
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop

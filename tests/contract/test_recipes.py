@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
-from streamlearn import configfile, state
+from streamlearn import state
+from streamlearn.config import loader
 from streamlearn.data import Batch, StreamlearnError, Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
@@ -55,8 +56,8 @@ class Run:
             tree = jobs.merged(tree, NEEDS.get(name, {}))
         tree = jobs.merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
         path = tmp_path / "job.yaml"
-        path.write_text(configfile.dump(tree))
-        config = configfile.load(path, RECIPES, {})
+        path.write_text(loader.dump(tree))
+        config = loader.load(path, RECIPES, {})
         self.scenario = Scenario.from_config(config)
         self.learner: Learner = make_learner(config, self.scenario)
         self.tasks: list[Task] = []

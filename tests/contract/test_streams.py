@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from kafka import KafkaAdminClient
 
-from streamlearn.config import KafkaConfig, StreamConfig, TextInputConfig
+from streamlearn.core.config import TextInputConfig
 from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
+from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.stream.log import LogReader, LogWriter, Record
+    from streamlearn.stream.logs.config import KafkaConfig
 
 TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
 SECONDS = 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from tests.support import jobs
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from streamlearn import state
-from streamlearn.checkpoint import Store
-from streamlearn.config import Config
+from streamlearn.checkpoint.store import Store
+from streamlearn.config.root import Config
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import REJECT_REASONS, Progress
 from streamlearn.metrics import Metrics

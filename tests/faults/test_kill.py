@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.checkpoint import Store
-from streamlearn.config import KafkaConfig
+from streamlearn.checkpoint.store import Store
 from streamlearn.stream.kafka import KafkaWriter
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 

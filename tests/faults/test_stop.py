@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from streamlearn.checkpoint import Store
-from streamlearn.config import KafkaConfig
+from streamlearn.checkpoint.store import Store
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.models.mlp import MLP
@@ -22,6 +21,7 @@ from streamlearn.runtime.daemon import ControlDesk, learn
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.kafka import KafkaWriter
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker
 from tests.system.test_daemon import cli, one_line

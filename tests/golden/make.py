@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from streamlearn import configfile, producer
-from streamlearn.checkpoint import FORMAT, Store
+from streamlearn import producer
+from streamlearn.checkpoint.store import FORMAT, Store
+from streamlearn.config import loader
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.embedded import EmbeddedWriter
 from tests.support import jobs
@@ -60,7 +61,7 @@ def main() -> None:
             tree = settings(directory, name)
             tree["stream"]["on_finished"] = "wait"
             tree["probes"] = {"every_seconds": None}  # what the clock has evaluated is shown, and is not state
-            config.write_text(configfile.dump(tree))
+            config.write_text(loader.dump(tree))
             with jobs.Daemon(config) as daemon:
                 daemon.until(lambda status: status.get("samples", {}).get("trained", 0) >= 80)
                 daemon.stop()

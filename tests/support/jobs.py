@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from streamlearn import producer, state
-from streamlearn.checkpoint import Checkpoint, Store
+from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record

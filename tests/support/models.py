@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from streamlearn.checkpoint import Checkpoint
+    from streamlearn.checkpoint.store import Checkpoint
 
 FEATURES = 4
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.config import Config
-from streamlearn.configfile import schema
+from streamlearn.config.root import Config
+from streamlearn.config.schema import schema
 from streamlearn.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX
 from streamlearn.strategies.recipes import RECIPES
 

@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamlearn import producer
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
 from streamlearn.stream.embedded import EmbeddedWriter

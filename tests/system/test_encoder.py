@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.predict import Model, accuracy
 from tests.support import jobs
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from streamlearn import producer
-from streamlearn.checkpoint import Checkpoint, Store
-from streamlearn.config import KafkaConfig
+from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, LogWriter
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.faults.test_kill import run_with_kills
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker

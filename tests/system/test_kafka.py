@@ -14,11 +14,11 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
-from streamlearn.config import KafkaConfig
 from streamlearn.data import Position, Progress, StreamlearnError
 from streamlearn.stream import kafka_batches, reader
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.contract.test_streams import TYPED, World, everything, places, until
 from tests.support import jobs
 from tests.support.kafka_broker import KafkaBroker

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from streamlearn.config import KafkaConfig
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
 from tests.system.test_daemon import cli, get, one_line, scrape
 

@@ -537,7 +537,7 @@ def test_compose_file_is_valid() -> None:
 
 def test_deployed_configuration_is_valid() -> None:
     """The job of the compose file is valid, and reads the topics that the producer there publishes."""
-    from streamlearn.configfile import load
+    from streamlearn.config.loader import load
     from streamlearn.strategies.recipes import RECIPES
 
     config = load(DEPLOY / "streamlearn.yaml", RECIPES, {})

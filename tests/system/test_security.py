@@ -13,9 +13,9 @@ import httpx
 import pytest
 import yaml
 
-from streamlearn.checkpoint import Store
-from streamlearn.config import KafkaConfig
+from streamlearn.checkpoint.store import Store
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
 from tests.support.secure_broker import SecureBroker, make_authority
 from tests.support.token_server import TokenServer

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from streamlearn import configfile, producer
+from streamlearn import producer
+from streamlearn.config import loader
 from streamlearn.data import StreamlearnError
 from streamlearn.predict import Model
 from tests.support import jobs
@@ -48,7 +49,7 @@ def write_config(directory: Path, topics: Path) -> Path:
     directory.mkdir()
     own = {"input": {"kind": "text", "sentences": 12, "words": 8, "vocabulary": 60}, "embedded": {"path": str(topics)}}
     path = directory / "job.yaml"
-    path.write_text(configfile.dump({**jobs.settings(directory, **KEYS), **own}))
+    path.write_text(loader.dump({**jobs.settings(directory, **KEYS), **own}))
     return path
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from streamlearn.augment import RandomAffine
-from streamlearn.config import AugmentConfig
+from streamlearn.learning.config import AugmentConfig
 
 CPU = torch.device("cpu")
 

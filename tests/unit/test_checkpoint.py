@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from streamlearn.checkpoint import MANIFEST, BrokenCheckpoint, Checkpoint, Store, _digest
+from streamlearn.checkpoint.store import MANIFEST, BrokenCheckpoint, Checkpoint, Store, _digest
 from streamlearn.cli.checkpoints import app
 from streamlearn.data import StreamlearnError
 

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from streamlearn.config import Config, SaslConfig
-from streamlearn.configfile import load, schema
+from streamlearn.config.loader import load
+from streamlearn.config.schema import schema
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
+from streamlearn.stream.logs.config import SaslConfig
 from tests.support import tables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from streamlearn.config.root import Config
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {"input": {"shape": [4]}, "classes": 3, "stream": {"topics": ["a"]}}

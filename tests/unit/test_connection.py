@@ -12,10 +12,10 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka import errors as kafka_errors
 
-from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream import connection
 from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs.config import KafkaConfig
 from tests.support.kafka_broker import free_port
 from tests.support.secure_broker import make_authority
 

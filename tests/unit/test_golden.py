@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from streamlearn import configfile, older_keys, state
-from streamlearn.checkpoint import FORMAT, MANIFEST, Store
+from streamlearn import older_keys, state
+from streamlearn.checkpoint.store import FORMAT, MANIFEST, Store
+from streamlearn.config import loader
 from streamlearn.data import Batch, Progress, StreamlearnError
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.metrics import Metrics
@@ -31,8 +32,8 @@ def restored_job(tmp_path: Path, golden: Path) -> Job:
     """Return the job of a golden checkpoint, restored from a copy of it."""
     shutil.copytree(golden, tmp_path / "state")
     path = tmp_path / "job.yaml"
-    path.write_text(configfile.dump(make.settings(tmp_path, golden.name)))
-    config = configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(make.settings(tmp_path, golden.name)))
+    config = loader.load(path, RECIPES, {})
     job = Job.make(config, Store(config.state_dir), Metrics())
     assert job.restore()
     return job
@@ -82,8 +83,8 @@ def test_a_parameter_added_later_is_accepted(tmp_path: Path, caplog: pytest.LogC
     tree = copy.deepcopy(make.settings(tmp_path / "other", golden.name))
     tree["strategy"]["agem"]["reference"] = 3
     path = tmp_path / "other" / "job.yaml"
-    path.write_text(configfile.dump(tree))
-    config = configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(tree))
+    config = loader.load(path, RECIPES, {})
     with pytest.raises(
         StreamlearnError, match=r"strategy\.agem\.reference: the checkpoint has None, the configuration 3"
     ):
@@ -113,8 +114,8 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
     shutil.copytree(golden, tmp_path / "state")
     tree = {**make.settings(tmp_path, golden.name), "kafka": {"bootstrap_servers": "127.0.0.1:1"}}
     path = tmp_path / "job.yaml"
-    path.write_text(configfile.dump(tree))
-    config = configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(tree))
+    config = loader.load(path, RECIPES, {})
     with pytest.raises(
         StreamlearnError, match=r"stream\.source: the checkpoint has 'embedded', the configuration 'kafka'"
     ) as caught:

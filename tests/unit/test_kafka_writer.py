@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kafka import errors as kafka_errors
 
-from streamlearn.config import KafkaConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaWriter
 from streamlearn.stream.log import ORIGINAL_SIZE_HEADER, BrokerUnavailable
+from streamlearn.stream.logs.config import KafkaConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

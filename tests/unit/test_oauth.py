@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.config import SaslConfig
 from streamlearn.data import StreamlearnError
 from streamlearn.stream import oauth
 from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs.config import SaslConfig
 from tests.support.token_server import TokenServer
 
 if TYPE_CHECKING:

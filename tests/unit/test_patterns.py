@@ -9,7 +9,7 @@ import time
 import pytest
 
 from streamlearn import patterns
-from streamlearn.config import StreamConfig
+from streamlearn.stream.config import StreamConfig
 
 
 @pytest.mark.parametrize(

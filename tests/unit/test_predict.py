@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from streamlearn import state
-from streamlearn.checkpoint import Checkpoint, Store, open_checkpoint
+from streamlearn.checkpoint.store import Checkpoint, Store, open_checkpoint
 from streamlearn.cli.app import app
 from streamlearn.data import StreamlearnError
 from streamlearn.models import registry

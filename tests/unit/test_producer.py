@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamlearn import producer
-from streamlearn.config import Config
+from streamlearn.config.root import Config
 from streamlearn.data import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.codec import CONTENT_TYPE_OF

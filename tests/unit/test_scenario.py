@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn import configfile
+from streamlearn.config import loader
 from streamlearn.data import Label, Labels, Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
@@ -77,8 +77,8 @@ def learner(tmp_path: Path, **over: Any) -> Learner:
         "strategy": "naive",
     }
     path = tmp_path / "job.yaml"
-    path.write_text(configfile.dump(tree | over))
-    config = configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(tree | over))
+    config = loader.load(path, RECIPES, {})
     return make_learner(config, Scenario.from_config(config))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from streamlearn.checkpoint import Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import why_not_ready
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import StreamlearnError, Task

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from streamlearn import configfile, state
+from streamlearn import state
+from streamlearn.config import loader
 from streamlearn.data import Batch, Delivery, Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.metrics import Metrics
@@ -48,8 +49,8 @@ def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **o
         "strategy": "naive",
     }
     path = directory / "job.yaml"
-    path.write_text(configfile.dump(jobs.merged(tree, over)))
-    config = configfile.load(path, RECIPES, {})
+    path.write_text(loader.dump(jobs.merged(tree, over)))
+    config = loader.load(path, RECIPES, {})
     learner = make_learner(config, Scenario.from_config(config))
     begin(learner, tasks[:1])
     return learner

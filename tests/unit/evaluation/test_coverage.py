@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from streamlearn.config import HoldoutConfig
 from streamlearn.data import Task
+from streamlearn.evaluation.config import HoldoutConfig
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 
 TENTH = HoldoutConfig(fraction=0.1)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamlearn import configfile, state
+from streamlearn import state
+from streamlearn.config import loader
 from streamlearn.data import HeldOut, Labels, Progress, Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.learner import make_learner
@@ -119,8 +120,8 @@ def test_small_probes_share_forward_passes(tmp_path: Path) -> None:
     }
     passes: list[int] = []
     for model, expected in (("mixing", [10] * 100), ("plain", [510, 490])):
-        path.write_text(configfile.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
-        config = configfile.load(path, RECIPES, {})
+        path.write_text(loader.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
+        config = loader.load(path, RECIPES, {})
         learner = make_learner(config, Scenario.from_config(config))
         learner.set_active_outputs([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
         learner.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))

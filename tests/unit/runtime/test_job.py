@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from streamlearn.checkpoint import Checkpoint, Store
+from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.cli.lifecycle import format_summary, read_status
-from streamlearn.config import Config, DivergenceConfig
+from streamlearn.config.root import Config
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
+from streamlearn.runtime.config import DivergenceConfig
 from streamlearn.runtime.daemon import ControlDesk, Request, learn
 from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.strategies.recipes import RECIPES

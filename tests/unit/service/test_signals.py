@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DURING_WAITS = """
 import os, random, signal, sys, threading, time
-from streamlearn.config import StreamConfig
+from streamlearn.stream.config import StreamConfig
 from streamlearn.service.signals import call_on_stop
 from streamlearn.stream.reader import StreamReader
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from streamlearn.checkpoint import LockLost, Store
+from streamlearn.checkpoint.store import LockLost, Store
 from streamlearn.cli import lifecycle
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import StreamlearnError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from streamlearn.config import TextInputConfig
+from streamlearn.core.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
 from streamlearn.stream.holdout import HoldOut

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.config import TextInputConfig
+from streamlearn.core.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS, Positions, Progress
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut

@@ -1,0 +1,1 @@
+"""Checkpoints: the directories that contain them, and what they contain."""

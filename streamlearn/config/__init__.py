@@ -1,0 +1,1 @@
+"""The configuration: the sections composed, the rules between them, the file, and the views."""

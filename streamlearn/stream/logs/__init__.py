@@ -1,0 +1,1 @@
+"""The logs that records come from: Kafka, SQLite, memory."""
