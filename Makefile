@@ -22,7 +22,7 @@ test-slow: .venv/.dev
 	$(IN)/python -m pytest -m slow $(ARGS)
 
 chaos: .venv/.dev  # try every fault for real and write docs/reliability.md: two hours; skips finished cases
-	$(IN)/python -m pytest tests/chaos -m chaos $(ARGS); code=$$?; $(IN)/python -m tests.chaos.report && exit $$code
+	$(IN)/python -m pytest tests/chaos -m chaos $(ARGS); code=$$?; $(IN)/python -m tests.support.chaos.report && exit $$code
 
 lint: .venv/.dev
 	$(IN)/ruff check .
@@ -44,7 +44,7 @@ reproduce: .venv/.dev  # rerun the published tables and write docs/results.md: h
 	$(IN)/python -m benchmarks.reproduce $(ARGS)
 
 kafka: .venv/.dev  # run the tests' broker on localhost:9092 until Ctrl-C
-	$(IN)/python -m tests.support.kafka_broker
+	$(IN)/python -m benchmarks.kafka_broker
 
 clean:
 	rm -rf .venv .cache demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.common import DATA
 from benchmarks.ingest import NoCommands
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
@@ -31,7 +32,6 @@ from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
-from tests.support.jobs import DATA
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

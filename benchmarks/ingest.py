@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
@@ -27,7 +28,6 @@ from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
-from tests.support.kafka_broker import KafkaBroker
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config

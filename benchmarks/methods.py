@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common import merged
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
 from streamlearn import state
 from streamlearn.config import loader
@@ -14,7 +15,6 @@ from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import configure_torch
-from tests.support.jobs import merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

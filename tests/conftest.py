@@ -1,21 +1,27 @@
-"""Fixtures: one Apache Kafka for the session, started only if a test needs it."""
+"""Fixtures: one Apache Kafka for the session, started only if a test needs it, and logs of every kind."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from benchmarks.kafka_broker import KafkaBroker
+from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
+from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.tensors import configure_torch
-from tests.support.kafka_broker import KafkaBroker
+from tests.support.streams import World
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 # a background job of a shell, or a program under `nohup`, ignores these, and the tests' processes would inherit that
@@ -64,3 +70,22 @@ def bootstrap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def kafka(bootstrap: str) -> KafkaConfig:
     """Return the configuration section for the shared broker."""
     return KafkaConfig.model_validate({"bootstrap_servers": bootstrap, "metadata_refresh_seconds": 1})
+
+
+@pytest.fixture(params=["memory", "embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """Return a test log: each of the three kinds in turn."""
+    prefix = f"x{uuid.uuid4().hex[:8]}"
+    if request.param == "memory":
+        store = MemoryStore()
+        made = World(lambda: MemoryReader(store, 3), store, prefix)
+    elif request.param == "embedded":
+        path = tmp_path / "topics.sqlite"
+        made = World(lambda: EmbeddedReader(path), EmbeddedWriter(path), prefix)
+    else:
+        kafka: KafkaConfig = request.getfixturevalue("kafka")
+        made = World(lambda: KafkaReader(kafka, f"g-{prefix}"), KafkaWriter(kafka), prefix)
+    yield made
+    for stream in made.streams:
+        stream.stop()
+    made.sink.close()

@@ -18,6 +18,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+from benchmarks.common import merged
 from benchmarks.reproduce import streams
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
@@ -33,7 +34,6 @@ from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryReader
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
-from tests.support.jobs import merged
 
 if TYPE_CHECKING:
     from collections.abc import Callable

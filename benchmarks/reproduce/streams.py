@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, cast, overload
 
 import numpy as np
 
+from benchmarks.common import DATA
 from streamlearn import producer
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.log import CONTENT_TYPE, Record
 from streamlearn.stream.memory import MemoryStore
-from tests.support.jobs import DATA
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chaos.case import Case, open_results, result_digest
+from tests.support.chaos.case import Case, open_results, result_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

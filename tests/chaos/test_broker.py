@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.data import StreamlearnError
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
-from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
-from tests.support.kafka_broker import KafkaBroker
+from tests.support.chaos.case import FULL, Case
 from tests.support.kafka_cluster import Cluster, ProxiedBroker
 from tests.support.proxy import Proxy
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.chaos.case import FULL, ROOT, Case
+from tests.support.chaos.case import FULL, ROOT, Case
 
 NAME = "tests/faults/test_hostile.py::test_hostile_records_change_nothing"
 

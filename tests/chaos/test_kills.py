@@ -10,9 +10,9 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.stream.embedded import EmbeddedWriter
-from tests.chaos.case import FULL, Case
-from tests.faults.test_kill import STRATEGIES
 from tests.support import jobs, models
+from tests.support.chaos.case import FULL, Case
+from tests.support.kills import STRATEGIES
 
 if TYPE_CHECKING:
     import random

@@ -18,9 +18,9 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
-from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
-from tests.system.test_daemon import get, scrape
+from tests.support.agreement import get, scrape
+from tests.support.chaos.case import FULL, Case
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,8 +18,8 @@ from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES
-from tests.chaos.case import FULL, Case
 from tests.support import jobs
+from tests.support.chaos.case import FULL, Case
 
 if TYPE_CHECKING:
     import random

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from streamlearn.service.statedir import read_process_record
-from tests.chaos.case import FULL, Case
 from tests.support import jobs, models
+from tests.support.chaos.case import FULL, Case
 
 if TYPE_CHECKING:
     from pathlib import Path

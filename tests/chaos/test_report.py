@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tests.chaos import report
-from tests.chaos.case import Case, open_results
+from tests.support.chaos import report
+from tests.support.chaos.case import Case, open_results
 
 ENTRY = {
     "fault": "a",

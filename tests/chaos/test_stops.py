@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn.stream.embedded import EmbeddedWriter
-from tests.chaos.case import FULL, Case
 from tests.support import jobs
+from tests.support.chaos.case import FULL, Case
 from tests.support.pythons import python
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from streamlearn.checkpoint.store import MANIFEST, Checkpoint, Store
-from tests.chaos.case import FULL, ROOT, Case
 from tests.support import jobs
+from tests.support.chaos.case import FULL, ROOT, Case
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ from streamlearn.data import Progress
 from streamlearn.stream import deadletter, letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.log import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END
-from tests.contract.test_streams import TYPED, World, everything, places, world
+from tests.support.streams import TYPED, World, everything, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from streamlearn.stream.letters import Letter
     from streamlearn.stream.log import LogReader, Record
 
-__all__ = ["world"]  # the fixture
 
 T = TypeVar("T")
 BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
@@ -26,7 +27,6 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.memory import MemoryStore
-from tests.support import jobs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -74,8 +74,8 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
         "probes": {"every": 1, "minimum": 1},
         "checkpoint": {"every_seconds": None},
     }
-    merged = jobs.merged(tree, over) | {key: over[key] for key in ("input", "model") if key in over}
-    config = Config.model_validate(merged, context={"recipes": RECIPES})
+    complete = merged(tree, over) | {key: over[key] for key in ("input", "model") if key in over}
+    config = Config.model_validate(complete, context={"recipes": RECIPES})
     job = Job.make(config, Store(directory), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     holdout = HoldOut(config.holdout.by, config.holdout.fraction)

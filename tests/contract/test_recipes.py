@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
+from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.data import Batch, StreamlearnError, Task
@@ -53,8 +54,8 @@ class Run:
             "strategy": chosen,
         }
         for name in like or chosen:
-            tree = jobs.merged(tree, NEEDS.get(name, {}))
-        tree = jobs.merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
+            tree = merged(tree, NEEDS.get(name, {}))
+        tree = merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
         path = tmp_path / "job.yaml"
         path.write_text(loader.dump(tree))
         config = loader.load(path, RECIPES, {})

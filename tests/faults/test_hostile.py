@@ -28,14 +28,13 @@ from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, Headers, Record
-from tests.contract.test_streams import TYPED, Unwilling, World, everything, places, until, world
+from tests.support.streams import TYPED, Unwilling, World, everything, places, until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.stream.reader import StreamReader
 
-__all__ = ["world"]  # the fixture
 
 COUNT = int(os.environ.get("STREAMLEARN_HOSTILE", "2000"))
 SEED = int(os.environ.get("STREAMLEARN_SEED", random.randrange(10_000)))

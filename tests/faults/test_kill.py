@@ -8,36 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
-from tests.support.kafka_broker import KafkaBroker
+from tests.support.kills import STRATEGIES, run_with_kills
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SEED = random.randrange(10_000)
-
-
-def run_with_kills(config: Path, kills: int, chance: random.Random, longest: float) -> None:
-    """Kill a job several times at random moments while it learns, then let it finish."""
-    for _ in range(kills):
-        with jobs.Daemon(config) as daemon:
-            while daemon.process.poll() is None and (daemon.status() or {"state": "starting"})["state"] != "running":
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0, longest))
-            assert daemon.process.poll() in {None, 0}, daemon.tail()
-            daemon.kill()
-
-
-STRATEGIES: list[dict[str, dict[str, object]]] = [
-    {"generative": {"hidden": 64, "latent": 16}, "si": {}},
-    {"er": {"budget": 200}, "ewc": {}},
-    {"derpp": {"budget": 200}, "rwalk": {}, "agem": {"momentum": "allow"}},
-    {"packnet": {"retrain_epochs": 2}},
-    {"pnn": {}},
-]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids="+".join)

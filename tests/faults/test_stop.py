@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.data import StreamlearnError
 from streamlearn.metrics import Metrics
@@ -23,9 +24,8 @@ from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
-from tests.support.kafka_broker import KafkaBroker
-from tests.system.test_daemon import cli, one_line
-from tests.unit.runtime.test_job import made
+from tests.support.commands import cli, one_line
+from tests.support.in_process import made
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks.common import DATA, merged
 from streamlearn import producer, state
 from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.data import StreamlearnError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from streamlearn.stream.log import LogWriter
 
-DATA = Path(os.environ.get("STREAMLEARN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` runs the same tests on a GPU
 TOPICS = ["t1", "t2", "t3", "t4", "t5"]
 DEADLINE = 240
@@ -47,15 +47,6 @@ def mnist() -> Path:
     path = DATA / "mnist.npz"
     require(path.is_file(), str(path))
     return path
-
-
-def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree in which the values of `over` replace those of `base`, at any depth."""
-    out = dict(base)
-    for key, value in over.items():
-        known = out.get(key)
-        out[key] = merged(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
-    return out
 
 
 def settings(directory: Path, **over: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from kafka import KafkaAdminClient
 
-from tests.support.kafka_broker import KafkaBroker, free_port
+from benchmarks.kafka_broker import KafkaBroker, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import merged
 from streamlearn import producer
 from tests.support import jobs
 
@@ -65,7 +66,7 @@ def settings(directory: Path, samples: int, seconds: float = 0.0, **over: Any) -
         "checkpoint": {"every_seconds": None, "every_batches": 3},
         "service": {"port": 0},
     }
-    return jobs.merged(base, over)
+    return merged(base, over)
 
 
 def numbered(first: int, count: int) -> producer.Samples:

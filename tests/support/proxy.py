@@ -7,7 +7,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Self
 
-from tests.support.kafka_broker import free_port
+from benchmarks.kafka_broker import free_port
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -20,7 +20,7 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 
-from tests.support.kafka_broker import KafkaBroker, free_port
+from benchmarks.kafka_broker import KafkaBroker, free_port
 from tests.support.relay import Relay
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from streamlearn.stream import letters
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.log import PROBE, USE_HEADER
 from tests.support import jobs
-from tests.system.test_daemon import cli, one_line
+from tests.support.commands import cli, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import demo
-from tests.system.test_daemon import cli
+from tests.support.commands import cli
 
 if TYPE_CHECKING:
     from pathlib import Path

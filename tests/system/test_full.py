@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from benchmarks.common import merged
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn import producer
 from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, LogWriter
 from streamlearn.stream.logs.config import KafkaConfig
-from tests.faults.test_kill import run_with_kills
 from tests.support import jobs
-from tests.support.kafka_broker import KafkaBroker
-from tests.system.test_daemon import check_agreement, cli
+from tests.support.agreement import check_agreement
+from tests.support.commands import cli
+from tests.support.kills import run_with_kills
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +72,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
 def undisturbed(broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Give the last checkpoint of the default job, never disturbed, after every figure was found to agree."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    config = jobs.kafka_config(directory, broker.address, "", **jobs.merged(ALL, {"stream": {"on_finished": "wait"}}))
+    config = jobs.kafka_config(directory, broker.address, "", **merged(ALL, {"stream": {"on_finished": "wait"}}))
     with jobs.Daemon(config) as daemon:
         daemon.until(lambda status: [t["state"] for t in status.get("tasks", [])] == ["ended"] * 5, SECONDS)
         check_agreement(daemon, directory, None)

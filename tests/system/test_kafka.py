@@ -14,14 +14,14 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
+from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.data import Position, Progress, StreamlearnError
 from streamlearn.stream import kafka_batches, reader
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
 from streamlearn.stream.logs.config import KafkaConfig
-from tests.contract.test_streams import TYPED, World, everything, places, until
 from tests.support import jobs
-from tests.support.kafka_broker import KafkaBroker
+from tests.support.streams import TYPED, World, everything, places, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

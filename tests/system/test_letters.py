@@ -21,7 +21,8 @@ from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
-from tests.system.test_daemon import cli, get, one_line, scrape
+from tests.support.agreement import get, scrape
+from tests.support.commands import cli, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

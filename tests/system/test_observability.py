@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.kafka_broker import free_port
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
 from streamlearn.learning.learner import LearnStats
@@ -38,8 +39,7 @@ from streamlearn.metrics import (
 from streamlearn.service.api import COMMANDS
 from streamlearn.stream.reader import StreamStatus
 from tests.support import jobs, tables
-from tests.support.kafka_broker import free_port
-from tests.system.test_daemon import has_finished, scrape
+from tests.support.agreement import has_finished, scrape
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

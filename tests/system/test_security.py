@@ -17,9 +17,9 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support import jobs
+from tests.support.commands import cli
 from tests.support.secure_broker import SecureBroker, make_authority
 from tests.support.token_server import TokenServer
-from tests.system.test_daemon import cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from benchmarks.common import DATA
 from streamlearn import producer
 from streamlearn.config import loader
 from streamlearn.data import StreamlearnError
 from streamlearn.predict import Model
 from tests.support import jobs
-from tests.system.test_daemon import cli
+from tests.support.commands import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +33,7 @@ KEYS: dict[str, Any] = {
 
 def write_lines(directory: Path) -> None:
     """Write some lines of two bAbI tasks to a file."""
-    path = jobs.DATA / "babi_en.jsonl.gz"
+    path = DATA / "babi_en.jsonl.gz"
     jobs.require(path.is_file(), str(path))
     chosen: dict[tuple[int, str], list[dict[str, Any]]] = {}
     with gzip.open(path, "rt") as file:

@@ -12,11 +12,11 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka import errors as kafka_errors
 
+from benchmarks.kafka_broker import free_port
 from streamlearn.data import StreamlearnError
 from streamlearn.stream import connection
 from streamlearn.stream.log import BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
-from tests.support.kafka_broker import free_port
 from tests.support.secure_broker import make_authority
 
 if TYPE_CHECKING:

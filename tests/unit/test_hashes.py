@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import hashes
-from tests.support.jobs import merged
+from benchmarks.common import merged
 
 if TYPE_CHECKING:
     from pathlib import Path

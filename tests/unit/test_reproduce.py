@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.common import DATA
 from benchmarks.reproduce import __main__ as tool
 from benchmarks.reproduce import cells, page, runner, streams
 from benchmarks.reproduce.cells import Row, Table
@@ -21,7 +22,7 @@ from benchmarks.reproduce.result_file import ResultFile
 from benchmarks.reproduce.streams import Curriculum
 from streamlearn.producer import Samples
 from streamlearn.stream.log import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
-from tests.support.jobs import DATA, require
+from tests.support.jobs import require
 
 SIZE = 7  # samples in a record
 PIXELS = np.arange(20 * 4, dtype=np.uint8).reshape(20, 2, 2)

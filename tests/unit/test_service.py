@@ -22,7 +22,7 @@ from streamlearn.service import server
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
 from streamlearn.service.statedir import locked, record_process
-from tests.unit.runtime.test_job import BlockedStore, made
+from tests.support.in_process import BlockedStore, made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

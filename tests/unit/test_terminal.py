@@ -16,7 +16,7 @@ from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.lifecycle import print_plain, render
 from streamlearn.data import OUTCOMES
 from streamlearn.logs import TextFormatter
-from tests.unit.runtime.test_job import made
+from tests.support.in_process import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable

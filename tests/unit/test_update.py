@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.data import Batch, Delivery, Task
@@ -49,7 +50,7 @@ def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **o
         "strategy": "naive",
     }
     path = directory / "job.yaml"
-    path.write_text(loader.dump(jobs.merged(tree, over)))
+    path.write_text(loader.dump(merged(tree, over)))
     config = loader.load(path, RECIPES, {})
     learner = make_learner(config, Scenario.from_config(config))
     begin(learner, tasks[:1])

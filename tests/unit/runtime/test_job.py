@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.cli.lifecycle import format_summary, read_status
-from streamlearn.config.root import Config
 from streamlearn.core.states import SaveTrigger
 from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -26,7 +23,6 @@ from streamlearn.runtime import loop
 from streamlearn.runtime.config import DivergenceConfig
 from streamlearn.runtime.daemon import ControlDesk, Request, learn
 from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Diverged, Job
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
@@ -34,25 +30,10 @@ from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
 from tests.support.counting import work
+from tests.support.in_process import BlockedStore, made
 
-
-def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:
-    """Return a job at offset 3 of its topic, and its stream reader, which is not started."""
-    tree: dict[str, Any] = {
-        "input": {"shape": [1]},
-        "classes": 2,
-        "stream": {"topics": ["a"]},
-        "strategy": "naive",
-        "device": "cpu",
-    }
-    tree |= {"state_dir": str(tmp_path), **over}
-    config = Config.model_validate(tree, context={"recipes": RECIPES})
-    job = Job.make(config, Store(tmp_path, keep=9), Metrics())
-    job.progress.positions = Positions({("a", 0): Position(3)})
-    store = MemoryStore()
-    letters = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
-    return job, StreamReader(MemoryReader(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
+if TYPE_CHECKING:
+    from streamlearn.checkpoint.store import Checkpoint
 
 
 def test_lag_is_unknown_without_a_broker(tmp_path: Path) -> None:
@@ -384,19 +365,6 @@ def test_an_incompatible_checkpoint_is_explained(
     why = "; ".join([*lines, "restore the values of the checkpoint, or start a new job with another state_dir"])
     assert str(caught.value) == f"{job.store.all()[0].path}: not compatible with the configuration: {why}"
     assert caught.value.code == 78
-
-
-class BlockedStore:
-    """Replaces `store.save` by one that waits until `open` is set, like a slow disk."""
-
-    def __init__(self, job: Job) -> None:
-        self.save, self.open, self.begun = job.store.save, threading.Event(), threading.Event()
-        job.store.save = self  # type: ignore[method-assign]
-
-    def __call__(self, *arguments: Any, **more: Any) -> Checkpoint:
-        self.begun.set()
-        assert self.open.wait(60)
-        return self.save(*arguments, **more)
 
 
 def move(job: Job, offset: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from streamlearn.data import Delivery
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk
-from tests.unit.runtime.test_job import made
+from tests.support.in_process import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,7 +32,7 @@ from streamlearn.service.statedir import (
     send_signal,
     write_process_record,
 )
-from tests.unit.runtime.test_job import made
+from tests.support.in_process import made
 
 NOBODY = 65534
 

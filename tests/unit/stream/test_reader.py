@@ -13,7 +13,7 @@ from streamlearn.data import Position, Progress, StreamlearnError
 from streamlearn.stream.log import Bounds, BrokerUnavailable, TopicInfo, Unreadable
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
-from tests.contract.test_streams import SECONDS, World, places, until
+from tests.support.streams import SECONDS, World, places, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.reproduce.result_file import ResultFile
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "tests" / "chaos" / "results.json"
 FULL = (pytest.mark.chaos, pytest.mark.timeout(3600))  # marks of the full form, which `make chaos` runs and records
 

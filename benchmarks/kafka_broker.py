@@ -1,4 +1,4 @@
-"""Apache Kafka from packages: no Docker, no installed Java. `python -m tests.support.kafka_broker` runs a broker."""
+"""Apache Kafka from packages: no Docker, no installed Java. `python -m benchmarks.kafka_broker` runs a broker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 VERSION = "4.3.1"
 CLUSTER_ID = "c3RyZWFtbGVhcm4tdGVzdA"
-CACHE = Path(os.environ.get("STREAMLEARN_CACHE", Path(__file__).parents[2] / ".cache"))
+CACHE = Path(os.environ.get("STREAMLEARN_CACHE", Path(__file__).parents[1] / ".cache"))
 
 
 def free_port() -> int:

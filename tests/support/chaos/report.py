@@ -1,11 +1,11 @@
-"""Write the table of the finished cases into docs/reliability.md: `python -m tests.chaos.report`."""
+"""Write the table of the finished cases into docs/reliability.md: `python -m tests.support.chaos.report`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from tests.chaos.case import ROOT, open_results
+from tests.support.chaos.case import ROOT, open_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
