@@ -22,7 +22,7 @@ import numpy as np
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.service.client import Client
 from streamlearn.stream.embedded import EmbeddedWriter

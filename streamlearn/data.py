@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.older_keys import update_task_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from typing import Self, SupportsIndex
+    from typing import SupportsIndex
 
     import numpy as np
     from torch import Tensor
@@ -51,43 +51,6 @@ class Rejected(Exception):  # noqa: N818 - an outcome, not a fault of the progra
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class StreamlearnError(Exception):
-    """An expected failure: a message of one line for the user, and the exit code of the process.
-
-    Codes follow sysexits: 1 failure, 69 broker unavailable, 73 state locked, 74 input/output, 75 temporary,
-    77 permission or authentication, 78 configuration.
-    """
-
-    def __init__(self, message: str, *, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-    @classmethod
-    def from_os_error(cls, error: OSError, what: object = None) -> Self:
-        """Convert an `OSError`: the message names the file, or `what`; the code is 77 for a missing permission, else 74."""
-        name = what if what is not None else error.filename
-        reason = error.strerror or str(error)
-        code = 77 if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} else 74
-        return cls(reason if name is None else f"{name}: {reason}", code=code)
-
-    @classmethod
-    def from_out_of_memory(cls, error: Exception) -> Self:
-        """Convert an out-of-memory error to code 75; the original message often says how much memory was requested."""
-        return cls(f"out of memory: {error!r:.200}", code=75)
-
-
-OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the host or the device was out of memory. Torch reports it by an error type, or only in the message."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
-    )
 
 
 def parse_digits(text: str | bytes, max_digits: int) -> int | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streamlearn import producer, report
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError, error_with_exit_code
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.service.client import Client
 
@@ -125,8 +125,8 @@ def _print_progress(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -
         for name, process in processes.items():
             if process.returncode:
                 lines = (work / f"{name}.log").read_text().splitlines()
-                raise StreamlearnError(
-                    f"the {name} run failed: {lines[-1] if lines else 'no output'}", code=process.returncode
+                raise error_with_exit_code(
+                    process.returncode, f"the {name} run failed: {lines[-1] if lines else 'no output'}"
                 )
         if not running:
             return

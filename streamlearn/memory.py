@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamlearn.data import Label, StreamlearnError
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Label
 from streamlearn.tensors import seeded_generator
 
 State = dict[str, Any]

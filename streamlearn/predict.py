@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from streamlearn import state
 from streamlearn.core.config import InputConfig, TextInputConfig
-from streamlearn.data import Rejected, StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, StreamlearnError, UsageError, is_out_of_memory
+from streamlearn.data import Rejected
 from streamlearn.learning.config import ModelConfig
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -84,7 +85,7 @@ class ModelDescription(_Lenient):
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> ModelDescription:
-        """Read a checkpoint's `model.json`. Raises `StreamlearnError` (78) if it is not valid."""
+        """Read a checkpoint's `model.json`. Raises `ConfigurationError` if it is not valid."""
         where = f"{checkpoint.path / 'model.json'}"
         try:
             tree = checkpoint.read_json("model.json")
@@ -95,9 +96,9 @@ class ModelDescription(_Lenient):
             first = error.errors(include_url=False, include_input=False)[0]
             # pydantic's names of validators contain a bracket
             key = ".".join(str(name) for name in first["loc"] if "[" not in str(name))
-            raise StreamlearnError(f"{where}: not valid: {key}: {first['msg']!s:.200}", code=78) from error
+            raise ConfigurationError(f"{where}: not valid: {key}: {first['msg']!s:.200}") from error
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise StreamlearnError(f"{where}: not valid: {error!r:.200}", code=78) from error
+            raise ConfigurationError(f"{where}: not valid: {error!r:.200}") from error
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -157,25 +158,22 @@ class Model:
             if is_out_of_memory(error):
                 raise
             why = " ".join(str(error).split())
-            raise StreamlearnError(
-                f"{checkpoint.path}: the weights do not fit the model: {why:.300}", code=78
-            ) from error
+            raise ConfigurationError(f"{checkpoint.path}: the weights do not fit the model: {why:.300}") from error
         self.network.module.eval()
 
     def _allowed_spec(self, spec: dict[str, Any], kind: str, user_code: UserCode) -> dict[str, Any]:
-        """Return the section for building it. Raises `StreamlearnError` (78) if the user has not named its code."""
+        """Return the section for building it. Raises `ConfigurationError` if the user has not named its code."""
         name = spec["name"]
         if ":" not in name:
             return spec
         named = user_code(kind)
         if named is None:
-            raise StreamlearnError(
+            raise ConfigurationError(
                 f"{self.checkpoint.path}: its {kind} is {name}, and code that only a checkpoint names is not imported; "
                 f"if it is yours, give --{kind} {name}, or --config with the job's configuration",
-                code=78,
             )
         if named[0] != name:
-            raise StreamlearnError(f"{self.checkpoint.path}: its {kind} is {name}, and you named {named[0]}", code=78)
+            raise ConfigurationError(f"{self.checkpoint.path}: its {kind} is {name}, and you named {named[0]}")
         return spec if named[1] is None else {**spec, "options": dict(named[1])}
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -194,7 +192,7 @@ class Model:
         return build_network_slot(tree.strategy, context)
 
     def outputs(self, task: str | None) -> list[int]:
-        """Return the active outputs. Raises `StreamlearnError` (2) if the scenario needs a task and none is given."""
+        """Return the active outputs. Raises `UsageError` if the scenario needs a task and none is given."""
         tree = self.description
         if tree.outputs is not None:
             return list(tree.outputs)
@@ -209,7 +207,7 @@ class Model:
     def _task(self, name: str | None) -> _Task:
         tasks = self.description.tasks
         if name not in tasks:
-            raise StreamlearnError(f"this model needs --task; accepted: {', '.join(tasks)}", code=2)
+            raise UsageError(f"this model needs --task; accepted: {', '.join(tasks)}")
         return tasks[name]
 
     @torch.no_grad()

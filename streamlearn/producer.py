@@ -16,7 +16,8 @@ from zipfile import BadZipFile
 import numpy as np
 import orjson
 
-from streamlearn.data import StreamlearnError, natural_key
+from streamlearn.core.errors import ConfigurationError, DataError, InputOutputError, StreamlearnError, UsageError
+from streamlearn.data import natural_key
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
@@ -93,7 +94,7 @@ def read_samples(source: str, split: str = "train", options: ReadOptions = ReadO
         return _read_digits(split)
     path = Path(source)
     if options.header is not None and _file_type(path) != ".csv":
-        raise StreamlearnError(f"{source}: --header and --no-header are for .csv files", code=2)
+        raise UsageError(f"{source}: --header and --no-header are for .csv files")
     with _errors_name(path):
         match _file_type(path):
             case ".npz":
@@ -104,32 +105,31 @@ def read_samples(source: str, split: str = "train", options: ReadOptions = ReadO
             case ".jsonl":
                 samples = _read_jsonl(path, split, keep_precision=options.keep_precision)
             case _:
-                raise StreamlearnError(
+                raise UsageError(
                     f"{source}: expected a .npz, .csv, .csv.gz, .jsonl or .jsonl.gz file, or the example set: digits",
-                    code=2,
                 )
     if not len(samples):
-        raise StreamlearnError(f"{path}: contains no samples", code=74)
+        raise InputOutputError(f"{path}: contains no samples")
     for index, label in enumerate(samples.y):
         if type(label) is not str and not (type(label) is int and INT64.min <= label <= INT64.max):
             message = f"{path}: the label of sample {index} is {label!r:.60}; expected a 64-bit integer or a string"
             hint = ": convert labels, for example with y.astype(int)" if isinstance(label, (float, bool)) else ""
-            raise StreamlearnError(message + hint, code=74)
+            raise InputOutputError(message + hint)
     return samples
 
 
 def read_test_split(source: str, options: ReadOptions) -> Samples:
-    """Read a source's own test split; raises `StreamlearnError` (2) if it has none."""
+    """Read a source's own test split; raises `UsageError` if it has none."""
     samples = read_samples(source, "test", options)
     if not samples.has_splits:
-        raise StreamlearnError(f"{source}: has no test split; give a file of probes", code=2)
+        raise UsageError(f"{source}: has no test split; give a file of probes")
     return samples
 
 
 def fit_to_config(samples: Samples, topic: str, config: Config, notify: Callable[[str], None]) -> Samples:
     """Convert a topic's samples to the shape, dtype and labels of a configuration; `notify` is called for each change.
 
-    Raises `StreamlearnError` (65) if the configuration's stream would reject one of them.
+    Raises `DataError` if the configuration's stream would reject one of them.
     """
     is_text = config.input.kind == "text"
     if samples.is_text != is_text:
@@ -142,7 +142,7 @@ def fit_to_config(samples: Samples, topic: str, config: Config, notify: Callable
 
 
 def check_limits(parts: Sequence[Samples], options: PublishOptions, config: Config) -> None:
-    """Raise `StreamlearnError` (65) if a configuration's stream would reject records for their size, or labels as too many."""
+    """Raise `DataError` if a configuration's stream would reject records for their size, or labels as too many."""
     first, largest = parts[0], config.stream.max_record_bytes
     per_record = options.samples_per_record
     if options.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * per_record > largest:
@@ -157,7 +157,7 @@ def check_limits(parts: Sequence[Samples], options: PublishOptions, config: Conf
 
 
 def _refuse(why: str) -> StreamlearnError:
-    return StreamlearnError(f"{why}; nothing was published", code=65)
+    return DataError(f"{why}; nothing was published")
 
 
 def _reshape(x: np.ndarray, shape: Sequence[int], notify: Callable[[str], None]) -> np.ndarray:
@@ -232,27 +232,25 @@ def parse_labels(text: str) -> list[str]:
 def resolve_groups(samples: Samples, groups: Sequence[Sequence[str]]) -> list[list[Label]]:
     """Return groups of labels, given as strings, with the types that the labels have in the samples.
 
-    Raises `StreamlearnError` (2) if the samples have such a label both as an integer and as a string.
+    Raises `UsageError` if the samples have such a label both as an integer and as a string.
     """
     known: dict[str, list[Label]] = {}
     for label in dict.fromkeys(samples.y):
         known.setdefault(str(label), []).append(label)
     for text in (text for group in groups for text in group):
         if len(known.get(text, [])) > 1:
-            raise StreamlearnError(
-                f"the samples have {text} both as an integer and as a string label: write it in one way", code=2
-            )
+            raise UsageError(f"the samples have {text} both as an integer and as a string label: write it in one way")
     return [[known.get(text, [text])[0] for text in group] for group in groups]
 
 
 def split_by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> list[Samples]:
-    """Return one task for each group of classes; raises `StreamlearnError` (2) if no sample has a class of a group."""
+    """Return one task for each group of classes; raises `UsageError` if no sample has a class of a group."""
     tasks = []
     for group in groups:
         wanted = set(group)
         chosen = np.fromiter((label in wanted for label in samples.y), bool, len(samples))
         if not chosen.any():
-            raise StreamlearnError(f"no sample has a class of {', '.join(map(str, group))}", code=2)
+            raise UsageError(f"no sample has a class of {', '.join(map(str, group))}")
         tasks.append(samples.select(np.flatnonzero(chosen)))
     return tasks
 
@@ -260,21 +258,21 @@ def split_by_classes(samples: Samples, groups: Sequence[Sequence[Label]]) -> lis
 def task_names(samples: Samples, count: int | None) -> list[str]:
     """Return the tasks that the samples name, sorted with digits compared as numbers; only the first `count`, if given."""
     if not samples.task:
-        raise StreamlearnError("the samples name no task: expected a .jsonl file with a field task", code=2)
+        raise UsageError("the samples name no task: expected a .jsonl file with a field task")
     names = sorted(set(samples.task), key=natural_key)
     if count is not None and count > len(names):
-        raise StreamlearnError(f"the samples name {len(names)} tasks: {', '.join(names)}; expected {count}", code=2)
+        raise UsageError(f"the samples name {len(names)} tasks: {', '.join(names)}; expected {count}")
     return names[:count]
 
 
 def split_by_task(samples: Samples, names: Sequence[str]) -> list[Samples]:
-    """Return the samples of each of these tasks; raises `StreamlearnError` (2) if a task has no sample."""
+    """Return the samples of each of these tasks; raises `UsageError` if a task has no sample."""
     indices: dict[str, list[int]] = {name: [] for name in names}
     for index, name in enumerate(samples.task):
         if name in indices:
             indices[name].append(index)
     if missing := [name for name, chosen in indices.items() if not chosen]:
-        raise StreamlearnError(f"no sample is of task {', '.join(missing)}", code=2)
+        raise UsageError(f"no sample is of task {', '.join(missing)}")
     return [samples.select(np.asarray(chosen)) for chosen in indices.values()]
 
 
@@ -282,14 +280,14 @@ def equal_class_groups(samples: Samples, count: int) -> list[list[Label]]:
     """Return the sorted classes, divided into `count` groups of equal size, as far as possible."""
     classes = sorted(set(samples.y), key=lambda label: (isinstance(label, str), label))
     if not 1 <= count <= len(classes):
-        raise StreamlearnError(f"{len(classes)} classes cannot be divided into {count} tasks", code=2)
+        raise UsageError(f"{len(classes)} classes cannot be divided into {count} tasks")
     return [[classes[index] for index in part] for part in np.array_split(np.arange(len(classes)), count)]
 
 
 def make_permuted_tasks(samples: Samples, count: int, seed: int) -> list[Samples]:
     """Return `count` tasks with all samples; each has its features in another fixed random order, the first is unchanged."""
     if samples.is_text:
-        raise StreamlearnError("permutation needs numbers, got text", code=2)
+        raise UsageError("permutation needs numbers, got text")
     flat = samples.x.reshape(len(samples), -1)
     orders = [np.arange(flat.shape[1])] + [
         np.random.default_rng([seed, n]).permutation(flat.shape[1]) for n in range(1, count)
@@ -300,7 +298,7 @@ def make_permuted_tasks(samples: Samples, count: int, seed: int) -> list[Samples
 def make_rotated_tasks(samples: Samples, count: int) -> list[Samples]:
     """Return `count` tasks with all images, rotated by equal steps from 0 to 180 degrees."""
     if samples.x.ndim != 3:
-        raise StreamlearnError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}", code=2)
+        raise UsageError(f"rotation needs images [n, height, width], got {list(samples.x.shape)}")
     return [Samples(rotate_images(samples.x, 180 * n / max(count - 1, 1)), samples.y) for n in range(count)]
 
 
@@ -325,9 +323,7 @@ def publish(
     writer.create_topic(topic, options.partitions)
     partitions = writer.partitions(topic)
     if samples.is_text and options.codec == "batch":
-        raise StreamlearnError(
-            "codec batch is for numbers, but these samples are text: use codec json or msgpack", code=2
-        )
+        raise UsageError("codec batch is for numbers, but these samples are text: use codec json or msgpack")
     headers: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[options.codec]),)
     if probe is not None:
         _write(writer, topic, probe, options, partitions, (*headers, (USE_HEADER, PROBE)), lambda _: None)
@@ -371,12 +367,10 @@ def _read_npz(path: Path, split: str) -> Samples:
         names = ("x", "y") if is_whole else (f"x_{split}", f"y_{split}")
         missing = [name for name in names if name not in arrays]
         if missing:
-            raise StreamlearnError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}", code=74)
+            raise InputOutputError(f"{path}: has no {', '.join(missing)}; found {', '.join(arrays)}")
         x, y = (np.asarray(arrays[name]) for name in names)
     if not x.ndim or y.ndim != 1 or len(x) != len(y):
-        raise StreamlearnError(
-            f"{path}: x has shape {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]", code=74
-        )
+        raise InputOutputError(f"{path}: x has shape {list(x.shape)}, y {list(y.shape)}; expected [n, ...] and [n]")
     return Samples(_to_numbers(x), y.tolist(), has_splits=not is_whole)
 
 
@@ -402,9 +396,9 @@ def _errors_name(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StreamlearnError.from_os_error(error, path) from error
     except UnicodeDecodeError as error:
-        raise StreamlearnError(f"{path}: not UTF-8: {error}", code=74) from error
+        raise InputOutputError(f"{path}: not UTF-8: {error}") from error
     except (EOFError, zlib.error, csv.Error, ValueError) as error:
-        raise StreamlearnError(f"{path}: {error}", code=74) from error
+        raise InputOutputError(f"{path}: {error}") from error
 
 
 @contextmanager
@@ -433,7 +427,7 @@ def _to_numbers(values: Any) -> np.ndarray:
 def _stack_rows(path: Path, rows: list[Any], lines: list[int], *, keep_precision: bool) -> np.ndarray:
     """Return the rows of a `.jsonl` file as one array of float32, or with their own precision.
 
-    Raises `StreamlearnError` (74) that names the line if they are not numbers of one shape, or one is too large.
+    Raises `InputOutputError` that names the line if they are not numbers of one shape, or one is too large.
     """
     try:
         with np.errstate(over="raise"):
@@ -452,7 +446,7 @@ def _stack_rows(path: Path, rows: list[Any], lines: list[int], *, keep_precision
                 why = "x contains a number that is too large for float32"
             else:
                 continue
-            raise StreamlearnError(f"{path}:{line}: {why}", code=74) from error
+            raise InputOutputError(f"{path}:{line}: {why}") from error
         raise
 
 
@@ -492,10 +486,10 @@ def _read_jsonl(path: Path, split: str, *, labelled: bool = True, keep_precision
                     tasks.append(str(tree["task"]))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 expected = '"story": ..., "question": ..., "answer"' if is_text else '"x": ..., "y"'
-                raise StreamlearnError(f"{path}:{number}: {error}; expected {{{expected}: ...}}", code=74) from error
+                raise InputOutputError(f"{path}:{number}: {error}; expected {{{expected}: ...}}") from error
     for what, some in (("name a task", tasks), ("have a label", y)):
         if some and len(some) != len(x):
-            raise StreamlearnError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all or none", code=74)
+            raise InputOutputError(f"{path}: {len(some)} of {len(x)} lines {what}; expected all or none")
     if is_text:
         return Samples(_object_array(x), y, tasks, has_splits)
     return Samples(_stack_rows(path, x, lines, keep_precision=keep_precision), y, tasks, has_splits)
@@ -512,7 +506,7 @@ def _read_digits(split: str) -> Samples:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise StreamlearnError("digits: needs scikit-learn: pip install 'streamlearn[demo]'", code=78) from error
+        raise ConfigurationError("digits: needs scikit-learn: pip install 'streamlearn[demo]'") from error
     digits = load_digits()
     is_test = np.arange(len(digits.target)) % round(1 / DIGITS_TEST_FRACTION) == 0
     chosen = is_test if split == "test" else ~is_test

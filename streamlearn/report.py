@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import ConfigurationError, StreamlearnError
 from streamlearn.evaluation.matrix import AccuracyMatrix
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def write(output: Path, runs: Sequence[Run], joint: Run | None = None) -> Path:
     """Write `report.html`, `accuracy.png`, `matrix.png` and `forgetting.png`; return the page's path.
 
     `joint`: a run of the same tasks with joint training, for intransigence.
-    Raises `StreamlearnError` (78) if matplotlib is not installed, and (1) if there was no evaluation yet.
+    Raises `ConfigurationError` if matplotlib is not installed, and (1) if there was no evaluation yet.
     """
     if not any(run.history for run in runs):
         raise StreamlearnError("no evaluation yet: there is nothing to report")
@@ -137,7 +137,7 @@ def _draw_pictures(runs: Sequence[Run]) -> dict[str, bytes]:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise StreamlearnError("pictures need matplotlib: pip install 'streamlearn[demo]'", code=78) from error
+        raise ConfigurationError("pictures need matplotlib: pip install 'streamlearn[demo]'") from error
     pictures = {"accuracy": _draw_accuracy, "matrix": _draw_matrix, "forgetting": _draw_forgetting}
     encoded = {}
     with mpl.rc_context({"text.parse_math": False, "axes.unicode_minus": False}), warnings.catch_warnings():

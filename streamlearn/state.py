@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from streamlearn.data import StreamlearnError, natural_key
+from streamlearn.core.errors import InputOutputError
+from streamlearn.data import natural_key
 from streamlearn.memory import Immutable
 
 if TYPE_CHECKING:
@@ -134,11 +135,11 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def from_bytes(name: str, content: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file. Raises `StreamlearnError` (74) with its name if the content is not valid."""
+    """Return the tensors of a safetensors file. Raises `InputOutputError` with its name if the content is not valid."""
     try:
         return load(content)
     except SafetensorError as error:
-        raise StreamlearnError(f"{name}: not a safetensors file: {error}", code=74) from error
+        raise InputOutputError(f"{name}: not a safetensors file: {error}") from error
 
 
 def _split_into_blocks(names: Sequence[str], sizes: Sequence[int]) -> Iterator[Sequence[str]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamlearn.data import INTEGER, StreamlearnError
+from streamlearn.core.errors import InputOutputError
+from streamlearn.data import INTEGER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,31 +34,29 @@ class _Table:
     labels: list[str] = field(default_factory=list)
 
     def add(self, line: int, row: list[str], dtype: np.dtype) -> None:
-        """Add one sample; raises `StreamlearnError` (74) that names the line if the row is not a sample."""
+        """Add one sample; raises `InputOutputError` that names the line if the row is not a sample."""
         where = f"{self.path}:{line}"
         if len(row) != self.width:
-            raise StreamlearnError(
+            raise InputOutputError(
                 f"{where}: {_count_columns(len(row))}, but line {self.first_line} has {self.width}; "
                 "expected the same number on every line",
-                code=74,
             )
         if not (label := row[-1].strip()):
-            raise StreamlearnError(
-                f"{where}: no label: the last column is empty; write the label there, or remove the line", code=74
+            raise InputOutputError(
+                f"{where}: no label: the last column is empty; write the label there, or remove the line"
             )
         values = _to_floats(row[:-1])
         bad = next((n for n, value in enumerate(values) if not np.isfinite(value)), None)
         if bad is not None:
-            raise StreamlearnError(
+            raise InputOutputError(
                 f"{where}: column {bad + 1} is {row[bad]!r:.60}; expected a number: write one there, or remove the line",
-                code=74,
             )
         with np.errstate(over="ignore"):
             self.x.append(values.astype(dtype))
         if not np.isfinite(self.x[-1]).all():
             bad = int(np.flatnonzero(~np.isfinite(self.x[-1]))[0])
-            raise StreamlearnError(
-                f"{where}: column {bad + 1} is {row[bad]!r:.60}, which is too large for {dtype.name}", code=74
+            raise InputOutputError(
+                f"{where}: column {bad + 1} is {row[bad]!r:.60}, which is too large for {dtype.name}"
             )
         self.labels.append(label)
 
@@ -68,7 +67,7 @@ def read_table(
     """Read the samples of a CSV file, gzipped or not: return `x [n, columns - 1]` and n labels.
 
     `header` says whether the first line names the columns. If it is None, this is found out from the line itself.
-    `notify` is called with one sentence for each assumption. Raises `StreamlearnError` (74) that names the line if the
+    `notify` is called with one sentence for each assumption. Raises `InputOutputError` that names the line if the
     file is ambiguous. Labels are integers if all of them are written as integers, otherwise strings.
     """
     table = _Table(path)
@@ -89,10 +88,9 @@ def read_table(
         for number, row in rows:
             table.add(number, row, dtype)
             if is_numeric_header and all(map(_is_integer, row[:-1])):
-                raise StreamlearnError(
+                raise InputOutputError(
                     f"{path}:{line}: {_quote(cells)} may be a header of numbers, or a sample like line {number}; "
                     f"{CHOOSE_HEADER}",
-                    code=74,
                 )
     if is_header and not cells[0].strip():
         notify(f"{path}:{line}: column 1 has no name, like an index that pandas writes; it is read as a value of x")
@@ -110,9 +108,7 @@ def _rows(path: Path, lines: Iterator[list[str]]) -> Iterator[tuple[int, list[st
     for row in lines:
         line: int = lines.line_num  # type: ignore[attr-defined]  # a csv.reader, whose class has no public name
         if len(row) == 1:
-            raise StreamlearnError(
-                f"{path}:{line}: one column; expected numbers, then a label, separated by commas", code=74
-            )
+            raise InputOutputError(f"{path}:{line}: one column; expected numbers, then a label, separated by commas")
         if row:
             yield line, row
 
@@ -128,17 +124,16 @@ def _is_header(where: str, cells: list[str]) -> bool:
             return False
         if int(cells[0]) == 0 and len(cells) > 2:  # pandas numbers unnamed columns in this way
             return True
-        raise StreamlearnError(
-            f"{where}: {_quote(cells)} may be a header of numbers, or the first sample; {CHOOSE_HEADER}", code=74
+        raise InputOutputError(
+            f"{where}: {_quote(cells)} may be a header of numbers, or the first sample; {CHOOSE_HEADER}"
         )
     missing = next((n for n, cell in enumerate(features) if cell.lower() in MISSING_VALUES), None)
     ambiguous = missing if missing is not None else are_numbers.index(False) if any(are_numbers) else None
     if ambiguous is None:
         return True
-    raise StreamlearnError(
+    raise InputOutputError(
         f"{where}: column {ambiguous + 1} is {cells[ambiguous]!r:.60}: the line may be a header, or a sample with a missing "
         "value; give --header if it names the columns; otherwise write a number there, or remove the line",
-        code=74,
     )
 
 

@@ -15,7 +15,7 @@ PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 
 ROWS = [
-    {"older_keys", "core"},
+    {"core", "older_keys"},
     {"data", "patterns", "tensors", "logs", "__init__"},
     {"sections", "table"},
     {"config"},

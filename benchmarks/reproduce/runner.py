@@ -22,7 +22,8 @@ from benchmarks.common import merged
 from benchmarks.reproduce import streams
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
-from streamlearn.data import Positions, Progress, StreamlearnError
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Positions, Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job, PendingSave, Snapshot

@@ -34,7 +34,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamlearn import __version__
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import (
+    AlreadyRunningError,
+    ConfigurationError,
+    InputOutputError,
+    StreamlearnError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,12 +65,20 @@ COPY_BYTES = 1 << 20  # size of a chunk when a file is copied
 SYNC_THREADS = 32  # files of a checkpoint that are synced at the same time
 
 
-class BrokenCheckpoint(StreamlearnError):  # noqa: N818 - the name says what the checkpoint is
+class BrokenCheckpoint(InputOutputError):  # noqa: N818 - the name says what the checkpoint is
     """A checkpoint has a missing file, or one that does not match its hash."""
 
 
 class LockLost(StreamlearnError):  # noqa: N818 - the name says what happened
     """This process no longer holds the lock of the state directory: it may not write there, and the daemon ends."""
+
+
+class LockRemoved(LockLost, InputOutputError):  # noqa: N818 - as `LockLost`
+    """The file of the lock is no longer there."""
+
+
+class LockReplaced(LockLost, AlreadyRunningError):  # noqa: N818 - as `LockLost`
+    """The file of the lock is another one, which another daemon may hold."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +131,13 @@ class Checkpoint:
         """Return a file's content; raises `BrokenCheckpoint` if it does not match the manifest."""
         entry = self.manifest["files"].get(name)
         if entry is None:
-            raise BrokenCheckpoint(f"{self.path}: has no {name}", code=74)
+            raise BrokenCheckpoint(f"{self.path}: has no {name}")
         try:
             content = read_plain_file(self.path / name, entry["size"])
         except OSError as error:
-            raise BrokenCheckpoint(f"{self.path / name}: {error.strerror}", code=74) from error
+            raise BrokenCheckpoint(f"{self.path / name}: {error.strerror}") from error
         if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise BrokenCheckpoint(f"{self.path / name}: does not match its hash in {MANIFEST}", code=74)
+            raise BrokenCheckpoint(f"{self.path / name}: does not match its hash in {MANIFEST}")
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -207,13 +221,14 @@ class Store:
         known = ", ".join(path.name for path in paths[:5]) or "none"
         broken = "; broken: " + ", ".join(path.name for path in self._corrupt()) if any(self._corrupt()) else ""
         wanted = "valid checkpoint" if name == "latest" else f"checkpoint {name}"
-        code = 78 if name == "latest" and (paths or broken) else 1  # 78: there are checkpoints, and all are broken
-        raise StreamlearnError(f"{self.root}: no {wanted}; there are: {known}{broken}", code=code)
+        all_broken = name == "latest" and bool(paths or broken)
+        kind = ConfigurationError if all_broken else StreamlearnError
+        raise kind(f"{self.root}: no {wanted}; there are: {known}{broken}")
 
     def newest_valid(self) -> Checkpoint | None:
         """Return the newest valid checkpoint, or None if there never was one; renames newer, broken ones to `.corrupt-*`.
 
-        Raises `StreamlearnError` (78) if there are checkpoints and all are broken, because a silent fresh start would lose
+        Raises `ConfigurationError` if there are checkpoints and all are broken, because a silent fresh start would lose
         them. Raises it too if a later version wrote the newest one, because going back behind it would be a silent loss.
         """
         self._remove_leftovers()
@@ -231,9 +246,8 @@ class Store:
                 return checkpoint
         if broken or any(self._corrupt()):
             kept = ", ".join(path.name for path in self._corrupt())
-            raise StreamlearnError(
+            raise ConfigurationError(
                 f"{self.root}: no valid checkpoint is left ({kept}); to start from the beginning, move these away",
-                code=78,
             )
         return None
 
@@ -244,7 +258,7 @@ class Store:
 
         A file given as None is linked to the same file of the newest checkpoint, or copied where the file system has no links.
         A file given as a function is created just before it is written, so that only one is in memory at a time. `num_bytes`
-        is about the size of the files to be written. Raises `StreamlearnError` (74) if the checkpoint cannot be written, or if
+        is about the size of the files to be written. Raises `InputOutputError` if the checkpoint cannot be written, or if
         the disk has no space for it; no part of it is left then.
         """
         self.before_write()
@@ -291,7 +305,7 @@ class Store:
                 self._withdraw(tag, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise StreamlearnError(f"{final}: cannot be written: {error.strerror or error}", code=74) from error
+            raise InputOutputError(f"{final}: cannot be written: {error.strerror or error}") from error
         except StreamlearnError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -365,10 +379,9 @@ class Store:
     def check_tag(self, tag: str) -> None:
         """Raise `StreamlearnError` if the tag is not valid (2), or another checkpoint has it."""
         if not TAG.fullmatch(tag):
-            raise StreamlearnError(
+            raise UsageError(
                 f"tag {tag!r:.80}: expected at most 64 letters, digits, dots, dashes and underscores, starting with a letter "
                 "or digit; not `latest`, not only digits, and not starting with `ckpt-`",
-                code=2,
             )
         if (other := self._other_with(tag)) is not None:
             raise _tag_is_taken(tag, other)
@@ -425,10 +438,10 @@ class Store:
         try:
             free = shutil.disk_usage(self.root).free
         except OSError as error:
-            raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
+            raise InputOutputError(f"{self.root}: cannot be read: {error.strerror or error}") from error
         if free < (needed := num_bytes + SPARE_BYTES):
-            raise StreamlearnError(
-                f"{self.root}: a checkpoint needs {needed / 1e6:.1f} MB, and only {free / 1e6:.1f} MB are free", code=74
+            raise InputOutputError(
+                f"{self.root}: a checkpoint needs {needed / 1e6:.1f} MB, and only {free / 1e6:.1f} MB are free"
             )
 
     def _corrupt(self) -> Iterator[Path]:
@@ -446,7 +459,7 @@ class Store:
             numbers = [int(match[1]) for path in self.root.iterdir() if (match := NAME.search(path.name))]
             return next(iter(self.all()), None), max(numbers, default=0) + 1
         except OSError as error:
-            raise StreamlearnError(f"{self.root}: cannot be read: {error.strerror or error}", code=74) from error
+            raise InputOutputError(f"{self.root}: cannot be read: {error.strerror or error}") from error
 
     def _remove_leftovers(self) -> None:
         """Remove the directories of saves and removals that a crash has interrupted."""
@@ -554,29 +567,26 @@ def _has_tag(path: Path, tag: str) -> bool:
 
 
 def _check_format(path: Path) -> None:
-    """Raise `StreamlearnError` (78) for a checkpoint of a later version: it may be valid, and we cannot know."""
+    """Raise `ConfigurationError` for a checkpoint of a later version: it may be valid, and we cannot know."""
     try:
         found = json.loads(read_plain_file(path / MANIFEST, MAX_MANIFEST_BYTES))["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if isinstance(found, int) and found > FORMAT:
-        raise StreamlearnError(
+        raise ConfigurationError(
             f"{path}: has format {found}, and this version reads up to {FORMAT}. Install the later version that wrote it, or "
             "move the checkpoint away to continue from the one before it",
-            code=78,
         )
 
 
 def open_checkpoint(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
     """Return the checkpoint in a directory of any name, after checking the hashes of these files.
 
-    Raises `BrokenCheckpoint` if the manifest or a file is not valid, `StreamlearnError` (78) if its format is a later one.
+    Raises `BrokenCheckpoint` if the manifest or a file is not valid, `ConfigurationError` if its format is a later one.
     """
     _check_format(path)
     if (checkpoint := _parse(path, named=False)) is None:
-        raise BrokenCheckpoint(
-            f"{path / MANIFEST}: cannot be read; the directory of a checkpoint must have this file", code=74
-        )
+        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read; the directory of a checkpoint must have this file")
     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
         checkpoint.read(file)
     return checkpoint
@@ -585,11 +595,11 @@ def open_checkpoint(path: Path, *files: str, optional: Sequence[str] = ()) -> Ch
 def _load(path: Path) -> Checkpoint:
     """Return the checkpoint in a directory.
 
-    Raises `BrokenCheckpoint` if its manifest cannot be read, `StreamlearnError` (78) if its format is a later one.
+    Raises `BrokenCheckpoint` if its manifest cannot be read, `ConfigurationError` if its format is a later one.
     """
     _check_format(path)
     if (checkpoint := _parse(path)) is None:
-        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read", code=74)
+        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read")
     return checkpoint
 
 

@@ -84,7 +84,7 @@ def main() -> None:
             raise
         failure = to_streamlearn_error(error)
         print_error(f"streamlearn: {failure}")
-        sys.exit(failure.code)
+        sys.exit(failure.exit_code)
 
 
 def replace_closed_streams() -> None:

@@ -17,7 +17,8 @@ from streamlearn.cli.common import (
     print_json,
     print_line,
 )
-from streamlearn.data import StreamlearnError, parse_digits
+from streamlearn.core.errors import AlreadyRunningError, InputOutputError, StreamlearnError, UsageError
+from streamlearn.data import parse_digits
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import is_locked, locked
 
@@ -111,7 +112,7 @@ def verify(
             broken += 1
             print_error(f"{name}: broken: {error}")
     if broken:
-        raise typer.Exit(74)
+        raise typer.Exit(InputOutputError.exit_code)
 
 
 @app.command()
@@ -119,7 +120,7 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
     """Copy an older checkpoint as the newest; the daemon must be stopped, and continues from there at its next start."""
     directory = find_state_dir(state)
     if is_locked(directory):
-        raise StreamlearnError(f"{directory}: the daemon is running; stop it first", code=73)
+        raise AlreadyRunningError(f"{directory}: the daemon is running; stop it first")
     Store(directory).find(id_)  # before the lock, which would create a missing directory
     with locked(directory):
         store = Store(directory)
@@ -166,6 +167,6 @@ def prune(
     """Remove old checkpoints; never the newest, and never one with a tag."""
     ends: int | Literal["all"] | None = "all" if task_ends == "all" else parse_digits(task_ends, 9)
     if ends is None:
-        raise StreamlearnError(f"--task-ends {task_ends!r:.40}: expected a number or `all`", code=2)
+        raise UsageError(f"--task-ends {task_ends!r:.40}: expected a number or `all`")
     for checkpoint in Store(find_state_dir(state)).prune(keep_last, hourly, ends, dry_run=dry_run):
         print_line(f"{checkpoint.id} {'would be removed' if dry_run else 'removed'}")

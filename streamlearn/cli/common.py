@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamlearn.data import StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import StreamlearnError, UsageError, is_out_of_memory
 from streamlearn.logs import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML
 
 
 def load_config(path: Path, *, warn: bool = False) -> Config:
-    """Return a configuration, and print its warnings if `warn` is set; raises `StreamlearnError` (78)."""
+    """Return a configuration, and print its warnings if `warn` is set; raises `ConfigurationError`."""
     from streamlearn.config.loader import load
     from streamlearn.strategies.recipes import RECIPES
 
@@ -41,15 +41,14 @@ def load_config(path: Path, *, warn: bool = False) -> Config:
 
 
 def find_state_dir(state: Path | None) -> Path:
-    """Return the state directory for a command; raises `StreamlearnError` (2) if none is given."""
+    """Return the state directory for a command; raises `UsageError` if none is given."""
     if state is not None:
         return state
     here = Path("streamlearn.yaml")
     if here.is_file():
         return load_config(here).state_dir
-    raise StreamlearnError(
+    raise UsageError(
         "no state directory: use --state DIR, set STREAMLEARN_STATE_DIR, or run in a directory with a streamlearn.yaml",
-        code=2,
     )
 
 

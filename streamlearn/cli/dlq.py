@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
-from streamlearn.cli.lifecycle import STOPPED, read_status
-from streamlearn.data import StreamlearnError
+from streamlearn.cli.lifecycle import read_status
+from streamlearn.core.errors import InputOutputError, NotRunningError, StreamlearnError, UsageError
 from streamlearn.logs import printable, quiet_kafka
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def replay(
 
     with _open_letters(config) as (reader, writer, dead_letter_topic, state_dir):
         if to == dead_letter_topic:
-            raise StreamlearnError(f"--to {to}: that is the dead-letter topic itself", code=2)
+            raise UsageError(f"--to {to}: that is the dead-letter topic itself")
         found = letters.list_letters(reader, dead_letter_topic)
         _report_skipped(found.skipped, dead_letter_topic)
         matching = [letter for letter in _filter(found.letters, topic, reason) if not letter.replayed]
@@ -214,9 +214,10 @@ def _warn_of_ended_tasks(state_dir: Path, topics: Collection[str]) -> None:
     """Warn if the state directory says that the task of one of these topics has ended."""
     try:
         tasks = read_status(state_dir).get("tasks", [])
+    except NotRunningError:  # nothing was learned in this directory, so no task has ended
+        return
     except StreamlearnError as error:
-        if error.code != STOPPED:  # STOPPED: nothing was learned in this directory, so no task has ended
-            print_error(f"cannot find out whether a task has ended: {error}")
+        print_error(f"cannot find out whether a task has ended: {error}")
         return
     if ended := sorted(task["name"] for task in tasks if task["state"] != "active" and task["name"] in topics):
         which = f"topic {ended[0]} has" if len(ended) == 1 else f"topics {', '.join(ended)} have"
@@ -230,7 +231,7 @@ def _filter(found: list[Letter], topic: str | None, reason: str | None) -> list[
     from streamlearn.data import DEAD_LETTER_REASONS
 
     if reason not in {None, *DEAD_LETTER_REASONS}:
-        raise StreamlearnError(f"--reason is {reason!r:.80}; expected one of {', '.join(DEAD_LETTER_REASONS)}", code=2)
+        raise UsageError(f"--reason is {reason!r:.80}; expected one of {', '.join(DEAD_LETTER_REASONS)}")
     return [letter for letter in found if topic in {None, letter.topic} and reason in {None, letter.reason}]
 
 
@@ -244,13 +245,12 @@ def _report_sent(how: str, sent: list[Letter], to: str | None) -> None:
 
 
 def _confirm(chosen: list[Letter], to: str | None, *, yes: bool) -> None:
-    """Ask the user before letters are sent; raises `StreamlearnError` (2) if stdin is no terminal."""
+    """Ask the user before letters are sent; raises `UsageError` if stdin is no terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise StreamlearnError(
+        raise UsageError(
             "cannot ask for confirmation: stdin is not a terminal; --yes sends them, --dry-run shows what would be sent",
-            code=2,
         )
     where = to or ", ".join(sorted({letter.topic for letter in chosen}))
     typer.confirm(f"Send {len(chosen)} samples to {where}?", abort=True)
@@ -262,7 +262,7 @@ def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]
     quiet_kafka()
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
-        raise StreamlearnError(f"{config.embedded.path}: no such file", code=74)
+        raise InputOutputError(f"{config.embedded.path}: no such file")
     from streamlearn.runtime.daemon import open_reader_and_writer
 
     reader, writer = open_reader_and_writer(config)

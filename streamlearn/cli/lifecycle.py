@@ -27,7 +27,14 @@ from streamlearn.cli.common import (
     print_line,
     to_streamlearn_error,
 )
-from streamlearn.data import StreamlearnError, format_outcomes
+from streamlearn.core.errors import (
+    InputOutputError,
+    NotRunningError,
+    StreamlearnError,
+    TemporaryError,
+    error_with_exit_code,
+)
+from streamlearn.data import format_outcomes
 from streamlearn.logs import printable, printable_lines
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import (
@@ -42,7 +49,6 @@ from streamlearn.service.statedir import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-STOPPED = 3
 ENDING_SECONDS = 30.0  # for a process to exit after its last message
 
 
@@ -75,7 +81,7 @@ def run(
         daemon.run(loaded, on_event=send_event, live_view=_live_table if live else None)
     except Exception as error:
         failure = to_streamlearn_error(error)
-        send_event({"event": "failed", "error": str(failure), "code": failure.code})
+        send_event({"event": "failed", "error": str(failure), "code": failure.exit_code})
         raise
     finally:
         if pipe is not None:
@@ -105,14 +111,14 @@ def start(
     if event is None:
         reason = why_not_ready(loaded.state_dir)
         line = f"not {wait} after {timeout:.0f} s: {reason}; it continues to run as process {child.pid}"
-        raise StreamlearnError(line, code=75)
+        raise TemporaryError(line)
     if event["event"] == "ended":
         code = child.wait(ENDING_SECONDS)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise StreamlearnError(f"the daemon {how}; see {loaded.state_dir / 'daemon.log'}", code=max(code, 1))
+        raise error_with_exit_code(max(code, 1), f"the daemon {how}; see {loaded.state_dir / 'daemon.log'}")
     if event["event"] == "failed":
         child.wait(ENDING_SECONDS)
-        raise StreamlearnError(event["error"], code=event["code"])
+        raise error_with_exit_code(event["code"], event["error"])
     child.returncode = 0  # so that Python does not wait for it
     print_line(f"process {event['pid']} is {wait}; metrics on {event['http']}/metrics")
 
@@ -155,15 +161,13 @@ def stop(
     while is_locked(directory):
         if time.monotonic() > deadline:
             if not force or record is None or not record.is_alive:
-                raise StreamlearnError(f"still running after {timeout:.0f} s; --force kills it", code=75)
+                raise TemporaryError(f"still running after {timeout:.0f} s; --force kills it")
             send_signal(directory, record, signal.SIGKILL)
             deadline = time.monotonic() + 10
             force, forced = False, True
         time.sleep(0.05)
     if not forced and not ended_cleanly(directory):
-        raise StreamlearnError(
-            "the daemon ended with an error: see its log for the reason and for what was not saved", code=74
-        )
+        raise InputOutputError("the daemon ended with an error: see its log for the reason and for what was not saved")
     print_line("stopped")
 
 
@@ -199,7 +203,7 @@ def status(
     else:
         print_plain(tree)
     if tree["pid"] is None:
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(NotRunningError.exit_code)
 
 
 def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def read_status(directory: Path, *, matrix: bool = False) -> dict[str, Any]:
     try:
         checkpoint = Store(directory).find("latest", "status.json")
     except StreamlearnError as error:
-        raise StreamlearnError(f"no daemon is running; {error}", code=STOPPED) from error
+        raise NotRunningError(f"no daemon is running; {error}") from error
     tree = {**checkpoint.read_json("status.json"), "checkpoint": checkpoint.summary()}
     if matrix and tree.get("tasks") and tree["matrix"] is None:
         from streamlearn.evaluation.matrix import AccuracyMatrix

@@ -18,7 +18,7 @@ from streamlearn.cli.common import (
     print_line,
 )
 from streamlearn.cli.source import HeaderOption  # noqa: TC001 - typer reads the annotations
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import DataError, StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,7 +83,7 @@ def predict(
             found = Store(where).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL)
         except StreamlearnError as error:
             hint = f"; for the directory, write ./{checkpoint}" if Path(checkpoint).is_dir() else ""
-            raise StreamlearnError(f"{error}{hint}", code=error.code) from error
+            raise error.with_message(f"{error}{hint}") from error
     done = Model(found, find_user_code).predict(samples.x, task)
     tree: dict[str, Any] = {
         "samples": len(done.labels),
@@ -105,5 +105,5 @@ def predict(
             f"first sample {first['sample']} ({first['reason']}): {first['why']}"
         )
         if len(rejected) == len(done.labels):
-            raise StreamlearnError(message, code=65)
+            raise DataError(message)
         print_error(f"warning: {message}")

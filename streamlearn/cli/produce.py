@@ -11,7 +11,8 @@ import typer
 
 from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.source import ConfigOption, EmbeddedOption, HeaderOption, ServersOption, find_config, open_topics
-from streamlearn.data import TOPIC_NAME, StreamlearnError
+from streamlearn.core.errors import UsageError
+from streamlearn.data import TOPIC_NAME
 from streamlearn.logs import printable
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def produce(
         return [producer.fit_to_config(part, name, loaded, read.notify) for name, part in pairs]
 
     if by == "file" and probe not in {None, "test"}:
-        raise StreamlearnError("with --by file, --probe accepts only `test`: each file's own test split", code=2)
+        raise UsageError("with --by file, --probe accepts only `test`: each file's own test split")
 
     names: list[str] = []
     if by == "file":
@@ -137,10 +138,10 @@ def _topic_names(topic: list[str] | None, config: Config | None, count: int) -> 
     if names is None:
         return [f"task-{n + 1}" for n in range(count)]
     if len(names) < count:
-        raise StreamlearnError(f"{count} tasks, but {len(names)} topics: {', '.join(names)}", code=2)
+        raise UsageError(f"{count} tasks, but {len(names)} topics: {', '.join(names)}")
     for name in names:
         if not TOPIC_NAME.fullmatch(name):
-            raise StreamlearnError(f"topic {name!r:.80}: expected 1 to 249 letters, digits, dots, _ and -", code=2)
+            raise UsageError(f"topic {name!r:.80}: expected 1 to 249 letters, digits, dots, _ and -")
     return names[:count]
 
 
@@ -148,7 +149,7 @@ def _read_one(source: list[str], options: ReadOptions) -> Samples:
     from streamlearn import producer
 
     if len(source) != 1:
-        raise StreamlearnError("several files were given: add --by file to make each file a task", code=2)
+        raise UsageError("several files were given: add --by file to make each file a task")
     return producer.read_samples(source[0], options=options)
 
 
@@ -176,7 +177,7 @@ def _split(
         else producer.equal_class_groups(whole, tasks or 1)
     )
     if tasks not in {None, len(chosen)}:
-        raise StreamlearnError(f"--tasks is {tasks}, but --groups has {len(chosen)} groups", code=2)
+        raise UsageError(f"--tasks is {tasks}, but --groups has {len(chosen)} groups")
     return producer.split_by_classes(samples, chosen)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streamlearn.cli.common import load_config
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import InputOutputError, UsageError
 from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ HeaderOption = Annotated[
 def find_config(config: Path | None, servers: str | None, embedded: Path | None) -> Config | None:
     """Return the configuration of a command: the given one, or ./streamlearn.yaml if no option chooses the topics.
 
-    Returns None if there is neither. Raises `StreamlearnError` (2) if several options choose the topics.
+    Returns None if there is neither. Raises `UsageError` if several options choose the topics.
     """
     if sum(option is not None for option in (config, servers, embedded)) > 1:
-        raise StreamlearnError("give only one of --config, --bootstrap-servers and --embedded", code=2)
+        raise UsageError("give only one of --config, --bootstrap-servers and --embedded")
     here = Path("streamlearn.yaml")
     if config is None and servers is None and embedded is None and here.is_file():
         config = here
@@ -44,16 +44,14 @@ def open_topics(
 ) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer for the topics that the options choose.
 
-    An embedded file is created if it does not exist, except for `reading`: then `StreamlearnError` (74) is raised.
+    An embedded file is created if it does not exist, except for `reading`: then `InputOutputError` is raised.
     """
     quiet_kafka()
     if servers is not None:
         from streamlearn.stream.logs.config import SERVER, KafkaConfig
 
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
-            raise StreamlearnError(
-                f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas", code=2
-            )
+            raise UsageError(f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas")
         from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 
         kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
@@ -62,10 +60,10 @@ def open_topics(
         from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 
         if reading and not embedded.is_file():
-            raise StreamlearnError(f"{embedded}: no such file", code=74)
+            raise InputOutputError(f"{embedded}: no such file")
         return EmbeddedReader(embedded), EmbeddedWriter(embedded)
     if config is None:
-        raise StreamlearnError("which topics? give --config, --bootstrap-servers or --embedded", code=2)
+        raise UsageError("which topics? give --config, --bootstrap-servers or --embedded")
     from streamlearn.runtime.daemon import open_reader_and_writer
 
     return open_reader_and_writer(config)

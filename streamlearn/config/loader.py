@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from streamlearn.config.root import Config
 from streamlearn.config.views import REDACTED
+from streamlearn.core.errors import AccessError, ConfigurationError
 from streamlearn.core.section import describe_accepted, section_at
-from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,14 +37,14 @@ SECRETS = (("kafka", "sasl", "password"), ("kafka", "sasl", "client_secret"), ("
 def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, str]) -> Config:
     """Return the configuration from a YAML file; variables such as `STREAMLEARN__KAFKA__GROUP_ID` in `environ` override keys.
 
-    Raises `StreamlearnError` (78) with a line for every error: its key, its value and what is accepted; (77) if reading the
-    file is not permitted.
+    Raises `ConfigurationError` with a line for every error: its key, its value and what is accepted; `AccessError` if reading
+    the file is not permitted.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        code = 77 if isinstance(error, PermissionError) else 78
-        raise StreamlearnError(f"{path}: cannot be read: {error.strerror}", code=code) from error
+        kind = AccessError if isinstance(error, PermissionError) else ConfigurationError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
     tree, lines, problems = _parse(path, content)
     problems += [
         f"{path}: {'.'.join(key)}: a secret is not accepted in the file; set {_secret_sources(key)}"
@@ -54,13 +54,13 @@ def load(path: Path, recipes: Mapping[str, RecipeSchema], environ: Mapping[str, 
     variables, invalid = _apply_environment({} if tree is None else tree, environ)
     problems += invalid
     if tree is None:
-        raise StreamlearnError("\n".join(problems), code=78)
+        raise ConfigurationError("\n".join(problems))
     try:
         config = Config.model_validate(tree, context={"recipes": recipes})
     except ValidationError as error:
         problems += [_describe(path, details, lines, variables) for details in error.errors()]
     if problems:
-        raise StreamlearnError("\n".join(problems), code=78)
+        raise ConfigurationError("\n".join(problems))
     return config
 
 

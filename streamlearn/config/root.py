@@ -12,8 +12,8 @@ from streamlearn.checkpoint.config import CheckpointConfig
 from streamlearn.config import rules, views
 from streamlearn.config.strategy import as_recipes, complete_recipes
 from streamlearn.core.config import InputConfig, Label, ScenarioConfig, TextInputConfig, read_input
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.section import Int, Seconds, Section
-from streamlearn.data import StreamlearnError
 from streamlearn.evaluation.config import HoldoutConfig, ProbesConfig
 from streamlearn.learning.config import LearnerConfig, MemoryConfig, ModelConfig
 from streamlearn.observability.config import LogConfig

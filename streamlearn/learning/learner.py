@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from streamlearn.augment import RandomAffine
 from streamlearn.core.config import TextInputConfig
-from streamlearn.data import Batch, Delivery, StreamlearnError
+from streamlearn.core.errors import ConfigurationError, StreamlearnError
+from streamlearn.data import Batch, Delivery
 from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -247,7 +248,7 @@ class Learner:
             for slot in self.strategy.slots.values():
                 slot.begin_task(task.index, self.params)
         except StreamlearnError as error:
-            raise StreamlearnError(f"task {task.name}: {error}", code=error.code) from error
+            raise error.with_message(f"task {task.name}: {error}") from error
         self.task = task.index
         self.task_steps = 0
         self.refinement_done = None
@@ -670,7 +671,7 @@ def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:
 def make_learner(config: Config, scenario: Scenario) -> Learner:
     """Return an untrained learner for a configuration.
 
-    Raises `StreamlearnError` (78) if model or strategy cannot be built, `ValueError` if the device does not exist.
+    Raises `ConfigurationError` if model or strategy cannot be built, `ValueError` if the device does not exist.
     """
     device = choose_device(config.device)
     spec = config.model.model_dump()
@@ -693,7 +694,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     )  # fmt: skip
     strategy = build_strategy(config.strategy, context)
     if config.grow_head and registry.head_of(strategy.network.module) is None:
-        raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
+        raise ConfigurationError("grow_head: the model needs a linear layer named head")
     is_custom, trains_single_samples = ":" in spec["name"], True
     if is_custom:
 

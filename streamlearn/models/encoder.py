@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from streamlearn.data import StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.models import imports
 from streamlearn.models.modes import global_seed
 from streamlearn.models.module_state import load_module_state, module_state
@@ -30,7 +30,7 @@ class Encoder:
     def build(cls, spec: Mapping[str, Any], input_shape: Sequence[int], seed: int, device: torch.device) -> Self:
         """Build the encoder with the user's `package.module:function(input_shape, **options)`.
 
-        `spec` is the configuration's section `input.encoder`. Raises `StreamlearnError` (78) if the encoder cannot be built,
+        `spec` is the configuration's section `input.encoder`. Raises `ConfigurationError` if the encoder cannot be built,
         or does not return finite weights and a float32 tensor with one row for each sample.
         """
         name = spec["name"]
@@ -72,7 +72,7 @@ class Encoder:
     def check_state(
         self, round_trip: Callable[[Mapping[str, Any]], Mapping[str, Any]], equal: Callable[[Any, Any], bool]
     ) -> None:
-        """Save the state, load it again, and compare. Raises `StreamlearnError` (78) if the two differ."""
+        """Save the state, load it again, and compare. Raises `ConfigurationError` if the two differ."""
         before = self.state_dict()
         try:
             saved = round_trip(before)
@@ -84,7 +84,7 @@ class Encoder:
             raise _encoder_error(self.name, "its state changes when it is saved and loaded")
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises `StreamlearnError` (78) if the module has other weights by now."""
+        """Restore what `state_dict` returned. Raises `ConfigurationError` if the module has other weights by now."""
         try:
             load_module_state(self.module, state)
         except RuntimeError as error:
@@ -111,4 +111,4 @@ def _encoder_error(name: str, why: Exception | str, step: str = "") -> Streamlea
         if is_out_of_memory(why):
             return StreamlearnError.from_out_of_memory(why)
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
-    return StreamlearnError(f"input.encoder {name}: {step}{why}", code=78)
+    return ConfigurationError(f"input.encoder {name}: {step}{why}")

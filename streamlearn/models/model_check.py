@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.models.modes import differentiable_eval_mode, eval_mode, global_seed
 from streamlearn.models.module_state import load_module_state, module_state
 from streamlearn.models.registry import model_error
@@ -41,7 +41,7 @@ class ModelCheck:
         """Run all checks; return whether the model can learn a single sample in training mode.
 
         Layers with batch statistics cannot; the learner then trains single samples in evaluation mode. `copies` says whether
-        the learner will copy the model. Raises `StreamlearnError` (78) if the model cannot be used.
+        the learner will copy the model. Raises `ConfigurationError` if the model cannot be used.
         """
         with global_seed(self.seed):
             model = self.build()
@@ -70,9 +70,8 @@ class ModelCheck:
         finite_before = _finite_gradients(model)
         try:
             self._train(model, one)
-        except StreamlearnError as error:
-            if error.code != 78:
-                raise
+        except ConfigurationError:
+            pass
         else:  # a layer that divides by the variance of one sample has gradients that are not finite
             if finite_before <= _finite_gradients(model):
                 return True
@@ -129,7 +128,7 @@ def _finite_gradients(model: nn.Module) -> set[str]:
 
 
 def check_copies(name: str, model: nn.Module, zeros: Tensor) -> None:
-    """Raise `StreamlearnError` (78) if a model cannot be copied after a forward pass, because it keeps the graph."""
+    """Raise `ConfigurationError` if a model cannot be copied after a forward pass, because it keeps the graph."""
     with as_model_error(name, "cannot be copied after training, as learner.average and forward transfer need it: "):
         with torch.random.fork_rng(devices=[]), differentiable_eval_mode(model), torch.enable_grad():
             model(zeros)
@@ -138,7 +137,7 @@ def check_copies(name: str, model: nn.Module, zeros: Tensor) -> None:
 
 @contextmanager
 def as_model_error(name: str, step: str) -> Iterator[None]:
-    """Turn any exception of a user's code into a `StreamlearnError` of one line: 78, or 75 if memory ran out."""
+    """Turn any exception of a user's code into a `ConfigurationError` of one line, or a `TemporaryError` if memory ran out."""
     try:
         yield
     except Exception as error:  # a user's model may raise anything

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import ConfigurationError, StreamlearnError
 from streamlearn.models import imports
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
@@ -24,7 +24,7 @@ def build(
     """Build `mlp`, `resnet`, `memnet`, or the user's `package.module:function(input_shape, num_outputs, **options)`.
 
     `spec` is the configuration's section `model`. If the input is text, a user's function also gets the number of words, as
-    the keyword `vocabulary`. Raises `StreamlearnError` (78) if the model cannot be built, or does not fit the input shape
+    the keyword `vocabulary`. Raises `ConfigurationError` if the model cannot be built, or does not fit the input shape
     and the number of outputs.
     """
     with global_seed(seed):
@@ -77,7 +77,7 @@ def model_error(spec: Mapping[str, Any], why: Exception | str, step: str = "") -
     """Return the error (78) for a model that cannot be used. `step` says what failed, and ends with a colon."""
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
-    return StreamlearnError(f"model {spec['name']}: {step}{why}", code=78)
+    return ConfigurationError(f"model {spec['name']}: {step}{why}")
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -90,10 +90,10 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 def grow_head(model: nn.Module, num_outputs: int, seed: int) -> None:
     """Replace the model's `head` by one with `num_outputs` outputs. Old rows keep their values; new rows are seeded.
 
-    Raises `StreamlearnError` (78) if the model has no linear layer named `head`.
+    Raises `ConfigurationError` if the model has no linear layer named `head`.
     """
     if (head := head_of(model)) is None:
-        raise StreamlearnError("grow_head: the model needs a linear layer named head", code=78)
+        raise ConfigurationError("grow_head: the model needs a linear layer named head")
     with torch.random.fork_rng(devices=[]):
         grown = nn.Linear(head.in_features, num_outputs, bias=head.bias is not None)
         for row in range(head.out_features, num_outputs):

@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint.store import Store
+from streamlearn.core.errors import (
+    DataError,
+    InputOutputError,
+    StreamlearnError,
+    TemporaryError,
+    UsageError,
+    is_out_of_memory,
+)
 from streamlearn.core.states import DaemonState, SaveTrigger
-from streamlearn.data import Progress, StreamlearnError, format_outcomes, is_out_of_memory
+from streamlearn.data import Progress, format_outcomes
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import Server, bind_control, bind_tcp
@@ -113,13 +121,11 @@ class ControlDesk:
         self._ended = True
         self._answer_saves()
         for request, _ in self._task_end_requests:
-            request.answer.set_exception(
-                StreamlearnError("the daemon is stopping, and the task has not ended", code=75)
-            )
+            request.answer.set_exception(TemporaryError("the daemon is stopping, and the task has not ended"))
         self._task_end_requests.clear()
         while self._requests:
             with suppress(IndexError):  # another thread took it
-                self._requests.popleft().answer.set_exception(StreamlearnError("the daemon is stopping", code=75))
+                self._requests.popleft().answer.set_exception(TemporaryError("the daemon is stopping"))
 
     def wait(self, seconds: float) -> None:
         self._wake_event.wait(seconds)
@@ -208,7 +214,7 @@ class ControlDesk:
         """Refuse the waiting requests to end a task: while learning is paused, it does not end."""
         for request, _ in self._task_end_requests:
             line = "learning was paused before the task ended: it ends after `streamlearn resume`"
-            request.answer.set_exception(StreamlearnError(line, code=75))
+            request.answer.set_exception(TemporaryError(line))
         self._task_end_requests.clear()
 
     def _answer_saves(self) -> None:
@@ -217,9 +223,7 @@ class ControlDesk:
             self._save_requests.remove((request, save))
             tag = request.arguments.get("tag")
             if save.checkpoint is None:
-                request.answer.set_exception(
-                    StreamlearnError("the checkpoint could not be written; the log says why", code=74)
-                )
+                request.answer.set_exception(InputOutputError("the checkpoint could not be written; the log says why"))
             elif tag is not None and tag not in save.checkpoint.tags:
                 line = f"{save.checkpoint.id} is saved, but without the tag {tag}: another checkpoint has it now"
                 request.answer.set_exception(StreamlearnError(line))
@@ -266,7 +270,7 @@ class ControlDesk:
         for key, value in arguments.items():
             if not isinstance(value, accepted.get(key, ())):
                 expected = "only the argument tag, a string" if accepted else "no arguments"
-                raise StreamlearnError(f"{name}: accepts {expected}, got {key}: {value!r:.80}", code=2)
+                raise UsageError(f"{name}: accepts {expected}, got {key}: {value!r:.80}")
         if name == "stop":
             self.stop()
             return {"state": self._state()}
@@ -278,7 +282,7 @@ class ControlDesk:
         try:
             return request.answer.result(timeout=COMMAND_SECONDS)
         except FutureTimeout as error:
-            raise StreamlearnError(f"{name}: no answer after {COMMAND_SECONDS:.0f} s", code=75) from error
+            raise TemporaryError(f"{name}: no answer after {COMMAND_SECONDS:.0f} s") from error
 
     def _wake(self) -> None:
         self._wake_event.set()
@@ -384,7 +388,7 @@ def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
 def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
     """Run the loop; at its end save what was learned, whatever the reason, and check the outcome of every sample.
 
-    Raises `StreamlearnError`: 75 if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
+    Raises `TemporaryError` if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
     rejected; and `Diverged`.
     """
     from streamlearn.runtime import loop
@@ -414,12 +418,11 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
         raise diverged
     if job.progress.positions != job.saved_positions:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
-        raise StreamlearnError(f"the batches since {last} could not be saved, and will be learned again", code=74)
+        raise InputOutputError(f"the batches since {last} could not be saved, and will be learned again")
     totals = job.progress.totals()
     if stream.finished and totals["rejected"] and not totals["trained"] + totals["held_out"]:
-        raise StreamlearnError(
+        raise DataError(
             f"nothing was learned: every sample was rejected ({totals['rejected']}); `streamlearn dlq list CONFIG` says why",
-            code=65,
         )
 
 

@@ -20,8 +20,9 @@ import torch
 
 from streamlearn import __version__, state
 from streamlearn.checkpoint.store import LockLost
+from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.core.states import DaemonState, SaveTrigger
-from streamlearn.data import OUTCOMES, Positions, Progress, StreamlearnError, is_out_of_memory
+from streamlearn.data import OUTCOMES, Positions, Progress
 from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -130,12 +131,12 @@ class Job:
 
     @classmethod
     def make(cls, config: Config, store: Store, metrics: Metrics) -> Job:
-        """Return an untrained job; raises `StreamlearnError` (78) if the configuration cannot be built."""
+        """Return an untrained job; raises `ConfigurationError` if the configuration cannot be built."""
         scenario = Scenario.from_config(config)
         try:
             learner = make_learner(config, scenario)
         except ValueError as error:
-            raise StreamlearnError(str(error), code=78) from error
+            raise ConfigurationError(str(error)) from error
         probes = Probes(config.holdout.max, config.memory.max_bytes, config.seed)
         return cls(config, scenario, learner, probes, store, metrics)
 
@@ -412,7 +413,7 @@ class Job:
     def restore(self) -> bool:
         """Load the newest valid checkpoint; return False if there is none.
 
-        Raises `StreamlearnError` (78) if the checkpoint is not compatible with the configuration, with each difference.
+        Raises `ConfigurationError` if the checkpoint is not compatible with the configuration, with each difference.
         """
         before = self.store.num_corrupt
         checkpoint = self.store.newest_valid()
@@ -429,7 +430,7 @@ class Job:
             if is_out_of_memory(error):
                 raise
             # the hashes match and the content is wrong: no version of this program wrote it
-            raise StreamlearnError(f"{checkpoint.path}: cannot be loaded: {error!r:.200}", code=78) from error
+            raise ConfigurationError(f"{checkpoint.path}: cannot be loaded: {error!r:.200}") from error
         self._set_newest_checkpoint(checkpoint)
         self._parent = checkpoint.id
         self.metrics.gauges.set("checkpoints_kept", self.store.count())
@@ -456,7 +457,7 @@ class Job:
         self.metrics.record_evaluation(self.matrix, self.progress, self.probes.sizes, self.last_evaluated)
 
     def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Set the state to that of a checkpoint; raises `StreamlearnError` (78) if it is not compatible."""
+        """Set the state to that of a checkpoint; raises `ConfigurationError` if it is not compatible."""
         self._check_compatible(checkpoint)
         files = {
             name: state.from_bytes(str(checkpoint.path / name), checkpoint.read(name))
@@ -510,7 +511,7 @@ class Job:
         )
 
     def _check_compatible(self, checkpoint: Checkpoint) -> None:
-        """Raise `StreamlearnError` (78) if the configuration differs where the state depends on it."""
+        """Raise `ConfigurationError` if the configuration differs where the state depends on it."""
         ours, theirs = self.config.shaping(), checkpoint.manifest["shaping"]
         if "stream.source" not in theirs:  # written by an earlier version: only its status has the source
             theirs = {
@@ -537,10 +538,9 @@ class Job:
                 f"the configuration has {listed}"
             )
         if lines:
-            raise StreamlearnError(
+            raise ConfigurationError(
                 f"{checkpoint.path}: not compatible with the configuration: {'; '.join(lines)}; "
                 "restore the values of the checkpoint, or start a new job with another state_dir",
-                code=78,
             )
 
     def _set_newest_checkpoint(self, checkpoint: Checkpoint, snapshot: Snapshot | None = None) -> None:

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -78,7 +78,7 @@ def control_app(backend: Backend) -> Starlette:
         try:
             return JSONResponse(await run_in_threadpool(backend.command, name, arguments))
         except StreamlearnError as error:
-            return JSONResponse({"error": str(error), "code": error.code}, status_code=409)
+            return JSONResponse({"error": str(error), "code": error.exit_code}, status_code=409)
 
     return Starlette(routes=[*_reading(backend), Route("/v1/{name}", command, methods=["POST"])])
 

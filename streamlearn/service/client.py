@@ -7,7 +7,7 @@ import json
 import socket
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, NotRunningError, TemporaryError, error_with_exit_code
 from streamlearn.service.statedir import is_locked, read_process_record
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Client:
     def get(self, path: str) -> Any:
         """Return the JSON answer to a GET request, whatever its HTTP status.
 
-        Raises `StreamlearnError`: 3 if no daemon runs, 75 if it does not answer, 77 if it belongs to another user.
+        Raises `NotRunningError`, `TemporaryError` if the daemon does not answer, `AccessError` if it belongs to another user.
         """
         return self._ask("GET", path, None)[1]
 
@@ -46,24 +46,24 @@ class Client:
         """Send a command and return its answer; raises `StreamlearnError` as `get` does, or if the daemon refuses it."""
         status, answer = self._ask("POST", f"/v1/{name}", arguments)
         if status != http.HTTPStatus.OK:
-            raise StreamlearnError(answer.get("error", f"HTTP {status}"), code=answer.get("code", 1))
+            raise error_with_exit_code(answer.get("code", 1), answer.get("error", f"HTTP {status}"))
         found: dict[str, Any] = answer
         return found
 
     def _ask(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         if not is_locked(self.state_dir):
-            raise StreamlearnError(f"{self.state_dir}: not running", code=3)
+            raise NotRunningError(f"{self.state_dir}: not running")
         record = read_process_record(self.state_dir)
         if record is None:
-            raise StreamlearnError(f"{self.state_dir}: the daemon is still starting", code=75)
+            raise TemporaryError(f"{self.state_dir}: the daemon is still starting")
         connection = _UnixConnection(record.socket, self.timeout)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         except PermissionError as error:
-            raise StreamlearnError(f"{record.socket}: belongs to another user", code=77) from error
+            raise AccessError(f"{record.socket}: belongs to another user") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise StreamlearnError(f"{record.socket}: the daemon does not answer: {error}", code=75) from error
+            raise TemporaryError(f"{record.socket}: the daemon does not answer: {error}") from error
         finally:
             connection.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, ConfigurationError, StreamlearnError
 
 if TYPE_CHECKING:
     import asyncio
@@ -67,10 +67,10 @@ def bind_control(state_dir: Path) -> tuple[socket.socket, Path]:
 
 
 def _bind(path: Path) -> socket.socket:
-    """Return a socket bound to a path; raises `OSError`, and `StreamlearnError` (77) if others may use the directory."""
+    """Return a socket bound to a path; raises `OSError`, and `AccessError` if others may use the directory."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.parent.stat().st_uid != os.getuid() or path.parent.stat().st_mode & 0o022:
-        raise StreamlearnError(f"{path.parent}: must belong to you, and nobody else may write there", code=77)
+        raise AccessError(f"{path.parent}: must belong to you, and nobody else may write there")
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
@@ -86,7 +86,7 @@ def _bind(path: Path) -> socket.socket:
 
 
 def bind_tcp(host: str, port: int) -> socket.socket:
-    """Return a bound TCP socket; raises `StreamlearnError` (78) if the port is busy or needs other permissions."""
+    """Return a bound TCP socket; raises `ConfigurationError` if the port is busy or needs other permissions."""
     listener = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -97,8 +97,8 @@ def bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise StreamlearnError(
-            f"service: {host}:{port} cannot be used: {error.strerror}; port 0 means any free port", code=78
+        raise ConfigurationError(
+            f"service: {host}:{port} cannot be used: {error.strerror}; port 0 means any free port"
         ) from error
     return listener
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint.store import LockLost, read_plain_file
-from streamlearn.data import StreamlearnError
+from streamlearn.checkpoint.store import LockLost, LockRemoved, LockReplaced, read_plain_file
+from streamlearn.core.errors import AccessError, AlreadyRunningError, InputOutputError, StreamlearnError, TemporaryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ class Lock:
     def __init__(self, state_dir: Path) -> None:
         """Take the lock.
 
-        Raises `StreamlearnError`: 73 if another process has it, 74 if the file system has no locks, 77 if other users may
+        Raises `AlreadyRunningError` if another process has it, 74 if the file system has no locks, 77 if other users may
         write into the directory.
         """
         self.path = state_dir / LOCK
@@ -85,17 +85,15 @@ class Lock:
         try:
             found = self.path.lstat()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise LockLost(
-                f"{self.path}: was removed while the daemon ran; nothing more is saved, because another one may write there",
-                code=74,
+            raise LockRemoved(
+                f"{self.path}: was removed while the daemon ran; nothing more is saved, because another one may write there"
             ) from error
         except OSError as error:
             raise StreamlearnError.from_os_error(error, self.path) from error
         ours = os.fstat(self._descriptor)
         if (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
-            raise LockLost(
-                f"{self.path}: was replaced while the daemon ran; nothing more is saved, because another one may hold it",
-                code=73,
+            raise LockReplaced(
+                f"{self.path}: was replaced while the daemon ran; nothing more is saved, because another one may hold it"
             )
 
     def close(self) -> None:
@@ -114,24 +112,22 @@ def locked(state_dir: Path) -> Iterator[Lock]:
 
 
 def prepare_state_dir(state_dir: Path) -> None:
-    """Create the state directory if it is missing; raises `StreamlearnError` (77) if another user may write into it."""
+    """Create the state directory if it is missing; raises `AccessError` if another user may write into it."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = state_dir.stat()
     except OSError as error:
         raise StreamlearnError.from_os_error(error) from error
     if found.st_uid not in {os.geteuid(), 0}:
-        raise StreamlearnError(
+        raise AccessError(
             f"{state_dir}: belongs to user {_user(found.st_uid)}, and this is user {_user(os.geteuid())}: run as that user, "
             "or choose another state_dir",
-            code=77,
         )
     foreign_group = found.st_gid not in {os.getegid(), *os.getgroups()}
     if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and foreign_group):
         mode = stat.S_IMODE(found.st_mode)
-        raise StreamlearnError(
+        raise AccessError(
             f"{state_dir}: other users may write there (mode {mode:04o}): use chmod go-w, or choose another state_dir",
-            code=77,
         )
 
 
@@ -150,9 +146,7 @@ def open_daemon_log(state_dir: Path) -> int:
         return os.open(state_dir / "daemon.log", flags, 0o600)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise StreamlearnError(
-                f"{state_dir / 'daemon.log'}: is a link, and links are not followed", code=77
-            ) from error
+            raise AccessError(f"{state_dir / 'daemon.log'}: is a link, and links are not followed") from error
         raise StreamlearnError.from_os_error(error) from error
 
 
@@ -192,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_process_record(path: Path, tree: dict[str, Any]) -> None:
-    """Replace a small JSON file atomically: a reader sees the old or the new one. Raises `StreamlearnError` (74 or 77)."""
+    """Replace a small JSON file atomically: a reader sees the old or the new one. Raises `InputOutputError` or 77)."""
     temporary = path.with_suffix(".tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -218,7 +212,7 @@ def record_clean_end(state_dir: Path) -> None:
 
 
 def is_locked(state_dir: Path) -> bool:
-    """Return whether a daemon holds the lock; raises `StreamlearnError` (74 or 77) if the lock cannot be tested."""
+    """Return whether a daemon holds the lock; raises `InputOutputError` or 77) if the lock cannot be tested."""
     try:
         descriptor = os.open(state_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -239,18 +233,18 @@ def is_locked(state_dir: Path) -> bool:
 
 def _cannot_be_locked(path: Path, error: OSError) -> StreamlearnError:
     """Return the error (74) for a file system without locks. It does not mean that another daemon runs."""
-    return StreamlearnError(f"{path}: cannot be locked: {error.strerror or error}", code=74)
+    return InputOutputError(f"{path}: cannot be locked: {error.strerror or error}")
 
 
 def already_running(state_dir: Path) -> StreamlearnError:
     """Return the error (73) for a second daemon; it names the first process if that is known."""
     record = read_process_record(state_dir)
     who = f"process {record.pid}" if record is not None and record.is_alive else "its LOCK is held"
-    return StreamlearnError(f"{state_dir}: another daemon already runs here ({who})", code=73)
+    return AlreadyRunningError(f"{state_dir}: another daemon already runs here ({who})")
 
 
 def send_signal(state_dir: Path, record: ProcessRecord, number: signal.Signals) -> None:
-    """Send a signal to the recorded daemon, if it still runs. Raises `StreamlearnError` (77) if it is another process.
+    """Send a signal to the recorded daemon, if it still runs. Raises `AccessError` if it is another process.
 
     Whoever can write into the directory can record any process. So the process must belong to the owner of `LOCK` and run
     `streamlearn run`. A process file descriptor ensures that the checked process is the one that gets the signal.
@@ -260,7 +254,7 @@ def send_signal(state_dir: Path, record: ProcessRecord, number: signal.Signals) 
     except ProcessLookupError:
         return
     except OSError as error:
-        raise StreamlearnError(f"process {record.pid}: {error.strerror}", code=75) from error
+        raise TemporaryError(f"process {record.pid}: {error.strerror}") from error
     try:
         process = Path(f"/proc/{record.pid}")
         words = [os.fsdecode(word) for word in (process / "cmdline").read_bytes().split(b"\0")]
@@ -269,15 +263,14 @@ def send_signal(state_dir: Path, record: ProcessRecord, number: signal.Signals) 
         if not record.is_alive:
             return
         if not (is_daemon and owned):
-            raise StreamlearnError(
+            raise AccessError(
                 f"{state_dir / PROCESS_FILE}: names process {record.pid}, which is not the daemon of this directory, so no "
                 "signal was sent",
-                code=77,
             )
         signal.pidfd_send_signal(descriptor, number)
     except (ProcessLookupError, FileNotFoundError):  # the process ended meanwhile, or its state directory was removed
         return
     except OSError as error:
-        raise StreamlearnError(f"process {record.pid}: {error.strerror}", code=75) from error
+        raise TemporaryError(f"process {record.pid}: {error.strerror}") from error
     finally:
         os.close(descriptor)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamlearn.data import Batch, StreamlearnError
+from streamlearn.core.errors import ConfigurationError
+from streamlearn.data import Batch
 from streamlearn.models import registry
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.vae import VAE
@@ -365,7 +366,7 @@ class FeedbackReplay(GenerativeReplay):
             message = (
                 "strategy.generative: variant brain-inspired needs a model whose last layer is linear and named head"
             )
-            raise StreamlearnError(message, code=78)
+            raise ConfigurationError(message)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.context.seed)
             return Feedback(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, is_out_of_memory
 from streamlearn.models.modes import differentiable_eval_mode
 from streamlearn.tensors import dense
 
@@ -52,7 +52,7 @@ def gradient_moments(
 
 
 def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
-    """Raise `StreamlearnError` (78) if the model gives no gradient of a single sample. Called before training begins."""
+    """Raise `ConfigurationError` if the model gives no gradient of a single sample. Called before training begins."""
     network = context.build_network(context.num_outputs)
     x, y, weight = context.zero_inputs(2), torch.zeros(2, dtype=torch.int64), torch.ones(2)
     try:
@@ -65,7 +65,7 @@ def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
             raise
         why = " ".join(str(error).split())
         message = f"strategy.{recipe}: the model gives no gradient of a single sample: {type(error).__name__}: {why}"
-        raise StreamlearnError(message, code=78) from error
+        raise ConfigurationError(message) from error
 
 
 @torch.enable_grad()

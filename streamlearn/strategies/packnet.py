@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import ConfigurationError
 from streamlearn.models import registry
 from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
 
@@ -40,10 +40,9 @@ class PackedModule(nn.Module):
             if isinstance(layer, MASKED_LAYERS) and (layer.weight.requires_grad or not layer.weight.is_leaf):
                 key = f"net.{name}.weight" if name else "net.weight"
                 if key not in names or uses[id(layer.weight)] > 1:
-                    raise StreamlearnError(
+                    raise ConfigurationError(
                         f"strategy.packnet: layer {name} shares its weight with another layer, or computes it from other "
                         "parameters; accepted: layers with weights of their own",
-                        code=78,
                     )
                 self.packed[key] = f"owner_{len(self.packed)}"
                 self.register_buffer(self.packed[key], torch.full_like(layer.weight, FREE, dtype=torch.uint8))
@@ -80,13 +79,13 @@ class PackedNetwork(Network):
         self.refining = False
         if not self.module.packed:
             kinds = ", ".join(kind.__name__ for kind in MASKED_LAYERS)
-            raise StreamlearnError(f"strategy.packnet: the model has no layer that it can mask ({kinds})", code=78)
+            raise ConfigurationError(f"strategy.packnet: the model has no layer that it can mask ({kinds})")
         if any(getattr(layer, "track_running_stats", False) for layer in self.module.modules()):
             message = (
                 "strategy.packnet: the model keeps statistics of batches, which every later task would change; "
                 "accepted: models without batch normalisation"
             )
-            raise StreamlearnError(message, code=78)
+            raise ConfigurationError(message)
 
     @property
     def head(self) -> nn.Linear | None:
@@ -97,7 +96,7 @@ class PackedNetwork(Network):
         for name in self.module.packed:
             if not bool((self.module.owners(name) == FREE).any()) or task >= FREE:
                 layer = name.removeprefix("net.").removesuffix(".weight")
-                raise StreamlearnError(f"strategy.packnet: no weight of layer {layer} is free any more", code=78)
+                raise ConfigurationError(f"strategy.packnet: no weight of layer {layer} is free any more")
         self.task, self.refining = task, False
 
     @torch.no_grad()

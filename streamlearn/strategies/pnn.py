@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import ConfigurationError
 from streamlearn.models.modes import eval_mode, global_seed
 from streamlearn.strategies.slots import BuildContext, Network, State
 
@@ -120,23 +120,22 @@ class ProgressiveNetwork(Network):
         self.module.columns[:-1].eval()
 
     def _check_parameter_limit(self, task: int, prefix: str) -> None:
-        """Raise `StreamlearnError` (78) if the columns up to this task's need more than `max_parameters`."""
+        """Raise `ConfigurationError` if the columns up to this task's need more than `max_parameters`."""
         own = sum(param.numel() for param in self.module.columns[0].parameters())
         layers = [m for m in self.module.columns[0].modules() if isinstance(m, LateralLayer)][1:]
         lateral = sum(next(layer.layer.parameters()).numel() + 1 for layer in layers)  # the weights, and a scale
         total = (task + 1) * own + task * (task + 1) // 2 * lateral
         if total > self.max_parameters:
-            raise StreamlearnError(
+            raise ConfigurationError(
                 f"{prefix}strategy.pnn.max_parameters is {self.max_parameters}, and {task + 1} columns have {total} "
                 "parameters; raise it, or use a smaller model",
-                code=78,
             )
 
 
 def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: Sequence[nn.Module]) -> None:
     """Connect a column's layers to the inputs of the same layers in earlier columns, in place.
 
-    Raises `StreamlearnError` (78) for a network that has no such layers, or that does not use each of them exactly once.
+    Raises `ConfigurationError` for a network that has no such layers, or that does not use each of them exactly once.
     """
     called: list[nn.Module] = []
     layers = {name: m for name, m in column.named_modules() if isinstance(m, CONNECTED_LAYERS)}
@@ -146,10 +145,9 @@ def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: S
     for handle in handles:
         handle.remove()
     if not layers or len(called) != len(layers) or len({id(layer) for layer in called}) != len(layers):
-        raise StreamlearnError(
+        raise ConfigurationError(
             "strategy.pnn: the model must have linear or convolution layers, each used once; "
             f"found {len(layers)} of them, used {len(called)} times",
-            code=78,
         )
     others = [{name: m for name, m in one.named_modules() if isinstance(m, LateralLayer)} for one in earlier]
     for name, layer in layers.items():
@@ -162,7 +160,7 @@ def add_lateral_connections(column: nn.Module, context: BuildContext, earlier: S
             with torch.no_grad(), eval_mode(column):
                 column(context.zero_inputs(2))
         except Exception as error:  # a model may use attributes of its layers that a `LateralLayer` does not have
-            raise StreamlearnError(f"strategy.pnn: cannot connect the model's layers: {error}", code=78) from error
+            raise ConfigurationError(f"strategy.pnn: cannot connect the model's layers: {error}") from error
         for module in column.modules():
             if isinstance(module, LateralLayer):
                 module.layer_input = None

@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from streamlearn.data import (
-    Batch,
-    Delivery,
-    HeldOut,
-    Observations,
-    Position,
-    Positions,
-    Rejected,
-    StreamlearnError,
-    label_of_other_type,
-)
+from streamlearn.core.errors import ConfigurationError, StreamlearnError
+from streamlearn.data import Batch, Delivery, HeldOut, Observations, Position, Positions, Rejected, label_of_other_type
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.log import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.text import Vocabulary
@@ -450,6 +441,6 @@ def _fewer_samples_error(record: Record, skip: int, chunk: Chunk) -> Streamlearn
     why = f" ({chunk.rejected[0].reason}: {chunk.rejected[0]})" if 0 in chunk.rejected else ""
     place = f"{record.topic}[{record.partition}] offset {record.offset}"
     text = f"{place}: {skip} samples of this record were consumed before, but now it decodes to {len(chunk)}{why}"
-    return StreamlearnError(
-        f"{text}; use the configuration with which it was read before (check stream.max_record_bytes)", code=78
+    return ConfigurationError(
+        f"{text}; use the configuration with which it was read before (check stream.max_record_bytes)"
     )

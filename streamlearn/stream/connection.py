@@ -24,7 +24,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, ConfigurationError, StreamlearnError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _use_own_random_generator() -> None:
 
 
 def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
-    """Return the connection settings that consumer, producer and admin client share; raises `StreamlearnError` (77)."""
+    """Return the connection settings that consumer, producer and admin client share; raises `AccessError`."""
     _use_own_random_generator()
     settings: dict[str, Any] = {
         "bootstrap_servers": kafka.bootstrap_servers,
@@ -93,7 +93,7 @@ def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
 
 
 def _ssl_context(kafka: KafkaConfig) -> ssl.SSLContext:
-    """Load the certificates and the key; raises `StreamlearnError` (77) if a file is missing or wrong.
+    """Load the certificates and the key; raises `AccessError` if a file is missing or wrong.
 
     The client would load them at every attempt to connect, and report a wrong file as a failed connection.
     """
@@ -103,7 +103,7 @@ def _ssl_context(kafka: KafkaConfig) -> ssl.SSLContext:
     for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
         path = getattr(kafka, name)
         if path is not None and not path.is_file():
-            raise StreamlearnError(f"kafka.{name}: {path} is not a readable file", code=77)
+            raise AccessError(f"kafka.{name}: {path} is not a readable file")
     name = "ssl_cafile"
     try:
         if kafka.ssl_cafile is not None:
@@ -115,7 +115,7 @@ def _ssl_context(kafka: KafkaConfig) -> ssl.SSLContext:
             password = "" if kafka.ssl_password is None else kafka.ssl_password.get_secret_value()
             context.load_cert_chain(kafka.ssl_certfile, kafka.ssl_keyfile, password)
     except OSError as error:  # includes SSLError
-        raise StreamlearnError(f"kafka.{name}: {getattr(kafka, name)}: {error.strerror or error}", code=77) from error
+        raise AccessError(f"kafka.{name}: {getattr(kafka, name)}: {error.strerror or error}") from error
     return context
 
 
@@ -177,7 +177,7 @@ class _ConnectionManager(KafkaConnectionManager):  # type: ignore[misc]  # the p
 def create_client(kind: type, settings: Mapping[str, Any]) -> Any:
     """Create a client that is connected, and return it.
 
-    Raises `StreamlearnError` (77 or 78) if a broker refuses the connection, and `BrokerUnavailable` if no broker answers.
+    Raises `AccessError` or 78) if a broker refuses the connection, and `BrokerUnavailable` if no broker answers.
     """
     managers: list[_ConnectionManager] = []
 
@@ -233,14 +233,14 @@ def _connection_error(cause: BaseException, settings: Mapping[str, Any]) -> Stre
         return cause
     servers, protocol = ", ".join(settings["bootstrap_servers"]), settings["security_protocol"]
     if _is_tls_alert(cause):
-        return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but the broker speaks TLS", code=78)
+        return ConfigurationError(f"{servers}: kafka.security_protocol is {protocol}, but the broker speaks TLS")
     why = error_text(cause)
     if isinstance(cause, kafka_errors.UnsupportedSaslMechanismError):
         why = f"it does not offer the mechanism {settings['sasl_mechanism']}"
     if is_refusal(cause):
-        return StreamlearnError(f"{servers}: refused: {why}", code=77)
+        return AccessError(f"{servers}: refused: {why}")
     if DISCONNECTED.search(why):
         if (mismatch := _find_protocol_mismatch(settings)) is not None:
-            return StreamlearnError(f"{servers}: kafka.security_protocol is {protocol}, but {mismatch}", code=78)
+            return ConfigurationError(f"{servers}: kafka.security_protocol is {protocol}, but {mismatch}")
         why += f"; does it speak {protocol} there (kafka.security_protocol)?"
     return BrokerUnavailable(f"{servers}: no broker answers ({why})")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, InputOutputError, StreamlearnError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ MAX_SINGLE_LETTERS = 1000  # letters of one sample each, for one record; its oth
 SHARED_SPAN = 1 << 20  # sample indices that one shared letter can cover: its header must fit into a broker's message
 SPAN_BYTES = SHARED_SPAN // 8
 MAX_SAMPLES = 1 << 30  # in one record: each sample has at least one byte
-NO_PERMISSION = 77  # the exit code of a missing permission
 ACK_SECONDS = 5.0  # how long a letter may stay unacknowledged before the reader pauses
 
 
@@ -110,25 +109,26 @@ class DeadLetterWriter:
         self._unacknowledged = True
         try:
             self.writer.append(self.topic, partition, value, key=key, headers=(*original_headers(record), *added))
-        except StreamlearnError as error:
+        except InputOutputError as error:
             self.failures += 1
-            if error.code != 74:
-                raise
             # for example a full disk: the reader then keeps its position, and reads the record again later
             raise BrokerUnavailable(str(error)) from error
+        except StreamlearnError:
+            self.failures += 1
+            raise
         self._last = (record_id, value_key)  # only now: later letters may name only a letter that was accepted
         self.sent += 1
 
     def flush(self) -> None:
         """Wait until all letters are acknowledged; raises `StreamlearnError` if one is not, at once if that is known."""
         if self._failure is not None:
-            raise StreamlearnError(self._failure, code=74)
+            raise InputOutputError(self._failure)
         self._flush()
 
     def retry_failed(self) -> str | None:
         """Try to get all letters acknowledged; return why that failed, or None. Only the writing thread may call this.
 
-        Raises `StreamlearnError` (77) if we have no permission to write them.
+        Raises `AccessError` if we have no permission to write them.
         """
         if not self._unacknowledged:
             return None
@@ -139,7 +139,7 @@ class DeadLetterWriter:
             self._flush()
         except StreamlearnError as error:
             self._unacknowledged = True
-            if error.code == NO_PERMISSION:
+            if isinstance(error, AccessError):
                 raise  # another try would not help
             if self._failure is None:
                 logger.error(  # noqa: TRY400 - the message contains the whole error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, InputOutputError, StreamlearnError
 from streamlearn.stream.log import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ CREATE TABLE IF NOT EXISTS committed (
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open the file, create it if it is missing, and return the connection; raises `StreamlearnError` (77 or 74) on failure."""
+    """Open the file, create it if it is missing, and return the connection; raises `AccessError` or `InputOutputError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         if database.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
-            raise StreamlearnError(f"{path}: this file system cannot hold SQLite's write-ahead log", code=74)
+            raise InputOutputError(f"{path}: this file system cannot hold SQLite's write-ahead log")
         database.execute("PRAGMA synchronous=FULL")
         with _Transaction(database):
             for statement in filter(str.strip, SCHEMA.split(";")):
@@ -56,10 +56,10 @@ def open_database(path: Path) -> sqlite3.Connection:
             if database.execute("SELECT count(*) FROM log").fetchone()[0] == 0:
                 database.execute("INSERT INTO log VALUES (?)", (str(uuid.uuid4()),))
     except PermissionError as error:
-        raise StreamlearnError(f"{path}: {error.strerror}", code=77) from error
+        raise AccessError(f"{path}: {error.strerror}") from error
     except (OSError, sqlite3.Error) as error:
-        code = 77 if "readonly" in str(error) or "unable to open" in str(error) else 74
-        raise StreamlearnError(f"{path}: cannot be used for embedded topics: {error}", code=code) from error
+        kind = AccessError if "readonly" in str(error) or "unable to open" in str(error) else InputOutputError
+        raise kind(f"{path}: cannot be used for embedded topics: {error}") from error
     return database
 
 
@@ -128,11 +128,11 @@ class EmbeddedReader:
         return self._database
 
     def _query(self, query: str, values: tuple[str | int, ...] = ()) -> list[tuple[Any, ...]]:
-        """Return the rows of a query; raises `StreamlearnError` (74) if the file cannot be read."""
+        """Return the rows of a query; raises `InputOutputError` if the file cannot be read."""
         try:
             return self.database.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            raise StreamlearnError(f"{self.path}: cannot be read: {error}", code=74) from error
+            raise InputOutputError(f"{self.path}: cannot be read: {error}") from error
 
     def topics(self) -> dict[str, TopicInfo]:
         if file_identity(self.path) != self._identity:
@@ -180,7 +180,7 @@ class EmbeddedReader:
             with _Transaction(self.database):
                 self.database.executemany("INSERT OR REPLACE INTO committed VALUES (?, ?, ?, ?)", rows)
         except sqlite3.Error as error:
-            raise StreamlearnError(f"{self.path}: positions cannot be written: {error}", code=74) from error
+            raise InputOutputError(f"{self.path}: positions cannot be written: {error}") from error
 
     def close(self) -> None:
         if self._database is not None:
@@ -234,7 +234,7 @@ class EmbeddedWriter:
             with self._lock, _Transaction(self._database):
                 return self._database.execute("INSERT OR IGNORE INTO topics VALUES (?, ?, ?)", row).rowcount == 1
         except sqlite3.Error as error:
-            raise StreamlearnError(f"embedded topics: {name} cannot be created: {error}", code=74) from error
+            raise InputOutputError(f"embedded topics: {name} cannot be created: {error}") from error
 
     def partitions(self, topic: str) -> int:
         with self._lock:
@@ -267,7 +267,7 @@ class EmbeddedWriter:
         if not self._unwritten:
             return
         if file_identity(self.path) != self._identity:
-            raise StreamlearnError(f"{self.path}: the file was removed or replaced while it was written", code=74)
+            raise InputOutputError(f"{self.path}: the file was removed or replaced while it was written")
         last = "SELECT coalesce(max(offset), -1) FROM records WHERE topic = ? AND partition = ?"
         try:
             with _Transaction(self._database):
@@ -283,6 +283,6 @@ class EmbeddedWriter:
                     )
                     ends[topic_partition] = offset + 1
         except sqlite3.Error as error:
-            raise StreamlearnError(f"embedded topics: cannot be written: {error}", code=74) from error
+            raise InputOutputError(f"embedded topics: cannot be written: {error}") from error
         self._unwritten.clear()
         self._unwritten_bytes = 0

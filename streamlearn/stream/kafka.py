@@ -19,7 +19,7 @@ from kafka.admin import NewTopic
 from kafka.protocol.consumer import IsolationLevel, ListOffsetsRequest, OffsetSpec
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, ConfigurationError, InputOutputError, StreamlearnError
 from streamlearn.stream.connection import PERMISSION_ERRORS, REQUEST_MS, client_settings, create_client, error_text
 from streamlearn.stream.kafka_batches import OversizeValue, set_unpack_limit
 from streamlearn.stream.log import (
@@ -58,10 +58,10 @@ def permission_error(error: kafka_errors.KafkaError) -> StreamlearnError:
     names = error.args[0] if error.args else ""
     what = ", ".join(sorted(names)) if isinstance(names, set) else str(names)
     if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
-        return StreamlearnError(f"group {what}: no permission to commit offsets for it (READ)", code=77)
+        return AccessError(f"group {what}: no permission to commit offsets for it (READ)")
     if isinstance(error, kafka_errors.TopicAuthorizationFailedError):
-        return StreamlearnError(f"topic {what}: no permission (READ and DESCRIBE are needed)", code=77)
-    return StreamlearnError(f"refused: {error_text(error)}", code=77)
+        return AccessError(f"topic {what}: no permission (READ and DESCRIBE are needed)")
+    return AccessError(f"refused: {error_text(error)}")
 
 
 # errors that end by themselves or after the client connects again; any other error is shown to the user
@@ -156,7 +156,7 @@ class KafkaReader:
         return entries
 
     def bounds(self, partitions: Sequence[Partition]) -> dict[Partition, Bounds]:
-        """Return the bounds of each partition; raises `StreamlearnError` (77) if we may not see one of them.
+        """Return the bounds of each partition; raises `AccessError` if we may not see one of them.
 
         The end is the high watermark, because acknowledged records can follow a transaction that is still open.
         """
@@ -340,10 +340,10 @@ class KafkaWriter:
         except kafka_errors.TopicAlreadyExistsError:
             return False
         except kafka_errors.InvalidTopicError as error:
-            raise StreamlearnError(f"{name}: Kafka does not accept this name for a topic", code=78) from error
+            raise ConfigurationError(f"{name}: Kafka does not accept this name for a topic") from error
         except PERMISSION_ERRORS as error:
             why = "does not exist, or we may not see it (DESCRIBE), and we may not create it (CREATE)"
-            raise StreamlearnError(f"topic {name}: {why}", code=77) from error
+            raise AccessError(f"topic {name}: {why}") from error
         except kafka_errors.KafkaError as error:
             raise BrokerUnavailable(f"{name}: cannot be created: {error!s:.160}") from error
         return True
@@ -354,7 +354,7 @@ class KafkaWriter:
             if topic not in admin.list_topics():  # the producer would wait a minute for it
                 raise StreamlearnError(f"no topic {topic}")
             if not is_allowed(admin.describe_topics([topic])[0], "WRITE"):
-                raise StreamlearnError(f"topic {topic}: no permission to write to it (WRITE)", code=77)
+                raise AccessError(f"topic {topic}: no permission to write to it (WRITE)")
             return len(producer.partitions_for(topic))
         except PERMISSION_ERRORS as error:
             raise permission_error(error) from error
@@ -399,9 +399,9 @@ class KafkaWriter:
                 topic, error = self._unacknowledged[left[0]][0], self._errors.get(left[0])
                 if isinstance(error, PERMISSION_ERRORS):
                     why = f"no permission to write to it (WRITE), {len(left)} records are waiting"
-                    raise StreamlearnError(f"topic {topic}: {why}", code=77)
+                    raise AccessError(f"topic {topic}: {why}")
                 text = f"{topic}: not acknowledged: {type(error).__name__}: {error!s:.160}"
-                raise StreamlearnError(f"{len(left)} records: {text}", code=74)
+                raise InputOutputError(f"{len(left)} records: {text}")
             self._errors.clear()
 
     def _still_unacknowledged(self, numbers: Iterable[int]) -> list[int]:

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamlearn.data import TOPIC_NAME, StreamlearnError, parse_digits
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import TOPIC_NAME, parse_digits
 from streamlearn.stream.codec import batch_subset
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
 from streamlearn.stream.log import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable

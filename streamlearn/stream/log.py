@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import InputOutputError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,14 +25,11 @@ Headers = tuple[tuple[str, bytes], ...]
 FLUSH_SECONDS = 60.0  # how long a writer waits for acknowledgements
 
 
-class BrokerUnavailable(StreamlearnError):  # noqa: N818 - a temporary state: callers wait until it is over
+class BrokerUnavailable(UnavailableError):  # noqa: N818 - a temporary state: callers wait until it is over
     """No broker answers at the moment. A later attempt can succeed."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code=69)
 
-
-class Unreadable(StreamlearnError):  # noqa: N818 - a state of the log, like `BrokerUnavailable`
+class Unreadable(InputOutputError):  # noqa: N818 - a state of the log, like `BrokerUnavailable`
     """The log answers, but its answer cannot be read, so that connecting again does not help.
 
     If they are known, `partition` is the place of a damaged batch, `begin` its first offset, and `end` the offset after its
@@ -40,7 +37,7 @@ class Unreadable(StreamlearnError):  # noqa: N818 - a state of the log, like `Br
     """
 
     def __init__(self, message: str, partition: Partition | None = None, begin: int = 0, end: int = 0) -> None:
-        super().__init__(message, code=74)
+        super().__init__(message)
         self.partition = partition
         self.begin = begin
         self.end = end
@@ -101,7 +98,7 @@ class Bounds:
 
 
 class LogReader(Protocol):
-    """Reads a log. One thread uses it. Any method may raise `BrokerUnavailable`, `Unreadable` or `StreamlearnError` (77)."""
+    """Reads a log. One thread uses it. Any method may raise `BrokerUnavailable`, `Unreadable` or `AccessError`."""
 
     def connect(self) -> None:
         """Connect to the log, or raise."""

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.log import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:

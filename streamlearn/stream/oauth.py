@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError
 from streamlearn.stream.log import BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the pac
         self._renew_at = self._expires_at = 0.0  # seconds on the monotonic clock
 
     def token(self) -> str:
-        """Return a token; raises `StreamlearnError` (77) if the server refuses, `BrokerUnavailable` if it does not answer."""
+        """Return a token; raises `AccessError` if the server refuses, `BrokerUnavailable` if it does not answer."""
         with self._lock:
             now = time.monotonic()
             if now >= self._renew_at:
@@ -61,7 +61,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the pac
             answer = httpx.post(url, data=form, auth=client, timeout=TIMEOUT_SECONDS)
         except httpx.HTTPError as error:
             if "CERTIFICATE" in str(error):
-                raise StreamlearnError(f"kafka.sasl.token_url: {url}: {error!s:.160}", code=77) from error
+                raise AccessError(f"kafka.sasl.token_url: {url}: {error!s:.160}") from error
             raise BrokerUnavailable(f"{url}: no token: {type(error).__name__}: {error!s:.160}") from error
         if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or answer.status_code in RETRY_STATUSES:
             raise BrokerUnavailable(f"{url}: no token: the server answers {answer.status_code}")
@@ -71,14 +71,12 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # the pac
             # show nothing else of the answer, because it can repeat the secret that was sent
             why = f" ({error_code})" if ERROR_CODE.fullmatch(error_code) else ""
             who = f"client {self.sasl.client_id}, scope {self.sasl.scope}"
-            raise StreamlearnError(f"{url}: no token for {who}: refused with {answer.status_code}{why}", code=77)
+            raise AccessError(f"{url}: no token for {who}: refused with {answer.status_code}{why}")
         token, lifetime = tree.get("access_token"), tree.get("expires_in", DEFAULT_LIFETIME_SECONDS)
         if not isinstance(token, str) or not TOKEN.fullmatch(token):
-            raise StreamlearnError(f"{url}: the answer has no valid access_token (RFC 6750)", code=77)
+            raise AccessError(f"{url}: the answer has no valid access_token (RFC 6750)")
         if not isinstance(lifetime, int | float) or not 0 < lifetime < math.inf:
-            raise StreamlearnError(
-                f"{url}: expires_in is {lifetime!r:.40}; expected a number of seconds above 0", code=77
-            )
+            raise AccessError(f"{url}: expires_in is {lifetime!r:.40}; expected a number of seconds above 0")
         return token, float(min(lifetime, MAX_LIFETIME_SECONDS))
 
 

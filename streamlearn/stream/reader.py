@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from streamlearn.data import Delivery, Positions, StreamlearnError, Task, natural_key
-from streamlearn.stream.deadletter import NO_PERMISSION
+from streamlearn.core.errors import AccessError, ConfigurationError, DataError, StreamlearnError
+from streamlearn.data import Delivery, Positions, Task, natural_key
 from streamlearn.stream.log import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import PartitionMerge
 
@@ -170,9 +170,8 @@ class StreamReader:
         """Wait until all dead letters are acknowledged. A checkpoint may begin only after that."""
         try:
             self.dead_letters.flush()
-        except StreamlearnError as error:
-            if error.code == NO_PERMISSION:
-                self._error = error  # trying again cannot help: the loop gets the error after the queued deliveries
+        except AccessError as error:
+            self._error = error  # trying again cannot help: the loop gets the error after the queued deliveries
             raise
 
     def resume_after_burst(self) -> None:
@@ -321,9 +320,7 @@ class StreamReader:
         """Return the next records, or None if a topic had to be left out because its permission was withdrawn."""
         try:
             return self.log_reader.poll(PAUSED_POLL_SECONDS if self.status.paused else POLL_SECONDS)
-        except StreamlearnError as error:
-            if error.code != NO_PERMISSION:
-                raise
+        except AccessError:
             self._refreshed = -1e9
             self._check_log(time.monotonic())  # raises if it is the current topic; leaves out any other
             if not self._left_out:
@@ -362,7 +359,7 @@ class StreamReader:
     def _stop_at_burst(self) -> bool:
         """Stop reading if too many samples in a row were rejected; return whether it stops.
 
-        Raises `StreamlearnError` (65) if `on_burst` is exit; only logs if it is continue.
+        Raises `DataError` if `on_burst` is exit; only logs if it is continue.
         """
         config, burst = self.config.dead_letter, self.assembler.burst
         if config.burst is None or burst.length < config.burst:
@@ -375,7 +372,7 @@ class StreamReader:
         self._enqueue(self.assembler.flush_observations())
         self._enqueue(self.assembler.forgive_rejects())
         if config.on_burst == "exit":
-            raise StreamlearnError(problem, code=65)
+            raise DataError(problem)
         self._burst = self.status.problem = problem
         return True
 
@@ -499,7 +496,7 @@ class StreamReader:
         required = [task.name] if task is not None and task.name in self._topics else []
         required += self._topics_not_begun(names)[:1]
         if task is not None and task.name in required and (missing := self._topics[task.name].missing_permission):
-            raise StreamlearnError(f"topic {task.name}: {missing}", code=NO_PERMISSION)
+            raise AccessError(f"topic {task.name}: {missing}")
         for name in begun & set(names) - set(required):
             if (missing := self._topics[name].missing_permission) is not None:
                 self._leave_out(name, missing)
@@ -515,9 +512,7 @@ class StreamReader:
         others = [name for name in names if name not in required and name not in self._left_out]
         try:
             self._bounds |= self.log_reader.bounds(self._partitions(others))
-        except StreamlearnError as error:
-            if not isinstance(error, BrokerUnavailable) and error.code != NO_PERMISSION:
-                raise
+        except (BrokerUnavailable, AccessError) as error:
             for name in others:
                 self._leave_out(name, str(error))
             return
@@ -592,7 +587,7 @@ class StreamReader:
     def _begin_next_task(self, names: list[str]) -> None:
         """Begin the next task if no task is current and its topic has a record.
 
-        Raises `StreamlearnError`: 77 if we may not read the topic, 78 if the scenario declares no classes for it.
+        Raises `AccessError` if we may not read the topic, 78 if the scenario declares no classes for it.
         """
         if self.assembler.task is not None:
             return
@@ -615,7 +610,7 @@ class StreamReader:
             return
         name = later[0]
         if (missing := self._topics[name].missing_permission) is not None:
-            raise StreamlearnError(f"topic {name}: {missing}", code=NO_PERMISSION)
+            raise AccessError(f"topic {name}: {missing}")
         self._set_waiting_for(None)
         if (
             self.config.order == "name"
@@ -629,7 +624,7 @@ class StreamReader:
         declared = scenario.declared_classes(name) if scenario.kind == "domain" else []
         if declared is None:
             known = ", ".join(scenario.declared)
-            raise StreamlearnError(f"topic {name}: scenario.tasks has no classes for it, only for {known}", code=78)
+            raise ConfigurationError(f"topic {name}: scenario.tasks has no classes for it, only for {known}")
         task = Task(len(tasks), name, labels=list(declared))
         self._feed_waiting()
         self._enqueue(self.assembler.begin_task(task))
@@ -639,7 +634,7 @@ class StreamReader:
         """Raise (77) if the topic exists but we may not read it; otherwise we would wait for ever."""
         info = self.log_reader.describe(topic)
         if info is not None and info.missing_permission is not None:
-            raise StreamlearnError(f"topic {topic}: {info.missing_permission}", code=NO_PERMISSION)
+            raise AccessError(f"topic {topic}: {info.missing_permission}")
 
     def _set_waiting_for(self, topic: str | None) -> None:
         if topic is not None and topic != self.status.waiting_for:

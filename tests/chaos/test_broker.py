@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END

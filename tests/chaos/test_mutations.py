@@ -14,7 +14,7 @@ import pytest
 from streamlearn import state
 from streamlearn.checkpoint.store import MANIFEST, Store, _digest
 from streamlearn.config import loader
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES

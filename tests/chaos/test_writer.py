@@ -29,7 +29,7 @@ WRITER = """
 import json, sys
 from pathlib import Path
 from streamlearn.checkpoint.store import OWN_KEYS, Store
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 state, source, parent, attempts = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
 manifest = json.loads((source / "MANIFEST.json").read_bytes())
 info = {k: v for k, v in manifest.items() if k not in OWN_KEYS}

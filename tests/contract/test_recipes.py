@@ -14,7 +14,8 @@ from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
 from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.config import loader
-from streamlearn.data import Batch, StreamlearnError, Task
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Batch, Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
@@ -278,7 +279,7 @@ def test_unusual_models_learn_or_are_refused(tmp_path: Path, name: str, kind: st
     if kind in REFUSED.get(name, ()):
         with pytest.raises(StreamlearnError, match=rf"strategy\.{name}: ") as caught:
             Run(tmp_path, {name: {}}, **made)
-        assert caught.value.code == 78
+        assert caught.value.exit_code == 78
         return
     one, other = (Run(tmp_path, {name: {}}, **made) for _ in range(2))
     modes = [module.training for module in one.learner.strategy.network.module.modules()]
@@ -482,7 +483,7 @@ def test_a_head_that_cannot_grow_is_refused_at_the_start(tmp_path: Path) -> None
     Run(tmp_path, {"er": {}}, model=own, input={"shape": [5]}, grow_head=True)
     with pytest.raises(StreamlearnError, match="grow_head: the model needs a linear layer named head") as caught:
         Run(tmp_path, {"er": {}}, model={"name": "tests.support.awkward:headless"}, grow_head=True)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 @pytest.mark.parametrize("name", sorted(FIXED_HEAD))

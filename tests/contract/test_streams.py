@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from streamlearn.core.config import TextInputConfig
-from streamlearn.data import Delivery, Position, Positions, Progress, StreamlearnError, Task
+from streamlearn.core.errors import InputOutputError, StreamlearnError
+from streamlearn.data import Delivery, Position, Positions, Progress, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.log import CONTENT_TYPE, PROBE, USE_HEADER, BrokerUnavailable
@@ -271,7 +272,7 @@ def test_a_domain_without_classes_is_not_begun(world: World) -> None:
         StreamlearnError, match=f"topic {other}: scenario.tasks has no classes for it, only for"
     ) as caught:
         everything(stream, progress)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert [task.name for task in progress.tasks] == [world.name("t-1")]
     assert progress.totals()["trained"] == 1
 
@@ -421,7 +422,7 @@ def test_dead_letters_that_cannot_be_written_stop_the_reading(world: World) -> N
     assert stream.status.problem == f"dead-letter topic {world.name('dlq')}: the topic is full"
     with pytest.raises(StreamlearnError, match="the topic is full") as caught:
         stream.flush_dead_letters()
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     assert stream.dead_letters.failures > 0
     world.mark(a)  # beyond what is read
     unwilling.willing = True
@@ -447,7 +448,7 @@ def test_a_letter_that_could_not_be_appended_keeps_its_bytes(world: World) -> No
             """Take a record, but fail at the first one."""
             if not self.willing:
                 self.willing = True
-                raise StreamlearnError("disk full", code=74)
+                raise InputOutputError("disk full")
             super().append(*arguments, **named)
 
     stream = world.stream(topics=[a], classes=[1, 2], sink=Full(world.sink))
@@ -559,7 +560,7 @@ def test_on_burst_continue_only_logs_and_exit_raises(world: World, caplog: pytes
     assert [line.split(":")[0] for line in lines] == [f"{a}[0] offset 7", f"{a}[0] offset 10"]
     with pytest.raises(StreamlearnError, match="offset 9: 5 samples in a row were rejected") as caught:
         everything(world.stream(**spec, dead_letter={"burst": 5, "on_burst": "exit"}))
-    assert caught.value.code == 65
+    assert caught.value.exit_code == 65
 
 
 def test_the_first_rejected_sample_of_a_topic_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:

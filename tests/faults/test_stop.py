@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.metrics import Metrics
 from streamlearn.models.mlp import MLP
 from streamlearn.runtime.daemon import ControlDesk, learn
@@ -184,7 +184,7 @@ def test_out_of_memory_is_75_and_saves_nothing(tmp_path: Path, monkeypatch: pyte
     desk = ControlDesk(job.config, Metrics())
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
         learn(job, stream, desk)
-    assert caught.value.code == 75
+    assert caught.value.exit_code == 75
     assert job.store.all() == []
 
 

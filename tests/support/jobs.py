@@ -17,7 +17,7 @@ import yaml
 from benchmarks.common import DATA, merged
 from streamlearn import producer, state
 from streamlearn.checkpoint.store import Checkpoint, Store
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
 from streamlearn.stream.embedded import EmbeddedWriter

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from kafka import KafkaAdminClient
 
-from streamlearn.data import Delivery, Progress, StreamlearnError
+from streamlearn.core.errors import InputOutputError
+from streamlearn.data import Delivery, Progress
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
@@ -192,7 +193,7 @@ class Unwilling:
     def flush(self, timeout: float = 60.0) -> None:
         """Refuse, or write what was kept."""
         if not self.willing:
-            raise StreamlearnError("the topic is full", code=74)
+            raise InputOutputError("the topic is full")
         for arguments, named in self.kept:
             self.sink.append(*arguments, **named)
         self.kept.clear()

@@ -15,7 +15,8 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
 from benchmarks.kafka_broker import KafkaBroker
-from streamlearn.data import Position, Progress, StreamlearnError
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Position, Progress
 from streamlearn.stream import kafka_batches, reader
 from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.log import CONTENT_TYPE, ORIGINAL_SIZE_HEADER

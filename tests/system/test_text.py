@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common import DATA
 from streamlearn import producer
 from streamlearn.config import loader
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.predict import Model
 from tests.support import jobs
 from tests.support.commands import cli

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from streamlearn.checkpoint.store import MANIFEST, BrokenCheckpoint, Checkpoint, Store, _digest
 from streamlearn.cli.checkpoints import app
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 
 STEPS = itertools.count(1)
 
@@ -93,7 +93,7 @@ def test_a_fresh_start_is_never_silent(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(StreamlearnError, match="no valid checkpoint is left") as caught:
             store.newest_valid()
-        assert caught.value.code == 78
+        assert caught.value.exit_code == 78
     assert Store(tmp_path / "new").newest_valid() is None
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_not_copied(tmp_path: Path, monkeypatch: pytest.Monkey
     (first.path / "memory.safetensors").write_bytes(b"y" * 100)
     with pytest.raises(StreamlearnError, match=r"memory\.safetensors does not match its hash") as caught:
         save(store, b"2", memory=None)
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     assert [path.name for path in store.root.iterdir()] == [first.id]
 
 
@@ -200,7 +200,7 @@ def test_an_unreadable_directory_fails_the_save(tmp_path: Path, monkeypatch: pyt
         StreamlearnError, match=r"the previous checkpoint, which has memory\.safetensors, cannot be read"
     ) as caught:
         save(store, b"2", memory=None)
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     (tmp_path / MANIFEST).rename(first.path / MANIFEST)
 
     def refuse(*_: object, **__: object) -> None:
@@ -209,7 +209,7 @@ def test_an_unreadable_directory_fails_the_save(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store, "all", refuse)
     with pytest.raises(StreamlearnError, match="cannot be read: Too many open files") as caught:
         save(store, b"3")
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     monkeypatch.undo()
     monkeypatch.setattr(store, "prune", refuse)
     fourth = save(store, b"4")
@@ -227,7 +227,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StreamlearnError, match="Input/output error") as caught:
         save(store)
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     assert [path.name for path in store.root.iterdir()] == ["ckpt-000000000001"]
 
 
@@ -275,7 +275,7 @@ def test_a_directory_that_cannot_be_created_has_the_code_of_its_reason(
         monkeypatch.setattr(Path, "mkdir", refuse)
         with pytest.raises(StreamlearnError, match="checkpoints: cannot be created: ") as caught:
             Store(tmp_path).save({}, {"step": 1})
-        assert caught.value.code == code
+        assert caught.value.exit_code == code
 
 
 def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +405,7 @@ def test_tagged_checkpoints_are_kept(tmp_path: Path) -> None:
     for tag in ("latest", "7", "ckpt-1", "../x", "", ".x", "a/b", "a" * 65, "x\n"):
         with pytest.raises(StreamlearnError, match="expected at most 64 letters") as caught:
             store.tag("latest", tag)
-        assert caught.value.code == 2
+        assert caught.value.exit_code == 2
 
 
 def test_the_newest_readable_checkpoint_cannot_be_removed(tmp_path: Path) -> None:
@@ -475,10 +475,10 @@ def test_latest_is_the_newest_valid_checkpoint(tmp_path: Path) -> None:
         StreamlearnError, match=r"no valid checkpoint; there are: none; broken: .*\.corrupt-ckpt-0"
     ) as caught:
         store.find("latest")
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     with pytest.raises(StreamlearnError, match="no valid checkpoint; there are: none") as caught:
         Store(tmp_path / "elsewhere").find("latest")
-    assert caught.value.code == 1
+    assert caught.value.exit_code == 1
 
 
 def test_a_manifest_with_paths_outside_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from streamlearn.config.loader import load
 from streamlearn.config.schema import schema
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.logs.config import SaslConfig
 from tests.support import tables
@@ -55,7 +55,7 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(StreamlearnError) as caught:
         written(tmp_path, text)
     lines = str(caught.value).splitlines()
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert len(lines) == 5
     assert any("job.yaml:1: input.dtyp: is 'uint8'; no such key (did you mean dtype?)" in line for line in lines)
     assert any(
@@ -70,7 +70,7 @@ def refused(tmp_path: Path, tree: Any, **environ: str) -> list[str]:
     """Return the error messages for an invalid configuration, without the directory."""
     with pytest.raises(StreamlearnError) as caught:
         written(tmp_path, tree, **environ)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_yaml_gives_one_message(tmp_path: Path, content: byte
     with pytest.raises(StreamlearnError) as caught:
         load(path, RECIPES, {"STREAMLEARN__NAME": "["})
     lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
-    assert (caught.value.code, len(lines)) == (78, 2)
+    assert (caught.value.exit_code, len(lines)) == (78, 2)
     assert lines[0].startswith(line)
     assert lines[1].startswith("STREAMLEARN__NAME")
 

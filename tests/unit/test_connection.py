@@ -13,7 +13,7 @@ from kafka import KafkaAdminClient
 from kafka import errors as kafka_errors
 
 from benchmarks.kafka_broker import free_port
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import AccessError, StreamlearnError
 from streamlearn.stream import connection
 from streamlearn.stream.log import BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
@@ -75,7 +75,7 @@ def test_a_broker_without_tls_is_a_configuration_error(kafka: KafkaConfig, proto
     why = f"^{server}: kafka.security_protocol is {protocol}, but {server} speaks no TLS$"
     with pytest.raises(StreamlearnError, match=why) as caught:
         connection.create_client(KafkaAdminClient, settings(**over))
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_key_and_certificate_files_are_checked_before_connecting(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_key_and_certificate_files_are_checked_before_connecting(tmp_path: Path)
     ):
         with pytest.raises(StreamlearnError) as caught:
             settings(security_protocol="SSL", **over)
-        assert (caught.value.code, str(caught.value).startswith(message)) == (77, True), caught.value
+        assert (caught.value.exit_code, str(caught.value).startswith(message)) == (77, True), caught.value
 
 
 HANDSHAKE = "Handshake failed: [SSL: "
@@ -108,7 +108,7 @@ ERRORS: list[tuple[Exception, bool]] = [
     (kafka_errors.KafkaProtocolError("Invalid frame length: 352518912"), True),  # a TLS alert, read as a length
     (kafka_errors.KafkaProtocolError("Invalid frame length: 1213486160"), False),  # HTTP
     (kafka_errors.KafkaTimeoutError("late"), False),
-    (StreamlearnError("no token", code=77), True),
+    (AccessError("no token"), True),
     (BrokerUnavailable("no token server"), False),
 ]
 

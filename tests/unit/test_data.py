@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.data import Delivery, Observations, Position, Positions, Progress, StreamlearnError, Task, natural_key
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Delivery, Observations, Position, Positions, Progress, Task, natural_key
 
 partitions = st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 3))
 ORDERED = ["007", "08", "9²", "10²", "9" * 5000]
@@ -80,6 +81,6 @@ def test_the_order_of_names_is_total(names: list[str], known: list[str]) -> None
 def test_an_os_error_becomes_one_line_and_an_exit_code(number: int, code: int) -> None:
     """A missing permission has another code than an input/output error, and the message names the file."""
     failure = StreamlearnError.from_os_error(OSError(number, "why", "a/file"))
-    assert (str(failure), failure.code) == ("a/file: why", code)
+    assert (str(failure), failure.exit_code) == ("a/file: why", code)
     assert str(StreamlearnError.from_os_error(OSError(number, "why", "a/file"), "a state")) == "a state: why"
     assert str(StreamlearnError.from_os_error(OSError(number, "why"))) == "why"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn import state
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models.encoder import Encoder
 from streamlearn.tensors import make_preprocess
 
@@ -130,7 +130,7 @@ def test_an_unusable_encoder_is_refused(name: str, message: str) -> None:
     """One line names the encoder and the failure; the exit code is 78."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         build(name)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert str(caught.value).startswith("input.encoder ")
     assert "\n" not in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_the_state_of_an_encoder_is_saved_and_loaded_at_the_start() -> None:
     build("restored").check_state(state.round_trip, state.equal)
     with pytest.raises(StreamlearnError, match="its state cannot be saved and loaded: RuntimeError: ") as caught:
         build("more").check_state(state.round_trip, state.equal)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_an_encoder_is_frozen() -> None:
@@ -218,7 +218,7 @@ def test_saved_weights_must_fit_the_encoder() -> None:
     changed = build("tests.support.models:encoder", features=5)
     with pytest.raises(StreamlearnError, match="the saved weights do not fit: RuntimeError: ") as caught:
         changed.load(saved)
-    assert (caught.value.code, str(caught.value).count("\n")) == (78, 0)
+    assert (caught.value.exit_code, str(caught.value).count("\n")) == (78, 0)
 
 
 def test_out_of_memory_is_not_an_error_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,4 +230,4 @@ def test_out_of_memory_is_not_an_error_of_the_configuration(monkeypatch: pytest.
     monkeypatch.setattr("streamlearn.models.encoder._freeze", full)
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
         build("halved")
-    assert caught.value.code == 75
+    assert caught.value.exit_code == 75

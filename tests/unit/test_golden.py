@@ -13,7 +13,8 @@ import torch
 from streamlearn import older_keys, state
 from streamlearn.checkpoint.store import FORMAT, MANIFEST, Store
 from streamlearn.config import loader
-from streamlearn.data import Batch, Progress, StreamlearnError
+from streamlearn.core.errors import StreamlearnError
+from streamlearn.data import Batch, Progress
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import make_stream_reader
@@ -101,7 +102,7 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
         StreamlearnError, match=rf"has format {FORMAT + 1}, and this version reads up to {FORMAT}"
     ) as caught:
         job.store.newest_valid()
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     for name in ("latest", job.checkpoint.id):  # every command refuses it, as the daemon does
         with pytest.raises(StreamlearnError, match="Install the later version"):
             job.store.find(name)
@@ -120,7 +121,7 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
         StreamlearnError, match=r"stream\.source: the checkpoint has 'embedded', the configuration 'kafka'"
     ) as caught:
         Job.make(config, Store(config.state_dir), Metrics()).restore()
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:

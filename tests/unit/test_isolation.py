@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
 from streamlearn.strategies.packnet import FREE, PackedNetwork
@@ -123,7 +123,7 @@ def test_packnet_refuses_unsupported_models(build: Any, message: str) -> None:
     """A model without a layer that can be masked, or with batch statistics, is refused when it is built."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         PackedNetwork(context(build), prune=0.5, samples=9)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_a_column_follows_its_equation() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kafka import errors as kafka_errors
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.kafka import CUT_HEADER_BYTES, KafkaWriter
 from streamlearn.stream.log import ORIGINAL_SIZE_HEADER, BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
@@ -98,7 +98,7 @@ def test_an_invalid_topic_name_is_a_configuration_error() -> None:
     made._admin = Admin()
     with pytest.raises(StreamlearnError, match=r"^a b: Kafka does not accept this name for a topic$") as caught:
         made.create_topic("a b", 1)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_unacknowledged_records_are_sent_again() -> None:

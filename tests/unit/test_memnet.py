@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models import registry
 from streamlearn.strategies.gradient_moments import gradient_moments
 

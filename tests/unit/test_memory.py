@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.memory import ALL, EpisodicMemory, Immutable, Reservoir, fair_share
 
 

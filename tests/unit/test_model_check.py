@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn import state
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models.model_check import ModelCheck
 from tests.support import awkward
 
@@ -91,7 +91,7 @@ def test_a_model_that_would_fail_later_is_refused_at_the_start(name: str) -> Non
     build, why = WRONG[name]
     with pytest.raises(StreamlearnError, match=why) as caught:
         check(build)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert str(caught.value).startswith("model own:make: ")
     assert "\n" not in str(caught.value)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream import oauth
 from streamlearn.stream.log import BrokerUnavailable
 from streamlearn.stream.logs.config import SaslConfig
@@ -107,7 +107,7 @@ def test_a_wrong_secret_is_refused_and_not_shown() -> None:
         with pytest.raises(StreamlearnError) as caught:
             provider(server.url).token()
         message = f"{server.url}: no token for client trainer, scope None: refused with 401 (invalid_client)"
-        assert (caught.value.code, str(caught.value)) == (77, message)
+        assert (caught.value.exit_code, str(caught.value)) == (77, message)
 
 
 ANSWERS: list[tuple[dict[str, Any], str]] = [
@@ -124,7 +124,7 @@ def test_an_invalid_answer_is_refused(answer: dict[str, Any], message: str) -> N
     """An invalid token or lifetime is never sent to a broker."""
     with TokenServer("trainer", SECRET, **answer) as server, pytest.raises(StreamlearnError, match=message) as caught:
         provider(server.url).token()
-    assert caught.value.code == 77
+    assert caught.value.exit_code == 77
 
 
 def test_a_secret_file_is_read_at_every_renewal(tmp_path: Path, clock: Clock) -> None:

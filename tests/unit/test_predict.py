@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from streamlearn import state
 from streamlearn.checkpoint.store import Checkpoint, Store, open_checkpoint
 from streamlearn.cli.app import app
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models import registry
 from streamlearn.models.module_state import module_state
 from streamlearn.predict import Model
@@ -62,7 +62,7 @@ def cli(*args: object) -> tuple[int, str, str]:
     """Run `streamlearn predict` in this process; return the exit code, stdout and stderr."""
     done = CliRunner().invoke(app, ["predict", *map(str, args)], catch_exceptions=True)
     if isinstance(done.exception, StreamlearnError):
-        return done.exception.code, done.stdout, str(done.exception)
+        return done.exception.exit_code, done.stdout, str(done.exception)
     return done.exit_code, done.stdout, done.stderr
 
 
@@ -160,7 +160,7 @@ def test_a_function_named_by_a_checkpoint_is_not_called(tmp_path: Path) -> None:
     )
     with pytest.raises(StreamlearnError, match=r"model\.json: not valid: input\..*shape.*integer") as caught:
         Model(checkpoint, lambda _: ("subprocess:run", None))
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     for over in (
         {"model": {"name": "subprocess:run", "options": {}}},
         {"input": {"kind": "numbers", "shape": [4], "encoder": {"name": "subprocess:run", "options": {}}}},
@@ -199,7 +199,7 @@ def test_an_invalid_model_json_is_refused(tmp_path: Path, over: dict[str, Any], 
     """Any invalid content with correct hashes gives one line and 78, never another exception."""
     with pytest.raises(StreamlearnError, match=why) as caught:
         Model(_described(tmp_path / "state", over)).predict(np.zeros((1, 4), np.float32))
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert str(caught.value).isprintable()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.config.root import Config
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.codec import CONTENT_TYPE_OF
 from streamlearn.stream.log import CONTENT_TYPE
@@ -39,7 +39,7 @@ def test_an_integer_and_a_string_with_the_same_text_are_two_labels() -> None:
     assert [task.x.ravel().tolist() for task in producer.split_by_classes(mixed, groups)] == [[0, 2, 4], [1, 3, 5]]
     with pytest.raises(StreamlearnError, match="the samples have 1 both as an integer and as a string label") as caught:
         producer.resolve_groups(mixed, [["1"]])
-    assert caught.value.code == 2
+    assert caught.value.exit_code == 2
     assert producer.resolve_groups(IMAGES, [["0", "x"], ["7"]]) == [[0, "x"], ["7"]]
 
 
@@ -124,7 +124,7 @@ def test_samples_that_the_stream_would_reject_are_refused(
     """The message has the value, what is accepted and what to do; the code is 65."""
     with pytest.raises(StreamlearnError, match=rf"^{message}.*; nothing was published$") as caught:
         producer.fit_to_config(producer.Samples(x, y), "a", configured(**over), lambda _: None)
-    assert caught.value.code == 65
+    assert caught.value.exit_code == 65
 
 
 def test_too_many_labels_and_too_large_records_are_refused() -> None:
@@ -280,7 +280,7 @@ def test_invalid_arrays_are_refused(tmp_path: Path, arrays: dict[str, Any], mess
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(StreamlearnError, match=rf"a\.npz: .*{message}") as caught:
         producer.read_samples(str(tmp_path / "a.npz"))
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     np.savez(tmp_path / "b.npz", x=arrays["x"])
     if "contains" in message:
         with pytest.raises(StreamlearnError, match=message):
@@ -322,7 +322,7 @@ def test_a_test_split_must_be_in_the_file(tmp_path: Path) -> None:
         assert len(producer.read_samples(str(tmp_path / name), "test")) == 1
         with pytest.raises(StreamlearnError, match="has no test split") as caught:
             producer.read_test_split(str(tmp_path / name), producer.ReadOptions())
-        assert caught.value.code == 2
+        assert caught.value.exit_code == 2
     for name in ("two.npz", "two.jsonl"):
         assert producer.read_test_split(str(tmp_path / name), producer.ReadOptions()).y == [0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.models import model_check, registry
 
 
@@ -118,7 +118,7 @@ def test_an_unusable_model_is_refused(name: str, message: str) -> None:
     """One line names the model, the failure and the shapes; the exit code is 78."""
     with pytest.raises(StreamlearnError, match=message) as caught:
         build(name)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
     assert str(caught.value).startswith(f"model {__name__}:{name}: ")
 
 
@@ -141,7 +141,7 @@ def test_a_model_that_keeps_its_graph_is_refused_if_it_must_be_copied() -> None:
     why = r"^model own:keeping: cannot be copied after training, .*: RuntimeError: Only Tensors created"
     with pytest.raises(StreamlearnError, match=why) as caught:
         model_check.check_copies("own:keeping", build("keeping"), torch.zeros(2, 4))
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def test_a_model_that_is_too_large_for_memory_is_refused() -> None:
@@ -149,4 +149,4 @@ def test_a_model_that_is_too_large_for_memory_is_refused() -> None:
     spec: dict[str, Any] = {"name": "mlp", "hidden": [1 << 31]}
     with pytest.raises(StreamlearnError, match=r"^model mlp: RuntimeError: .*$") as caught:
         registry.build(spec, [1 << 28], 3, 0)
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78

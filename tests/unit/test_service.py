@@ -14,8 +14,9 @@ import pytest
 
 from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import why_not_ready
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import StreamlearnError, Task
+from streamlearn.data import Task
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk, Request
 from streamlearn.service import server
@@ -179,7 +180,7 @@ def test_a_command_after_the_last_turn_is_refused(tmp_path: Path) -> None:
         early.result(10)
     with pytest.raises(StreamlearnError, match="the daemon is stopping") as caught:
         desk.command("pause", {})
-    assert caught.value.code == 75
+    assert caught.value.exit_code == 75
 
 
 def test_task_end_is_answered_when_the_task_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +224,7 @@ def test_a_pause_refuses_a_waiting_task_end(tmp_path: Path, monkeypatch: pytest.
     desk.serve(job, stream, idle=True)
     refusal = ended.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
-    assert (str(refusal), refusal.code) == (
+    assert (str(refusal), refusal.exit_code) == (
         "learning was paused before the task ended: it ends after `streamlearn resume`",
         75,
     )
@@ -257,7 +258,7 @@ def test_a_stop_refuses_a_waiting_task_end(tmp_path: Path, monkeypatch: pytest.M
     desk.refuse_requests()
     refusal = answer.exception(timeout=30)
     assert isinstance(refusal, StreamlearnError)
-    assert refusal.code == 75
+    assert refusal.exit_code == 75
 
 
 def test_why_not_ready(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.table import read_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_ambiguous_and_invalid_files_are_refused(tmp_path: Path, content: str, m
     """The message has the file, the line, the value, what is accepted and what to do, in one line."""
     with pytest.raises(StreamlearnError, match=rf"^[^\n]*/a\.csv:{message}") as caught:
         read(tmp_path, content)
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
 
 
 def test_labels_keep_their_type(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
+from streamlearn.core.errors import AccessError
 from streamlearn.core.section import Int, Seconds, Section
-from streamlearn.data import StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +87,7 @@ class SaslConfig(Section):
                 yield key, f"not accepted with mechanism {self.mechanism}"
 
     def secret(self) -> str:
-        """Return the password or the client secret. Raises `StreamlearnError` (77) if its file is empty or cannot be read."""
+        """Return the password or the client secret. Raises `AccessError` if its file is empty or cannot be read."""
         key = "client_secret" if self.mechanism == "OAUTHBEARER" else "password"
         if (secret := getattr(self, key)) is not None:
             return str(secret.get_secret_value())
@@ -96,9 +96,9 @@ class SaslConfig(Section):
         try:
             text = Path(str(path)).read_text().rstrip("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise StreamlearnError(f"kafka.sasl.{key}: {error}", code=77) from error
+            raise AccessError(f"kafka.sasl.{key}: {error}") from error
         if not text:
-            raise StreamlearnError(f"kafka.sasl.{key}: {path} is empty", code=77)
+            raise AccessError(f"kafka.sasl.{key}: {path} is empty")
         return text
 
 

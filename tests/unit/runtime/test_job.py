@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from streamlearn.cli.lifecycle import format_summary, read_status
+from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, StreamlearnError, Task
+from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics
@@ -364,7 +365,7 @@ def test_an_incompatible_checkpoint_is_explained(
         other.restore()
     why = "; ".join([*lines, "restore the values of the checkpoint, or start a new job with another state_dir"])
     assert str(caught.value) == f"{job.store.all()[0].path}: not compatible with the configuration: {why}"
-    assert caught.value.code == 78
+    assert caught.value.exit_code == 78
 
 
 def move(job: Job, offset: int) -> None:
@@ -436,7 +437,7 @@ def test_a_stop_saves_again_after_a_failed_save(tmp_path: Path, monkeypatch: pyt
     def fail_once(*arguments: Any, **more: Any) -> Checkpoint:
         tried.append(1)
         if len(tried) == 1:
-            raise StreamlearnError("no room", code=74)
+            raise InputOutputError("no room")
         return save(*arguments, **more)
 
     monkeypatch.setattr(job.store, "save", fail_once)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from streamlearn.cli.lifecycle import read_status
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.service.api import MAX_BODY_BYTES, Backend, control_app
 from streamlearn.service.client import _UnixConnection
 from streamlearn.service.server import Server, bind_control

@@ -17,8 +17,8 @@ import pytest
 
 from streamlearn.checkpoint.store import LockLost, Store
 from streamlearn.cli import lifecycle
+from streamlearn.core.errors import StreamlearnError, TemporaryError
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import (
     Lock,
@@ -62,7 +62,7 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         known, own = os.geteuid(), os.geteuid() + 1
         monkeypatch.setattr(os, "geteuid", lambda: own)
     error = refusal(tmp_path)
-    assert error.code == 77
+    assert error.exit_code == 77
     line = str(error)
     assert line.startswith(f"{tmp_path}: belongs to user ")
     assert (str(known) in line, str(own) in line, "\n" in line) == (True, True, False)
@@ -73,7 +73,7 @@ def test_a_directory_that_others_may_write_into_is_refused(tmp_path: Path) -> No
     """Others could put links and checkpoints there: 77, and how to correct it."""
     tmp_path.chmod(0o777)
     error = refusal(tmp_path)
-    assert (error.code, str(error)) == (
+    assert (error.exit_code, str(error)) == (
         77,
         f"{tmp_path}: other users may write there (mode 0777): use chmod go-w, or choose another state_dir",
     )
@@ -127,7 +127,7 @@ def test_only_a_daemon_gets_a_signal(tmp_path: Path) -> None:
             StreamlearnError, match="is not the daemon of this directory, so no signal was sent"
         ) as caught:
             send_signal(tmp_path, record, signal.SIGTERM)
-        assert (caught.value.code, innocent.poll()) == (77, None)
+        assert (caught.value.exit_code, innocent.poll()) == (77, None)
         innocent.kill()
 
 
@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path: Path, monkeypatch: py
         with pytest.raises(StreamlearnError) as caught:
             ask(tmp_path)
         line = f"{tmp_path}/LOCK: cannot be locked: {os.strerror(number)}"
-        assert (str(caught.value), caught.value.code) == (line, 74)
+        assert (str(caught.value), caught.value.exit_code) == (line, 74)
     assert open_files() == []
 
 
@@ -165,7 +165,7 @@ def test_stop_succeeds_if_the_daemon_ends_by_itself(
                 process.wait()
             record_clean_end(tmp_path)
             lock.close()
-            raise StreamlearnError("the daemon does not answer", code=75)
+            raise TemporaryError("the daemon does not answer")
 
         monkeypatch.setattr(Client, "command", end)
         if when == "signalled":
@@ -189,7 +189,7 @@ def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code:
         job.save(stream, SaveTrigger.MANUAL)
         with pytest.raises(LockLost, match=how) as caught:
             job.wait_for_saves(stream)
-        assert caught.value.code == code
+        assert caught.value.exit_code == code
         assert not (state_dir / "checkpoints").exists()
         if second is not None:
             second.close()

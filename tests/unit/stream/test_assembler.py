@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamlearn.data import Delivery, Position, Progress, StreamlearnError, Task
+from streamlearn.core.errors import InputOutputError, StreamlearnError
+from streamlearn.data import Delivery, Position, Progress, Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
@@ -63,7 +64,7 @@ def test_a_record_that_now_decodes_to_fewer_samples_is_an_error() -> None:
         StreamlearnError, match=r"a\[0\] offset 0: 6 samples .* now it decodes to 1 .*max_record_bytes"
     ) as message:
         list(again.feed(batch_record(10)))
-    assert message.value.code == 78
+    assert message.value.exit_code == 78
     assert not again.undelivered
     going_on = made(stands)
     assert list(going_on.feed(batch_record(10))) == []
@@ -78,7 +79,7 @@ def test_a_batch_that_is_no_longer_unpacked_is_an_error_inside_its_records() -> 
     whole = Record("a", 0, 4, 0.0, None, None, (), oversize="it unpacks to more than 64 bytes", begin=0)
     with pytest.raises(StreamlearnError, match=r"6 samples .* now it decodes to 1 \(oversize: it unpacks") as message:
         list(made(stands).feed(whole))
-    assert message.value.code == 78
+    assert message.value.exit_code == 78
 
 
 def test_labels_that_differ_only_in_type_are_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,7 +127,7 @@ def test_a_late_record_counts_as_unread_if_its_letter_cannot_be_written(monkeypa
     list(assembler.feed(batch_record(2)))
 
     def full(*_: object, **__: object) -> None:
-        raise StreamlearnError("the disk is full", code=74)
+        raise InputOutputError("the disk is full")
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "append", full)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.data import StreamlearnError
+from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.log import Bounds, BrokerUnavailable
 
@@ -58,7 +58,7 @@ def test_a_full_disk_is_reported_and_loses_no_record(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(StreamlearnError, match="database or disk is full") as caught:
             sink.flush()
-        assert caught.value.code == 74
+        assert caught.value.exit_code == 74
     with pytest.raises(StreamlearnError, match="positions cannot be written: database or disk is full"):
         log.commit("g", {(f"{'t' * 200}{number}", 0): number for number in range(1000)})
 
@@ -94,7 +94,7 @@ def test_a_removed_file_is_noticed_at_once(tmp_path: Path, *, recreated: bool) -
     sink.append("dlq", 0, b"letter")
     with pytest.raises(StreamlearnError, match="was removed or replaced while it was written") as caught:
         sink.flush()
-    assert caught.value.code == 74
+    assert caught.value.exit_code == 74
     log.connect()
     sink.create_topic("dlq", 1)
     sink.flush()

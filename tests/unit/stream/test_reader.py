@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.data import Position, Progress, StreamlearnError
+from streamlearn.core.errors import AccessError, StreamlearnError
+from streamlearn.data import Position, Progress
 from streamlearn.stream.log import Bounds, BrokerUnavailable, TopicInfo, Unreadable
 from streamlearn.stream.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
@@ -227,7 +228,7 @@ def test_idle_does_not_end_the_task_of_a_deleted_topic(
         log.refused.add(a)
         log.store.infos.pop(b, None)
         stream._last_record = time.monotonic() - 2000
-        raise StreamlearnError("no permission", code=77)
+        raise AccessError("no permission")
 
     monkeypatch.setattr(log, "poll", refuse)
     eventually(lambda: stream.status.problem == f"topic {b} is gone")
@@ -244,7 +245,7 @@ def test_the_current_topic_must_be_readable(flawed: tuple[World, FlawedLog]) -> 
     log.refused.add(a)
     with pytest.raises(StreamlearnError, match=f"topic {a}: no permission to read it") as caught:
         until(stream, lambda _: False)
-    assert caught.value.code == 77
+    assert caught.value.exit_code == 77
 
 
 def test_a_current_topic_without_a_leader_is_an_outage(
