@@ -76,7 +76,9 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     spec = config.stream
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     dead = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    rules = AssemblerSettings(
+        Codec.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
+    )
     stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.process_time()
     stream.start()

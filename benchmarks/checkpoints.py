@@ -39,7 +39,11 @@ def make_job(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
     store = MemoryStore()
     dead = DeadLetterWriter(store, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size
+        Codec.from_config(config.input, config.stream),
+        HoldOut("value", 0),
+        job.scenario,
+        dead,
+        config.stream.batch_size,
     )
     task = Task(0, "t", labels=list(range(10)))
     job.progress.tasks.append(task)

@@ -73,7 +73,9 @@ def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float
     spec = config.stream
     job = Job.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(sink, "dlq")
-    rules = AssemblerSettings(Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, spec.batch_size)
+    rules = AssemblerSettings(
+        Codec.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
+    )
     stream = StreamReader(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.perf_counter()
     stream.start()

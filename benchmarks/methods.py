@@ -56,7 +56,9 @@ def learners_by_task(name: str) -> Iterator[tuple[int, Learner]]:
         path = Path(directory) / "job.yaml"
         path.write_text(loader.dump(merged(tree, NEEDS.get(name, {}))))
         config = loader.load(path, RECIPES, {})
-    learner = make_learner(config, Scenario.from_config(config))
+    learner = make_learner(
+        config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
+    )
     tasks: list[Task] = []
     for index in range(TASKS + 1):
         if index == TASKS:

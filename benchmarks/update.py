@@ -46,7 +46,7 @@ def learner(strategy: dict[str, Any]) -> Learner:
         path = Path(directory) / "job.yaml"
         path.write_text(loader.dump(tree))
         config = loader.load(path, RECIPES, {})
-    made = make_learner(config, Scenario.from_config(config))
+    made = make_learner(config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head))
     for index in range(2):
         made.begin_task(Task(index, "ab"[index]))
         made.set_active_outputs(

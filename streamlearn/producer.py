@@ -199,7 +199,7 @@ def _convert_labels(labels: list[Label], topic: str, config: Config, notify: Cal
 
     Raises `StreamlearnError` for a label that is not declared.
     """
-    scenario = Scenario.from_config(config)
+    scenario = Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
     classes, key = scenario.declared_classes(topic), f"scenario.tasks.{topic}"
     if classes is None and scenario.kind == "domain":
         raise _refuse(f"scenario.tasks has no classes for topic {topic}")

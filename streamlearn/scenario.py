@@ -10,7 +10,7 @@ from streamlearn.data import Labels
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.config.root import Config
+    from streamlearn.core.config import ScenarioConfig
     from streamlearn.data import Label, Task
 
 
@@ -31,12 +31,10 @@ class Scenario:
     grow: bool = False
 
     @classmethod
-    def from_config(cls, config: Config) -> Scenario:
+    def from_config(cls, spec: ScenarioConfig, classes: Sequence[Label] | int, *, grow: bool) -> Scenario:
         """Return the scenario that a configuration describes."""
-        spec = config.scenario
-        classes = config.classes if isinstance(config.classes, int) else Labels(config.classes)
         declared = {task: Labels(labels) for task, labels in spec.tasks.items()}
-        return cls(spec.kind, spec.active, classes, declared, config.grow_head)
+        return cls(spec.kind, spec.active, classes if isinstance(classes, int) else Labels(classes), declared, grow)
 
     @property
     def shares_mask(self) -> bool:

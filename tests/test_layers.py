@@ -42,6 +42,12 @@ ONLY_IN = {
     "safetensors": {"state.py"},
     "scipy": {"strategies/gem.py"},
 }
+COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report"}
+"""What puts components together, and may therefore read the whole configuration."""
+
+SHARED_SECTIONS = dict.fromkeys(("augment", "memory", "models", "optimizers", "strategies"), ("learning",))
+"""Parts of a component that stand outside its package: they read its section."""
+
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
 
@@ -102,6 +108,15 @@ def test_imports_only_lower_rows(path: Path) -> None:
     edges = [unit(name.partition(".")[2]) for name in imports(path) if re.match(r"streamlearn\..+\.", name)]
     upward = sorted({f"{here} -> {there}" for there in edges if there != here and ROW_OF[there] >= ROW_OF[here]})
     assert upward == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_components_import_only_their_own_section(path: Path) -> None:
+    """Only what composes imports `config/`, or the section of another component; those of `core` are for all."""
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = [name.split(".") for name in imports(path) if name.startswith("streamlearn.")]
+    read = {name[1] for name in names if name[1] == "config" or unit(".".join(name[1:])) == "sections"}
+    assert here in COMPOSING or read <= {"core", here, *SHARED_SECTIONS.get(here, ())}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

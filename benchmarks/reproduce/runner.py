@@ -173,7 +173,11 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     job = JobWithoutCheckpoints.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config), HoldOut("value", 0), job.scenario, dead, config.stream.batch_size
+        Codec.from_config(config.input, config.stream),
+        HoldOut("value", 0),
+        job.scenario,
+        dead,
+        config.stream.batch_size,
     )
     stream = StreamReader(
         MemoryReader(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0

@@ -15,7 +15,7 @@ from streamlearn.core.config import InputConfig, Label, ScenarioConfig, TextInpu
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.section import Int, Seconds, Section
 from streamlearn.evaluation.config import HoldoutConfig, ProbesConfig
-from streamlearn.learning.config import LearnerConfig, MemoryConfig, ModelConfig
+from streamlearn.learning.config import LearnerConfig, LearningConfig, MemoryConfig, ModelConfig
 from streamlearn.observability.config import LogConfig
 from streamlearn.runtime.config import DivergenceConfig
 from streamlearn.service.config import ServiceConfig
@@ -140,6 +140,19 @@ class Config(Section):
     def group_id(self) -> str:
         """The consumer group to which positions are reported."""
         return (self.kafka.group_id if self.kafka else None) or f"streamlearn.{self.name}"
+
+    @property
+    def endless_topic(self) -> str | None:
+        """The only topic, if nothing but a marker ends its task; otherwise None."""
+        return self.stream.endless_topic
+
+    @property
+    def learning(self) -> LearningConfig:
+        """What the learner is built from."""
+        return LearningConfig(
+            self.seed, self.device, self.input, self.model, self.strategy, self.learner, self.memory, self.grow_head,
+            self.stream.batch_size, tuple(self.stream.topics or ()),
+        )  # fmt: skip
 
     def warnings(self, recipes: Mapping[str, RecipeSchema]) -> list[str]:
         """Return warnings about values that are allowed but probably a mistake."""

@@ -126,10 +126,10 @@ def warnings(config: Config, recipes: Mapping[str, RecipeSchema]) -> list[str]:
     if both := sorted(repr(label) for label in named if label_of_other_type(label) in named):
         found.append(f"classes {', '.join(both)}: a number and a string that look the same are two classes")
     topics = config.stream.topics or ()
-    if len(topics) == 1 and config.stream.task_end.next_topic and "naive" not in config.strategy:
+    if (topic := config.endless_topic) is not None and "naive" not in config.strategy:
         found.append(
             f"strategy {' + '.join(config.strategy)}: protects nothing until a task has ended, and only a marker ends "
-            f"the only topic, {topics[0]}; set stream.task_end to records: N or idle: SECONDS"
+            f"the only topic, {topic}; set stream.task_end to records: N or idle: SECONDS"
         )
     integers = config.input.dtype.startswith(("int", "uint")) and isinstance(config.input, InputConfig)
     if integers and config.input.scale == 1 and config.strategy.get("generative", {}).get("likelihood") == "bernoulli":

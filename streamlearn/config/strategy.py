@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic_core import InitErrorDetails
 
-    from streamlearn.config.root import Config
     from streamlearn.core.config import InputConfig, TextInputConfig
+    from streamlearn.strategies.config import CheckedConfig
 
 
 class RecipeSchema(Protocol):
@@ -33,7 +33,7 @@ class RecipeSchema(Protocol):
     def defaults_for(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
         """Return the parameters whose defaults depend on the input, with their values."""
 
-    def conflicts(self, config: Config, name: str) -> Iterator[str]:
+    def conflicts(self, config: CheckedConfig, name: str) -> Iterator[str]:
         """Yield the reasons why this recipe cannot work with the rest of the configuration."""
 
 

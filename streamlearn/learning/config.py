@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -10,7 +11,9 @@ from pydantic_core import PydanticCustomError
 from streamlearn.core.section import FUNCTION, Int, Int32, NumBytes, Options, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from streamlearn.core.config import InputConfig, TextInputConfig
 
 
 MODEL_KEYS = {"mlp": ("hidden",), "resnet": ("width",), "memnet": ("embedding", "hops", "heads")}
@@ -85,3 +88,19 @@ class MemoryConfig(Section):
     """A limit on stored samples, for each store: the current task's reservoir, the past tasks' memory, each probe."""
 
     max_bytes: NumBytes = Field(2 << 30, description="largest size of each store of samples, in bytes")
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """What a learner is built from: the sections and keys that learning reads, and no others."""
+
+    seed: int
+    device: str
+    input: InputConfig | TextInputConfig
+    model: ModelConfig
+    strategy: Mapping[str, Mapping[str, Any]]
+    learner: LearnerConfig
+    memory: MemoryConfig
+    grow_head: bool
+    batch_size: int
+    topics: tuple[str, ...]  # those listed as tasks; empty if a pattern chooses them

@@ -48,9 +48,8 @@ from streamlearn.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from streamlearn.config.root import Config
     from streamlearn.data import Label, Task
-    from streamlearn.learning.config import LearnerConfig
+    from streamlearn.learning.config import LearnerConfig, LearningConfig
     from streamlearn.scenario import Scenario
     from streamlearn.strategies.slots import Network, Slot, State, Strategy
 
@@ -668,7 +667,7 @@ def squared_distance(logits: Tensor, stored: Tensor) -> Tensor:
     return squares.sum(1) / finite.sum(1).clamp(min=1)
 
 
-def make_learner(config: Config, scenario: Scenario) -> Learner:
+def make_learner(config: LearningConfig, scenario: Scenario) -> Learner:
     """Return an untrained learner for a configuration.
 
     Raises `ConfigurationError` if model or strategy cannot be built, `ValueError` if the device does not exist.
@@ -689,7 +688,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
     context = BuildContext(
         config.seed, device, shape, scenario.num_outputs([]), config.memory.max_bytes,
         make_preprocess(config.input.scale, device, token_ids=vocabulary is not None, encoder=encoder), build_network,
-        config.stream.batch_size, tuple(config.stream.topics or ()), token_ids=vocabulary is not None,
+        config.batch_size, config.topics, token_ids=vocabulary is not None,
         max_norm=config.learner.max_norm,
     )  # fmt: skip
     strategy = build_strategy(config.strategy, context)
@@ -712,7 +711,7 @@ def make_learner(config: Config, scenario: Scenario) -> Learner:
         )
     return Learner(
         strategy, config.learner, context, scenario,
-        batch_size=config.stream.batch_size, encoder=encoder, has_user_code=is_custom or encoder is not None,
+        batch_size=config.batch_size, encoder=encoder, has_user_code=is_custom or encoder is not None,
         trains_single_samples=trains_single_samples,
     )  # fmt: skip
 

@@ -450,7 +450,7 @@ def make_stream_reader(job: Job) -> StreamReader:
     reader, writer = open_reader_and_writer(config)
     dead_letters = DeadLetterWriter(writer, config.dead_letter_topic)
     spec = config.stream
-    codec = Codec.from_config(config, job.progress.codec_version)
+    codec = Codec.from_config(config.input, config.stream, job.progress.codec_version)
     settings = AssemblerSettings(
         codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records, spec.late == "dead_letter",

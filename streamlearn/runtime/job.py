@@ -132,9 +132,9 @@ class Job:
     @classmethod
     def make(cls, config: Config, store: Store, metrics: Metrics) -> Job:
         """Return an untrained job; raises `ConfigurationError` if the configuration cannot be built."""
-        scenario = Scenario.from_config(config)
+        scenario = Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
         try:
-            learner = make_learner(config, scenario)
+            learner = make_learner(config.learning, scenario)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
         probes = Probes(config.holdout.max, config.memory.max_bytes, config.seed)

@@ -19,14 +19,14 @@ from streamlearn.strategies.parameter_descriptions import describe_parameter
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from streamlearn.config.root import Config
     from streamlearn.core.config import InputConfig, TextInputConfig
     from streamlearn.memory import EpisodicMemory
+    from streamlearn.strategies.config import CheckedConfig
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.slots import BuildContext, Network, Strategy
 
     Slots = dict[str, Any]  # keyword arguments of `Strategy`: an object for each slot, and `refine_epochs`
-    Check = Callable[[Config, str], Iterator[str]]
+    Check = Callable[[CheckedConfig, str], Iterator[str]]
 
 
 def _no_boolean(value: Any) -> Any:
@@ -293,7 +293,7 @@ def _penalty(
     return {"penalty": ImportancePenalty(context, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
 
 
-def _refuse_momentum(config: Config, name: str) -> Iterator[str]:
+def _refuse_momentum(config: CheckedConfig, name: str) -> Iterator[str]:
     """Refuse an optimizer with momentum: it also moves along earlier gradients, which the projection did not change."""
     o = config.learner.optimizer
     if config.strategy[name]["momentum"] == "refuse" and (o.name != "sgd" or o.momentum):
@@ -304,14 +304,14 @@ def _refuse_momentum(config: Config, name: str) -> Iterator[str]:
         )
 
 
-def _require_balanced(config: Config, name: str) -> Iterator[str]:
+def _require_balanced(config: CheckedConfig, name: str) -> Iterator[str]:
     """Refuse `per_class` without `selection: balanced`."""
     chosen = config.strategy[name]
     if chosen["per_class"] is not None and chosen["selection"] != "balanced":
         yield f"per_class is {chosen['per_class']}, and selection is {chosen['selection']}; per_class needs selection: balanced"
 
 
-def _require_gaussian(config: Config, name: str) -> Iterator[str]:
+def _require_gaussian(config: CheckedConfig, name: str) -> Iterator[str]:
     """Refuse an encoder with `likelihood: bernoulli`: features are unbounded, and its values are from 0 to 1."""
     if config.input.encoder is not None and config.strategy[name]["likelihood"] == "bernoulli":
         yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
@@ -322,7 +322,7 @@ def _likelihood_default(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
     return {"likelihood": "gaussian"} if spec.encoder is not None else {}
 
 
-def _require_known_tasks(config: Config, name: str) -> Iterator[str]:
+def _require_known_tasks(config: CheckedConfig, name: str) -> Iterator[str]:
     """Refuse scenario class and `grow_head` for networks that isolate tasks."""
     if config.scenario.kind == "class":
         yield f"{name} needs the task of each sample, which scenario class does not give; accepted: scenario task or domain"
@@ -330,12 +330,11 @@ def _require_known_tasks(config: Config, name: str) -> Iterator[str]:
         yield f"{name} cannot add outputs while it runs; accepted: grow_head: false, with enough classes"
 
 
-def _require_task_end(config: Config, name: str) -> Iterator[str]:
+def _require_task_end(config: CheckedConfig, name: str) -> Iterator[str]:
     """Refuse a single topic that no rule ends."""
-    topics, rule = config.stream.topics, config.stream.task_end
-    if topics is not None and len(topics) == 1 and rule.next_topic:
+    if (topic := config.endless_topic) is not None:
         yield (
-            f"{name} prunes at the end of a task, but the only topic, {topics[0]}, never ends; "
+            f"{name} prunes at the end of a task, but the only topic, {topic}, never ends; "
             "accepted: stream.task_end records: N or idle: SECONDS, or more topics"
         )
 
@@ -376,7 +375,7 @@ class Recipe:
         """Return the defaults that differ from the signature's for this input."""
         return {} if self.input_defaults is None else self.input_defaults(spec)
 
-    def conflicts(self, config: Config, name: str) -> Iterator[str]:
+    def conflicts(self, config: CheckedConfig, name: str) -> Iterator[str]:
         """Yield the reasons why this recipe cannot work with the rest of the configuration, each with what is accepted."""
         others = " + ".join(other for other in config.strategy if other != name)
         if self.exclusive_reason is not None and others:

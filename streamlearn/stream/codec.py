@@ -28,8 +28,9 @@ from streamlearn.stream.text import fingerprint, parse_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.config.root import Config
+    from streamlearn.core.config import InputConfig
     from streamlearn.data import Label
+    from streamlearn.stream.config import StreamConfig
     from streamlearn.stream.text import Rows
 
 CONTENT_TYPES = {
@@ -90,12 +91,12 @@ class Codec:
         self._empty = np.zeros((1, *self.shape), self.dtype)
 
     @classmethod
-    def from_config(cls, config: Config, version: int = CODEC_VERSION) -> Codec:
+    def from_config(
+        cls, spec: InputConfig | TextInputConfig, stream: StreamConfig, version: int = CODEC_VERSION
+    ) -> Codec:
         """Return the codec of a configuration, in the version with which the job was started."""
-        text = config.input if isinstance(config.input, TextInputConfig) else None
-        spec = config.stream
-        shape, dtype, scale = config.input.shape, config.input.dtype, config.input.scale
-        return cls(shape, dtype, spec.codec, spec.max_record_bytes, text, version, scale=scale)
+        text = spec if isinstance(spec, TextInputConfig) else None
+        return cls(spec.shape, spec.dtype, stream.codec, stream.max_record_bytes, text, version, scale=spec.scale)
 
     def convert(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         """Convert samples `[n, ...]` of any numeric type to the stream's dtype; also return the rejected ones, by index.

@@ -136,6 +136,11 @@ class StreamConfig(Section):
             raise PydanticCustomError("pattern", "not a regular expression: {why}", {"why": why})
         return value
 
+    @property
+    def endless_topic(self) -> str | None:
+        """The only topic, if nothing but a marker ends its task; otherwise None."""
+        return self.topics[0] if self.topics and len(self.topics) == 1 and self.task_end.next_topic else None
+
     def reads(self, topic: str) -> bool:
         """Return whether a topic is a task. A pattern never matches internal topics (`__*`) or dead letters (`*.dlq`)."""
         if self.topics is not None:

@@ -79,7 +79,9 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
     job = Job.make(config, Store(directory), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     holdout = HoldOut(config.holdout.by, config.holdout.fraction)
-    rules = AssemblerSettings(Codec.from_config(config), holdout, job.scenario, dead, config.stream.batch_size)
+    rules = AssemblerSettings(
+        Codec.from_config(config.input, config.stream), holdout, job.scenario, dead, config.stream.batch_size
+    )
     assembler, stream = Assembler(rules, Progress()), Direct()
     for number, topic in enumerate(LABELS):
         declared = list(job.scenario.declared[topic]) if job.scenario.kind == "domain" else []

@@ -60,8 +60,8 @@ class Run:
         path = tmp_path / "job.yaml"
         path.write_text(loader.dump(tree))
         config = loader.load(path, RECIPES, {})
-        self.scenario = Scenario.from_config(config)
-        self.learner: Learner = make_learner(config, self.scenario)
+        self.scenario = Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
+        self.learner: Learner = make_learner(config.learning, self.scenario)
         self.tasks: list[Task] = []
         self.labels: list[Any] = []
 

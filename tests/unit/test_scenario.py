@@ -79,7 +79,7 @@ def learner(tmp_path: Path, **over: Any) -> Learner:
     path = tmp_path / "job.yaml"
     path.write_text(loader.dump(tree | over))
     config = loader.load(path, RECIPES, {})
-    return make_learner(config, Scenario.from_config(config))
+    return make_learner(config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head))
 
 
 def test_finding_a_label_compares_no_other_labels() -> None:

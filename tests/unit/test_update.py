@@ -52,7 +52,9 @@ def begun(directory: Path, tasks: Sequence[Sequence[int]] = ((0, 1, 2, 3),), **o
     path = directory / "job.yaml"
     path.write_text(loader.dump(merged(tree, over)))
     config = loader.load(path, RECIPES, {})
-    learner = make_learner(config, Scenario.from_config(config))
+    learner = make_learner(
+        config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
+    )
     begin(learner, tasks[:1])
     return learner
 

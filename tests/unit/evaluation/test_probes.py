@@ -122,7 +122,9 @@ def test_small_probes_share_forward_passes(tmp_path: Path) -> None:
     for model, expected in (("mixing", [10] * 100), ("plain", [510, 490])):
         path.write_text(loader.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
         config = loader.load(path, RECIPES, {})
-        learner = make_learner(config, Scenario.from_config(config))
+        learner = make_learner(
+            config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
+        )
         learner.set_active_outputs([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
         learner.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
         passes.clear()
