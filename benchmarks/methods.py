@@ -72,9 +72,8 @@ def learners_by_task(name: str) -> Iterator[tuple[int, Learner]]:
         learner.spec, whole = few, learner.spec
         for part in range(2):
             learner.learn(samples(2 * index + part, index))
-        for delivery in learner.refine():
-            if delivery.batch is not None:
-                learner.learn(delivery.batch)
+        for batch in learner.refine():
+            learner.learn(batch)
         learner.end_task()
         learner.spec = whole
 

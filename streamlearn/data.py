@@ -299,12 +299,10 @@ class Delivery:
     observations: Observations = field(default_factory=Observations)
     new_task: Task | None = None  # a task that begins with this delivery
     batch: Batch | None = None
-    is_refinement: bool = False  # the batch repeats samples of the reservoir; it has no new samples
     end_offsets: Mapping[int, int] | None = None  # of the current task, by partition, if they are fixed now
     fixed_by: str = "next_topic"  # what fixed the end offsets: next_topic | command
     forgives_below: Mapping[int, int] | None = None  # the new value of `Task.forgiven_below`
     task_end_reason: str | None = None  # if the current task ends now: marker | count | next_topic | idle | command
-    ends_refinement: bool = False  # refinement is over, so the strategy consolidates the task
     newest_timestamp: float | None = None  # of the newest record in this delivery, Unix seconds
 
 
@@ -358,7 +356,7 @@ class Progress:
             self.counts_by_topic.setdefault(topic, Counter())[kind] += count
         if (task := self.current) is None:
             return
-        if delivery.batch is not None and not delivery.is_refinement:
+        if delivery.batch is not None:
             for kind, count in ((outcome, len(delivery.batch) - unusable), ("skipped", unusable)):
                 if count:
                     self.counts_by_topic.setdefault(task.name, Counter())[kind] += count

@@ -385,13 +385,16 @@ class Metrics:
             self.count("task_boundaries", 1, delivery.task_end_reason)
         if stats is None:
             return
-        if not delivery.is_refinement:
-            trained = stats.samples if stats.outcome == "trained" else 0
-            self.count("samples_trained", trained, task)
-            self.count("samples_skipped", stats.samples - trained + stats.unusable, "nonfinite")
-            self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy if stats.samples else None)
-            if delivery.newest_timestamp is not None:
-                self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest_timestamp))
+        trained = stats.samples if stats.outcome == "trained" else 0
+        self.count("samples_trained", trained, task)
+        self.count("samples_skipped", stats.samples - trained + stats.unusable, "nonfinite")
+        self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy if stats.samples else None)
+        if delivery.newest_timestamp is not None:
+            self.histograms["record_delay_seconds"].observe(max(0.0, now - delivery.newest_timestamp))
+        self.record_learned(stats, task)
+
+    def record_learned(self, stats: LearnStats, task: str) -> None:
+        """Count the steps of a batch, new or in refinement, and record its loss."""
         self.count("train_steps", stats.applied, task)
         self.count("train_steps_skipped", stats.steps - stats.applied, "nonfinite")
         self.count("train_steps_skipped", stats.generator_dropped, "nonfinite_generator")

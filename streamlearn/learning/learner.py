@@ -15,7 +15,7 @@ from torch.nn import functional
 from streamlearn.augment import RandomAffine
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import ConfigurationError, StreamlearnError
-from streamlearn.data import Batch, Delivery
+from streamlearn.data import Batch
 from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -284,8 +284,8 @@ class Learner:
         indices: list[int] = self.active_outputs[task].nonzero().flatten().tolist()
         return indices
 
-    def refine(self) -> Iterator[Delivery]:
-        """Yield the deliveries after a task's last record: `refine_epochs` passes over the reservoir, then the task's end.
+    def refine(self) -> Iterator[Batch]:
+        """Yield the batches of a task's refinement: `refine_epochs` passes over the reservoir.
 
         The order of each pass depends only on seed, task and epoch, so a restart continues at `refinement_done`.
         """
@@ -307,8 +307,7 @@ class Learner:
             order = torch.randperm(size, generator=seeded_generator(self.context.seed, f"refine-{self.task}-{epoch}"))
             indices = order[index * self.batch_size : (index + 1) * self.batch_size]
             y = self.reservoir.y[indices]
-            yield Delivery(batch=Batch(self.reservoir.x[indices], y, torch.full_like(y, self.task)), is_refinement=True)
-        yield Delivery(ends_refinement=True)
+            yield Batch(self.reservoir.x[indices], y, torch.full_like(y, self.task))
 
     def end_task(self) -> None:
         """End the task: the weight average becomes the live weights, then every slot consolidates the task.

@@ -19,7 +19,7 @@ from streamlearn.stream.log import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import PartitionMerge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from streamlearn.data import Partition, Position
     from streamlearn.stream.assembler import Assembler
@@ -99,7 +99,6 @@ class StreamReader:
         self.status = StreamStatus()
         self.finished = False  # no delivery is left, and there will be no further one
         self._queue: deque[Delivery] = deque()
-        self._prepended: Iterator[Delivery] = iter(())
         self._queued_samples: Counter[str] = Counter()  # by topic
         self._queued_bytes = 0
         self._lock = threading.Lock()
@@ -141,8 +140,6 @@ class StreamReader:
         The main thread waits here, so a signal handler can run meanwhile. This is why a `Condition` is used: in CPython 3.11
         and 3.12, `SimpleQueue.get` waits for ever if a signal handler returns after the deadline.
         """
-        if (prepended := next(self._prepended, None)) is not None:
-            return prepended
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._error or self._woken, timeout)
             woken, self._woken = self._woken, False
@@ -161,10 +158,6 @@ class StreamReader:
         with self._changed:
             self._woken = True
             self._changed.notify()
-
-    def prepend(self, deliveries: Iterable[Delivery]) -> None:
-        """Return these deliveries before all others; each is made when it is needed. The loop uses it for refinement."""
-        self._prepended = iter(deliveries)
 
     def flush_dead_letters(self) -> None:
         """Wait until all dead letters are acknowledged. A checkpoint may begin only after that."""

@@ -29,7 +29,7 @@ from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END
 from streamlearn.stream.memory import MemoryStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from streamlearn.data import Positions
@@ -46,18 +46,24 @@ Probes = dict[str, list[Sample]]  # by topic
 class Direct:
     """Replaces the reader for the loop, without a thread."""
 
-    def __init__(self) -> None:
-        self.prepended: list[Delivery] = []
-
-    def prepend(self, deliveries: Iterable[Delivery]) -> None:
-        """Keep the refinement deliveries for the next turns."""
-        self.prepended = list(deliveries)
-
     def flush_dead_letters(self) -> None:
         """Do nothing: there are no dead letters to write."""
 
     def commit_positions(self, positions: Positions) -> None:
         """Do nothing: no log wants the positions."""
+
+
+class NoCommands:
+    """A control for the loop that gives no commands."""
+
+    stopping = False
+    paused = False
+
+    def serve(self, *_: object, idle: bool) -> None:
+        """Do nothing: there are no commands."""
+
+    def wait(self, seconds: float) -> None:
+        """Return at once."""
 
 
 def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
@@ -95,11 +101,9 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
 
 
 def apply(job: Job, stream: Direct, delivery: Delivery) -> None:
-    """Run one turn of the loop, and the turns of the refinement that it may start."""
+    """Run one turn of the loop, and the refinement that it may start."""
     loop.turn(job, stream, delivery)  # type: ignore[arg-type]  # has all methods that are called
-    prepended, stream.prepended = stream.prepended, []
-    for further in prepended:
-        apply(job, stream, further)
+    loop.refine_task(job, stream, NoCommands())  # type: ignore[arg-type]
 
 
 def record(sample: Sample) -> bytes:

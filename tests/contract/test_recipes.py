@@ -90,9 +90,8 @@ class Run:
 
     def end(self) -> None:
         """Refine and consolidate, as the loop does."""
-        for delivery in self.learner.refine():
-            if delivery.batch is not None:
-                self.learner.learn(delivery.batch)
+        for batch in self.learner.refine():
+            self.learner.learn(batch)
         self.learner.end_task()
         self.tasks[-1].state = "ended"
 
@@ -158,10 +157,10 @@ def test_resumes_bit_equal(tmp_path: Path, chosen: dict[str, Any], place: str) -
         one.begin()
         one.learn(range(stop))
     if place == "while refining":
-        for number, delivery in enumerate(one.learner.refine()):
-            if number == stop or delivery.batch is None:
+        for number, batch in enumerate(one.learner.refine()):
+            if number == stop:
                 break
-            one.learner.learn(delivery.batch)
+            one.learner.learn(batch)
     other.load(one)
     for run in (one, other):
         if place == "after a task":
