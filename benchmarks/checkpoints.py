@@ -19,7 +19,7 @@ from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 

@@ -21,17 +21,17 @@ from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.reader import StreamReader
 from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config
-    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.logs.base import LogReader, LogWriter
 
 SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
 TARGET = 0.8

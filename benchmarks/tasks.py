@@ -25,7 +25,7 @@ from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.service.client import Client
-from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -85,7 +85,7 @@ def run(output: Path) -> None:
 
 def _publish(work: Path) -> None:
     """Write each task's training samples and probe into its topic."""
-    from streamlearn.stream.embedded import EmbeddedWriter
+    from streamlearn.stream.logs.sqlite import EmbeddedWriter
 
     train, test = producer.read_samples("digits"), producer.read_samples("digits", "test")
     groups = producer.equal_class_groups(train, TASKS)

@@ -20,7 +20,7 @@ from streamlearn.core.errors import ConfigurationError, DataError, InputOutputEr
 from streamlearn.data import natural_key
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.table import read_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from streamlearn.config.root import Config
     from streamlearn.data import Label
-    from streamlearn.stream.log import Headers, LogWriter
+    from streamlearn.stream.logs.base import Headers, LogWriter
 
 DIGITS_TEST_FRACTION = 0.25
 INT64 = np.iinfo(np.int64)  # the range of integer labels in a batch record

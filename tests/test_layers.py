@@ -29,9 +29,14 @@ ROWS = [
     {"__main__"},
 ]
 ONLY_IN = {
-    "kafka": {"stream/kafka.py", "stream/kafka_batches.py", "stream/connection.py", "stream/oauth.py"},
-    "httpx": {"stream/oauth.py"},
-    "sqlite3": {"stream/embedded.py"},
+    "kafka": {
+        "stream/logs/kafka.py",
+        "stream/logs/kafka_batches.py",
+        "stream/logs/kafka_connection.py",
+        "stream/logs/kafka_oauth.py",
+    },
+    "httpx": {"stream/logs/kafka_oauth.py"},
+    "sqlite3": {"stream/logs/sqlite.py"},
     "prometheus_client": {"metrics.py"},
     "starlette": {"service/api.py", "service/server.py"},
     "uvicorn": {"service/server.py"},

@@ -14,8 +14,8 @@ from benchmarks.common import DATA
 from streamlearn import producer
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.log import CONTENT_TYPE, Record
-from streamlearn.stream.memory import MemoryStore
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
+from streamlearn.stream.logs.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable

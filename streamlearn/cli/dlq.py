@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from streamlearn.stream.letters import Letter
-    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.logs.base import LogReader, LogWriter
 
 app = typer.Typer(help="List, show and replay dead letters: samples that could not be used.", no_args_is_help=True)
 

@@ -13,7 +13,7 @@ from streamlearn.logs import quiet_kafka
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config
-    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.logs.base import LogReader, LogWriter
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Use this configuration's source and topics.")]
 ServersOption = Annotated[
@@ -52,12 +52,12 @@ def open_topics(
 
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
             raise UsageError(f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas")
-        from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+        from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
 
         kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
         return KafkaReader(kafka, "streamlearn.cli"), KafkaWriter(kafka)
     if embedded is not None:
-        from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
+        from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 
         if reading and not embedded.is_file():
             raise InputOutputError(f"{embedded}: no such file")

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from streamlearn.config.root import Config
     from streamlearn.runtime.job import Diverged, Job, PendingSave
-    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.logs.base import LogReader, LogWriter
     from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)
@@ -466,11 +466,11 @@ def make_stream_reader(job: Job) -> StreamReader:
 def open_reader_and_writer(config: Config) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
     if config.source == "kafka":
-        from streamlearn.stream.kafka import KafkaReader, KafkaWriter
+        from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
 
         assert config.kafka is not None
         return KafkaReader(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaWriter(config.kafka)
-    from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
+    from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 
     return EmbeddedReader(config.embedded.path), EmbeddedWriter(config.embedded.path)
 

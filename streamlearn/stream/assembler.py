@@ -13,7 +13,7 @@ import torch
 from streamlearn.core.errors import ConfigurationError, StreamlearnError
 from streamlearn.data import Batch, Delivery, HeldOut, Observations, Position, Positions, Rejected, label_of_other_type
 from streamlearn.stream.burst import Burst
-from streamlearn.stream.log import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
+from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.text import Vocabulary
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.codec import Chunk, Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut
-    from streamlearn.stream.log import Record
+    from streamlearn.stream.logs.base import Record
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from streamlearn.data import Rejected
-    from streamlearn.stream.log import Record
+    from streamlearn.stream.logs.base import Record
 
 
 class Burst:

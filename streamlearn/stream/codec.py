@@ -22,7 +22,7 @@ import orjson
 
 from streamlearn.core.config import TextInputConfig
 from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
-from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse_text
 
 if TYPE_CHECKING:

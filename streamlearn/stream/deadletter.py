@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streamlearn.core.errors import AccessError, InputOutputError, StreamlearnError
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs.base import BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from streamlearn.data import Rejected
-    from streamlearn.stream.log import Headers, LogWriter, Record
+    from streamlearn.stream.logs.base import Headers, LogWriter, Record
 
 logger = logging.getLogger(__name__)
 

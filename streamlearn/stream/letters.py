@@ -11,12 +11,12 @@ from streamlearn.core.errors import StreamlearnError
 from streamlearn.data import TOPIC_NAME, parse_digits
 from streamlearn.stream.codec import batch_subset
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
-from streamlearn.stream.log import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable
+from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from streamlearn.stream.log import Headers, LogReader, LogWriter, Record
+    from streamlearn.stream.logs.base import Headers, LogReader, LogWriter, Record
 
     SampleId = tuple[str | None, str]  # the topic's id and the letter's key; letters of earlier versions have no id
     Group = list[tuple[Record, bytes, list["Letter"]]]  # records, each with the bytes to send and its letters

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from streamlearn.data import Partition
-    from streamlearn.stream.log import Record
+    from streamlearn.stream.logs.base import Record
 
 MAX_RECORDS = 1000  # of one partition that wait for other partitions, before fetching from it is paused
 MAX_BYTES = 16 << 20

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import AccessError, ConfigurationError, DataError, StreamlearnError
 from streamlearn.data import Delivery, Positions, Task, natural_key
-from streamlearn.stream.log import BrokerUnavailable, Unreadable
+from streamlearn.stream.logs.base import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import PartitionMerge
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.assembler import Assembler
     from streamlearn.stream.config import StreamConfig
     from streamlearn.stream.deadletter import DeadLetterWriter
-    from streamlearn.stream.log import Bounds, LogReader, Record, TopicInfo
+    from streamlearn.stream.logs.base import Bounds, LogReader, Record, TopicInfo
 
 logger = logging.getLogger(__name__)
 

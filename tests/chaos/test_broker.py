@@ -12,9 +12,9 @@ from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.kafka import KafkaWriter
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaWriter
 from tests.support import jobs, models
 from tests.support.chaos.case import FULL, Case
 from tests.support.kafka_cluster import Cluster, ProxiedBroker

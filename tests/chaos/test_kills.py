@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn import producer
-from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs, models
 from tests.support.chaos.case import FULL, Case
 from tests.support.kills import STRATEGIES

@@ -16,8 +16,8 @@ import pytest
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.embedded import EmbeddedWriter
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs, models
 from tests.support.agreement import get, scrape
 from tests.support.chaos.case import FULL, Case

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.chaos.case import FULL, Case
 from tests.support.pythons import python

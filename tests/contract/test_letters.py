@@ -9,7 +9,7 @@ import numpy as np
 from streamlearn.data import Progress
 from streamlearn.stream import deadletter, letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.log import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END
+from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END
 from tests.support.streams import TYPED, World, everything, places
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
     from streamlearn.stream.letters import Letter
-    from streamlearn.stream.log import LogReader, Record
+    from streamlearn.stream.logs.base import LogReader, Record
 
 
 T = TypeVar("T")

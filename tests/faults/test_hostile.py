@@ -26,8 +26,8 @@ from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
-from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, Headers, Record
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, Headers, Record
+from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from tests.support.streams import TYPED, Unwilling, World, everything, places, until
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
-from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaWriter
 from tests.support import jobs
 from tests.support.kills import STRATEGIES, run_with_kills
 

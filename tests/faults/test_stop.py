@@ -21,8 +21,8 @@ from streamlearn.models.mlp import MLP
 from streamlearn.runtime.daemon import ControlDesk, learn
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
-from streamlearn.stream.kafka import KafkaWriter
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaWriter
 from tests.support import jobs
 from tests.support.commands import cli, one_line
 from tests.support.in_process import made

@@ -13,7 +13,7 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import FORMAT, Store
 from streamlearn.config import loader
 from streamlearn.producer import PublishOptions, Samples
-from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 
 HERE = Path(__file__).parent

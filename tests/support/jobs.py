@@ -20,14 +20,14 @@ from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
-from streamlearn.stream.embedded import EmbeddedWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from streamlearn.stream.log import LogWriter
+    from streamlearn.stream.logs.base import LogWriter
 
 DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` runs the same tests on a GPU
 TOPICS = ["t1", "t2", "t3", "t4", "t5"]

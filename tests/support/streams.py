@@ -16,17 +16,17 @@ from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
 from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
-from streamlearn.stream.memory import MemoryStore
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.memory import MemoryStore
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from streamlearn.core.config import TextInputConfig
-    from streamlearn.stream.log import LogReader, LogWriter, Record
+    from streamlearn.stream.logs.base import LogReader, LogWriter, Record
 
 
 TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)

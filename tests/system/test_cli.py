@@ -18,8 +18,8 @@ from streamlearn.checkpoint.store import MANIFEST, Store
 from streamlearn.cli import lifecycle
 from streamlearn.runtime import daemon
 from streamlearn.stream import letters
-from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
-from streamlearn.stream.log import PROBE, USE_HEADER
+from streamlearn.stream.logs.base import PROBE, USE_HEADER
+from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from tests.support import jobs
 from tests.support.commands import cli, one_line
 

@@ -22,8 +22,8 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
-from streamlearn.stream.embedded import EmbeddedWriter
-from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.agreement import check_agreement, get, has_finished
 from tests.support.commands import cli, one_line
@@ -188,7 +188,7 @@ def test_invalid_records_change_nothing(tmp_path: Path) -> None:
 
 def dead_letters(path: Path) -> list[Record]:
     """Return the records of the dead-letter topic."""
-    from streamlearn.stream.embedded import EmbeddedReader
+    from streamlearn.stream.logs.sqlite import EmbeddedReader
 
     log = EmbeddedReader(path)
     log.connect()

@@ -14,10 +14,10 @@ from benchmarks.common import merged
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn import producer
 from streamlearn.checkpoint.store import Checkpoint, Store
-from streamlearn.stream.embedded import EmbeddedWriter
-from streamlearn.stream.kafka import KafkaWriter
-from streamlearn.stream.log import CONTENT_TYPE, LogWriter
+from streamlearn.stream.logs.base import CONTENT_TYPE, LogWriter
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.agreement import check_agreement
 from tests.support.commands import cli

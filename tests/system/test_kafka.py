@@ -17,10 +17,11 @@ from kafka.structs import TopicPartition
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.data import Position, Progress
-from streamlearn.stream import kafka_batches, reader
-from streamlearn.stream.kafka import KafkaReader, KafkaWriter
-from streamlearn.stream.log import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
+from streamlearn.stream import reader
+from streamlearn.stream.logs import kafka_batches
+from streamlearn.stream.logs.base import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
 from tests.support import jobs
 from tests.support.streams import TYPED, World, everything, places, until
 

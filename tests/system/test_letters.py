@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
-from streamlearn.stream.embedded import EmbeddedWriter
-from streamlearn.stream.kafka import KafkaWriter
-from streamlearn.stream.log import CONTENT_TYPE, CONTROL_HEADER, TASK_END
+from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
+from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.agreement import get, scrape
 from tests.support.commands import cli, one_line
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streamlearn.stream.log import LogWriter
+    from streamlearn.stream.logs.base import LogWriter
 
 SMALL: dict[str, Any] = {
     "input": {"shape": [2], "dtype": "float32", "scale": 1},

@@ -14,8 +14,8 @@ from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.codec import CONTENT_TYPE_OF
-from streamlearn.stream.log import CONTENT_TYPE
-from streamlearn.stream.memory import MemoryStore
+from streamlearn.stream.logs.base import CONTENT_TYPE
+from streamlearn.stream.logs.memory import MemoryStore
 
 IMAGES = producer.Samples(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0, 1, 0, "x"])
 

@@ -21,7 +21,7 @@ from benchmarks.reproduce.cells import Row, Table
 from benchmarks.reproduce.result_file import ResultFile
 from benchmarks.reproduce.streams import Curriculum
 from streamlearn.producer import Samples
-from streamlearn.stream.log import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
+from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from tests.support.jobs import require
 
 SIZE = 7  # samples in a record

@@ -15,8 +15,8 @@ from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, BrokerUnavailable, Record
-from streamlearn.stream.memory import MemoryStore
+from streamlearn.stream.logs.base import CONTENT_TYPE, BrokerUnavailable, Record
+from streamlearn.stream.logs.memory import MemoryStore
 
 BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 

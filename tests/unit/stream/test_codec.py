@@ -15,7 +15,7 @@ from streamlearn.core.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 
 labels = st.one_of(st.integers(-(2**62), 2**62), st.text(max_size=8))
 

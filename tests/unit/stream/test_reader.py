@@ -11,8 +11,8 @@ import pytest
 
 from streamlearn.core.errors import AccessError, StreamlearnError
 from streamlearn.data import Position, Progress
-from streamlearn.stream.log import Bounds, BrokerUnavailable, TopicInfo, Unreadable
-from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.base import Bounds, BrokerUnavailable, TopicInfo, Unreadable
+from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
 from tests.support.streams import SECONDS, World, places, until
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from streamlearn.data import Partition
-    from streamlearn.stream.log import Record
+    from streamlearn.stream.logs.base import Record
     from streamlearn.stream.reader import StreamReader
 
 

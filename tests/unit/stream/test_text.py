@@ -16,7 +16,7 @@ from streamlearn.core.config import TextInputConfig
 from streamlearn.data import REJECT_REASONS, Positions, Progress
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.log import CONTENT_TYPE, Record
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.text import (
     FIRST_WORD_ID,
     MAX_WORD_LENGTH,

@@ -16,16 +16,16 @@ from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
+from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from streamlearn.stream.log import LogReader, LogWriter
+    from streamlearn.stream.logs.base import LogReader, LogWriter
 
 SECONDS = 20
 

@@ -8,7 +8,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.stream.log import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
+from streamlearn.stream.logs.base import FLUSH_SECONDS, Bounds, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamlearn.stream.log import Record
+from streamlearn.stream.logs.base import Record
 from streamlearn.stream.merge import MAX_RECORDS, PartitionMerge
 
 

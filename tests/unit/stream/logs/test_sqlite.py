@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.stream.embedded import EmbeddedReader, EmbeddedWriter
-from streamlearn.stream.log import Bounds, BrokerUnavailable
+from streamlearn.stream.logs.base import Bounds, BrokerUnavailable
+from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,9 +20,7 @@ from kafka.protocol.consumer import IsolationLevel, ListOffsetsRequest, OffsetSp
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlearn.core.errors import AccessError, ConfigurationError, InputOutputError, StreamlearnError
-from streamlearn.stream.connection import PERMISSION_ERRORS, REQUEST_MS, client_settings, create_client, error_text
-from streamlearn.stream.kafka_batches import OversizeValue, set_unpack_limit
-from streamlearn.stream.log import (
+from streamlearn.stream.logs.base import (
     FLUSH_SECONDS,
     ORIGINAL_SIZE_HEADER,
     Bounds,
@@ -31,6 +29,14 @@ from streamlearn.stream.log import (
     Record,
     TopicInfo,
     Unreadable,
+)
+from streamlearn.stream.logs.kafka_batches import OversizeValue, set_unpack_limit
+from streamlearn.stream.logs.kafka_connection import (
+    PERMISSION_ERRORS,
+    REQUEST_MS,
+    client_settings,
+    create_client,
+    error_text,
 )
 
 if TYPE_CHECKING:

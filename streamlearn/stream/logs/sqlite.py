@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from streamlearn.core.errors import AccessError, InputOutputError, StreamlearnError
-from streamlearn.stream.log import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
+from streamlearn.stream.logs.base import FLUSH_SECONDS, Bounds, BrokerUnavailable, Headers, Record, TopicInfo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.stream import oauth
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs import kafka_oauth as oauth
+from streamlearn.stream.logs.base import BrokerUnavailable
 from streamlearn.stream.logs.config import SaslConfig
 from tests.support.token_server import TokenServer
 

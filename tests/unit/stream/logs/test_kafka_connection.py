@@ -14,8 +14,8 @@ from kafka import errors as kafka_errors
 
 from benchmarks.kafka_broker import free_port
 from streamlearn.core.errors import AccessError, StreamlearnError
-from streamlearn.stream import connection
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs import kafka_connection as connection
+from streamlearn.stream.logs.base import BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support.secure_broker import make_authority
 

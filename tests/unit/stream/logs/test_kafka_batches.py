@@ -16,8 +16,8 @@ from kafka.codec import snappy_encode
 from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
-from streamlearn.stream import kafka_batches
-from streamlearn.stream.log import Unreadable
+from streamlearn.stream.logs import kafka_batches
+from streamlearn.stream.logs.base import Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

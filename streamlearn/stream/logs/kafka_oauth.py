@@ -13,7 +13,7 @@ import httpx
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
 from streamlearn.core.errors import AccessError
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs.base import BrokerUnavailable
 
 if TYPE_CHECKING:
     from streamlearn.stream.logs.config import SaslConfig

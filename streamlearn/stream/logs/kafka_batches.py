@@ -25,8 +25,8 @@ from kafka.record import legacy_records, memory_records
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from kafka.record.util import decode_varint
 
-from streamlearn.stream.connection import error_text
-from streamlearn.stream.log import Unreadable
+from streamlearn.stream.logs.base import Unreadable
+from streamlearn.stream.logs.kafka_connection import error_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

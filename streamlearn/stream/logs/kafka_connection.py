@@ -25,7 +25,7 @@ from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
 from streamlearn.core.errors import AccessError, ConfigurationError, StreamlearnError
-from streamlearn.stream.log import BrokerUnavailable
+from streamlearn.stream.logs.base import BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +84,7 @@ def client_settings(kafka: KafkaConfig) -> dict[str, Any]:
     if kafka.sasl is not None and kafka.security_protocol.startswith("SASL"):
         settings["sasl_mechanism"] = kafka.sasl.mechanism
         if kafka.sasl.mechanism == "OAUTHBEARER":
-            from streamlearn.stream.oauth import token_provider
+            from streamlearn.stream.logs.kafka_oauth import token_provider
 
             settings["sasl_oauth_token_provider"] = token_provider(kafka.sasl)
         else:
