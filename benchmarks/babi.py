@@ -20,7 +20,7 @@ from benchmarks.ingest import NoCommands
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.data import Progress
+from streamlearn.core.progress import Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job

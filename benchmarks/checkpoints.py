@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.ingest import settings
 from benchmarks.update import samples
 from streamlearn.checkpoint.store import Store
+from streamlearn.core.positions import Position, Positions
+from streamlearn.core.progress import Progress
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import Position, Positions, Progress, Task
+from streamlearn.core.tasks import Task
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings

@@ -10,7 +10,7 @@ from benchmarks.common import merged
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
 from streamlearn import state
 from streamlearn.config import loader
-from streamlearn.data import Task
+from streamlearn.core.tasks import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES

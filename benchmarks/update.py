@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamlearn.config import loader
-from streamlearn.data import Batch, Task
+from streamlearn.core.samples import Batch
+from streamlearn.core.tasks import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import VAE

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import Label
+from streamlearn.core.labels import Label
 from streamlearn.tensors import seeded_generator
 
 State = dict[str, Any]

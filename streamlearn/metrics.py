@@ -24,11 +24,13 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
+from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.core.states import DaemonState, SaveTrigger
-from streamlearn.data import REJECT_REASONS
 
 if TYPE_CHECKING:
-    from streamlearn.data import Delivery, Partition, Progress
+    from streamlearn.core.deliveries import Delivery
+    from streamlearn.core.positions import Partition
+    from streamlearn.core.progress import Progress
     from streamlearn.evaluation.matrix import AccuracyMatrix
     from streamlearn.learning.learner import LearnStats
     from streamlearn.stream.reader import StreamStatus

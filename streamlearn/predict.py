@@ -20,7 +20,7 @@ from torch.nn import functional
 from streamlearn import state
 from streamlearn.core.config import InputConfig, TextInputConfig
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, UsageError, is_out_of_memory
-from streamlearn.data import Rejected
+from streamlearn.core.samples import Rejected
 from streamlearn.learning.config import ModelConfig
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streamlearn.checkpoint.store import Checkpoint
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
     from streamlearn.strategies.slots import Network
 
 CHUNK = 512

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from streamlearn.core.errors import ConfigurationError, DataError, InputOutputError, StreamlearnError, UsageError
-from streamlearn.data import natural_key
+from streamlearn.core.text import natural_key
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from streamlearn.config.root import Config
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
     from streamlearn.stream.logs.base import Headers, LogWriter
 
 DIGITS_TEST_FRACTION = 0.25

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streamlearn.data import Labels
+from streamlearn.core.labels import Labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from streamlearn.core.config import ScenarioConfig
-    from streamlearn.data import Label, Task
+    from streamlearn.core.labels import Label
+    from streamlearn.core.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from streamlearn.core.errors import InputOutputError
-from streamlearn.data import natural_key
+from streamlearn.core.text import natural_key
 from streamlearn.memory import Immutable
 
 if TYPE_CHECKING:

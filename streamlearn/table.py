@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streamlearn.core.errors import InputOutputError
-from streamlearn.data import INTEGER
+from streamlearn.core.text import INTEGER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
 
 MAX_DIGITS = 20  # of a 64-bit integer with its sign
 MISSING_VALUES = {"", "?", "-", "na", "n/a", "nan", "null", "none"}  # compared in lower case

@@ -15,8 +15,9 @@ PAGE = PACKAGE.parent / "ARCHITECTURE.md"
 BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 
 ROWS = [
-    {"core", "older_keys"},
-    {"data", "patterns", "tensors", "logs", "__init__"},
+    {"older_keys"},
+    {"core"},
+    {"patterns", "tensors", "logs", "__init__"},
     {"sections", "table"},
     {"config"},
     {"scenario"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.data import natural_key
+from streamlearn.core.text import natural_key
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,8 @@ from benchmarks.reproduce import streams
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import Positions, Progress
+from streamlearn.core.positions import Positions
+from streamlearn.core.progress import Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job, PendingSave, Snapshot

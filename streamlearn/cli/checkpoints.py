@@ -18,7 +18,7 @@ from streamlearn.cli.common import (
     print_line,
 )
 from streamlearn.core.errors import AlreadyRunningError, InputOutputError, StreamlearnError, UsageError
-from streamlearn.data import parse_digits
+from streamlearn.core.text import parse_digits
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import is_locked, locked
 

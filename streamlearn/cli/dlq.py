@@ -228,7 +228,7 @@ def _warn_of_ended_tasks(state_dir: Path, topics: Collection[str]) -> None:
 
 
 def _filter(found: list[Letter], topic: str | None, reason: str | None) -> list[Letter]:
-    from streamlearn.data import DEAD_LETTER_REASONS
+    from streamlearn.core.samples import DEAD_LETTER_REASONS
 
     if reason not in {None, *DEAD_LETTER_REASONS}:
         raise UsageError(f"--reason is {reason!r:.80}; expected one of {', '.join(DEAD_LETTER_REASONS)}")

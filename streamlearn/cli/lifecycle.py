@@ -34,7 +34,7 @@ from streamlearn.core.errors import (
     TemporaryError,
     error_with_exit_code,
 )
-from streamlearn.data import format_outcomes
+from streamlearn.core.progress import format_outcomes
 from streamlearn.logs import printable, printable_lines
 from streamlearn.service.client import COMMAND_SECONDS, Client
 from streamlearn.service.statedir import (

@@ -12,14 +12,14 @@ import typer
 from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.source import ConfigOption, EmbeddedOption, HeaderOption, ServersOption, find_config, open_topics
 from streamlearn.core.errors import UsageError
-from streamlearn.data import TOPIC_NAME
+from streamlearn.core.text import TOPIC_NAME
 from streamlearn.logs import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from streamlearn.config.root import Config
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
     from streamlearn.producer import ReadOptions, Samples
 
 

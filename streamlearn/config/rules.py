@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from streamlearn.core.config import InputConfig, TextInputConfig
-from streamlearn.data import label_of_other_type
+from streamlearn.core.labels import label_of_other_type
 from streamlearn.learning.config import MODEL_KEYS
 
 if TYPE_CHECKING:

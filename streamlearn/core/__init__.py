@@ -1,1 +1,1 @@
-"""What every other package shares; nothing in here imports another package of streamlearn."""
+"""The types that all layers share: errors, labels, samples, positions, tasks, deliveries, progress, states."""

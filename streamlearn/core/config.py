@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from streamlearn.core.labels import MAX_LABEL_BYTES
 from streamlearn.core.section import FUNCTION, Int, Int32, Options, Section, section_at, to_init_error
-from streamlearn.data import MAX_LABEL_BYTES
 
 MAX_SAMPLE_SIZE = 1 << 28  # numbers in one sample
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.data import Label, Task
+    from streamlearn.core.labels import Label
+    from streamlearn.core.tasks import Task
     from streamlearn.evaluation.config import HoldoutConfig
 
 EARLY_SAMPLES = 1000  # warn when a running task consumed this many and trained none

@@ -17,7 +17,9 @@ from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from streamlearn.data import HeldOut, Label, Progress
+    from streamlearn.core.labels import Label
+    from streamlearn.core.progress import Progress
+    from streamlearn.core.samples import HeldOut
 
 State = dict[str, Any]
 

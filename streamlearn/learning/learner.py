@@ -15,7 +15,7 @@ from torch.nn import functional
 from streamlearn.augment import RandomAffine
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import ConfigurationError, StreamlearnError
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from streamlearn.memory import ALL, Immutable, Reservoir, rank_in_class
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -48,7 +48,8 @@ from streamlearn.tensors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from streamlearn.data import Label, Task
+    from streamlearn.core.labels import Label
+    from streamlearn.core.tasks import Task
     from streamlearn.learning.config import LearnerConfig, LearningConfig
     from streamlearn.scenario import Scenario
     from streamlearn.strategies.slots import Network, Slot, State, Strategy

@@ -26,8 +26,8 @@ from streamlearn.core.errors import (
     UsageError,
     is_out_of_memory,
 )
+from streamlearn.core.progress import Progress, format_outcomes
 from streamlearn.core.states import DaemonState, SaveTrigger
-from streamlearn.data import Progress, format_outcomes
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import Server, bind_control, bind_tcp

@@ -21,8 +21,10 @@ import torch
 from streamlearn import __version__, state
 from streamlearn.checkpoint.store import LockLost
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
+from streamlearn.core.positions import Positions
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import OUTCOMES
 from streamlearn.core.states import DaemonState, SaveTrigger
-from streamlearn.data import OUTCOMES, Positions, Progress
 from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
     from streamlearn.checkpoint.store import Checkpoint, Content, Store
     from streamlearn.config.root import Config
-    from streamlearn.data import HeldOut, Partition, Task
+    from streamlearn.core.positions import Partition
+    from streamlearn.core.samples import HeldOut
+    from streamlearn.core.tasks import Task
     from streamlearn.learning.learner import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import StreamReader

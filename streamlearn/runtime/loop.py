@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from streamlearn.core.states import SaveTrigger
 
 if TYPE_CHECKING:
-    from streamlearn.data import Batch, Delivery, Task
+    from streamlearn.core.deliveries import Delivery
+    from streamlearn.core.samples import Batch
+    from streamlearn.core.tasks import Task
     from streamlearn.learning.learner import LearnStats
     from streamlearn.runtime.job import Job
     from streamlearn.stream.reader import StreamReader

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, State
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.errors import ConfigurationError
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from streamlearn.models import registry
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.vae import VAE

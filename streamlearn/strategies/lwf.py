@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from streamlearn.strategies.replay_share import ReplayShare
 from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 from streamlearn.strategies.teacher import Teacher

@@ -17,7 +17,8 @@ from streamlearn.models import registry
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.data import Batch, Label
+    from streamlearn.core.labels import Label
+    from streamlearn.core.samples import Batch
 
 State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can store
 GradientOf = Callable[["Batch"], list[Tensor]]

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from streamlearn.core.deliveries import Delivery, Observations
 from streamlearn.core.errors import ConfigurationError, StreamlearnError
-from streamlearn.data import Batch, Delivery, HeldOut, Observations, Position, Positions, Rejected, label_of_other_type
+from streamlearn.core.labels import label_of_other_type
+from streamlearn.core.positions import Position, Positions
+from streamlearn.core.samples import Batch, HeldOut, Rejected
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.text import Vocabulary
@@ -19,7 +22,10 @@ from streamlearn.stream.text import Vocabulary
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from streamlearn.data import Label, Partition, Progress, Task
+    from streamlearn.core.labels import Label
+    from streamlearn.core.positions import Partition
+    from streamlearn.core.progress import Progress
+    from streamlearn.core.tasks import Task
     from streamlearn.scenario import Scenario
     from streamlearn.stream.codec import Chunk, Codec
     from streamlearn.stream.deadletter import DeadLetterWriter

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from streamlearn.data import Rejected
+    from streamlearn.core.samples import Rejected
     from streamlearn.stream.logs.base import Record
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import orjson
 
 from streamlearn.core.config import TextInputConfig
-from streamlearn.data import CODEC_VERSION, MAX_LABEL_BYTES, Rejected
+from streamlearn.core.labels import MAX_LABEL_BYTES
+from streamlearn.core.samples import CODEC_VERSION, Rejected
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.text import fingerprint, parse_text
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from streamlearn.core.config import InputConfig
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
     from streamlearn.stream.config import StreamConfig
     from streamlearn.stream.text import Rows
 

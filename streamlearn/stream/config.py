@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from streamlearn import patterns
 from streamlearn.core.section import Int32, NumBytes, Seconds, Section
-from streamlearn.data import TOPIC_NAME
+from streamlearn.core.text import TOPIC_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from streamlearn.stream.logs.base import BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from streamlearn.data import Rejected
+    from streamlearn.core.samples import Rejected
     from streamlearn.stream.logs.base import Headers, LogWriter, Record
 
 logger = logging.getLogger(__name__)

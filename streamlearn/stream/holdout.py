@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
 
 
 class HoldOut:

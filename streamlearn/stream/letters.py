@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import TOPIC_NAME, parse_digits
+from streamlearn.core.text import TOPIC_NAME, parse_digits
 from streamlearn.stream.codec import batch_subset
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
 from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
     from streamlearn.stream.logs.base import Record
 
 MAX_RECORDS = 1000  # of one partition that wait for other partitions, before fetching from it is paused

@@ -14,14 +14,16 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import AccessError, ConfigurationError, DataError, StreamlearnError
-from streamlearn.data import Delivery, Positions, Task, natural_key
+from streamlearn.core.tasks import Task
+from streamlearn.core.text import natural_key
 from streamlearn.stream.logs.base import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import PartitionMerge
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from streamlearn.data import Partition, Position
+    from streamlearn.core.deliveries import Delivery
+    from streamlearn.core.positions import Partition, Position, Positions
     from streamlearn.stream.assembler import Assembler
     from streamlearn.stream.config import StreamConfig
     from streamlearn.stream.deadletter import DeadLetterWriter

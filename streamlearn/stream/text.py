@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn.data import CODEC_VERSION, Rejected
+from streamlearn.core.samples import CODEC_VERSION, Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

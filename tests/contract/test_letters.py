@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from streamlearn.data import Progress
+from streamlearn.core.progress import Progress
 from streamlearn.stream import deadletter, letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END

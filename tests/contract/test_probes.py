@@ -16,7 +16,8 @@ from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
-from streamlearn.data import Delivery, Progress, Task
+from streamlearn.core.progress import Progress
+from streamlearn.core.tasks import Task
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from streamlearn.data import Positions
+    from streamlearn.core.deliveries import Delivery
+    from streamlearn.core.positions import Positions
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 

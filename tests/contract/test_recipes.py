@@ -15,7 +15,8 @@ from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import Batch, Task
+from streamlearn.core.samples import Batch
+from streamlearn.core.tasks import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES

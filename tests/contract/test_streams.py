@@ -11,13 +11,16 @@ import pytest
 
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import InputOutputError, StreamlearnError
-from streamlearn.data import Delivery, Position, Positions, Progress, Task
+from streamlearn.core.positions import Position, Positions
+from streamlearn.core.progress import Progress
+from streamlearn.core.tasks import Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.logs.base import CONTENT_TYPE, PROBE, USE_HEADER, BrokerUnavailable
 from tests.support.streams import SECONDS, TYPED, Unwilling, World, everything, places, until
 
 if TYPE_CHECKING:
+    from streamlearn.core.deliveries import Delivery
     from streamlearn.stream.logs.base import Record
 
 TEXT = TextInputConfig(kind="text", sentences=2, words=4, vocabulary=8)

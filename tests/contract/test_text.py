@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.choices import identify
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from tests.contract.test_recipes import BATCH, Run
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from streamlearn import state
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import REJECT_REASONS, Progress
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import daemon, loop
 from streamlearn.runtime.job import Job

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn.checkpoint.store import Checkpoint, Store
 from streamlearn.config.root import Config
-from streamlearn.data import Position, Positions
+from streamlearn.core.positions import Position, Positions
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.strategies.recipes import RECIPES

@@ -10,7 +10,7 @@ import numpy as np
 from kafka import KafkaAdminClient
 
 from streamlearn.core.errors import InputOutputError
-from streamlearn.data import Delivery, Progress
+from streamlearn.core.progress import Progress
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from streamlearn.core.config import TextInputConfig
+    from streamlearn.core.deliveries import Delivery
     from streamlearn.stream.logs.base import LogReader, LogWriter, Record
 
 

@@ -16,7 +16,8 @@ from kafka.structs import TopicPartition
 
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import Position, Progress
+from streamlearn.core.positions import Position
+from streamlearn.core.progress import Progress
 from streamlearn.stream import reader
 from streamlearn.stream.logs import kafka_batches
 from streamlearn.stream.logs.base import CONTENT_TYPE, ORIGINAL_SIZE_HEADER

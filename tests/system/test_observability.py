@@ -21,8 +21,10 @@ import torch
 import yaml
 
 from benchmarks.kafka_broker import free_port
+from streamlearn.core.deliveries import Delivery
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import REJECT_REASONS, Batch
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import REJECT_REASONS, Batch, Delivery, Progress
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import (
     COUNTERS,

@@ -16,7 +16,7 @@ from streamlearn.strategies.gem import RIDGE, AGEMConstraint, GEMConstraint, sol
 from streamlearn.strategies.slots import BuildContext
 
 if TYPE_CHECKING:
-    from streamlearn.data import Batch
+    from streamlearn.core.samples import Batch
 
 CONTEXT = BuildContext(0, torch.device("cpu"), (1,), 2, 1 << 20, lambda x: x, lambda *_: nn.Identity(), 4)
 

@@ -14,7 +14,8 @@ from streamlearn import older_keys, state
 from streamlearn.checkpoint.store import FORMAT, MANIFEST, Store
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.data import Batch, Progress
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Batch
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import make_stream_reader

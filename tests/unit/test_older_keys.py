@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 from streamlearn import older_keys
-from streamlearn.data import Positions, Progress, Task
+from streamlearn.core.positions import Positions
+from streamlearn.core.progress import Progress
+from streamlearn.core.tasks import Task
 
 
 def test_a_task_of_an_older_checkpoint_has_the_same_values() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from streamlearn.data import Batch
+from streamlearn.core.samples import Batch
 from streamlearn.learning.learner import squared_distance
 from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback

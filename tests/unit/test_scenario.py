@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn.config import loader
-from streamlearn.data import Label, Labels, Task
+from streamlearn.core.labels import Label, Labels
+from streamlearn.core.tasks import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES

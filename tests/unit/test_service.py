@@ -16,7 +16,7 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import why_not_ready
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import Task
+from streamlearn.core.tasks import Task
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk, Request
 from streamlearn.service import server

@@ -14,7 +14,7 @@ from streamlearn.table import read_table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
 
 ROWS = "5.1,3.5,0\n4.9,3,0\n6.1,2.9,1\n"
 

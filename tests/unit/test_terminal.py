@@ -14,7 +14,7 @@ from rich.console import Console
 import streamlearn
 from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.lifecycle import print_plain, render
-from streamlearn.data import OUTCOMES
+from streamlearn.core.samples import OUTCOMES
 from streamlearn.logs import TextFormatter
 from tests.support.in_process import made
 

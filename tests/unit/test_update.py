@@ -11,7 +11,9 @@ from torch import nn
 from benchmarks.common import merged
 from streamlearn import state
 from streamlearn.config import loader
-from streamlearn.data import Batch, Delivery, Task
+from streamlearn.core.deliveries import Delivery
+from streamlearn.core.samples import Batch
+from streamlearn.core.tasks import Task
 from streamlearn.learning.learner import Learner, make_learner
 from streamlearn.metrics import Metrics
 from streamlearn.scenario import Scenario
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from streamlearn.data import Label
+    from streamlearn.core.labels import Label
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 

@@ -10,7 +10,7 @@ from streamlearn.core.errors import InputOutputError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
 
 CONTENT_TYPE = "content-type"
 USE_HEADER = "streamlearn-use"  # header; its value `probe` holds the record out for the probe, whatever the hash says

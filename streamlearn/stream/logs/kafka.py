@@ -42,7 +42,7 @@ from streamlearn.stream.logs.kafka_connection import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
     from streamlearn.stream.logs.config import KafkaConfig
 
 MAX_POLL_RECORDS = 2000

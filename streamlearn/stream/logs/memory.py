@@ -13,7 +13,7 @@ from streamlearn.stream.logs.base import FLUSH_SECONDS, Bounds, Headers, Record,
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
 
 
 class MemoryStore:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
 
 POLL_SECONDS = 0.05  # SQLite cannot wake a reader in another process, so the reader checks this often
 FETCH_RECORDS = 500

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamlearn.data import Task
+from streamlearn.core.tasks import Task
 from streamlearn.evaluation.config import HoldoutConfig
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 

@@ -12,7 +12,10 @@ from torch import nn
 
 from streamlearn import state
 from streamlearn.config import loader
-from streamlearn.data import HeldOut, Labels, Progress, Task
+from streamlearn.core.labels import Labels
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import HeldOut
+from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.learner import make_learner
 from streamlearn.scenario import Scenario

@@ -14,9 +14,13 @@ import pytest
 import torch
 
 from streamlearn.cli.lifecycle import format_summary, read_status
+from streamlearn.core.deliveries import Delivery
 from streamlearn.core.errors import InputOutputError, StreamlearnError
+from streamlearn.core.positions import Position, Positions
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Batch, HeldOut
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import Batch, Delivery, HeldOut, Position, Positions, Progress, Task
+from streamlearn.core.tasks import Task
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics

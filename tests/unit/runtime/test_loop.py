@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from streamlearn.core.deliveries import Delivery
+from streamlearn.core.samples import Batch
 from streamlearn.core.states import SaveTrigger
-from streamlearn.data import Batch, Delivery, Task
+from streamlearn.core.tasks import Task
 from streamlearn.runtime import loop
 from tests.support.in_process import made
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.data import Delivery
+from streamlearn.core.deliveries import Delivery
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk
 from tests.support.in_process import made

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from streamlearn.core.errors import InputOutputError, StreamlearnError
-from streamlearn.data import Delivery, Position, Progress, Task
+from streamlearn.core.positions import Position
+from streamlearn.core.progress import Progress
+from streamlearn.core.tasks import Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
@@ -17,6 +19,9 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, BrokerUnavailable, Record
 from streamlearn.stream.logs.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from streamlearn.core.deliveries import Delivery
 
 BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
 

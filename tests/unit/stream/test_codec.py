@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from streamlearn.core.config import TextInputConfig
-from streamlearn.data import REJECT_REASONS
+from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record

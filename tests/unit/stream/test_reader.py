@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from streamlearn.core.errors import AccessError, StreamlearnError
-from streamlearn.data import Position, Progress
+from streamlearn.core.positions import Position
+from streamlearn.core.progress import Progress
 from streamlearn.stream.logs.base import Bounds, BrokerUnavailable, TopicInfo, Unreadable
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
@@ -19,7 +20,7 @@ from tests.support.streams import SECONDS, World, places, until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from streamlearn.data import Partition
+    from streamlearn.core.positions import Partition
     from streamlearn.stream.logs.base import Record
     from streamlearn.stream.reader import StreamReader
 

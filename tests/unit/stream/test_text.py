@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.core.config import TextInputConfig
-from streamlearn.data import REJECT_REASONS, Positions, Progress
+from streamlearn.core.positions import Positions
+from streamlearn.core.progress import Progress
+from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.data import Delivery, Progress
+from streamlearn.core.progress import Progress
 from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from streamlearn.core.deliveries import Delivery
     from streamlearn.stream.logs.base import LogReader, LogWriter
 
 SECONDS = 20
