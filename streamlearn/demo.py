@@ -26,6 +26,20 @@ RUNS: dict[str, tuple[str, Any]] = {
     "default": ("remembers by generative replay", {"generative": {}, "si": {}}),
 }
 
+# A daemon of the demo ends with it, even if the demo is killed: its standard input is a pipe that the demo never writes to.
+RUN_UNTIL_PIPE_CLOSES = """
+import os, signal, sys, threading
+
+def wait():
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=wait, daemon=True).start()
+sys.argv = ["streamlearn", "run", sys.argv[1]]
+from streamlearn.__main__ import main
+main()
+"""
+
 
 def make_config(directory: Path, name: str) -> dict[str, Any]:
     """Return the configuration of a run."""
@@ -73,6 +87,8 @@ def run(output: Path) -> None:
             if process.poll() is None:
                 process.terminate()
                 process.wait(30)
+            assert process.stdin is not None
+            process.stdin.close()
     runs = [
         report.Run.from_checkpoint(Store(work / "state" / name).all()[0], f"{name}: {RUNS[name][0]}") for name in RUNS
     ]
@@ -98,12 +114,12 @@ def _publish(work: Path) -> None:
 
 
 def _start(work: Path, name: str) -> subprocess.Popen[bytes]:
-    """Start the daemon of a run; its output goes to a log file."""
+    """Start the daemon of a run. It ends when its standard input is closed; its output goes to a log file."""
     path = work / f"{name}.yaml"
     path.write_text(loader.dump(make_config(work, name)))
     with (work / f"{name}.log").open("wb") as log:
-        command = [sys.executable, "-m", "streamlearn", "run", str(path)]
-        return subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - the command is this interpreter and this package
+        command = [sys.executable, "-c", RUN_UNTIL_PIPE_CLOSES, str(path)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)  # noqa: S603 - the command is this interpreter and this package
 
 
 def _print_progress(work: Path, processes: dict[str, subprocess.Popen[bytes]]) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from tests.support.jobs import DEADLINE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -21,7 +23,7 @@ def cli(
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=DEADLINE,
         env={**os.environ, **environment},
         check=False,
         stdin=stdin,

@@ -156,7 +156,7 @@ def test_start_finds_a_module_as_run_does(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, model={"name": "own_net:net"}, strategy={"naive": {}})
     script = Path(sys.executable).with_name("streamlearn")
     started = subprocess.run(
-        [script, "start", config], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [script, "start", config], cwd=tmp_path, capture_output=True, text=True, timeout=jobs.DEADLINE, check=False
     )
     assert started.returncode == 0, started.stderr
     assert cli("stop", "--state", tmp_path / "state").returncode == 0

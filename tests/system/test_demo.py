@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from streamlearn import demo
+from streamlearn.service.statedir import is_locked
 from tests.support.commands import cli
+from tests.support.jobs import DEADLINE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from streamlearn import demo
+from streamlearn.service.statedir import read_process_record
+
+work = Path(sys.argv[1])
+daemon = demo._start(work, "naive")
+while daemon.poll() is None and read_process_record(work / "state" / "naive") is None:
+    time.sleep(0.05)
+print(daemon.poll(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_the_demo_reports_forgetting(tmp_path: Path) -> None:
@@ -30,6 +49,18 @@ def test_the_demo_reports_forgetting(tmp_path: Path) -> None:
     assert summary["default"]["average_forgetting"] < 0.3
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert "data:image/png" in (tmp_path / "report.html").read_text()
+
+
+def test_daemons_end_with_a_demo_that_is_killed(tmp_path: Path) -> None:
+    """A daemon that waits for its topics ends when the demo is killed."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.stdout == "None\n", done.stderr  # the daemon was running
+    deadline = time.monotonic() + DEADLINE
+    while is_locked(tmp_path / "state" / "naive"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_demo_reads_the_matrix_of_many_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
