@@ -11,13 +11,15 @@ from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, rati
 from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.core.tasks import Task
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from streamlearn.learning.learner import Learner
 
 TASKS, ROUNDS = 50, 7
 SHOWN = (1, 10, 50)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from streamlearn.config import loader
 from streamlearn.core.samples import Batch
 from streamlearn.core.tasks import Task
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import VAE
 from streamlearn.scenario import Scenario
@@ -25,6 +25,8 @@ from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from streamlearn.learning.learner import Learner
 
 DEVICE = os.environ.get("STREAMLEARN_BENCH_DEVICE", "cpu")
 BATCH, PIXELS, CLASSES, HIDDEN = 128, 784, 10, 400

@@ -14,30 +14,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import nn
 from torch.nn import functional
 
 from streamlearn import state
 from streamlearn.core.config import InputConfig, TextInputConfig
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, UsageError, is_out_of_memory
 from streamlearn.core.samples import Rejected
+from streamlearn.learning.build import NetworkBuilder
 from streamlearn.learning.config import ModelConfig
-from streamlearn.models import registry
-from streamlearn.models.encoder import Encoder
 from streamlearn.models.modes import global_seed
 from streamlearn.models.module_state import load_module_state
 from streamlearn.strategies.recipes import RECIPES, build_network_slot
-from streamlearn.strategies.slots import BuildContext
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.text import Vocabulary, parse_text
-from streamlearn.tensors import configure_torch, finite_rows, make_preprocess
+from streamlearn.tensors import configure_torch, finite_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streamlearn.checkpoint.store import Checkpoint
     from streamlearn.core.labels import Label
-    from streamlearn.strategies.slots import Network
 
 CHUNK = 512
 NO_FEATURES = Rejected("nonfinite", "the encoder's features for x are not finite")
@@ -139,17 +135,18 @@ class Model:
         configure_torch(torch.get_num_threads())  # the same floating-point mode as the daemon's
         tree = self.description
         self.text = isinstance(tree.input, TextInputConfig)
-        cpu = torch.device("cpu")
-        encoder, self.shape = None, tuple(tree.input.shape)
-        if tree.input.encoder is not None:
-            spec = self._allowed_spec(tree.input.encoder.model_dump(), "encoder", user_code)
-            encoder = Encoder.build(spec, self.shape, tree.seed, cpu)
+        encoder = tree.input.encoder
+        builder = NetworkBuilder(
+            encoder=None if encoder is None else self._allowed_spec(encoder.model_dump(), "encoder", user_code),
+            model=self._allowed_spec(tree.model.model_dump(), "model", user_code),
+            inputs=tree.input, seed=tree.seed, device=torch.device("cpu"),
+        )  # fmt: skip
+        if builder.encoder is not None:
             frozen = self._tensors("encoder.frozen.safetensors")
-            encoder.load(state.join_tensors(frozen, tree.state.encoder))
-            self.shape = encoder.shape
-        self.preprocess = make_preprocess(tree.input.scale, cpu, token_ids=self.text, encoder=encoder)
-        self.has_encoder = encoder is not None
-        self.network = self._build(self._allowed_spec(tree.model.model_dump(), "model", user_code))
+            builder.encoder.load(state.join_tensors(frozen, tree.state.encoder))
+        self.preprocess = builder.preprocess
+        self.has_encoder = builder.encoder is not None
+        self.network = build_network_slot(tree.strategy, builder.context(tree.num_outputs))
         self.network.load_state_dict(tree.network)
         try:
             weights = state.join_tensors(self._tensors("model.safetensors"), tree.state.model)
@@ -178,18 +175,6 @@ class Model:
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         return state.from_bytes(str(self.checkpoint.path / name), self.checkpoint.read(name))
-
-    def _build(self, spec: Mapping[str, Any]) -> Network:
-        tree, cpu = self.description, torch.device("cpu")
-        vocabulary = tree.input.vocabulary if isinstance(tree.input, TextInputConfig) else None
-
-        def build_network(num_outputs: int, offset: int = 0) -> nn.Module:
-            return registry.build(spec, self.shape, num_outputs, tree.seed + offset, vocabulary)
-
-        context = BuildContext(
-            tree.seed, cpu, self.shape, tree.num_outputs, 0, self.preprocess, build_network, token_ids=self.text
-        )
-        return build_network_slot(tree.strategy, context)
 
     def outputs(self, task: str | None) -> list[int]:
         """Return the active outputs. Raises `UsageError` if the scenario needs a task and none is given."""

@@ -29,7 +29,7 @@ from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from streamlearn.core.positions import Partition
     from streamlearn.core.samples import HeldOut
     from streamlearn.core.tasks import Task
-    from streamlearn.learning.learner import LearnStats
+    from streamlearn.learning.learner import Learner, LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import StreamReader
 
@@ -197,7 +197,7 @@ class Job:
         job.restore()
         job.learner.reduce_lr(spec.slow_down**rollbacks)
         where = job.checkpoint.origin if job.checkpoint is not None else "the beginning"
-        logger.error("%s: rolled back to %s, with a learning rate of %.3g", error, where, job.learner.optimizer.lr)
+        logger.error("%s: rolled back to %s, with a learning rate of %.3g", error, where, job.learner.update.lr)
         self.metrics.count("rollbacks", 1)
         return job
 
@@ -681,7 +681,7 @@ class Job:
         metrics.gauges.set("state_dir_free_bytes", free)
         metrics.gauges.set("probe_interval_batches", self.config.probes.every)
         metrics.gauges.set("probe_age_batches", self.batches_since_evaluation)
-        metrics.gauges.set("train_learning_rate", self.learner.optimizer.lr if self.learner.step else None)
+        metrics.gauges.set("train_learning_rate", self.learner.update.lr if self.learner.step else None)
         metrics.gauges.set("heartbeat_timestamp_seconds", now, "consume")
         device = self.learner.context.device
         if device.type == "cuda":

@@ -189,7 +189,7 @@ class Constraint(Slot):
 
 @dataclass(frozen=True)
 class Strategy:
-    """One object for each slot. `Learner.update` calls them, in an order that is written there and nowhere else."""
+    """One object for each slot. `GradientUpdate.step` calls them, in an order that is written there and nowhere else."""
 
     network: Network
     replay: Replay = field(default_factory=Replay)

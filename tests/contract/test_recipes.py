@@ -17,7 +17,7 @@ from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.samples import Batch
 from streamlearn.core.tasks import Task
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.strategies.slots import Constraint, EndedTask, Penalty, Replay
@@ -26,6 +26,8 @@ from tests.support import awkward, jobs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from streamlearn.learning.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 

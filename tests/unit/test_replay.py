@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from streamlearn.core.samples import Batch
-from streamlearn.learning.learner import squared_distance
+from streamlearn.learning.loss import squared_distance
 from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP

@@ -9,12 +9,14 @@ import pytest
 from streamlearn.config import loader
 from streamlearn.core.labels import Label, Labels
 from streamlearn.core.tasks import Task
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from streamlearn.learning.learner import Learner
 
 A, B = Task(0, "a", labels=[3, 5]), Task(1, "b", labels=[1])
 
@@ -125,7 +127,7 @@ def test_masks_are_updated_only_for_new_labels(tmp_path: Path, kind: str, monkey
     assert one.active_outputs.shape == (300, 602)
     expected = [one.scenario.active_mask(task, labels) for task in tasks]
     assert one.active_outputs.tolist() == expected
-    assert (~one.inactive_outputs).expand(300, 602).tolist() == expected
+    assert (~one.outputs.inactive).expand(300, 602).tolist() == expected
     assert one.output_labels[-1] == {output: output for output in (598, 599, 600, 601)}
 
 

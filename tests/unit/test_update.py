@@ -14,7 +14,8 @@ from streamlearn.config import loader
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.samples import Batch
 from streamlearn.core.tasks import Task
-from streamlearn.learning.learner import Learner, make_learner
+from streamlearn.learning.build import make_learner
+from streamlearn.learning.update import GradientUpdate
 from streamlearn.metrics import Metrics
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.generative import GenerativeReplay
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.core.labels import Label
+    from streamlearn.learning.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
@@ -253,7 +255,8 @@ def test_the_step_of_a_single_sample_is_its_share_of_a_full_batch(tmp_path: Path
     spec = {"updates_per_batch": 1, "average": None, "optimizer": {"name": "sgd", "lr": 0.1}}
     learner = begun(tmp_path, learner=spec)
     lone = batch(0, 1)
-    gradient = learner.gradient_of(lone)
+    assert isinstance(learner.update, GradientUpdate)
+    gradient = learner.update.gradient_of(lone)
     before = [param.detach().clone() for param in learner.params]
     learner.learn(lone)
     for param, old, grad in zip(learner.params, before, gradient, strict=True):

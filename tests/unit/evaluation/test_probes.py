@@ -17,7 +17,7 @@ from streamlearn.core.progress import Progress
 from streamlearn.core.samples import HeldOut
 from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
-from streamlearn.learning.learner import make_learner
+from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID

@@ -103,12 +103,12 @@ def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:
         job.learner.step += 1
         job.save(stream, SaveTrigger.MANUAL)
         job.wait_for_saves(stream)
-    rate, restored = job.learner.optimizer.lr, []
+    rate, restored = job.learner.update.lr, []
     for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
         assert job.checkpoint is not None
         restored.append(job.checkpoint.origin)
-        assert job.learner.optimizer.lr == rate * 0.5**attempt
+        assert job.learner.update.lr == rate * 0.5**attempt
     assert restored == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
     assert job.store.newest_valid() == job.checkpoint
     with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):

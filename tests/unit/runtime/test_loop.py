@@ -72,12 +72,12 @@ def test_a_refinement_can_be_paused_saved_stopped_and_continued(tmp_path: Path) 
     script = Script(5)
     loop.refine_task(job, stream, script)
     assert script.turns == [False, False, True, False, False, False]
-    assert (job.learner.refinement_done, job.progress.tasks[0].state, job.mid_delivery) == (5, "refining", False)
+    assert (job.learner.task.batches_refined, job.progress.tasks[0].state, job.mid_delivery) == (5, "refining", False)
     job.save(stream, SaveTrigger.SHUTDOWN)
     job.wait_for_saves(stream)
     again, stream = made(tmp_path / "parts", **PACKNET)
     assert again.restore()
-    assert again.learner.refinement_done == 5
+    assert again.learner.task.batches_refined == 5
     loop.refine_task(again, stream, rest := Script(99))
     assert rest.turns.count(False) == 9 - 5 + 1  # the last turn ends the task
     for one, other in zip(whole.learner.params, again.learner.params, strict=True):
