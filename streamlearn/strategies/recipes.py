@@ -1,32 +1,26 @@
 """The recipes: one function for each strategy, whose keyword parameters are its configuration keys.
 
-To add a recipe, write its function here and add it to `RECIPES`. A recipe imports torch only when it is called, so that a
-configuration can be checked without torch, from the signatures alone.
+To add a recipe, write its function here and add it to `RECIPES`; its checks stand in `recipe_checks.py`. A recipe imports
+torch only when it is called, so that a configuration can be checked without torch, from the signatures alone.
 """
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
+from pydantic import BeforeValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
-from streamlearn.strategies.parameter_descriptions import describe_parameter
+from streamlearn.strategies import recipe_checks as checks
+from streamlearn.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
-    from streamlearn.core.config import InputConfig, TextInputConfig
     from streamlearn.memory import EpisodicMemory
-    from streamlearn.strategies.config import CheckedConfig
     from streamlearn.strategies.importance import Importance
+    from streamlearn.strategies.recipe import Slots
     from streamlearn.strategies.slots import BuildContext, Network, Strategy
-
-    Slots = dict[str, Any]  # keyword arguments of `Strategy`: an object for each slot, and `refine_epochs`
-    Check = Callable[[CheckedConfig, str], Iterator[str]]
 
 
 def _no_boolean(value: Any) -> Any:
@@ -131,7 +125,9 @@ def generative(
     form; its prior is always N(0, I). `brain-inspired` (van de Ven et al. 2020) learns a prior for each class, and switches off
     a share of the decoder's units for each class (`gated`).
     """
-    from streamlearn.strategies.generative import FeedbackReplay, GenerativeReplay, GeneratorSpec, ReplayTargets
+    from streamlearn.strategies.brain_inspired import FeedbackReplay
+    from streamlearn.strategies.generative import GenerativeReplay, ReplayTargets
+    from streamlearn.strategies.generator_training import GeneratorSpec
 
     moments = variant == "conditional" and prior == "moments"
     spec = GeneratorSpec(variant != "vae", hidden, latent, lr, likelihood, average, moments, gated)
@@ -229,7 +225,7 @@ def gem(
     from streamlearn.memory import ALL, EpisodicMemory
     from streamlearn.strategies.gem import GEMConstraint
 
-    del momentum  # `_refuse_momentum` reads it
+    del momentum  # `recipe_checks.refuse_momentum` reads it
     episodic = EpisodicMemory(ALL, context.max_bytes, context.seed)
     return {"constraint": GEMConstraint(context, episodic, per_task=memory, margin=margin)}
 
@@ -250,7 +246,7 @@ def agem(
     """
     from streamlearn.strategies.gem import AGEMConstraint
 
-    del momentum  # `_refuse_momentum` reads it
+    del momentum  # `recipe_checks.refuse_momentum` reads it
     memory = _episodic_memory(context, budget, selection, per_class)
     return {"constraint": AGEMConstraint(context, memory, reference=reference, epsilon=epsilon)}
 
@@ -293,97 +289,6 @@ def _penalty(
     return {"penalty": ImportancePenalty(context, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
 
 
-def _refuse_momentum(config: CheckedConfig, name: str) -> Iterator[str]:
-    """Refuse an optimizer with momentum: it also moves along earlier gradients, which the projection did not change."""
-    o = config.learner.optimizer
-    if config.strategy[name]["momentum"] == "refuse" and (o.name != "sgd" or o.momentum):
-        used = f"{o.name} with momentum {o.momentum}" if o.name == "sgd" else o.name
-        yield (
-            f"learner.optimizer is {used}: momentum undoes the projection; "
-            f"accepted: {{name: sgd, momentum: 0}}, or {name}: {{momentum: allow}}"
-        )
-
-
-def _require_balanced(config: CheckedConfig, name: str) -> Iterator[str]:
-    """Refuse `per_class` without `selection: balanced`."""
-    chosen = config.strategy[name]
-    if chosen["per_class"] is not None and chosen["selection"] != "balanced":
-        yield f"per_class is {chosen['per_class']}, and selection is {chosen['selection']}; per_class needs selection: balanced"
-
-
-def _require_gaussian(config: CheckedConfig, name: str) -> Iterator[str]:
-    """Refuse an encoder with `likelihood: bernoulli`: features are unbounded, and its values are from 0 to 1."""
-    if config.input.encoder is not None and config.strategy[name]["likelihood"] == "bernoulli":
-        yield "with input.encoder it replays features, which are not in [0, 1]; accepted: generative: {likelihood: gaussian}"
-
-
-def _likelihood_default(spec: InputConfig | TextInputConfig) -> dict[str, Any]:
-    """Return `likelihood: gaussian` if there is an encoder, because features are unbounded."""
-    return {"likelihood": "gaussian"} if spec.encoder is not None else {}
-
-
-def _require_known_tasks(config: CheckedConfig, name: str) -> Iterator[str]:
-    """Refuse scenario class and `grow_head` for networks that isolate tasks."""
-    if config.scenario.kind == "class":
-        yield f"{name} needs the task of each sample, which scenario class does not give; accepted: scenario task or domain"
-    if config.grow_head:
-        yield f"{name} cannot add outputs while it runs; accepted: grow_head: false, with enough classes"
-
-
-def _require_task_end(config: CheckedConfig, name: str) -> Iterator[str]:
-    """Refuse a single topic that no rule ends."""
-    if (topic := config.endless_topic) is not None:
-        yield (
-            f"{name} prunes at the end of a task, but the only topic, {topic}, never ends; "
-            "accepted: stream.task_end records: N or idle: SECONDS, or more topics"
-        )
-
-
-def parameters_model(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return a pydantic model whose fields are the function's keyword-only parameters, each with its description."""
-    hints = inspect.get_annotations(function, eval_str=False)
-    scope = vars(inspect.getmodule(function))
-    fields: dict[str, Any] = {
-        name: (
-            eval(hints[name], scope),  # noqa: S307 - annotations of this module, as text
-            Field(parameter.default, description=describe_parameter(function.__name__, name)),
-        )
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    config = ConfigDict(extra="forbid", frozen=True)
-    return create_model(function.__name__, __config__=config, __doc__=function.__doc__, **fields)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe: its function, the slots that it fills, and the checks of its configuration."""
-
-    build: Callable[..., Slots]
-    slots: tuple[str, ...] = ()
-    checks: tuple[Check, ...] = ()
-    exclusive_reason: str | None = None  # why it cannot be combined with other recipes; None: it can
-    # returns the defaults that depend on the input
-    input_defaults: Callable[[InputConfig | TextInputConfig], dict[str, Any]] | None = None
-
-    @cached_property
-    def parameters(self) -> type[BaseModel]:
-        """A pydantic model of the function's keyword parameters."""
-        return parameters_model(self.build)
-
-    def defaults_for(self, spec: InputConfig | TextInputConfig) -> dict[str, Any]:
-        """Return the defaults that differ from the signature's for this input."""
-        return {} if self.input_defaults is None else self.input_defaults(spec)
-
-    def conflicts(self, config: CheckedConfig, name: str) -> Iterator[str]:
-        """Yield the reasons why this recipe cannot work with the rest of the configuration, each with what is accepted."""
-        others = " + ".join(other for other in config.strategy if other != name)
-        if self.exclusive_reason is not None and others:
-            yield f"cannot be combined with {others}: {self.exclusive_reason}"
-        for check in self.checks:
-            yield from check(config, name)
-
-
 def build_strategy(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Strategy:
     """Return the strategy of the chosen recipes. The configuration has already refused two recipes for one slot."""
     from streamlearn.strategies.slots import Network, Strategy
@@ -413,19 +318,22 @@ RECIPES: dict[str, Recipe] = {
         ("replay",),
         exclusive_reason="it is the upper bound: it learns every sample again, so there is nothing to protect",
     ),
-    "er": Recipe(er, ("replay",), (_require_balanced,)),
-    "derpp": Recipe(derpp, ("replay",), (_require_balanced,)),
+    "er": Recipe(er, ("replay",), (checks.require_balanced,)),
+    "derpp": Recipe(derpp, ("replay",), (checks.require_balanced,)),
     "lwf": Recipe(lwf, ("replay",)),
-    "generative": Recipe(generative, ("replay",), (_require_gaussian,), input_defaults=_likelihood_default),
+    "generative": Recipe(generative, ("replay",), (checks.require_gaussian,), input_defaults=checks.likelihood_default),
     "l2": Recipe(l2, ("penalty",)),
     "ewc": Recipe(ewc, ("penalty",)),
     "si": Recipe(si, ("penalty",)),
     "mas": Recipe(mas, ("penalty",)),
     "rwalk": Recipe(rwalk, ("penalty",)),
-    "gem": Recipe(gem, ("constraint",), (_refuse_momentum,)),
-    "agem": Recipe(agem, ("constraint",), (_refuse_momentum, _require_balanced)),
-    "pnn": Recipe(pnn, ("network",), (_require_known_tasks,), exclusive_reason=ISOLATES_TASKS),
+    "gem": Recipe(gem, ("constraint",), (checks.refuse_momentum,)),
+    "agem": Recipe(agem, ("constraint",), (checks.refuse_momentum, checks.require_balanced)),
+    "pnn": Recipe(pnn, ("network",), (checks.require_known_tasks,), exclusive_reason=ISOLATES_TASKS),
     "packnet": Recipe(
-        packnet, ("network", "constraint"), (_require_known_tasks, _require_task_end), exclusive_reason=ISOLATES_TASKS
+        packnet,
+        ("network", "constraint"),
+        (checks.require_known_tasks, checks.require_task_end),
+        exclusive_reason=ISOLATES_TASKS,
     ),
 }

@@ -16,7 +16,8 @@ from streamlearn.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import bounded
-from streamlearn.strategies.generative import GenerativeReplay, GeneratorSpec, ReplayTargets
+from streamlearn.strategies.generative import GenerativeReplay, ReplayTargets
+from streamlearn.strategies.generator_training import GeneratorSpec
 from streamlearn.strategies.latent_moments import JITTER, LatentMoments, sample_codes
 from streamlearn.strategies.lwf import LearningWithoutForgetting
 from streamlearn.strategies.replay import DarkReplay
@@ -153,7 +154,7 @@ def test_max_norm_clips_the_gradient_of_a_generator(monkeypatch: pytest.MonkeyPa
     for where in (CONTEXT, context):
         replay = GenerativeReplay(where, spec, ReplayTargets(soft=True, temperature=2.0, ratio=1.0, balance="tasks"))
         monkeypatch.setattr(
-            replay.optimizer,
+            replay.training.optimizer,
             "step",
             lambda grads, _: norms.append(float(torch.stack([g.norm() for g in grads]).norm())),
         )
