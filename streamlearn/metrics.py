@@ -24,8 +24,9 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
-from streamlearn.core.samples import REJECT_REASONS
+from streamlearn.core.samples import REJECT_REASONS, Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
+from streamlearn.core.tasks import TaskEndReason, TaskState
 
 if TYPE_CHECKING:
     from streamlearn.core.deliveries import Delivery
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 PREFIX = "streamlearn_"
 STATES = tuple(state for state in DaemonState if state is not DaemonState.STOPPED)  # a stopped daemon has no metrics
-TASK_END_SOURCES = ("marker", "next_topic", "count", "idle", "command")  # label `source`: what ended a task
 START_CAUSES = ("first", "clean", "crash")  # label `cause`: how the previous process ended
 SKIP_REASONS = ("retention", "corrupt", "oversize")  # label `reason` of skipped offsets
 MAX_LABEL_VALUES = 100  # tasks, and topics, that get series of their own
@@ -299,7 +299,7 @@ class Metrics:
             "metrics_labels_dropped": product(limited),
             "restarts": product(START_CAUSES),
             "samples_skipped": product(("nonfinite",)),
-            "task_boundaries": product(TASK_END_SOURCES),
+            "task_boundaries": product(TaskEndReason),
             "train_steps_skipped": product(("nonfinite", "nonfinite_generator")),
         }
         for name, children in fixed_labels.items():
@@ -375,9 +375,9 @@ class Metrics:
         for topic, samples in observations.consumed.items():
             self.count("samples_consumed", samples, topic)
         for (topic, outcome), samples in observations.outcomes.items():
-            if outcome in {"held_out", "late"}:
+            if outcome in {Outcome.HELD_OUT, Outcome.LATE}:
                 self.count(f"samples_{outcome}", samples, topic)
-            elif outcome == "duplicates":
+            elif outcome == Outcome.DUPLICATES:
                 self.count("samples_duplicate", samples, topic)
         for (topic, reason), samples in observations.rejected.items():
             self.count("samples_rejected", samples, topic, reason)
@@ -387,7 +387,7 @@ class Metrics:
             self.count("task_boundaries", 1, delivery.task_end_reason)
         if stats is None:
             return
-        trained = stats.samples if stats.outcome == "trained" else 0
+        trained = stats.samples if stats.outcome == Outcome.TRAINED else 0
         self.count("samples_trained", trained, task)
         self.count("samples_skipped", stats.samples - trained + stats.unusable, "nonfinite")
         self._smooth("train_prequential_accuracy_ratio", task, stats.accuracy if stats.samples else None)
@@ -450,7 +450,7 @@ class Metrics:
         self.gauges.set("broker_last_contact_timestamp_seconds", status.last_contact)
         self.gauges.set("train_batch_queue_samples", queued)
         self.gauges.set("tasks_seen", len(progress.tasks))
-        active = {(t.name,): t.state != "ended" for t in progress.tasks if self._admit_label("task", t.name)}
+        active = {(t.name,): t.state != TaskState.ENDED for t in progress.tasks if self._admit_label("task", t.name)}
         self.gauges.replace("task_active", active)
 
     def record_memory(self, sizes: Mapping[str, object], names: Mapping[int, str]) -> None:

@@ -15,6 +15,7 @@ import typer
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
 from streamlearn.cli.lifecycle import read_status
 from streamlearn.core.errors import InputOutputError, NotRunningError, StreamlearnError, UsageError
+from streamlearn.core.tasks import TaskState
 from streamlearn.logs import printable, quiet_kafka
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def _warn_of_ended_tasks(state_dir: Path, topics: Collection[str]) -> None:
     except StreamlearnError as error:
         print_error(f"cannot find out whether a task has ended: {error}")
         return
-    if ended := sorted(task["name"] for task in tasks if task["state"] != "active" and task["name"] in topics):
+    if ended := sorted(task["name"] for task in tasks if task["state"] != TaskState.ACTIVE and task["name"] in topics):
         which = f"topic {ended[0]} has" if len(ended) == 1 else f"topics {', '.join(ended)} have"
         print_error(
             f"warning: the task of {which} ended: what is sent there counts as late and is not learned; "

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streamlearn.core.positions import Partition, Positions
+from streamlearn.core.tasks import TaskEndReason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from streamlearn.core.labels import Label
-    from streamlearn.core.samples import Batch, HeldOut
+    from streamlearn.core.samples import Batch, HeldOut, Outcome
     from streamlearn.core.tasks import Task
 
 
@@ -21,7 +22,7 @@ class Observations:
     """What the reader observed while it collected a batch. It takes effect when that batch is learned, never earlier."""
 
     consumed: Counter[str] = field(default_factory=Counter)  # samples, by topic
-    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples, by (topic, outcome); never "trained"
+    outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)  # samples, by topic; never TRAINED
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)  # samples, by (topic, reason)
     records: Counter[Partition] = field(default_factory=Counter)
     num_bytes: Counter[str] = field(default_factory=Counter)  # of keys and values, by topic
@@ -50,7 +51,7 @@ class Delivery:
     new_task: Task | None = None  # a task that begins with this delivery
     batch: Batch | None = None
     end_offsets: Mapping[int, int] | None = None  # of the current task, by partition, if they are fixed now
-    fixed_by: str = "next_topic"  # what fixed the end offsets: next_topic | command
+    fixed_by: TaskEndReason = TaskEndReason.NEXT_TOPIC  # what fixed the end offsets
     forgives_below: Mapping[int, int] | None = None  # the new value of `Task.forgiven_below`
-    task_end_reason: str | None = None  # if the current task ends now: marker | count | next_topic | idle | command
+    task_end_reason: TaskEndReason | None = None  # if the current task ends now
     newest_timestamp: float | None = None  # of the newest record in this delivery, Unix seconds

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn.core.labels import Label, Labels
 from streamlearn.core.positions import Positions
-from streamlearn.core.samples import CODEC_VERSION, OUTCOMES
-from streamlearn.core.tasks import Task
+from streamlearn.core.samples import CODEC_VERSION, Outcome
+from streamlearn.core.tasks import Task, TaskState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Progress:
     @property
     def current(self) -> Task | None:
         """The task that is being learned, or None."""
-        return self.tasks[-1] if self.tasks and self.tasks[-1].state != "ended" else None
+        return self.tasks[-1] if self.tasks and self.tasks[-1].state != TaskState.ENDED else None
 
     def register_labels(self, observations: Observations) -> None:
         """Add a delivery's new labels and words. Call this before its batch is learned: the batch may contain them."""
@@ -54,7 +54,7 @@ class Progress:
             if label not in self.labels:
                 self.labels.append(label)
 
-    def advance(self, delivery: Delivery, outcome: str, unusable: int = 0) -> None:
+    def advance(self, delivery: Delivery, outcome: Outcome, unusable: int = 0) -> None:
         """Move the positions and counts past a delivery. `outcome` is that of its batch: trained or skipped.
 
         `unusable` samples of the batch were left out of the update; they count as skipped.
@@ -68,13 +68,15 @@ class Progress:
         if (task := self.current) is None:
             return
         if delivery.batch is not None:
-            for kind, count in ((outcome, len(delivery.batch) - unusable), ("skipped", unusable)):
+            for kind, count in ((outcome, len(delivery.batch) - unusable), (Outcome.SKIPPED, unusable)):
                 if count:
                     self.counts_by_topic.setdefault(task.name, Counter())[kind] += count
                     task.counts[kind] += count
-        for kind in ("held_out", "rejected", "duplicates"):
+        for kind in (Outcome.HELD_OUT, Outcome.REJECTED, Outcome.DUPLICATES):
             task.counts[kind] += observations.outcomes[task.name, kind]
-        uncounted = observations.outcomes[task.name, "late"] + observations.outcomes[task.name, "duplicates"]
+        uncounted = (
+            observations.outcomes[task.name, Outcome.LATE] + observations.outcomes[task.name, Outcome.DUPLICATES]
+        )
         task.counts["consumed"] += observations.consumed[task.name] - uncounted
         task.marked_partitions.extend(
             partition for topic, partition in observations.task_end_markers if topic == task.name
@@ -88,7 +90,7 @@ class Progress:
 
     def totals(self) -> Counter[str]:
         """Return samples consumed and by outcome, summed over all topics."""
-        totals = Counter(dict.fromkeys(("consumed", *OUTCOMES), 0))
+        totals = Counter(dict.fromkeys(("consumed", *Outcome), 0))
         for count in self.counts_by_topic.values():
             totals.update(count)
         return totals
@@ -100,7 +102,7 @@ class Progress:
     def unaccounted(self) -> dict[str, int]:
         """Return the samples consumed minus the sum of all outcomes, for each topic where they differ."""
         gaps = {
-            topic: count["consumed"] - sum(count[kind] for kind in OUTCOMES)
+            topic: count["consumed"] - sum(count[kind] for kind in Outcome)
             for topic, count in self.counts_by_topic.items()
         }
         return {topic: gap for topic, gap in gaps.items() if gap}

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-OUTCOMES = ("trained", "held_out", "late", "rejected", "duplicates", "skipped")
-"""What can become of a consumed sample. Until then it is queued. The counts of all outcomes add up to the samples consumed."""
+
+class Outcome(StrEnum):
+    """What becomes of a consumed sample. Until then it is queued. The counts of all outcomes add up to the samples consumed."""
+
+    TRAINED = "trained"
+    HELD_OUT = "held_out"
+    """It is in the probe of its task, and never trained."""
+
+    LATE = "late"
+    """It came after the end of its task."""
+
+    REJECTED = "rejected"
+    """It cannot be used, for one of `REJECT_REASONS`."""
+
+    DUPLICATES = "duplicates"
+    """Its record was consumed before, and came again."""
+
+    SKIPPED = "skipped"
+    """It was in a batch, but no step with it was applied: a value was not finite."""
 
 
 CODEC_VERSION = 2

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamlearn.core.samples import Outcome
+from streamlearn.core.tasks import TaskState
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -26,10 +29,11 @@ CoverageWarning = tuple[str, str]  # kind, message
 
 def task_warnings(task: Task, rule: HoldoutConfig) -> Iterator[CoverageWarning]:
     """Yield warnings from the counts of a task, running or ended: nothing was trained, or nothing was held out."""
-    counts, ended = task.counts, task.state == "ended"
-    trained, held_out = counts["trained"], counts["held_out"]
+    counts, ended = task.counts, task.state == TaskState.ENDED
+    trained, held_out = counts[Outcome.TRAINED], counts[Outcome.HELD_OUT]
     if trained == 0 and (ended or counts["consumed"] >= EARLY_SAMPLES):
-        outcomes = ", ".join(f"{counts[kind]} {kind.replace('_', ' ')}" for kind in ("held_out", "rejected", "skipped"))
+        kinds = (Outcome.HELD_OUT, Outcome.REJECTED, Outcome.SKIPPED)
+        outcomes = ", ".join(f"{counts[kind]} {kind.replace('_', ' ')}" for kind in kinds)
         all_held = rule.fraction and held_out and held_out == counts["consumed"]
         why = f"; holdout.by {rule.by} holds all samples out" if all_held else ""
         yield "untrained", f"no sample was trained: {counts['consumed']} samples consumed, {outcomes}{why}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.core.samples import Batch
+from streamlearn.core.samples import Batch, Outcome
 from streamlearn.learning import accuracy
 from streamlearn.learning.current_task import CurrentTask
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
@@ -51,9 +51,9 @@ class LearnStats:
     generator_dropped: int = 0  # dropped steps of a generator, while the model's step was applied
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> Outcome:
         """How the batch's samples are counted: as `trained`, or as `skipped` if all steps were dropped."""
-        return "trained" if self.applied else "skipped"
+        return Outcome.TRAINED if self.applied else Outcome.SKIPPED
 
 
 class Learner:
@@ -112,7 +112,7 @@ class Learner:
             steps, weight = self._steps_and_weight(len(usable))
             results = [self._step(on_device, weight) for _ in range(steps)]
         stats = self._read_stats(usable, correct, results, unusable)
-        self.task.after_batch(usable, trained=stats.outcome == "trained")
+        self.task.after_batch(usable, trained=stats.outcome == Outcome.TRAINED)
         self.batches += 1
         return stats
 

@@ -27,7 +27,9 @@ from streamlearn.core.errors import (
     is_out_of_memory,
 )
 from streamlearn.core.progress import Progress, format_outcomes
+from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
+from streamlearn.core.tasks import TaskState
 from streamlearn.metrics import Metrics
 from streamlearn.service.api import COMMANDS, control_app, read_only_app
 from streamlearn.service.server import Server, bind_control, bind_tcp
@@ -191,7 +193,7 @@ class ControlDesk:
     def _end_task(self, job: Job, stream: StreamReader) -> int:
         """End the open task where it was read up to; return its index. Raises `StreamlearnError` if no task can be ended."""
         task = job.progress.current
-        if task is None or task.state != "active":
+        if task is None or task.state != TaskState.ACTIVE:
             raise StreamlearnError("no task is open" if task is None else f"task {task.name} is already ending")
         if self.paused:
             raise StreamlearnError(
@@ -204,9 +206,9 @@ class ControlDesk:
         """Answer the requests to end a task that has ended."""
         for request, index in list(self._task_end_requests):
             tasks = job.progress.tasks
-            if index < len(tasks) and tasks[index].state == "ended":
+            if index < len(tasks) and tasks[index].state == TaskState.ENDED:
                 self._task_end_requests.remove((request, index))
-                request.answer.set_result({"task": tasks[index].name, "state": "ended"})
+                request.answer.set_result({"task": tasks[index].name, "state": TaskState.ENDED})
             elif index < len(tasks):
                 stream.end_task(tasks[index].name)  # again, because a rollback starts a new reader
 
@@ -420,7 +422,7 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
         last = job.checkpoint.id if job.checkpoint is not None else "the beginning"
         raise InputOutputError(f"the batches since {last} could not be saved, and will be learned again")
     totals = job.progress.totals()
-    if stream.finished and totals["rejected"] and not totals["trained"] + totals["held_out"]:
+    if stream.finished and totals[Outcome.REJECTED] and not totals[Outcome.TRAINED] + totals[Outcome.HELD_OUT]:
         raise DataError(
             f"nothing was learned: every sample was rejected ({totals['rejected']}); `streamlearn dlq list CONFIG` says why",
         )

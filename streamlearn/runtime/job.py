@@ -23,8 +23,9 @@ from streamlearn.checkpoint.store import LockLost
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
-from streamlearn.core.samples import OUTCOMES
+from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
+from streamlearn.core.tasks import TaskState
 from streamlearn.evaluation import matrix
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
@@ -238,7 +239,7 @@ class Job:
         if live:
             self.matrix.record_live(results)
         else:
-            self.matrix.record(results, self.learner.batches, self.progress.totals()["trained"], after, sizes)
+            self.matrix.record(results, self.learner.batches, self.progress.totals()[Outcome.TRAINED], after, sizes)
             self._last_recorded = self.last_evaluated if results else self._last_recorded
         self._evaluation_seconds = time.perf_counter() - start
         self.metrics.histograms["probe_duration_seconds"].observe(self._evaluation_seconds)
@@ -264,7 +265,11 @@ class Job:
     def check_coverage(self, task: Task) -> None:
         """Log once per task what its probe cannot measure: nothing trained, nothing held out, classes without a sample."""
         found = list(task_warnings(task, self.config.holdout))
-        if task.state == "ended" and task.counts["trained"] and (probe := self.probes.samples(task.index)) is not None:
+        if (
+            task.state == TaskState.ENDED
+            and task.counts[Outcome.TRAINED]
+            and (probe := self.probes.samples(task.index)) is not None
+        ):
             outputs = [(self.scenario.output(label, task.name, self.progress.labels), label) for label in task.labels]
             trained = {output: label for output, label in outputs if output is not None}
             declared = self.scenario.kind == "domain"  # declared labels may never occur
@@ -496,8 +501,10 @@ class Job:
         info = {
             "step": self.learner.step,
             "batches": self.learner.batches,
-            "tasks_ended": sum(task.state == "ended" for task in self.progress.tasks),
-            "ending": any(task.state != "ended" and task.end_offsets is not None for task in self.progress.tasks),
+            "tasks_ended": sum(task.state == TaskState.ENDED for task in self.progress.tasks),
+            "ending": any(
+                task.state != TaskState.ENDED and task.end_offsets is not None for task in self.progress.tasks
+            ),
             "average_accuracy": self.matrix.average_accuracy,
             "evaluated": self._last_recorded,
             "config_sha256": self.config.digest(),
@@ -596,7 +603,7 @@ class Job:
         queued = stream.queued_samples if stream is not None else Counter[str]()
         sizes, ledger = self.probes.sizes, self.progress.counts_by_topic
         totals = self.progress.totals()
-        samples = {**{kind: totals[kind] for kind in OUTCOMES}, "queued": queued.total()}
+        samples: dict[str, int] = {**{kind: totals[kind] for kind in Outcome}, "queued": queued.total()}
         reader = stream.status if stream is not None else None
         lag = _by_topic(reader.lag(self.progress.positions.by_partition)) if reader is not None else {}
         return {
@@ -620,7 +627,7 @@ class Job:
             "topics": {
                 topic: {
                     "consumed": count["consumed"] + queued[topic],
-                    **{kind: count[kind] for kind in OUTCOMES},
+                    **{kind: count[kind] for kind in Outcome},
                     "queued": queued[topic],
                 }
                 for topic, count in {**ledger, **{t: Counter[str]() for t in queued if t not in ledger}}.items()
@@ -647,7 +654,7 @@ class Job:
             "index": index,
             "state": task.state,
             "labels": list(task.labels),
-            "samples": {kind: counts[kind] for kind in ("consumed", *OUTCOMES)},
+            "samples": {kind: counts[kind] for kind in ("consumed", *Outcome)},
             "probe": {
                 "size": probe_size,
                 "accuracy": self.matrix.latest_accuracy.get(index),

@@ -9,7 +9,9 @@ import logging
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from streamlearn.core.samples import Outcome
 from streamlearn.core.states import SaveTrigger
+from streamlearn.core.tasks import TaskState
 
 if TYPE_CHECKING:
     from streamlearn.core.deliveries import Delivery
@@ -57,7 +59,7 @@ def refine_task(job: Job, stream: StreamReader, control: Control) -> None:
     pause, a checkpoint and a stop are possible at every batch, and a restart continues with the next one.
     """
     batches = job.learner.refine()
-    while (task := job.progress.current) is not None and task.state == "refining" and not control.stopping:
+    while (task := job.progress.current) is not None and task.state == TaskState.REFINING and not control.stopping:
         if control.paused:
             control.wait(POLL_SECONDS)
         else:
@@ -100,7 +102,7 @@ def turn(job: Job, stream: StreamReader, delivery: Delivery) -> None:
 
     task = progress.current
     stats = learn(job, delivery.batch) if delivery.batch is not None else None
-    outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else ("trained", 0)
+    outcome, unusable = (stats.outcome, stats.unusable) if stats is not None else (Outcome.TRAINED, 0)
     progress.advance(delivery, outcome, unusable)
     job.add_held_out(task, delivery.observations.held_out)
     if task is not None and delivery.newest_timestamp is not None:
@@ -117,7 +119,7 @@ def turn(job: Job, stream: StreamReader, delivery: Delivery) -> None:
         job.save(stream, SaveTrigger.BURST)
 
     if delivery.task_end_reason is not None and task is not None:
-        task.state = "refining"
+        task.state = TaskState.REFINING
         logger.info("task %s has ended (%s)", task.name, delivery.task_end_reason, extra={"task": task.name})
 
     evaluate_after(job, stats)
@@ -154,7 +156,7 @@ def evaluate_after(job: Job, stats: LearnStats | None) -> None:
 def end_task(job: Job, stream: StreamReader, task: Task) -> None:
     """End a task after its refinement: consolidate it, seal its probe, evaluate every task, and save."""
     job.learner.end_task()
-    task.state = "ended"
+    task.state = TaskState.ENDED
     job.seal_probe(task)
     job.evaluate(after=task.index)
     job.record_strategy()

@@ -14,7 +14,8 @@ from streamlearn.core.deliveries import Delivery, Observations
 from streamlearn.core.errors import ConfigurationError, StreamlearnError
 from streamlearn.core.labels import label_of_other_type
 from streamlearn.core.positions import Position, Positions
-from streamlearn.core.samples import Batch, HeldOut, Rejected
+from streamlearn.core.samples import Batch, HeldOut, Outcome, Rejected
+from streamlearn.core.tasks import TaskEndReason, TaskState
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.text import Vocabulary
@@ -71,7 +72,7 @@ class Assembler:
         self.settings = settings
         self.progress = progress
         for task in progress.tasks:  # a task that is being refined gets no more samples
-            task.state = "active" if task.state == "active" else "ended"
+            task.state = TaskState.ACTIVE if task.state == TaskState.ACTIVE else TaskState.ENDED
         self.task: Task | None = progress.current
         self.cluster_id: str | None = None
         self.num_undelivered = 0  # consumed samples that are in no delivery yet
@@ -143,7 +144,7 @@ class Assembler:
         self._observations.num_bytes[record.topic] += len(record.key or b"") + len(record.value or b"")
         self._newest_timestamp = max(record.timestamp, self._newest_timestamp or 0.0)
         if chunk is not None and record.offset < expected.offset:
-            self._count(record.topic, "duplicates", len(chunk))
+            self._count(record.topic, Outcome.DUPLICATES, len(chunk))
             return
         self._read_positions[partition] = Position(record.offset + 1)
         if record.begin is not None and (lost := record.offset - max(record.begin, expected.offset)) > 0:
@@ -152,7 +153,7 @@ class Assembler:
         if chunk is None:
             yield from self._add_marker(partition)
         elif outcomes is None or outputs is None:
-            self._count(record.topic, "late", len(chunk) - skip)
+            self._count(record.topic, Outcome.LATE, len(chunk) - skip)
         else:
             self._update_burst(record, chunk, outcomes, skip)
             yield from self._add_chunk(record, chunk, outcomes, outputs, skip)
@@ -166,7 +167,7 @@ class Assembler:
         """Return the waiting samples as a short batch (`linger`), or None if no samples wait."""
         return self._deliver() if self._pending.size else None
 
-    def fix_end_offsets(self, ends: dict[int, int], fixed_by: str = "next_topic") -> Delivery:
+    def fix_end_offsets(self, ends: dict[int, int], fixed_by: TaskEndReason = TaskEndReason.NEXT_TOPIC) -> Delivery:
         """Fix the offsets, by partition, at which the current task ends; return the delivery with them."""
         assert self.task is not None
         self.task.end_offsets, self.task.fixed_by = ends, fixed_by
@@ -179,7 +180,7 @@ class Assembler:
         for number in partitions:
             position = self._position((self.task.name, number))
             ends[number] = position.offset if position is not None else 0
-        return self.fix_end_offsets(ends, "command")
+        return self.fix_end_offsets(ends, TaskEndReason.COMMAND)
 
     def forgive_rejects(self) -> Delivery | None:
         """Return a delivery that marks the rejected samples so far as handled, or None if no task is current.
@@ -204,11 +205,11 @@ class Assembler:
         self._observations.lost_offsets[partition[0], reason] += count
         self._read_positions[partition] = Position(offset)
 
-    def end_task(self, reason: str) -> Delivery:
+    def end_task(self, reason: TaskEndReason) -> Delivery:
         """End the current task; return the delivery with its end and its last, short batch."""
         assert self.task is not None
         delivery = self._deliver(task_end_reason=reason)
-        self.task.state = "ended"
+        self.task.state = TaskState.ENDED
         self.task = None
         return delivery
 
@@ -228,9 +229,9 @@ class Assembler:
             self._read_positions[partition] = next_position if stop == len(chunk) else Position(record.offset, stop)
             start = stop
             if self._has_enough_samples():
-                yield self.end_task("count")
+                yield self.end_task(TaskEndReason.COUNT)
                 if start < len(chunk):
-                    self._count(record.topic, "late", len(chunk) - start)
+                    self._count(record.topic, Outcome.LATE, len(chunk) - start)
                     self._read_positions[partition] = next_position
                 return
             if self._pending.size == self.settings.batch_size:
@@ -394,12 +395,12 @@ class Assembler:
         self.num_undelivered += len(outcome)
         if (held_out := outcome == HELD_OUT).any():
             self._observations.held_out.append(HeldOut(self.task.index, x[held_out], y[held_out]))
-            self._observations.outcomes[topic, "held_out"] += int(held_out.sum())
+            self._observations.outcomes[topic, Outcome.HELD_OUT] += int(held_out.sum())
         for offset in np.flatnonzero(outcome == REJECTED).tolist():
-            self._observations.outcomes[topic, "rejected"] += 1
+            self._observations.outcomes[topic, Outcome.REJECTED] += 1
             self._observations.rejected[topic, chunk.rejected[indices.start + offset].reason] += 1
 
-    def _count(self, topic: str, outcome: str, count: int) -> None:
+    def _count(self, topic: str, outcome: Outcome, count: int) -> None:
         """Count consumed samples that are neither learned, held out nor rejected."""
         self._observations.consumed[topic] += count
         self._observations.outcomes[topic, outcome] += count
@@ -418,9 +419,9 @@ class Assembler:
         task.marked_partitions.append(partition[1])
         self._observations.task_end_markers.append(partition)
         if set(self._task_partitions) <= set(task.marked_partitions):
-            yield self.end_task("marker")
+            yield self.end_task(TaskEndReason.MARKER)
 
-    def _deliver(self, task_end_reason: str | None = None) -> Delivery:
+    def _deliver(self, task_end_reason: TaskEndReason | None = None) -> Delivery:
         """Return a delivery with everything since the last one."""
         batch = None
         if self._pending.size:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import AccessError, ConfigurationError, DataError, StreamlearnError
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskEndReason
 from streamlearn.core.text import natural_key
 from streamlearn.stream.logs.base import BrokerUnavailable, Unreadable
 from streamlearn.stream.merge import PartitionMerge
@@ -756,7 +756,7 @@ class StreamReader:
         )
         if caught_up and time.monotonic() - self._last_record >= idle and not self._has_new_partitions(task.name):
             self._feed_waiting()
-            self._enqueue(self.assembler.end_task("idle"))
+            self._enqueue(self.assembler.end_task(TaskEndReason.IDLE))
 
     def _end_task_now(self, topic: str) -> None:
         """End a topic's task where it was read up to, if it is current and its end offsets are not fixed yet.
@@ -771,7 +771,7 @@ class StreamReader:
         read = [p for name, p in positions if name == topic]
         # the end offsets are saved, so that a restart ends the task at the same place
         self._enqueue(self.assembler.fix_end_offsets_here(sorted({*known, *read})))
-        self._enqueue(self.assembler.end_task("command"))
+        self._enqueue(self.assembler.end_task(TaskEndReason.COMMAND))
         self._feed_waiting()  # these records count as late
         if self._burst is not None:  # a burst in the ended task must not keep the next one from beginning
             self._continue_after_burst()

@@ -16,7 +16,7 @@ from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.samples import Batch
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskState
 from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
@@ -96,7 +96,7 @@ class Run:
         for batch in self.learner.refine():
             self.learner.learn(batch)
         self.learner.end_task()
-        self.tasks[-1].state = "ended"
+        self.tasks[-1].state = TaskState.ENDED
 
     def through(self, tasks: int) -> None:
         """Learn so many whole tasks."""

@@ -11,6 +11,8 @@ from kafka import KafkaAdminClient
 
 from streamlearn.core.errors import InputOutputError
 from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Outcome
+from streamlearn.core.tasks import TaskState
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
@@ -164,9 +166,9 @@ def apply(progress: Progress, delivery: Delivery) -> None:
     if delivery.new_task is not None:
         progress.tasks.append(delivery.new_task)
     progress.register_labels(delivery.observations)
-    progress.advance(delivery, "trained")
+    progress.advance(delivery, Outcome.TRAINED)
     if delivery.task_end_reason is not None and progress.current is not None:
-        progress.current.state = "ended"
+        progress.current.state = TaskState.ENDED
 
 
 def everything(stream: StreamReader, progress: Progress | None = None) -> list[Delivery]:

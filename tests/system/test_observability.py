@@ -25,6 +25,7 @@ from streamlearn.core.deliveries import Delivery
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import REJECT_REASONS, Batch
 from streamlearn.core.states import SaveTrigger
+from streamlearn.core.tasks import TaskEndReason
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import (
     COUNTERS,
@@ -35,7 +36,6 @@ from streamlearn.metrics import (
     SKIP_REASONS,
     START_CAUSES,
     STATES,
-    TASK_END_SOURCES,
     Metrics,
 )
 from streamlearn.service.api import COMMANDS
@@ -398,7 +398,7 @@ def test_label_values_are_documented_and_exist() -> None:
         "`reason` of a rejection": REJECT_REASONS,
         "`trigger`": tuple(SaveTrigger),
         "`state`": STATES,
-        "`source` of a task's end": TASK_END_SOURCES,
+        "`source` of a task's end": tuple(TaskEndReason),
         "`cause` of a start": START_CAUSES,
         "`command` of a control request": COMMANDS,
         "`reason` of skipped offsets": SKIP_REASONS,
@@ -407,11 +407,11 @@ def test_label_values_are_documented_and_exist() -> None:
         assert f"{what} ({', '.join(values)})" in text
     code = "".join(path.read_text() for path in (ROOT / "streamlearn" / "stream").glob("*.py"))
     sources = set(re.findall(r"\.end_task\(\"(\w+)\"\)", code))
-    assert {"count", "marker"} < sources <= set(TASK_END_SOURCES)
+    assert {"count", "marker"} < sources <= set(TaskEndReason)
     reasons = set(re.findall(r"\.skip_lost_offsets\([^\n]*, \"(\w+)\"\)", code))
     assert {"corrupt", "retention"} <= reasons <= set(SKIP_REASONS)
     shown = Metrics().expose("")[0].decode()
-    for source in TASK_END_SOURCES:
+    for source in TaskEndReason:
         assert f'streamlearn_task_boundaries_total{{source="{source}"}} 0.0' in shown
 
 

@@ -16,7 +16,7 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import why_not_ready
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.states import SaveTrigger
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskState
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk, Request
 from streamlearn.service import server
@@ -205,10 +205,10 @@ def test_task_end_is_answered_when_the_task_has_ended(tmp_path: Path, monkeypatc
     desk.paused = False
     [answer] = send_commands(desk, "end_task")
     desk.serve(job, stream, idle=True)
-    task.state = "refining"
+    task.state = TaskState.REFINING
     assert refusal_of(send_commands(desk, "end_task")[0]) == "task a is already ending"
     assert not answer.done()
-    task.state = "ended"
+    task.state = TaskState.ENDED
     desk.serve(job, stream, idle=True)
     assert answer.result(timeout=30) == {"task": "a", "state": "ended"}
     assert set(asked) == {"a"}

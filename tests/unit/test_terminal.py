@@ -14,7 +14,7 @@ from rich.console import Console
 import streamlearn
 from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.lifecycle import print_plain, render
-from streamlearn.core.samples import OUTCOMES
+from streamlearn.core.samples import Outcome
 from streamlearn.logs import TextFormatter
 from tests.support.in_process import made
 
@@ -29,7 +29,7 @@ CLI = Path(streamlearn.__file__).parent / "cli"
 def hostile_status(tmp_path: Path) -> dict[str, Any]:
     """Return a status in which every value from outside is hostile."""
     job, _ = made(tmp_path)
-    counts = dict.fromkeys(("consumed", *OUTCOMES), 1)
+    counts = dict.fromkeys(("consumed", *Outcome), 1)
     probe = {"size": 1, "accuracy": 0.5, "best": 0.5, "forgetting": 0.0}
     task = {"name": HOSTILE, "index": 0, "state": "active", "labels": [HOSTILE], "samples": counts, "probe": probe}
     return {

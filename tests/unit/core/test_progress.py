@@ -8,6 +8,7 @@ from collections import Counter
 from streamlearn.core.deliveries import Delivery, Observations
 from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Outcome
 from streamlearn.core.tasks import Task
 
 
@@ -16,13 +17,13 @@ def test_progress_counts_every_sample() -> None:
     progress = Progress(tasks=[Task(0, "a")])
     found = Observations(
         consumed=Counter(a=5, b=1),
-        outcomes=Counter({("a", "held_out"): 2, ("a", "rejected"): 3, ("b", "late"): 1}),
+        outcomes=Counter({("a", Outcome.HELD_OUT): 2, ("a", Outcome.REJECTED): 3, ("b", Outcome.LATE): 1}),
         new_labels=[(0, 7), (0, "x"), (0, 7)],
         new_words=["mary", "went"],
         task_end_markers=[("a", 0)],
     )
     progress.register_labels(found)
-    progress.advance(Delivery(Positions({("a", 0): Position(5)}), found, end_offsets={0: 9}), "trained")
+    progress.advance(Delivery(Positions({("a", 0): Position(5)}), found, end_offsets={0: 9}), Outcome.TRAINED)
     assert progress.unaccounted() == {}
     assert (progress.labels, progress.tasks[0].labels, progress.tasks[0].marked_partitions) == ([7, "x"], [7, "x"], [0])
     assert progress.tasks[0].end_offsets == {0: 9}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskState
 from streamlearn.evaluation.config import HoldoutConfig
 from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 
@@ -42,7 +42,7 @@ def test_warnings_from_the_counts_of_a_task(
     state: str, counts: dict[str, int], rule: HoldoutConfig, kinds: list[str], text: str
 ) -> None:
     """The warning comes when the task ends, or earlier if chance does not explain the counts."""
-    found = list(task_warnings(Task(0, "a", state=state, counts=Counter(counts)), rule))
+    found = list(task_warnings(Task(0, "a", state=TaskState(state), counts=Counter(counts)), rule))
     assert [kind for kind, _ in found] == kinds
     assert all(text in line for _, line in found)
 

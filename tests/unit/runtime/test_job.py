@@ -20,7 +20,7 @@ from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Batch, HeldOut
 from streamlearn.core.states import SaveTrigger
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskState
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.learning.learner import LearnStats
 from streamlearn.metrics import Metrics
@@ -146,7 +146,7 @@ def test_poor_replay_is_logged(
     """Below the limit the warning names the worst classes and better strategies; the metric has every class."""
     job, _ = made(tmp_path)
     job.check_replay()  # a strategy that generates nothing
-    job.progress.tasks = [Task(0, "t1", "ended", labels=["cat", "dog"])]
+    job.progress.tasks = [Task(0, "t1", TaskState.ENDED, labels=["cat", "dog"])]
     job.progress.labels = ["cat", "dog"]
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     for dog, warned in ((0.6, False), (0.4, True)):
@@ -188,7 +188,7 @@ def test_an_idle_loop_evaluates_at_once(tmp_path: Path) -> None:
 def test_an_accuracy_drop_on_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If `drop` is set, a larger drop raises and forbids saving; the open task does not count."""
     job, _ = made(tmp_path, divergence={"drop": 0.2})
-    job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "t2", "ended"), Task(2, "t3")]
+    job.progress.tasks = [Task(0, "t1", TaskState.ENDED), Task(1, "t2", TaskState.ENDED), Task(2, "t3")]
     found = {0: (0.9, 0.1), 1: (0.7, 0.1), 2: (0.9, 0.1)}
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: dict(found))
     job.evaluate(after=0)
@@ -209,7 +209,7 @@ def test_an_accuracy_drop_on_past_tasks_is_divergence(tmp_path: Path, monkeypatc
 def after_accuracy_drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **over: Any) -> tuple[Job, StreamReader]:
     """Return a job that has lost a past task since the last evaluation, and its stream reader."""
     job, stream = made(tmp_path, **over)
-    job.progress.tasks = [Task(0, "t1", "ended"), Task(1, "a")]
+    job.progress.tasks = [Task(0, "t1", TaskState.ENDED), Task(1, "a")]
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     monkeypatch.setattr(job.probes, "evaluate", lambda *_: {0: (0.9, 0.1)})
     job.evaluate(after=0)
@@ -391,7 +391,7 @@ def test_learning_never_waits_for_the_disk(tmp_path: Path) -> None:
     move(job, 5)
     closed = job.save(stream, SaveTrigger.TASK_END)
     move(job, 6)
-    job.progress.tasks[0].state = "ended"
+    job.progress.tasks[0].state = TaskState.ENDED
     ended = job.save(stream, SaveTrigger.TASK_END)
     assert (job.checkpoint, first.finished, job.snapshot_positions) == (None, False, job.progress.positions)
     held.open.set()
@@ -472,7 +472,9 @@ def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
 def add_ended_tasks(job: Job, count: int) -> None:
     """Add tasks that have ended, each with a probe and a row of the matrix."""
     for index in range(len(job.progress.tasks), count):
-        job.progress.tasks.append(Task(index, f"t{index}", state="ended", labels=[0, 1], counts=Counter(consumed=5)))
+        job.progress.tasks.append(
+            Task(index, f"t{index}", state=TaskState.ENDED, labels=[0, 1], counts=Counter(consumed=5))
+        )
         job.progress.counts_by_topic[f"t{index}"] = Counter(consumed=5, trained=5)
         job.probes.add([HeldOut(index, np.ones((3, 1), np.float32), np.zeros(3, np.int64))])
         job.probes.seal(index)

@@ -9,7 +9,7 @@ import torch
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.samples import Batch
 from streamlearn.core.states import SaveTrigger
-from streamlearn.core.tasks import Task
+from streamlearn.core.tasks import Task, TaskEndReason
 from streamlearn.runtime import loop
 from tests.support.in_process import made
 
@@ -37,7 +37,7 @@ def ended(tmp_path: Path) -> tuple[Job, StreamReader]:
             Delivery(
                 new_task=Task(0, "a", labels=[0, 1]) if number == 0 else None,
                 batch=Batch(x, y, torch.zeros(4, dtype=torch.int64)),
-                task_end_reason="marker" if number == 2 else None,
+                task_end_reason=TaskEndReason.MARKER if number == 2 else None,
             ),
         )
     return job, stream

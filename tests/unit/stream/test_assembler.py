@@ -11,6 +11,7 @@ import pytest
 from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.positions import Position
 from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Outcome
 from streamlearn.core.tasks import Task
 from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
@@ -56,7 +57,7 @@ def applied(deliveries: list[Delivery]) -> Progress:
     progress = Progress(tasks=[Task(0, "a")])
     for delivery in deliveries:
         progress.register_labels(delivery.observations)
-        progress.advance(delivery, "trained")
+        progress.advance(delivery, Outcome.TRAINED)
     return Progress.from_json(json.loads(json.dumps(progress.to_json())), progress.positions)
 
 

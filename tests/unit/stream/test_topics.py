@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn.core.progress import Progress
+from streamlearn.core.samples import Outcome
+from streamlearn.core.tasks import TaskState
 from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
@@ -73,9 +75,9 @@ class Reading:
             if delivery.new_task is not None:
                 self.progress.tasks.append(delivery.new_task)
             self.progress.register_labels(delivery.observations)
-            self.progress.advance(delivery, "trained")
+            self.progress.advance(delivery, Outcome.TRAINED)
             if delivery.task_end_reason is not None:
-                self.progress.tasks[-1].state = "ended"
+                self.progress.tasks[-1].state = TaskState.ENDED
 
     def consumed(self) -> int:
         """Return the samples that were delivered."""
