@@ -32,7 +32,7 @@ from streamlearn.tensors import configure_torch, finite_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streamlearn.checkpoint.store import Checkpoint
+    from streamlearn.checkpoint.manifest import Checkpoint
     from streamlearn.core.labels import Label
 
 CHUNK = 512

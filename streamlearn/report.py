@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from streamlearn.checkpoint.store import Checkpoint
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 COLOURS = ("#3b6fb6", "#d1742f", "#3d9a5b", "#b8434e", "#7d5ab5", "#8a6d3b", "#c95f9f", "#6b7280", "#a9a13a", "#2aa1b3")
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from streamlearn.checkpoint.store import BrokenCheckpoint, Store
+from streamlearn.checkpoint.manifest import BrokenCheckpoint
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli.common import (
     JsonOption,
     StateOption,

@@ -56,7 +56,8 @@ def predict(
     Of the checkpoint it reads only model.safetensors, model.json and, if there is one, the encoder.
     """
     from streamlearn import producer
-    from streamlearn.checkpoint.store import Store, open_checkpoint
+    from streamlearn.checkpoint.manifest import open_checkpoint
+    from streamlearn.checkpoint.store import Store
     from streamlearn.predict import Model, accuracy
 
     def find_user_code(kind: str) -> tuple[str, Mapping[str, Any] | None] | None:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn import __version__, state
-from streamlearn.checkpoint.store import LockLost
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
@@ -32,6 +31,7 @@ from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
 from streamlearn.scenario import Scenario
+from streamlearn.service.statedir import LockLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.checkpoint.store import Checkpoint, Content, Store
+    from streamlearn.checkpoint.manifest import Checkpoint
+    from streamlearn.checkpoint.store import Store
+    from streamlearn.checkpoint.writer import Content
     from streamlearn.config.root import Config
     from streamlearn.core.positions import Partition
     from streamlearn.core.samples import HeldOut

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint.store import LockLost, LockRemoved, LockReplaced, read_plain_file
 from streamlearn.core.errors import AccessError, AlreadyRunningError, InputOutputError, StreamlearnError, TemporaryError
+from streamlearn.core.files import read_plain_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,18 @@ LOCK = "LOCK"
 PROCESS_FILE = "daemon.json"
 LOCK_SECONDS = 0.5  # retry so long, because `status` takes the lock for a moment to test it
 MAX_PROCESS_FILE_BYTES = 64 << 10
+
+
+class LockLost(StreamlearnError):  # noqa: N818 - the name says what happened
+    """This process no longer holds the lock of the state directory: it may not write there, and the daemon ends."""
+
+
+class LockRemoved(LockLost, InputOutputError):  # noqa: N818 - as `LockLost`
+    """The file of the lock is no longer there."""
+
+
+class LockReplaced(LockLost, AlreadyRunningError):  # noqa: N818 - as `LockLost`
+    """The file of the lock is another one, which another daemon may hold."""
 
 
 @dataclass(frozen=True)

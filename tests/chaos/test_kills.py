@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from streamlearn.checkpoint.store import Checkpoint
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 FAULT = "`kill -9` of the daemon at random"
 SAMPLES = 3000

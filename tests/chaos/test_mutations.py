@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from streamlearn import state
-from streamlearn.checkpoint.store import MANIFEST, Store, _digest
+from streamlearn.checkpoint.manifest import MANIFEST, manifest_digest
+from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.metrics import Metrics
@@ -146,7 +147,7 @@ def update_manifest(directory: Path, name: str, content: bytes) -> None:
     path = directory / MANIFEST
     tree = json.loads(path.read_bytes())
     tree["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    tree["sha256"] = _digest(tree)
+    tree["sha256"] = manifest_digest(tree)
     path.write_text(json.dumps(tree))
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.checkpoint.store import MANIFEST, Checkpoint, Store
+from streamlearn.checkpoint.manifest import MANIFEST, Checkpoint
+from streamlearn.checkpoint.store import Store
 from tests.support import jobs
 from tests.support.chaos.case import FULL, ROOT, Case
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from streamlearn import producer
-from streamlearn.checkpoint.store import FORMAT, Store
+from streamlearn.checkpoint.manifest import FORMAT
+from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.logs.sqlite import EmbeddedWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from streamlearn.checkpoint.store import Checkpoint, Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
 from streamlearn.core.positions import Position, Positions
 from streamlearn.metrics import Metrics
@@ -20,6 +20,8 @@ from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 
 def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:

@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.common import DATA, merged
 from streamlearn import producer, state
-from streamlearn.checkpoint.store import Checkpoint, Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import read_process_record
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from streamlearn.checkpoint.manifest import Checkpoint
     from streamlearn.stream.logs.base import LogWriter
 
 DEVICE = os.environ.get("STREAMLEARN_TEST_DEVICE", "cpu")  # `cuda` runs the same tests on a GPU

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from streamlearn.checkpoint.store import Checkpoint
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 FEATURES = 4
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.checkpoint.store import MANIFEST, Store
+from streamlearn.checkpoint.manifest import MANIFEST
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli import lifecycle
 from streamlearn.runtime import daemon
 from streamlearn.stream import letters

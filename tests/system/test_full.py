@@ -13,7 +13,7 @@ import pytest
 from benchmarks.common import merged
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn import producer
-from streamlearn.checkpoint.store import Checkpoint, Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.stream.logs.base import CONTENT_TYPE, LogWriter
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka import KafkaWriter
@@ -26,6 +26,8 @@ from tests.support.kills import run_with_kills
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.kafka, pytest.mark.timeout(3600)]
 

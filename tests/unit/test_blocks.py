@@ -82,7 +82,7 @@ def test_a_memory_of_many_tasks_draws_the_same_after_a_restart() -> None:
 
 def test_names_of_merged_files_are_valid_in_a_manifest() -> None:
     """A checkpoint accepts the name of a merged file."""
-    from streamlearn.checkpoint.store import FILE
+    from streamlearn.checkpoint.manifest import FILE
 
     files, _, _ = state.pack(tree(100))
     assert all(FILE.fullmatch(name) and os.sep not in name for name in files)

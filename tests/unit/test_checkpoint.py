@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from streamlearn.checkpoint.store import MANIFEST, BrokenCheckpoint, Checkpoint, Store, _digest
+from streamlearn.checkpoint.manifest import MANIFEST, BrokenCheckpoint, Checkpoint, manifest_digest
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli.checkpoints import app
 from streamlearn.core.errors import StreamlearnError
 
@@ -165,7 +166,7 @@ def test_copies_count_for_the_free_space(tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[int] = []
     monkeypatch.setattr(store, "_check_space", asked.append)
     save(store, b"2", memory=None)
-    store.links_refused = True
+    store._writer.links_refused = True
     save(store, b"3", memory=None)
     assert asked == [0, 1000]
 
@@ -328,7 +329,7 @@ def test_retention_keeps_the_newest_and_one_an_hour(tmp_path: Path) -> None:
         checkpoint = save(store)
         tree = json.loads((checkpoint.path / MANIFEST).read_bytes())
         tree["created"] = (start + timedelta(minutes=20 * number)).isoformat()
-        tree["sha256"] = _digest(tree)
+        tree["sha256"] = manifest_digest(tree)
         (checkpoint.path / MANIFEST).write_text(json.dumps(tree))
     gone = store.prune(3, 2, dry_run=True)
     assert len(store.all()) == 12

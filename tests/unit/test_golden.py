@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from streamlearn import older_keys, state
-from streamlearn.checkpoint.store import FORMAT, MANIFEST, Store
+from streamlearn.checkpoint.manifest import FORMAT, MANIFEST
+from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.progress import Progress

@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from streamlearn import state
-from streamlearn.checkpoint.store import Checkpoint, Store, open_checkpoint
+from streamlearn.checkpoint.manifest import Checkpoint, open_checkpoint
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli.app import app
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.models import registry

@@ -38,7 +38,7 @@ from tests.support.counting import work
 from tests.support.in_process import BlockedStore, made
 
 if TYPE_CHECKING:
-    from streamlearn.checkpoint.store import Checkpoint
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 
 def test_lag_is_unknown_without_a_broker(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from streamlearn.checkpoint.store import LockLost, Store
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli import lifecycle
 from streamlearn.core.errors import StreamlearnError, TemporaryError
 from streamlearn.core.states import SaveTrigger
 from streamlearn.service.client import Client
 from streamlearn.service.statedir import (
     Lock,
+    LockLost,
     ProcessRecord,
     is_locked,
     locked,
