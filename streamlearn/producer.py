@@ -156,7 +156,7 @@ def check_limits(parts: Sequence[Samples], options: PublishOptions, config: Conf
         raise _refuse(f"{text}; set classes: {len(labels)}, or grow_head: true, or choose some with --groups")
 
 
-def _refuse(why: str) -> StreamlearnError:
+def _refuse(why: str) -> DataError:
     return DataError(f"{why}; nothing was published")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamlearn.core.errors import ConfigurationError, StreamlearnError
+from streamlearn.core.errors import ConfigurationError
 from streamlearn.models import imports
 from streamlearn.models.memnet import MemNet
 from streamlearn.models.mlp import MLP
@@ -73,8 +73,8 @@ def _build_custom(
     return model
 
 
-def model_error(spec: Mapping[str, Any], why: Exception | str, step: str = "") -> StreamlearnError:
-    """Return the error (78) for a model that cannot be used. `step` says what failed, and ends with a colon."""
+def model_error(spec: Mapping[str, Any], why: Exception | str, step: str = "") -> ConfigurationError:
+    """Return the error for a model that cannot be used. `step` says what failed, and ends with a colon."""
     if not isinstance(why, str):
         why = f"{type(why).__name__}: {' '.join(str(why).split())}"
     return ConfigurationError(f"model {spec['name']}: {step}{why}")

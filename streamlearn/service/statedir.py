@@ -243,13 +243,13 @@ def is_locked(state_dir: Path) -> bool:
         os.close(descriptor)
 
 
-def _cannot_be_locked(path: Path, error: OSError) -> StreamlearnError:
-    """Return the error (74) for a file system without locks. It does not mean that another daemon runs."""
+def _cannot_be_locked(path: Path, error: OSError) -> InputOutputError:
+    """Return the error for a file system without locks. It does not mean that another daemon runs."""
     return InputOutputError(f"{path}: cannot be locked: {error.strerror or error}")
 
 
-def already_running(state_dir: Path) -> StreamlearnError:
-    """Return the error (73) for a second daemon; it names the first process if that is known."""
+def already_running(state_dir: Path) -> AlreadyRunningError:
+    """Return the error for a second daemon; it names the first process if that is known."""
     record = read_process_record(state_dir)
     who = f"process {record.pid}" if record is not None and record.is_alive else "its LOCK is held"
     return AlreadyRunningError(f"{state_dir}: another daemon already runs here ({who})")

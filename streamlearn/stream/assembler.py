@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from streamlearn.core.deliveries import Delivery, Observations
-from streamlearn.core.errors import ConfigurationError, StreamlearnError
+from streamlearn.core.errors import ConfigurationError
 from streamlearn.core.labels import label_of_other_type
 from streamlearn.core.positions import Position, Positions
 from streamlearn.core.samples import Batch, HeldOut, Outcome, Rejected
@@ -443,8 +443,8 @@ class Assembler:
         return delivery
 
 
-def _fewer_samples_error(record: Record, skip: int, chunk: Chunk) -> StreamlearnError:
-    """Return the error (78) for a record of which `skip` samples were consumed before, but which now has fewer samples."""
+def _fewer_samples_error(record: Record, skip: int, chunk: Chunk) -> ConfigurationError:
+    """Return the error for a record of which `skip` samples were consumed before, but which now has fewer samples."""
     why = f" ({chunk.rejected[0].reason}: {chunk.rejected[0]})" if 0 in chunk.rejected else ""
     place = f"{record.topic}[{record.partition}] offset {record.offset}"
     text = f"{place}: {skip} samples of this record were consumed before, but now it decodes to {len(chunk)}{why}"

@@ -626,7 +626,7 @@ class StreamReader:
         self._last_record = time.monotonic()
 
     def _check_permission(self, topic: str) -> None:
-        """Raise (77) if the topic exists but we may not read it; otherwise we would wait for ever."""
+        """Raise `AccessError` if the topic exists but we may not read it; otherwise we would wait for ever."""
         info = self.log_reader.describe(topic)
         if info is not None and info.missing_permission is not None:
             raise AccessError(f"topic {topic}: {info.missing_permission}")

@@ -59,8 +59,8 @@ def is_allowed(topic: Mapping[str, Any], operation: str) -> bool:
     return operations is None or operation in operations
 
 
-def permission_error(error: kafka_errors.KafkaError) -> StreamlearnError:
-    """Return the error (77) for a user that says which permission is missing."""
+def permission_error(error: kafka_errors.KafkaError) -> AccessError:
+    """Return the error for a user that says which permission is missing."""
     names = error.args[0] if error.args else ""
     what = ", ".join(sorted(names)) if isinstance(names, set) else str(names)
     if isinstance(error, kafka_errors.GroupAuthorizationFailedError):
