@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.core.immutable import Immutable
 from streamlearn.core.labels import Label
 from streamlearn.tensors import seeded_generator
 
@@ -21,10 +22,6 @@ Classes = Sequence[Mapping[int, Label]]  # for each task: output -> label
 
 ALL = -1
 """As a number of samples: all of them, without a limit."""
-
-
-class Immutable(dict[str, Tensor]):
-    """Tensors that never change under this name: a checkpoint links their file from the previous one and writes nothing."""
 
 
 class Reservoir:

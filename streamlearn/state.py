@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from streamlearn.core.errors import InputOutputError
+from streamlearn.core.immutable import Immutable
 from streamlearn.core.text import natural_key
-from streamlearn.memory import Immutable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

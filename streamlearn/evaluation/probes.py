@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from streamlearn.memory import ALL, Immutable, Reservoir
+from streamlearn.core.immutable import Immutable
+from streamlearn.memory import ALL, Reservoir
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.core.immutable import Immutable
 from streamlearn.core.samples import Batch, Outcome
 from streamlearn.learning import accuracy
 from streamlearn.learning.current_task import CurrentTask
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
-from streamlearn.memory import Immutable
 from streamlearn.models import registry
 from streamlearn.models.modes import LayerRng
 from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from streamlearn import state
-from streamlearn.memory import EpisodicMemory, Immutable
+from streamlearn.core.immutable import Immutable
+from streamlearn.memory import EpisodicMemory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.memory import ALL, EpisodicMemory, Immutable, Reservoir, fair_share
+from streamlearn.core.immutable import Immutable
+from streamlearn.memory import ALL, EpisodicMemory, Reservoir, fair_share
 
 
 def numbers(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
