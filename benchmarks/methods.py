@@ -10,9 +10,9 @@ from benchmarks.common import merged
 from benchmarks.update import BATCH, CLASSES, DEVICE, PIXELS, STEPS, plain, ratio_of, samples
 from streamlearn import state
 from streamlearn.config import loader
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import configure_torch
 

@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from streamlearn.config import loader
 from streamlearn.core.samples import Batch
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import VAE
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.tensors import configure_torch
 

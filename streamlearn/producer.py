@@ -17,8 +17,8 @@ import numpy as np
 import orjson
 
 from streamlearn.core.errors import ConfigurationError, DataError, InputOutputError, StreamlearnError, UsageError
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.text import natural_key
-from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.table import read_table

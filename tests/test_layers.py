@@ -20,7 +20,6 @@ ROWS = [
     {"patterns", "tensors", "logs", "__init__"},
     {"sections", "table"},
     {"config"},
-    {"scenario"},
     {"augment", "memory", "optimizers", "models", "checkpoint", "stream"},
     {"state", "strategies", "evaluation"},
     {"learning", "service", "producer", "report"},
@@ -71,10 +70,11 @@ def imports(path: Path) -> list[str]:
 def unit(name: str) -> str:
     """Return the module or package of the top level that a dotted name belongs to.
 
-    `config.py` in a package is that package's section of the configuration. All of these form the unit `sections`.
+    `config.py` in a package is that package's section of the configuration. All of these form the unit `sections`,
+    but for that of `core`, which every component reads.
     """
     first, *rest = name.split(".")
-    return "sections" if "config" in rest and first not in {"config", "cli"} else first
+    return "sections" if "config" in rest and first not in {"config", "cli", "core"} else first
 
 
 def unit_of(path: Path) -> str:

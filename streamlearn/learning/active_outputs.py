@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streamlearn.core.labels import Label
+    from streamlearn.core.scenario import Scenario
     from streamlearn.core.tasks import Task
-    from streamlearn.scenario import Scenario
 
 
 class ActiveOutputs:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from streamlearn.core.config import InputConfig
+    from streamlearn.core.scenario import Scenario
     from streamlearn.learning.config import LearningConfig
-    from streamlearn.scenario import Scenario
     from streamlearn.strategies.slots import Strategy
 
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from streamlearn.core.labels import Label
+    from streamlearn.core.scenario import Scenario
     from streamlearn.core.tasks import Task
     from streamlearn.learning.active_outputs import ActiveOutputs
     from streamlearn.learning.config import LearnerConfig
     from streamlearn.learning.update import StepResult, Update
     from streamlearn.models.encoder import Encoder
-    from streamlearn.scenario import Scenario
     from streamlearn.strategies.slots import BuildContext, Network, Slot, State, Strategy
 
 

@@ -23,6 +23,7 @@ from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Outcome
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.core.tasks import TaskState
 from streamlearn.evaluation import matrix
@@ -30,7 +31,6 @@ from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
-from streamlearn.scenario import Scenario
 from streamlearn.service.statedir import LockLost
 
 if TYPE_CHECKING:

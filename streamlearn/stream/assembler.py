@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from streamlearn.core.labels import Label
     from streamlearn.core.positions import Partition
     from streamlearn.core.progress import Progress
+    from streamlearn.core.scenario import Scenario
     from streamlearn.core.tasks import Task
-    from streamlearn.scenario import Scenario
     from streamlearn.stream.codec import Chunk, Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut

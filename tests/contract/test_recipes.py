@@ -16,9 +16,9 @@ from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.samples import Batch
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.learning.build import make_learner
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.strategies.slots import Constraint, EndedTask, Penalty, Replay
 from tests.support import awkward, jobs

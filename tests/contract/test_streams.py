@@ -13,8 +13,8 @@ from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
-from streamlearn.scenario import Scenario
 from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
 from streamlearn.stream.logs.base import CONTENT_TYPE, PROBE, USE_HEADER, BrokerUnavailable
 from tests.support.streams import SECONDS, TYPED, Unwilling, World, everything, places, until

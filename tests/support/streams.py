@@ -12,8 +12,8 @@ from kafka import KafkaAdminClient
 from streamlearn.core.errors import InputOutputError
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Outcome
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import TaskState
-from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
 from streamlearn.stream.config import StreamConfig

@@ -13,11 +13,11 @@ from streamlearn import state
 from streamlearn.config import loader
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.samples import Batch
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
 from streamlearn.learning.update import GradientUpdate
 from streamlearn.metrics import Metrics
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.generative import GenerativeReplay
 from streamlearn.strategies.recipes import RECIPES
 from tests.support import jobs

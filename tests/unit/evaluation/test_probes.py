@@ -15,10 +15,10 @@ from streamlearn.config import loader
 from streamlearn.core.labels import Labels
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import HeldOut
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 

@@ -12,8 +12,8 @@ from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.positions import Position
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Outcome
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
-from streamlearn.scenario import Scenario
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
 from streamlearn.stream.deadletter import DeadLetterWriter

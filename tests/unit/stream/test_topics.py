@@ -11,8 +11,8 @@ import pytest
 
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Outcome
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import TaskState
-from streamlearn.scenario import Scenario
 from streamlearn.stream import reader
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec

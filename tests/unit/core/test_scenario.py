@@ -8,9 +8,9 @@ import pytest
 
 from streamlearn.config import loader
 from streamlearn.core.labels import Label, Labels
+from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
-from streamlearn.scenario import Scenario
 from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
