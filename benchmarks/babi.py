@@ -21,6 +21,7 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.progress import Progress
+from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
@@ -31,7 +32,6 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
-from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,6 +15,7 @@ from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import Task
+from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
@@ -23,7 +24,6 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
-from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config

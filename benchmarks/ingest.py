@@ -14,6 +14,7 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.progress import Progress
+from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
@@ -27,7 +28,6 @@ from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.reader import StreamReader
-from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config

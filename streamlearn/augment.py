@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamlearn.tensors import seeded_generator
+from streamlearn.learning.tensors import seeded_generator
 
 if TYPE_CHECKING:
     from streamlearn.learning.config import AugmentConfig

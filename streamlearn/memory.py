@@ -14,7 +14,7 @@ from torch.nn import functional
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.immutable import Immutable
 from streamlearn.core.labels import Label
-from streamlearn.tensors import seeded_generator
+from streamlearn.learning.tensors import seeded_generator
 
 State = dict[str, Any]
 StoredSamples = dict[str, Tensor]  # name of a value -> the values of n samples, [n, ...]

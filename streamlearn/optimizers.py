@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from streamlearn.tensors import clones, padded, zeros
+from streamlearn.learning.tensors import clones, padded, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -25,6 +25,7 @@ from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
+from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job, PendingSave, Snapshot
@@ -35,7 +36,6 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader
 from streamlearn.stream.reader import StreamReader
-from streamlearn.tensors import configure_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamlearn.tensors import padded
+from streamlearn.learning.tensors import padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

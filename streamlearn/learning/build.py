@@ -12,6 +12,7 @@ from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.active_outputs import ActiveOutputs
 from streamlearn.learning.learner import Learner
+from streamlearn.learning.tensors import choose_device, make_preprocess
 from streamlearn.learning.update import GradientUpdate
 from streamlearn.models import registry
 from streamlearn.models.encoder import Encoder
@@ -19,7 +20,6 @@ from streamlearn.models.model_check import ModelCheck
 from streamlearn.state import equal, round_trip
 from streamlearn.strategies.recipes import build_strategy
 from streamlearn.strategies.slots import BuildContext
-from streamlearn.tensors import choose_device, make_preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,13 +12,13 @@ from streamlearn.core.immutable import Immutable
 from streamlearn.core.samples import Batch, Outcome
 from streamlearn.learning import accuracy
 from streamlearn.learning.current_task import CurrentTask
+from streamlearn.learning.tensors import clones, copy_into, finite_rows, padded, seeded_generator
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
 from streamlearn.models import registry
 from streamlearn.models.modes import LayerRng
 from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
 from streamlearn.state import join_tensors, split_tensors
 from streamlearn.strategies.slots import EndedTask
-from streamlearn.tensors import clones, copy_into, finite_rows, padded, seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

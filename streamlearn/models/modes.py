@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from streamlearn.tensors import seeded_generator
+from streamlearn.learning.tensors import seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -346,7 +346,7 @@ def run(
         cause = record_process(config.state_dir, {"socket": str(path), "http": http, "version": __version__})
 
         # torch is imported only here, so that a held lock or a busy port is reported at once
-        from streamlearn.tensors import configure_torch
+        from streamlearn.learning.tensors import configure_torch
 
         configure_torch(config.threads)
         from streamlearn.runtime.job import Job

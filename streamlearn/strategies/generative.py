@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.samples import Batch
+from streamlearn.learning.tensors import averaging_rate, seeded_generator
 from streamlearn.models.vae import VAE
 from streamlearn.strategies.agreement import measure_agreement
 from streamlearn.strategies.generator_training import GeneratorSpec, GeneratorTraining, warn_of_unsuitable_values
@@ -22,7 +23,6 @@ from streamlearn.strategies.latent_moments import LatentMoments
 from streamlearn.strategies.replay_share import ReplayShare
 from streamlearn.strategies.scholar import Scholar
 from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
-from streamlearn.tensors import averaging_rate, seeded_generator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamlearn.tensors import padded
+from streamlearn.learning.tensors import padded
 
 if TYPE_CHECKING:
     from streamlearn.strategies.slots import State

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamlearn.learning.tensors import padded_all
 from streamlearn.strategies.slots import BuildContext, EndedTask, Penalty, State
-from streamlearn.tensors import padded_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

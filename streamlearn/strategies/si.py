@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamlearn.learning.tensors import clones, copy_into, padded_all, zeros
 from streamlearn.strategies.importance import Importance, add_path_integral
-from streamlearn.tensors import clones, copy_into, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from streamlearn import state
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.learning.tensors import make_preprocess
 from streamlearn.models.encoder import Encoder
-from streamlearn.tensors import make_preprocess
 
 CPU = torch.device("cpu")
 

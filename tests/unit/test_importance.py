@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.learning.tensors import dense
 from streamlearn.models.mlp import MLP
 from streamlearn.models.resnet import ResNet
 from streamlearn.strategies.ewc import FisherImportance
@@ -17,7 +18,6 @@ from streamlearn.strategies.penalty import ImportancePenalty
 from streamlearn.strategies.rwalk import RiemannianWalk
 from streamlearn.strategies.si import PathIntegral
 from streamlearn.strategies.slots import BuildContext, EndedTask
-from streamlearn.tensors import dense
 from tests.support import awkward
 
 
