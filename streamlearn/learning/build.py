@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from streamlearn.augment import RandomAffine
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.active_outputs import ActiveOutputs
+from streamlearn.learning.augment import RandomAffine
 from streamlearn.learning.learner import Learner
 from streamlearn.learning.tensors import choose_device, make_preprocess
 from streamlearn.learning.update import GradientUpdate

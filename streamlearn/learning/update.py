@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.augment import RandomAffine
     from streamlearn.core.samples import Batch
     from streamlearn.learning.active_outputs import ActiveOutputs
+    from streamlearn.learning.augment import RandomAffine
     from streamlearn.learning.config import OptimizerConfig
     from streamlearn.strategies.slots import Strategy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from streamlearn.augment import RandomAffine
+from streamlearn.learning.augment import RandomAffine
 from streamlearn.learning.config import AugmentConfig
 
 CPU = torch.device("cpu")
