@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamlearn.learning.optimizers import Optimizer
 from streamlearn.learning.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all
-from streamlearn.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamlearn.optimizers import Optimizer
+from streamlearn.learning.optimizers import Optimizer
 
 CASES: list[tuple[str, type[torch.optim.Optimizer], dict[str, Any]]] = [
     ("adam", torch.optim.Adam, {}),
