@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.immutable import Immutable
-from streamlearn.memory import ALL, Reservoir
+from streamlearn.learning.memory import ALL, Reservoir
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:

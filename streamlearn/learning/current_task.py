@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from streamlearn.core.samples import Batch
+from streamlearn.learning.memory import ALL, Reservoir, rank_in_class
 from streamlearn.learning.tensors import seeded_generator
-from streamlearn.memory import ALL, Reservoir, rank_in_class
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -21,7 +21,7 @@ from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, Gr
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streamlearn.memory import EpisodicMemory
+    from streamlearn.learning.memory import EpisodicMemory
 
 RIDGE = 1e-3
 """Added to the diagonal of G G^T, because gradients of neighbouring tasks may be parallel. Absolute, as in GEM's own code."""

@@ -17,7 +17,7 @@ from streamlearn.strategies.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from streamlearn.memory import EpisodicMemory
+    from streamlearn.learning.memory import EpisodicMemory
     from streamlearn.strategies.importance import Importance
     from streamlearn.strategies.recipe import Slots
     from streamlearn.strategies.slots import BuildContext, Network, Strategy
@@ -51,7 +51,7 @@ def naive(context: BuildContext) -> Slots:
 
 def joint(context: BuildContext, *, budget: Positive | Literal["all"] = "all") -> Slots:
     """Train on all samples seen so far (multi-task training). The upper bound for other strategies."""
-    from streamlearn.memory import ALL, EpisodicMemory
+    from streamlearn.learning.memory import ALL, EpisodicMemory
     from streamlearn.strategies.replay import EpisodicReplay
 
     memory = EpisodicMemory(ALL if budget == "all" else budget, context.max_bytes, context.seed)
@@ -156,7 +156,7 @@ def ewc(
 
     Useful strengths are large, because the Fisher information of single samples is small after a task was learned well.
     """
-    from streamlearn.memory import ALL
+    from streamlearn.learning.memory import ALL
     from streamlearn.strategies.ewc import FisherImportance
     from streamlearn.strategies.gradient_moments import check_per_sample_gradients
 
@@ -190,7 +190,7 @@ def mas(
     step: Step = "explicit",
 ) -> Slots:
     """Memory aware synapses (Aljundi et al. 2018): importance is how much the output would change; it needs no labels."""
-    from streamlearn.memory import ALL
+    from streamlearn.learning.memory import ALL
     from streamlearn.strategies.gradient_moments import check_per_sample_gradients
     from streamlearn.strategies.mas import OutputSensitivity
 
@@ -222,7 +222,7 @@ def gem(
     momentum: Momentum = "refuse",
 ) -> Slots:
     """Gradient episodic memory (Lopez-Paz & Ranzato 2017) with `memory` samples of each task. Costs more with every task."""
-    from streamlearn.memory import ALL, EpisodicMemory
+    from streamlearn.learning.memory import ALL, EpisodicMemory
     from streamlearn.strategies.gem import GEMConstraint
 
     del momentum  # `recipe_checks.refuse_momentum` reads it
@@ -266,7 +266,7 @@ def packnet(
     samples: Positive | Literal["all"] = 20_000,
 ) -> Slots:
     """PackNet (Mallya & Lazebnik 2018): each task owns `1 - prune` of the free weights, and retrains them on its `samples`."""
-    from streamlearn.memory import ALL
+    from streamlearn.learning.memory import ALL
     from streamlearn.strategies.packnet import OwnershipConstraint, PackedNetwork
 
     network = PackedNetwork(context, prune=prune, samples=ALL if samples == "all" else samples)
@@ -274,7 +274,7 @@ def packnet(
 
 
 def _episodic_memory(context: BuildContext, budget: int, selection: str, per_class: int | None) -> EpisodicMemory:
-    from streamlearn.memory import EpisodicMemory
+    from streamlearn.learning.memory import EpisodicMemory
 
     balanced = selection == "balanced"
     return EpisodicMemory(budget, context.max_bytes, context.seed, balanced=balanced, per_class=per_class)

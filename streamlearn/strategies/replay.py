@@ -19,7 +19,7 @@ from streamlearn.strategies.replay_share import ReplayShare
 from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 
 if TYPE_CHECKING:
-    from streamlearn.memory import EpisodicMemory
+    from streamlearn.learning.memory import EpisodicMemory
 
 CHUNK = 512
 

@@ -10,7 +10,7 @@ import torch
 
 from streamlearn import state
 from streamlearn.core.immutable import Immutable
-from streamlearn.memory import EpisodicMemory
+from streamlearn.learning.memory import EpisodicMemory
 
 if TYPE_CHECKING:
     from torch import Tensor

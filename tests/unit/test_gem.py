@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from streamlearn.memory import ALL, EpisodicMemory
+from streamlearn.learning.memory import ALL, EpisodicMemory
 from streamlearn.strategies.gem import RIDGE, AGEMConstraint, GEMConstraint, solve_weights
 from streamlearn.strategies.slots import BuildContext
 

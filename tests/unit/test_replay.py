@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from streamlearn.core.samples import Batch
 from streamlearn.learning.loss import squared_distance
-from streamlearn.memory import EpisodicMemory
+from streamlearn.learning.memory import EpisodicMemory
 from streamlearn.models.feedback import Feedback
 from streamlearn.models.mlp import MLP
 from streamlearn.models.vae import bounded

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.immutable import Immutable
-from streamlearn.memory import ALL, EpisodicMemory, Reservoir, fair_share
+from streamlearn.learning.memory import ALL, EpisodicMemory, Reservoir, fair_share
 
 
 def numbers(start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
