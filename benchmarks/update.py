@@ -18,9 +18,9 @@ from streamlearn.core.samples import Batch
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
+from streamlearn.learning.models.mlp import MLP
+from streamlearn.learning.models.vae import VAE
 from streamlearn.learning.tensors import configure_torch
-from streamlearn.models.mlp import MLP
-from streamlearn.models.vae import VAE
 from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ ROWS = [
     {"patterns", "logs", "__init__"},
     {"sections", "table"},
     {"config"},
-    {"models", "checkpoint", "stream"},
+    {"checkpoint", "stream"},
     {"state", "strategies"},
     {"learning", "service", "producer"},
     {"evaluation", "predict"},
@@ -51,7 +51,7 @@ ONLY_IN = {
 COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report"}
 """What puts components together, and may therefore read the whole configuration."""
 
-SHARED_SECTIONS = dict.fromkeys(("models", "strategies"), ("learning",))
+SHARED_SECTIONS = dict.fromkeys(("strategies"), ("learning",))
 """Parts of a component that stand outside its package: they read its section."""
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from streamlearn.models.mlp import MLP
+from streamlearn.learning.models.mlp import MLP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

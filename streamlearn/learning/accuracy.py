@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from streamlearn.learning.models.modes import eval_mode, samples_are_independent
 from streamlearn.learning.tensors import finite_rows
-from streamlearn.models.modes import eval_mode, samples_are_independent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

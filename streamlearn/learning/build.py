@@ -12,11 +12,11 @@ from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.active_outputs import ActiveOutputs
 from streamlearn.learning.augment import RandomAffine
 from streamlearn.learning.learner import Learner
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.encoder import Encoder
+from streamlearn.learning.models.model_check import ModelCheck
 from streamlearn.learning.tensors import choose_device, make_preprocess
 from streamlearn.learning.update import GradientUpdate
-from streamlearn.models import registry
-from streamlearn.models.encoder import Encoder
-from streamlearn.models.model_check import ModelCheck
 from streamlearn.state import equal, round_trip
 from streamlearn.strategies.recipes import build_strategy
 from streamlearn.strategies.slots import BuildContext

@@ -12,11 +12,11 @@ from streamlearn.core.immutable import Immutable
 from streamlearn.core.samples import Batch, Outcome
 from streamlearn.learning import accuracy
 from streamlearn.learning.current_task import CurrentTask
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.modes import LayerRng
+from streamlearn.learning.models.module_state import RunningStatistics, load_module_state, module_state
 from streamlearn.learning.tensors import clones, copy_into, finite_rows, padded, seeded_generator
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
-from streamlearn.models import registry
-from streamlearn.models.modes import LayerRng
-from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
 from streamlearn.state import join_tensors, split_tensors
 from streamlearn.strategies.slots import EndedTask
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from streamlearn.core.tasks import Task
     from streamlearn.learning.active_outputs import ActiveOutputs
     from streamlearn.learning.config import LearnerConfig
+    from streamlearn.learning.models.encoder import Encoder
     from streamlearn.learning.update import StepResult, Update
-    from streamlearn.models.encoder import Encoder
     from streamlearn.strategies.slots import BuildContext, Network, Slot, State, Strategy
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from streamlearn.learning.loss import weighted_loss
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.modes import differentiable_eval_mode
 from streamlearn.learning.optimizers import Optimizer
 from streamlearn.learning.tensors import dense, finite_norm
-from streamlearn.models import registry
-from streamlearn.models.modes import differentiable_eval_mode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

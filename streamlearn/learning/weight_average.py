@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamlearn.learning.models.modes import flatten_recurrent
 from streamlearn.learning.tensors import averaging_rate, copy_into
-from streamlearn.models.modes import flatten_recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamlearn.core.errors import ConfigurationError
-from streamlearn.models import registry
-from streamlearn.models.feedback import Feedback
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.feedback import Feedback
 from streamlearn.strategies.generative import GenerativeReplay
 from streamlearn.strategies.generator_training import GeneratorTraining
 

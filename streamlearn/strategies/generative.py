@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.samples import Batch
+from streamlearn.learning.models.vae import VAE
 from streamlearn.learning.tensors import averaging_rate, seeded_generator
-from streamlearn.models.vae import VAE
 from streamlearn.strategies.agreement import measure_agreement
 from streamlearn.strategies.generator_training import GeneratorSpec, GeneratorTraining, warn_of_unsuitable_values
 from streamlearn.strategies.latent_moments import LatentMoments
@@ -27,7 +27,7 @@ from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streamlearn.models.feedback import Feedback
+    from streamlearn.learning.models.feedback import Feedback
 
 MOMENTS_DECAY = 0.998  # of the latent moments, if the generator's weights are not averaged
 

@@ -15,8 +15,8 @@ from streamlearn.learning.tensors import averaging_rate, clones, copy_into, fini
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streamlearn.models.feedback import Feedback
-    from streamlearn.models.vae import VAE
+    from streamlearn.learning.models.feedback import Feedback
+    from streamlearn.learning.models.vae import VAE
     from streamlearn.strategies.slots import State
 
     Generator = VAE | Feedback

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.core.errors import ConfigurationError, is_out_of_memory
+from streamlearn.learning.models.modes import differentiable_eval_mode
 from streamlearn.learning.tensors import dense
-from streamlearn.models.modes import differentiable_eval_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from streamlearn.learning.models.modes import differentiable_eval_mode
 from streamlearn.learning.tensors import copy_into, zeros
-from streamlearn.models.modes import differentiable_eval_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.core.errors import ConfigurationError
-from streamlearn.models import registry
+from streamlearn.learning.models import registry
 from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
 
 if TYPE_CHECKING:

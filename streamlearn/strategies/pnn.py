@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.core.errors import ConfigurationError
-from streamlearn.models.modes import eval_mode, global_seed
+from streamlearn.learning.models.modes import eval_mode, global_seed
 from streamlearn.strategies.slots import BuildContext, Network, State
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn.core.samples import Batch
-from streamlearn.models.modes import eval_mode
+from streamlearn.learning.models.modes import eval_mode
 from streamlearn.strategies.replay_share import ReplayShare
 from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 

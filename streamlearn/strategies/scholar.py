@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streamlearn.core.labels import Label
-    from streamlearn.models.feedback import Feedback
-    from streamlearn.models.vae import VAE
+    from streamlearn.learning.models.feedback import Feedback
+    from streamlearn.learning.models.vae import VAE
     from streamlearn.strategies.slots import BuildContext, EndedTask, State
 
 

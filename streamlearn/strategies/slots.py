@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from streamlearn.models import registry
+from streamlearn.learning.models import registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamlearn.models import registry
-from streamlearn.models.module_state import load_module_state, module_state
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.module_state import load_module_state, module_state
 
 if TYPE_CHECKING:
     from streamlearn.strategies.slots import BuildContext, EndedTask, State

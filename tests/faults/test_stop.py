@@ -16,8 +16,8 @@ from torch import nn
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.learning.models.mlp import MLP
 from streamlearn.metrics import Metrics
-from streamlearn.models.mlp import MLP
 from streamlearn.runtime.daemon import ControlDesk, learn
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp

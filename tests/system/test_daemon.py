@@ -143,7 +143,7 @@ def test_task_end_ends_the_open_task(tmp_path: Path) -> None:
 
 
 OWN = """
-from streamlearn.models.mlp import MLP
+from streamlearn.learning.models.mlp import MLP
 def net(input_shape, num_outputs):
     return MLP(input_shape, num_outputs, [4])
 """

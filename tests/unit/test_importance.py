@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamlearn.learning.models.mlp import MLP
+from streamlearn.learning.models.resnet import ResNet
 from streamlearn.learning.tensors import dense
-from streamlearn.models.mlp import MLP
-from streamlearn.models.resnet import ResNet
 from streamlearn.strategies.ewc import FisherImportance
 from streamlearn.strategies.gradient_moments import gradient_moments
 from streamlearn.strategies.l2 import UniformImportance

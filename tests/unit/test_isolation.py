@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.models.mlp import MLP
-from streamlearn.models.resnet import ResNet
+from streamlearn.learning.models.mlp import MLP
+from streamlearn.learning.models.resnet import ResNet
 from streamlearn.strategies.packnet import FREE, PackedNetwork
 from streamlearn.strategies.pnn import INITIAL_SCALE, Columns, ProgressiveNetwork
 from streamlearn.strategies.slots import BuildContext, EndedTask

@@ -16,8 +16,8 @@ from streamlearn.checkpoint.manifest import Checkpoint, open_checkpoint
 from streamlearn.checkpoint.store import Store
 from streamlearn.cli.app import app
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.models import registry
-from streamlearn.models.module_state import module_state
+from streamlearn.learning.models import registry
+from streamlearn.learning.models.module_state import module_state
 from streamlearn.predict import Model
 from tests.support import awkward
 

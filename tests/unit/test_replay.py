@@ -13,9 +13,9 @@ from torch.nn import functional
 from streamlearn.core.samples import Batch
 from streamlearn.learning.loss import squared_distance
 from streamlearn.learning.memory import EpisodicMemory
-from streamlearn.models.feedback import Feedback
-from streamlearn.models.mlp import MLP
-from streamlearn.models.vae import bounded
+from streamlearn.learning.models.feedback import Feedback
+from streamlearn.learning.models.mlp import MLP
+from streamlearn.learning.models.vae import bounded
 from streamlearn.strategies.generative import GenerativeReplay, ReplayTargets
 from streamlearn.strategies.generator_training import GeneratorSpec
 from streamlearn.strategies.latent_moments import JITTER, LatentMoments, sample_codes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamlearn import state
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.models.model_check import ModelCheck
+from streamlearn.learning.models.model_check import ModelCheck
 from tests.support import awkward
 
 if TYPE_CHECKING:

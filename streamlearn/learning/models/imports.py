@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamlearn.older_keys import current_module
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -18,6 +20,7 @@ def import_function(name: str) -> Callable[..., Any]:
     does not search the working directory, and `python -m` does, so without this `run` and `start` would differ.
     """
     module, _, function = name.partition(":")
+    module = current_module(module)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.models.vae import bounded, observed, reconstruction
+from streamlearn.learning.models.vae import bounded, observed, reconstruction
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn import state
-from streamlearn.models.modes import LayerRng, differentiable_eval_mode, global_seed
+from streamlearn.learning.models.modes import LayerRng, differentiable_eval_mode, global_seed
 from tests.contract.test_recipes import Run
 from tests.support import awkward
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
-from streamlearn.models import imports
-from streamlearn.models.modes import global_seed
-from streamlearn.models.module_state import load_module_state, module_state
+from streamlearn.learning.models import imports
+from streamlearn.learning.models.modes import global_seed
+from streamlearn.learning.models.module_state import load_module_state, module_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from streamlearn import state
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.learning.models.encoder import Encoder
 from streamlearn.learning.tensors import make_preprocess
-from streamlearn.models.encoder import Encoder
 
 CPU = torch.device("cpu")
 
@@ -227,7 +227,7 @@ def test_out_of_memory_is_not_an_error_of_the_configuration(monkeypatch: pytest.
     def full(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("streamlearn.models.encoder._freeze", full)
+    monkeypatch.setattr("streamlearn.learning.models.encoder._freeze", full)
     with pytest.raises(StreamlearnError, match="out of memory: ") as caught:
         build("halved")
     assert caught.value.exit_code == 75

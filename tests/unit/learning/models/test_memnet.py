@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.models import registry
+from streamlearn.learning.models import registry
 from streamlearn.strategies.gradient_moments import gradient_moments
 
 SPEC: dict[str, Any] = {"name": "memnet", "embedding": 8, "hops": 2, "heads": 2, "options": {}}

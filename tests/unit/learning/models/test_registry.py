@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.models import model_check, registry
+from streamlearn.learning.models import model_check, registry
 
 
 class Custom(nn.Module):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.models import imports
+from streamlearn.learning.models import imports
+from streamlearn.learning.models.mlp import MLP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,3 +41,8 @@ def test_a_missing_module_is_an_error_that_names_the_search_path(here: Path) -> 
     (here / "lacking_of_this_test.py").write_text("import nothing_of_this_test")
     with pytest.raises(ModuleNotFoundError, match=r"^No module named 'nothing_of_this_test'$"):
         imports.import_function("lacking_of_this_test:net")
+
+
+def test_a_model_is_found_under_its_older_name() -> None:
+    """Configurations and checkpoints of version 0.1.0 may name a model of the package by its older module."""
+    assert imports.import_function("streamlearn.models.mlp:MLP") is MLP

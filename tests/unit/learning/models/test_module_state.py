@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlearn.models.module_state import RunningStatistics, load_module_state, module_state
+from streamlearn.learning.models.module_state import RunningStatistics, load_module_state, module_state
 from tests.support import awkward
 
 YES, NO = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
+from streamlearn.learning.models.modes import differentiable_eval_mode, eval_mode, global_seed
+from streamlearn.learning.models.module_state import load_module_state, module_state
+from streamlearn.learning.models.registry import model_error
 from streamlearn.learning.tensors import dense
-from streamlearn.models.modes import differentiable_eval_mode, eval_mode, global_seed
-from streamlearn.models.module_state import load_module_state, module_state
-from streamlearn.models.registry import model_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

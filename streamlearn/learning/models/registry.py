@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from streamlearn.core.errors import ConfigurationError
-from streamlearn.models import imports
-from streamlearn.models.memnet import MemNet
-from streamlearn.models.mlp import MLP
-from streamlearn.models.modes import eval_mode, global_seed
-from streamlearn.models.resnet import ResNet
+from streamlearn.learning.models import imports
+from streamlearn.learning.models.memnet import MemNet
+from streamlearn.learning.models.mlp import MLP
+from streamlearn.learning.models.modes import eval_mode, global_seed
+from streamlearn.learning.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
