@@ -21,11 +21,11 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.progress import Progress
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter

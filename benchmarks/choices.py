@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamlearn.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.recipes import RECIPES
 
 TASKS = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
 NEEDS: dict[str, dict[str, Any]] = {  # what a recipe cannot do without: every exception stands here, by name

@@ -13,8 +13,8 @@ from streamlearn.config import loader
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
-from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

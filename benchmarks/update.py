@@ -20,8 +20,8 @@ from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.learning.models.vae import VAE
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
-from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

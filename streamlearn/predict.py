@@ -24,8 +24,8 @@ from streamlearn.learning.build import NetworkBuilder
 from streamlearn.learning.config import ModelConfig
 from streamlearn.learning.models.modes import global_seed
 from streamlearn.learning.models.module_state import load_module_state
+from streamlearn.learning.strategies.recipes import RECIPES, build_network_slot
 from streamlearn.learning.tensors import configure_torch, finite_rows
-from streamlearn.strategies.recipes import RECIPES, build_network_slot
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.text import Vocabulary, parse_text
 

@@ -21,7 +21,7 @@ ROWS = [
     {"sections", "table"},
     {"config"},
     {"checkpoint", "stream"},
-    {"state", "strategies"},
+    {"state"},
     {"learning", "service", "producer"},
     {"evaluation", "predict"},
     {"metrics", "observability", "report"},
@@ -46,13 +46,10 @@ ONLY_IN = {
     "matplotlib": {"report.py"},
     "sklearn": {"producer.py"},
     "safetensors": {"state.py"},
-    "scipy": {"strategies/gem.py"},
+    "scipy": {"learning/strategies/gem.py"},
 }
 COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report"}
 """What puts components together, and may therefore read the whole configuration."""
-
-SHARED_SECTIONS = dict.fromkeys(("strategies"), ("learning",))
-"""Parts of a component that stand outside its package: they read its section."""
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
@@ -123,7 +120,7 @@ def test_components_import_only_their_own_section(path: Path) -> None:
     here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     names = [name.split(".") for name in imports(path) if name.startswith("streamlearn.")]
     read = {name[1] for name in names if name[1] == "config" or unit(".".join(name[1:])) == "sections"}
-    assert here in COMPOSING or read <= {"core", here, *SHARED_SECTIONS.get(here, ())}
+    assert here in COMPOSING or read <= {"core", here}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -25,11 +25,11 @@ from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job, PendingSave, Snapshot
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter

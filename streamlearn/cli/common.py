@@ -32,7 +32,7 @@ ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML
 def load_config(path: Path, *, warn: bool = False) -> Config:
     """Return a configuration, and print its warnings if `warn` is set; raises `ConfigurationError`."""
     from streamlearn.config.loader import load
-    from streamlearn.strategies.recipes import RECIPES
+    from streamlearn.learning.strategies.recipes import RECIPES
 
     config = load(path, RECIPES, os.environ)
     for warning in config.warnings(RECIPES) if warn else ():

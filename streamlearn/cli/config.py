@@ -36,6 +36,6 @@ def show(config: ConfigArgument, json_: JsonOption = False) -> None:
 def schema() -> None:
     """Print the JSON Schema of the file, for completion in editors."""
     from streamlearn.config.schema import schema as make_schema
-    from streamlearn.strategies.recipes import RECIPES
+    from streamlearn.learning.strategies.recipes import RECIPES
 
     print_json(make_schema(RECIPES))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic_core import InitErrorDetails
 
     from streamlearn.core.config import InputConfig, TextInputConfig
-    from streamlearn.strategies.config import CheckedConfig
+    from streamlearn.learning.strategies.config import CheckedConfig
 
 
 class RecipeSchema(Protocol):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from streamlearn.core.samples import Batch
     from streamlearn.learning.active_outputs import ActiveOutputs
-    from streamlearn.strategies.slots import Network
+    from streamlearn.learning.strategies.slots import Network
 
     Probe = tuple[Tensor, Tensor, int]  # `x [n, ...]`, `y [n]`, task
 

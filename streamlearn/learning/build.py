@@ -15,11 +15,11 @@ from streamlearn.learning.learner import Learner
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.encoder import Encoder
 from streamlearn.learning.models.model_check import ModelCheck
+from streamlearn.learning.strategies.recipes import build_strategy
+from streamlearn.learning.strategies.slots import BuildContext
 from streamlearn.learning.tensors import choose_device, make_preprocess
 from streamlearn.learning.update import GradientUpdate
 from streamlearn.state import equal, round_trip
-from streamlearn.strategies.recipes import build_strategy
-from streamlearn.strategies.slots import BuildContext
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from streamlearn.core.config import InputConfig
     from streamlearn.core.scenario import Scenario
     from streamlearn.learning.config import LearningConfig
-    from streamlearn.strategies.slots import Strategy
+    from streamlearn.learning.strategies.slots import Strategy
 
 
 class NetworkBuilder:

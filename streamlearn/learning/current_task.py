@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.strategies.slots import Slot
+    from streamlearn.learning.strategies.slots import Slot
 
 
 class CurrentTask:

@@ -15,10 +15,10 @@ from streamlearn.learning.current_task import CurrentTask
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.modes import LayerRng
 from streamlearn.learning.models.module_state import RunningStatistics, load_module_state, module_state
+from streamlearn.learning.strategies.slots import EndedTask
 from streamlearn.learning.tensors import clones, copy_into, finite_rows, padded, seeded_generator
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
 from streamlearn.state import join_tensors, split_tensors
-from streamlearn.strategies.slots import EndedTask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from streamlearn.learning.active_outputs import ActiveOutputs
     from streamlearn.learning.config import LearnerConfig
     from streamlearn.learning.models.encoder import Encoder
+    from streamlearn.learning.strategies.slots import BuildContext, Network, Slot, State, Strategy
     from streamlearn.learning.update import StepResult, Update
-    from streamlearn.strategies.slots import BuildContext, Network, Slot, State, Strategy
 
 
 @dataclass(frozen=True)

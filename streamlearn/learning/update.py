@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from streamlearn.learning.active_outputs import ActiveOutputs
     from streamlearn.learning.augment import RandomAffine
     from streamlearn.learning.config import OptimizerConfig
-    from streamlearn.strategies.slots import Strategy
+    from streamlearn.learning.strategies.slots import Strategy
 
 
 class StepResult(NamedTuple):

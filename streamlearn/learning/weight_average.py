@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamlearn.strategies.slots import Network
+    from streamlearn.learning.strategies.slots import Network
 
 
 class WeightAverage:

@@ -16,9 +16,9 @@ from streamlearn.checkpoint.manifest import MANIFEST, manifest_digest
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from tests.support import jobs
 from tests.support.chaos.case import FULL, Case
 

@@ -18,10 +18,10 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
 from streamlearn.core.progress import Progress
 from streamlearn.core.tasks import Task
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec
 from streamlearn.stream.deadletter import DeadLetterWriter

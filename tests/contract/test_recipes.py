@@ -19,8 +19,8 @@ from streamlearn.core.samples import Batch
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.learning.build import make_learner
-from streamlearn.strategies.recipes import RECIPES
-from streamlearn.strategies.slots import Constraint, EndedTask, Penalty, Replay
+from streamlearn.learning.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.slots import Constraint, EndedTask, Penalty, Replay
 from tests.support import awkward, jobs
 
 if TYPE_CHECKING:

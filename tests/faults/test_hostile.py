@@ -20,10 +20,10 @@ from streamlearn.config.root import Config
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.core.states import SaveTrigger
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import daemon, loop
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream import letters
 from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers

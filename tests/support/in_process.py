@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
 from streamlearn.core.positions import Position, Positions
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter

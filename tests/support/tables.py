@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn.config.root import Config
 from streamlearn.config.schema import schema
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import COUNTERS, GAUGES, HISTOGRAMS, PREFIX
-from streamlearn.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -540,7 +540,7 @@ def test_compose_file_is_valid() -> None:
 def test_deployed_configuration_is_valid() -> None:
     """The job of the compose file is valid, and reads the topics that the producer there publishes."""
     from streamlearn.config.loader import load
-    from streamlearn.strategies.recipes import RECIPES
+    from streamlearn.learning.strategies.recipes import RECIPES
 
     config = load(DEPLOY / "streamlearn.yaml", RECIPES, {})
     assert config.stream.topics == ["digits-0-1", "digits-2-3", "digits-4-5", "digits-6-7", "digits-8-9"]

@@ -13,7 +13,7 @@ import yaml
 from streamlearn.config.loader import load
 from streamlearn.config.schema import schema
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.stream.logs.config import SaslConfig
 from tests.support import tables
 

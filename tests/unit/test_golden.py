@@ -18,10 +18,10 @@ from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Batch
 from streamlearn.evaluation.matrix import FILE
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import make_stream_reader
 from streamlearn.runtime.job import Job
-from streamlearn.strategies.recipes import RECIPES
 from tests.golden import make
 from tests.support import jobs
 

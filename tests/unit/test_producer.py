@@ -12,7 +12,7 @@ import pytest
 from streamlearn import producer
 from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.stream.codec import CONTENT_TYPE_OF
 from streamlearn.stream.logs.base import CONTENT_TYPE
 from streamlearn.stream.logs.memory import MemoryStore

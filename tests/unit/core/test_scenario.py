@@ -11,7 +11,7 @@ from streamlearn.core.labels import Label, Labels
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
-from streamlearn.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.recipes import RECIPES
 
 if TYPE_CHECKING:
     from pathlib import Path

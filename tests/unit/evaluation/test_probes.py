@@ -19,7 +19,7 @@ from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
-from streamlearn.strategies.recipes import RECIPES
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:

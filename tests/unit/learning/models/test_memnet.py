@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models import registry
-from streamlearn.strategies.gradient_moments import gradient_moments
+from streamlearn.learning.strategies.gradient_moments import gradient_moments
 
 SPEC: dict[str, Any] = {"name": "memnet", "embedding": 8, "hops": 2, "heads": 2, "options": {}}
 SHAPE, OUTPUTS, VOCABULARY = [5, 4], 3, 9

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamlearn.strategies.importance import Importance
+from streamlearn.learning.strategies.importance import Importance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streamlearn.strategies.slots import EndedTask
+    from streamlearn.learning.strategies.slots import EndedTask
 
 
 class UniformImportance(Importance):

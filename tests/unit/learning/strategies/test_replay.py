@@ -16,13 +16,13 @@ from streamlearn.learning.memory import EpisodicMemory
 from streamlearn.learning.models.feedback import Feedback
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.learning.models.vae import bounded
-from streamlearn.strategies.generative import GenerativeReplay, ReplayTargets
-from streamlearn.strategies.generator_training import GeneratorSpec
-from streamlearn.strategies.latent_moments import JITTER, LatentMoments, sample_codes
-from streamlearn.strategies.lwf import LearningWithoutForgetting
-from streamlearn.strategies.replay import DarkReplay
-from streamlearn.strategies.replay_share import ReplayShare
-from streamlearn.strategies.slots import BuildContext, EndedTask
+from streamlearn.learning.strategies.generative import GenerativeReplay, ReplayTargets
+from streamlearn.learning.strategies.generator_training import GeneratorSpec
+from streamlearn.learning.strategies.latent_moments import JITTER, LatentMoments, sample_codes
+from streamlearn.learning.strategies.lwf import LearningWithoutForgetting
+from streamlearn.learning.strategies.replay import DarkReplay
+from streamlearn.learning.strategies.replay_share import ReplayShare
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask
 
 CPU, YES = torch.device("cpu"), torch.tensor(data=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from streamlearn.learning.tensors import padded
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.slots import State
+    from streamlearn.learning.strategies.slots import State
 
 JITTER = 1e-4  # variance that is added to a covariance before it is factored
 

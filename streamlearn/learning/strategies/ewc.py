@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.strategies.gradient_moments import gradient_moments
-from streamlearn.strategies.importance import Importance, mean_over_samples
+from streamlearn.learning.strategies.gradient_moments import gradient_moments
+from streamlearn.learning.strategies.importance import Importance, mean_over_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from streamlearn.strategies.slots import BuildContext, EndedTask
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask
 
 
 class FisherImportance(Importance):

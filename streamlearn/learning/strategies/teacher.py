@@ -11,7 +11,7 @@ from streamlearn.learning.models import registry
 from streamlearn.learning.models.module_state import load_module_state, module_state
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.slots import BuildContext, EndedTask, State
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 
 class Teacher:

@@ -15,8 +15,8 @@ import torch
 
 from streamlearn.core.samples import Batch
 from streamlearn.learning.models.modes import eval_mode
-from streamlearn.strategies.replay_share import ReplayShare
-from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
+from streamlearn.learning.strategies.replay_share import ReplayShare
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask, Replay, State
 
 if TYPE_CHECKING:
     from streamlearn.learning.memory import EpisodicMemory

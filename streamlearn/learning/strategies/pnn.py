@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.models.modes import eval_mode, global_seed
-from streamlearn.strategies.slots import BuildContext, Network, State
+from streamlearn.learning.strategies.slots import BuildContext, Network, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

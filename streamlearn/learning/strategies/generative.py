@@ -16,13 +16,17 @@ from torch import Tensor
 
 from streamlearn.core.samples import Batch
 from streamlearn.learning.models.vae import VAE
+from streamlearn.learning.strategies.agreement import measure_agreement
+from streamlearn.learning.strategies.generator_training import (
+    GeneratorSpec,
+    GeneratorTraining,
+    warn_of_unsuitable_values,
+)
+from streamlearn.learning.strategies.latent_moments import LatentMoments
+from streamlearn.learning.strategies.replay_share import ReplayShare
+from streamlearn.learning.strategies.scholar import Scholar
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask, Replay, State
 from streamlearn.learning.tensors import averaging_rate, seeded_generator
-from streamlearn.strategies.agreement import measure_agreement
-from streamlearn.strategies.generator_training import GeneratorSpec, GeneratorTraining, warn_of_unsuitable_values
-from streamlearn.strategies.latent_moments import LatentMoments
-from streamlearn.strategies.replay_share import ReplayShare
-from streamlearn.strategies.scholar import Scholar
-from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from streamlearn.learning.models.feedback import Feedback
     from streamlearn.learning.models.vae import VAE
-    from streamlearn.strategies.slots import State
+    from streamlearn.learning.strategies.slots import State
 
     Generator = VAE | Feedback
 

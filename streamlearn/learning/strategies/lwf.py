@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamlearn.core.samples import Batch
+from streamlearn.learning.strategies.replay_share import ReplayShare
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask, Replay, State
+from streamlearn.learning.strategies.teacher import Teacher
 from streamlearn.learning.tensors import seeded_generator
-from streamlearn.strategies.replay_share import ReplayShare
-from streamlearn.strategies.slots import BuildContext, EndedTask, Replay, State
-from streamlearn.strategies.teacher import Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.models import registry
-from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
+from streamlearn.learning.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

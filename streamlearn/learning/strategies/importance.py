@@ -16,7 +16,7 @@ from streamlearn.learning.tensors import copy_into, zeros
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from streamlearn.strategies.slots import BuildContext, EndedTask, State
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 CHUNK = 256
 

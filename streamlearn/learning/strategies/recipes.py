@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
-from streamlearn.strategies import recipe_checks as checks
-from streamlearn.strategies.recipe import Recipe
+from streamlearn.learning.strategies import recipe_checks as checks
+from streamlearn.learning.strategies.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from streamlearn.learning.memory import EpisodicMemory
-    from streamlearn.strategies.importance import Importance
-    from streamlearn.strategies.recipe import Slots
-    from streamlearn.strategies.slots import BuildContext, Network, Strategy
+    from streamlearn.learning.strategies.importance import Importance
+    from streamlearn.learning.strategies.recipe import Slots
+    from streamlearn.learning.strategies.slots import BuildContext, Network, Strategy
 
 
 def _no_boolean(value: Any) -> Any:
@@ -52,7 +52,7 @@ def naive(context: BuildContext) -> Slots:
 def joint(context: BuildContext, *, budget: Positive | Literal["all"] = "all") -> Slots:
     """Train on all samples seen so far (multi-task training). The upper bound for other strategies."""
     from streamlearn.learning.memory import ALL, EpisodicMemory
-    from streamlearn.strategies.replay import EpisodicReplay
+    from streamlearn.learning.strategies.replay import EpisodicReplay
 
     memory = EpisodicMemory(ALL if budget == "all" else budget, context.max_bytes, context.seed)
     return {"replay": EpisodicReplay(context, memory, by_tasks=True)}
@@ -68,7 +68,7 @@ def er(
     balance: Literal["batch", "tasks", "counts"] = "batch",
 ) -> Slots:
     """Experience replay (Chaudhry et al. 2019): `ratio` samples from a memory of `budget` for each new sample."""
-    from streamlearn.strategies.replay import EpisodicReplay
+    from streamlearn.learning.strategies.replay import EpisodicReplay
 
     memory = _episodic_memory(context, budget, selection, per_class)
     return {"replay": EpisodicReplay(context, memory, ratio=ratio, balance=balance)}
@@ -85,7 +85,7 @@ def derpp(
     beta: Strength = 0.5,
 ) -> Slots:
     """Dark experience replay++ (Buzzega et al. 2020): stored logits have weight `alpha` in the loss, stored labels `beta`."""
-    from streamlearn.strategies.replay import DarkReplay
+    from streamlearn.learning.strategies.replay import DarkReplay
 
     memory = _episodic_memory(context, budget, selection, per_class)
     return {"replay": DarkReplay(context, memory, alpha=alpha, beta=beta, ratio=ratio)}
@@ -98,7 +98,7 @@ def lwf(
     balance: Balance = "tasks",
 ) -> Slots:
     """Learning without forgetting (Li & Hoiem 2016): replays the current inputs with targets from the previous model."""
-    from streamlearn.strategies.lwf import LearningWithoutForgetting
+    from streamlearn.learning.strategies.lwf import LearningWithoutForgetting
 
     return {"replay": LearningWithoutForgetting(context, temperature=temperature, balance=balance)}
 
@@ -125,9 +125,9 @@ def generative(
     form; its prior is always N(0, I). `brain-inspired` (van de Ven et al. 2020) learns a prior for each class, and switches off
     a share of the decoder's units for each class (`gated`).
     """
-    from streamlearn.strategies.brain_inspired import FeedbackReplay
-    from streamlearn.strategies.generative import GenerativeReplay, ReplayTargets
-    from streamlearn.strategies.generator_training import GeneratorSpec
+    from streamlearn.learning.strategies.brain_inspired import FeedbackReplay
+    from streamlearn.learning.strategies.generative import GenerativeReplay, ReplayTargets
+    from streamlearn.learning.strategies.generator_training import GeneratorSpec
 
     moments = variant == "conditional" and prior == "moments"
     spec = GeneratorSpec(variant != "vae", hidden, latent, lr, likelihood, average, moments, gated)
@@ -137,7 +137,7 @@ def generative(
 
 def l2(context: BuildContext, *, strength: Strength = 1.0, step: Step = "explicit") -> Slots:
     """L2 penalty toward the parameters after the last task, with equal importances. A baseline for the other penalties."""
-    from streamlearn.strategies.l2 import UniformImportance
+    from streamlearn.learning.strategies.l2 import UniformImportance
 
     return _penalty(context, UniformImportance(), strength, "last", 0.0, step)
 
@@ -157,8 +157,8 @@ def ewc(
     Useful strengths are large, because the Fisher information of single samples is small after a task was learned well.
     """
     from streamlearn.learning.memory import ALL
-    from streamlearn.strategies.ewc import FisherImportance
-    from streamlearn.strategies.gradient_moments import check_per_sample_gradients
+    from streamlearn.learning.strategies.ewc import FisherImportance
+    from streamlearn.learning.strategies.gradient_moments import check_per_sample_gradients
 
     check_per_sample_gradients(context, "ewc")
     importance = FisherImportance(context, kind=fisher, samples=ALL if samples == "all" else samples)
@@ -175,7 +175,7 @@ def si(
     step: Step = "explicit",
 ) -> Slots:
     """Synaptic intelligence (Zenke, Poole & Ganguli 2017)."""
-    from streamlearn.strategies.si import PathIntegral
+    from streamlearn.learning.strategies.si import PathIntegral
 
     return _penalty(context, PathIntegral(context, xi=xi), strength, anchor, decay, step)
 
@@ -191,8 +191,8 @@ def mas(
 ) -> Slots:
     """Memory aware synapses (Aljundi et al. 2018): importance is how much the output would change; it needs no labels."""
     from streamlearn.learning.memory import ALL
-    from streamlearn.strategies.gradient_moments import check_per_sample_gradients
-    from streamlearn.strategies.mas import OutputSensitivity
+    from streamlearn.learning.strategies.gradient_moments import check_per_sample_gradients
+    from streamlearn.learning.strategies.mas import OutputSensitivity
 
     check_per_sample_gradients(context, "mas")
     importance = OutputSensitivity(context, samples=ALL if samples == "all" else samples)
@@ -208,7 +208,7 @@ def rwalk(
     step: Step = "explicit",
 ) -> Slots:
     """Riemannian walk (Chaudhry et al. 2018): moving Fisher information plus path scores. Needs no second backward pass."""
-    from streamlearn.strategies.rwalk import RiemannianWalk
+    from streamlearn.learning.strategies.rwalk import RiemannianWalk
 
     # its importance already covers all tasks so far, so a decay of 0 removes the older one
     return _penalty(context, RiemannianWalk(context, keep=fisher_decay, interval=interval), strength, "last", 0.0, step)
@@ -223,7 +223,7 @@ def gem(
 ) -> Slots:
     """Gradient episodic memory (Lopez-Paz & Ranzato 2017) with `memory` samples of each task. Costs more with every task."""
     from streamlearn.learning.memory import ALL, EpisodicMemory
-    from streamlearn.strategies.gem import GEMConstraint
+    from streamlearn.learning.strategies.gem import GEMConstraint
 
     del momentum  # `recipe_checks.refuse_momentum` reads it
     episodic = EpisodicMemory(ALL, context.max_bytes, context.seed)
@@ -244,7 +244,7 @@ def agem(
 
     If its squared norm is far below `epsilon`, the gradient is not projected.
     """
-    from streamlearn.strategies.gem import AGEMConstraint
+    from streamlearn.learning.strategies.gem import AGEMConstraint
 
     del momentum  # `recipe_checks.refuse_momentum` reads it
     memory = _episodic_memory(context, budget, selection, per_class)
@@ -253,7 +253,7 @@ def agem(
 
 def pnn(context: BuildContext, *, max_parameters: Positive = 50_000_000) -> Slots:
     """Progressive networks (Rusu et al. 2016): a column for each task, with lateral connections from all earlier columns."""
-    from streamlearn.strategies.pnn import ProgressiveNetwork
+    from streamlearn.learning.strategies.pnn import ProgressiveNetwork
 
     return {"network": ProgressiveNetwork(context, max_parameters=max_parameters)}
 
@@ -267,7 +267,7 @@ def packnet(
 ) -> Slots:
     """PackNet (Mallya & Lazebnik 2018): each task owns `1 - prune` of the free weights, and retrains them on its `samples`."""
     from streamlearn.learning.memory import ALL
-    from streamlearn.strategies.packnet import OwnershipConstraint, PackedNetwork
+    from streamlearn.learning.strategies.packnet import OwnershipConstraint, PackedNetwork
 
     network = PackedNetwork(context, prune=prune, samples=ALL if samples == "all" else samples)
     return {"network": network, "constraint": OwnershipConstraint(network), "refine_epochs": retrain_epochs}
@@ -283,7 +283,7 @@ def _episodic_memory(context: BuildContext, budget: int, selection: str, per_cla
 def _penalty(
     context: BuildContext, importance: Importance, strength: float, anchor: str, decay: float, step: str
 ) -> Slots:
-    from streamlearn.strategies.penalty import ImportancePenalty
+    from streamlearn.learning.strategies.penalty import ImportancePenalty
 
     proximal = step == "proximal"
     return {"penalty": ImportancePenalty(context, importance, strength, anchor=anchor, decay=decay, proximal=proximal)}
@@ -291,7 +291,7 @@ def _penalty(
 
 def build_strategy(chosen: Mapping[str, Mapping[str, Any]], context: BuildContext) -> Strategy:
     """Return the strategy of the chosen recipes. The configuration has already refused two recipes for one slot."""
-    from streamlearn.strategies.slots import Network, Strategy
+    from streamlearn.learning.strategies.slots import Network, Strategy
 
     slots: dict[str, Any] = {}
     for name, parameters in chosen.items():

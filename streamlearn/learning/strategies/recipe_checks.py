@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from streamlearn.core.config import InputConfig, TextInputConfig
-    from streamlearn.strategies.config import CheckedConfig
+    from streamlearn.learning.strategies.config import CheckedConfig
 
 
 def refuse_momentum(config: CheckedConfig, name: str) -> Iterator[str]:

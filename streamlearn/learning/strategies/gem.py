@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.samples import Batch
-from streamlearn.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, State
+from streamlearn.learning.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

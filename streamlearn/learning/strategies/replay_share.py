@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.slots import State
+    from streamlearn.learning.strategies.slots import State
 
 
 class ReplayShare:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from streamlearn.strategies.scholar import Scholar
+    from streamlearn.learning.strategies.scholar import Scholar
 
 MAX_MEASURED_PAIRS = 200  # limits on the cost of `measure_agreement`
 MAX_MEASURED_SAMPLES = 2000

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from streamlearn.learning.memory import ALL, EpisodicMemory
-from streamlearn.strategies.gem import RIDGE, AGEMConstraint, GEMConstraint, solve_weights
-from streamlearn.strategies.slots import BuildContext
+from streamlearn.learning.strategies.gem import RIDGE, AGEMConstraint, GEMConstraint, solve_weights
+from streamlearn.learning.strategies.slots import BuildContext
 
 if TYPE_CHECKING:
     from streamlearn.core.samples import Batch

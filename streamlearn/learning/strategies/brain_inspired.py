@@ -9,8 +9,8 @@ import torch
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.feedback import Feedback
-from streamlearn.strategies.generative import GenerativeReplay
-from streamlearn.strategies.generator_training import GeneratorTraining
+from streamlearn.learning.strategies.generative import GenerativeReplay
+from streamlearn.learning.strategies.generator_training import GeneratorTraining
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamlearn.strategies.latent_moments import sample_codes
-from streamlearn.strategies.teacher import Teacher
+from streamlearn.learning.strategies.latent_moments import sample_codes
+from streamlearn.learning.strategies.teacher import Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlearn.core.labels import Label
     from streamlearn.learning.models.feedback import Feedback
     from streamlearn.learning.models.vae import VAE
-    from streamlearn.strategies.slots import BuildContext, EndedTask, State
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streamlearn.learning.strategies.importance import Importance, add_path_integral
 from streamlearn.learning.tensors import clones, copy_into, padded_all, zeros
-from streamlearn.strategies.importance import Importance, add_path_integral
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from streamlearn.strategies.slots import BuildContext, EndedTask, State
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 
 class PathIntegral(Importance):

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask, Penalty, State
 from streamlearn.learning.tensors import padded_all
-from streamlearn.strategies.slots import BuildContext, EndedTask, Penalty, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streamlearn.strategies.importance import Importance
+    from streamlearn.learning.strategies.importance import Importance
 
 
 class ImportancePenalty(Penalty):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from streamlearn.strategies.gradient_moments import gradient_moments
-from streamlearn.strategies.importance import Importance, mean_over_samples
+from streamlearn.learning.strategies.gradient_moments import gradient_moments
+from streamlearn.learning.strategies.importance import Importance, mean_over_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from streamlearn.strategies.slots import BuildContext, EndedTask
+    from streamlearn.learning.strategies.slots import BuildContext, EndedTask
 
 
 class OutputSensitivity(Importance):

@@ -20,7 +20,7 @@ from streamlearn.learning.tensors import dense
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streamlearn.strategies.slots import BuildContext
+    from streamlearn.learning.strategies.slots import BuildContext
 
 SLICE = 16  # samples whose gradients are in memory at the same time
 TOLERANCE = 0.02  # relative to the largest entry of a gradient

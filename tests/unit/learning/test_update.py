@@ -16,10 +16,10 @@ from streamlearn.core.samples import Batch
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.learning.build import make_learner
+from streamlearn.learning.strategies.generative import GenerativeReplay
+from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.update import GradientUpdate
 from streamlearn.metrics import Metrics
-from streamlearn.strategies.generative import GenerativeReplay
-from streamlearn.strategies.recipes import RECIPES
 from tests.support import jobs
 
 if TYPE_CHECKING:

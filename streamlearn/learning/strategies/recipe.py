@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from streamlearn.strategies.parameter_descriptions import describe_parameter
+from streamlearn.learning.strategies.parameter_descriptions import describe_parameter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from streamlearn.core.config import InputConfig, TextInputConfig
-    from streamlearn.strategies.config import CheckedConfig
+    from streamlearn.learning.strategies.config import CheckedConfig
 
     Slots = dict[str, Any]  # keyword arguments of `Strategy`: an object for each slot, and `refine_epochs`
     Check = Callable[[CheckedConfig, str], Iterator[str]]

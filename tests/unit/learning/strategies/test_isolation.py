@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.learning.models.resnet import ResNet
-from streamlearn.strategies.packnet import FREE, PackedNetwork
-from streamlearn.strategies.pnn import INITIAL_SCALE, Columns, ProgressiveNetwork
-from streamlearn.strategies.slots import BuildContext, EndedTask
+from streamlearn.learning.strategies.packnet import FREE, PackedNetwork
+from streamlearn.learning.strategies.pnn import INITIAL_SCALE, Columns, ProgressiveNetwork
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask
 
 LIMIT = 10**9
 

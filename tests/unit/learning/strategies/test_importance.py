@@ -9,15 +9,15 @@ from torch.nn import functional
 
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.learning.models.resnet import ResNet
+from streamlearn.learning.strategies.ewc import FisherImportance
+from streamlearn.learning.strategies.gradient_moments import gradient_moments
+from streamlearn.learning.strategies.l2 import UniformImportance
+from streamlearn.learning.strategies.mas import OutputSensitivity
+from streamlearn.learning.strategies.penalty import ImportancePenalty
+from streamlearn.learning.strategies.rwalk import RiemannianWalk
+from streamlearn.learning.strategies.si import PathIntegral
+from streamlearn.learning.strategies.slots import BuildContext, EndedTask
 from streamlearn.learning.tensors import dense
-from streamlearn.strategies.ewc import FisherImportance
-from streamlearn.strategies.gradient_moments import gradient_moments
-from streamlearn.strategies.l2 import UniformImportance
-from streamlearn.strategies.mas import OutputSensitivity
-from streamlearn.strategies.penalty import ImportancePenalty
-from streamlearn.strategies.rwalk import RiemannianWalk
-from streamlearn.strategies.si import PathIntegral
-from streamlearn.strategies.slots import BuildContext, EndedTask
 from tests.support import awkward
 
 
