@@ -406,8 +406,6 @@ def test_label_values_are_documented_and_exist() -> None:
     for what, values in known.items():
         assert f"{what} ({', '.join(values)})" in text
     code = "".join(path.read_text() for path in (ROOT / "streamlearn" / "stream").glob("*.py"))
-    sources = set(re.findall(r"\.end_task\(\"(\w+)\"\)", code))
-    assert {"count", "marker"} < sources <= set(TaskEndReason)
     reasons = set(re.findall(r"\.skip_lost_offsets\([^\n]*, \"(\w+)\"\)", code))
     assert {"corrupt", "retention"} <= reasons <= set(SKIP_REASONS)
     shown = Metrics().expose("")[0].decode()
