@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from streamlearn.core.progress import Progress
     from streamlearn.evaluation.matrix import AccuracyMatrix
     from streamlearn.learning.learner import LearnStats
-    from streamlearn.stream.reader import StreamStatus
+    from streamlearn.stream.status import StreamStatus
 
 PREFIX = "streamlearn_"
 STATES = tuple(state for state in DaemonState if state is not DaemonState.STOPPED)  # a stopped daemon has no metrics

@@ -15,23 +15,22 @@ from streamlearn.core.errors import ConfigurationError
 from streamlearn.core.labels import label_of_other_type
 from streamlearn.core.positions import Position, Positions
 from streamlearn.core.samples import Batch, HeldOut, Outcome, Rejected
-from streamlearn.core.tasks import TaskEndReason, TaskState
+from streamlearn.core.tasks import Task, TaskEndReason, TaskState
 from streamlearn.stream.burst import Burst
 from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.text import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from streamlearn.core.labels import Label
     from streamlearn.core.positions import Partition
     from streamlearn.core.progress import Progress
     from streamlearn.core.scenario import Scenario
-    from streamlearn.core.tasks import Task
     from streamlearn.stream.codec import Chunk, Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
     from streamlearn.stream.holdout import HoldOut
-    from streamlearn.stream.logs.base import Record
+    from streamlearn.stream.logs.base import Record, TopicInfo
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,21 @@ class AssemblerSettings:
     batch_size: int
     samples_per_task: int | None = None  # end a task after this many samples
     dead_letter_late: bool = False  # send samples that come after the end of their task to the dead letters
+
+
+@dataclass(frozen=True, slots=True)
+class ReadState:
+    """What has been read so far: the topics of the current task and of all tasks that have begun, ids and positions."""
+
+    current: str | None
+    begun: tuple[str, ...]
+    topic_ids: Mapping[str, str]
+    positions: Mapping[Partition, Position]
+
+    def was_recreated(self, info: TopicInfo) -> bool:
+        """Return whether a topic has another id than the one that was read under this name."""
+        known = self.topic_ids.get(info.name)
+        return known is not None and info.topic_id is not None and known != info.topic_id
 
 
 @dataclass
@@ -106,12 +120,35 @@ class Assembler:
 
     @property
     def undelivered(self) -> Counter[str]:
-        """The number of samples, by topic, that are in no delivery yet. Any thread may read it."""
-        return Counter(dict(self._observations.consumed))  # `dict` copies in one step while the reader thread counts
+        """The number of samples, by topic, that are in no delivery yet."""
+        return Counter(self._observations.consumed)
+
+    @property
+    def saved_partitions(self) -> list[Partition]:
+        """The partitions of which a position was known at the start."""
+        return list(self.progress.positions.by_partition)
+
+    def read_state(self) -> ReadState:
+        """Return what has been read so far, as a value that does not change any more."""
+        return ReadState(
+            current=self.task.name if self.task is not None else None,
+            begun=tuple(task.name for task in self.progress.tasks),
+            topic_ids=dict(self._topic_ids),
+            positions={**self.progress.positions.by_partition, **self._read_positions},
+        )
 
     def topic_id(self, topic: str) -> str | None:
         """Return the id of the topic that was read under this name so far."""
         return self._topic_ids.get(topic)
+
+    def make_task(self, topic: str) -> Task:
+        """Return the next task, of this topic; raises `ConfigurationError` if the scenario declares no classes for it."""
+        scenario = self.settings.scenario
+        declared = scenario.declared_classes(topic) if scenario.kind == "domain" else []
+        if declared is None:
+            known = ", ".join(scenario.declared)
+            raise ConfigurationError(f"topic {topic}: scenario.tasks has no classes for it, only for {known}")
+        return Task(len(self.progress.tasks), topic, labels=list(declared))
 
     def begin_task(self, task: Task) -> Delivery:
         """Begin a task, and return the delivery with it."""

@@ -241,7 +241,7 @@ def test_the_dead_letter_topic_is_never_a_task(world: World) -> None:
 
 def test_the_topic_that_is_waited_for_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """One log line and the status name a topic that is missing or empty; reading continues when it has a record."""
-    caplog.set_level("INFO", "streamlearn.stream.reader")
+    caplog.set_level("INFO", "streamlearn.stream")
     a = world.topic("a", [0])
     progress = Progress()
     stream = world.stream(topics=[a, world.name("missing")], on_finished="wait")

@@ -18,7 +18,7 @@ from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.positions import Position
 from streamlearn.core.progress import Progress
-from streamlearn.stream import reader
+from streamlearn.stream import log_watch
 from streamlearn.stream.logs import kafka_batches
 from streamlearn.stream.logs.base import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
 from streamlearn.stream.logs.config import KafkaConfig
@@ -143,7 +143,7 @@ def test_a_partition_that_was_just_added_belongs_to_the_task(
     progress = Progress()
     stream = world.stream(topics=[name, later], on_finished="wait", **rule)
     until(stream, lambda found: len(places(found)) == 2, progress)
-    stream.refresh_seconds = 1e9  # by itself it would not look again
+    stream.poller._watch._refresh.seconds = 1e9  # by itself it would not look again
     add_partitions(world, admin, kafka, name, 2)
     for place in range(5):
         world.send(name, 50.0 + place, 1, partition=1)
@@ -256,7 +256,7 @@ def test_records_behind_an_open_transaction_are_not_late(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task's end offset includes all acknowledged records; it is reached after the transaction ends."""
-    monkeypatch.setattr(reader, "OPEN_TRANSACTION_SECONDS", 0.0)
+    monkeypatch.setattr(log_watch, "OPEN_TRANSACTION_SECONDS", 0.0)
     name = world.topic("a", [0, 1], marker=False)
     producer = transactional(kafka, name)
     producer.begin_transaction()
@@ -281,7 +281,7 @@ def test_records_behind_an_open_transaction_are_not_late(
 def test_an_open_transaction_in_the_next_topic_begins_nothing(world: World, kafka: KafkaConfig) -> None:
     """A record that can still be aborted does not end the task before it."""
     stream, progress, name = begun(world, task_end="next_topic")
-    stream.config.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]
+    stream.poller.config.topics.append(after := world.topic("b", [], marker=False))  # type: ignore[union-attr]
     producer = transactional(kafka, name)
     producer.begin_transaction()
     producer.send(after, value=b'{"x": [50], "y": 0}', partition=0, headers=[*TYPED]).get(SECONDS)

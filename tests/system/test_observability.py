@@ -39,7 +39,7 @@ from streamlearn.metrics import (
     Metrics,
 )
 from streamlearn.service.api import COMMANDS
-from streamlearn.stream.reader import StreamStatus
+from streamlearn.stream.status import StreamStatus
 from tests.support import jobs, tables
 from tests.support.agreement import has_finished, scrape
 

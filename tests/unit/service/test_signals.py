@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 
 DURING_WAITS = """
 import os, random, signal, sys, threading, time
-from streamlearn.stream.config import StreamConfig
+from streamlearn.stream.config import QueueConfig
 from streamlearn.service.signals import call_on_stop
-from streamlearn.stream.reader import StreamReader
+from streamlearn.stream.queue import DeliveryQueue
 
-stream = StreamReader(None, None, StreamConfig(topics=["a"]), None, "group")
+queue = DeliveryQueue(QueueConfig())
 received = threading.Semaphore(0)
 
 def stop():
     received.release()
-    stream.wake()
+    queue.wake()
 
 call_on_stop(stop)
 for turn in range(300):
     timeout = random.uniform(0.001, 0.004)
     threading.Timer(timeout, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    stream.next_delivery(timeout)
+    queue.get(timeout)
     received.acquire()
-    stream.next_delivery(timeout)
+    queue.get(timeout)
 print("done", "torch" in sys.modules)
 """
 FORKING = """
@@ -84,7 +85,7 @@ def test_a_slow_signal_handler_does_not_extend_a_wait(tmp_path: Path, where: str
     before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.3))
 
     def end_both() -> None:
-        stream._enqueue(Delivery())
+        stream.queue.put(Delivery(), Counter())
         desk._wake_event.set()
 
     rescue = threading.Timer(20, end_both)

@@ -14,7 +14,8 @@ from streamlearn.core.positions import Position
 from streamlearn.core.progress import Progress
 from streamlearn.stream.logs.base import Bounds, BrokerUnavailable, TopicInfo, Unreadable
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
-from streamlearn.stream.reader import MAX_BACKOFF, StreamStatus
+from streamlearn.stream.reader import MAX_BACKOFF
+from streamlearn.stream.status import StreamStatus
 from tests.support.streams import SECONDS, World, places, until
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def test_idle_does_not_end_the_task_of_a_deleted_topic(
         del timeout
         log.refused.add(a)
         log.store.infos.pop(b, None)
-        stream._last_record = time.monotonic() - 2000
+        stream.poller.last_record = time.monotonic() - 2000
         raise AccessError("no permission")
 
     monkeypatch.setattr(log, "poll", refuse)
@@ -253,7 +254,7 @@ def test_a_current_topic_without_a_leader_is_an_outage(
     flawed: tuple[World, FlawedLog], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After some time without a leader it is an outage; reading continues when there is a leader."""
-    monkeypatch.setattr("streamlearn.stream.reader.NO_LEADER_SECONDS", 0.1)
+    monkeypatch.setattr("streamlearn.stream.log_watch.NO_LEADER_SECONDS", 0.1)
     world, log = flawed
     a = world.topic("a", [0, 1], marker=False)
     progress = Progress()

@@ -13,7 +13,7 @@ from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Outcome
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import TaskState
-from streamlearn.stream import reader
+from streamlearn.stream import schedule
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.codec import Codec
 from streamlearn.stream.config import StreamConfig
@@ -176,7 +176,7 @@ def test_a_silent_task_that_only_a_marker_can_end_is_logged(
     reading: Reading, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last listed topic has no later topic; one log line says how its task can end."""
-    monkeypatch.setattr(reader, "OPEN_TASK_SECONDS", 0.3)
+    monkeypatch.setattr(schedule, "OPEN_TASK_SECONDS", 0.3)
     reading.publish("a", 4)
     with caplog.at_level(logging.WARNING):
         stream = reading.start(topics=["a"])
