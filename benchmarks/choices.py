@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from streamlearn.learning.strategies.recipes import RECIPES
+from streamlearn.testing import NEEDS, TASKS
 
-TASKS = {"a": [0, 1], "b": [2, 3], "c": [4, 5]}
-NEEDS: dict[str, dict[str, Any]] = {  # what a recipe cannot do without: every exception stands here, by name
-    "pnn": {"scenario": {"kind": "task", "tasks": TASKS}},
-    "packnet": {"scenario": {"kind": "task", "tasks": TASKS}},
-    "gem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
-    "agem": {"learner": {"optimizer": {"name": "sgd", "lr": 0.1}}},
-}
+__all__ = ["CHOICES", "NEEDS", "TASKS", "identify"]
+
 CHOICES: list[dict[str, Any]] = [{name: {}} for name in RECIPES]
 CHOICES += [
     {"generative": {}, "si": {}},

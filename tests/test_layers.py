@@ -24,7 +24,7 @@ ROWS = [
     {"state"},
     {"learning", "service", "producer"},
     {"evaluation", "predict"},
-    {"metrics", "observability", "report"},
+    {"metrics", "observability", "report", "testing"},
     {"runtime", "demo"},
     {"cli"},
     {"__main__"},
@@ -48,7 +48,7 @@ ONLY_IN = {
     "safetensors": {"state.py"},
     "scipy": {"learning/strategies/gem.py"},
 }
-COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report"}
+COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report", "testing"}
 """What puts components together, and may therefore read the whole configuration."""
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -10,28 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.choices import CHOICES, NEEDS, TASKS, identify
-from benchmarks.common import merged
-from streamlearn import state
-from streamlearn.config import loader
+from benchmarks.choices import CHOICES, identify
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.samples import Batch
-from streamlearn.core.scenario import Scenario
-from streamlearn.core.tasks import Task, TaskState
-from streamlearn.learning.build import make_learner
+from streamlearn.core.tasks import Task
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.strategies.slots import Constraint, EndedTask, Penalty, Replay
-from tests.support import awkward, jobs
+from streamlearn.testing import BATCH, SIZE, TASKS
+from streamlearn.testing import LearnerRun as Run
+from tests.support import awkward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
-    from streamlearn.learning.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
-BATCH, CLASSES, SIZE = 8, 6, 12
 PROJECTING = {"gem", "agem"}
 FIXED_HEAD = {"pnn", "packnet"}
 DIFFERS_IN_FIRST_TASK: list[
@@ -42,98 +37,6 @@ DIFFERS_IN_FIRST_TASK: list[
 
 
 every_recipe = pytest.mark.parametrize("chosen", CHOICES, ids=identify)
-
-
-class Run:
-    """A learner with its tasks, fed with two-class tasks that a line can tell apart."""
-
-    def __init__(self, tmp_path: Path, chosen: dict[str, Any], like: dict[str, Any] | None = None, **over: Any) -> None:
-        tree: dict[str, Any] = {
-            "device": jobs.DEVICE,
-            "input": {"shape": [SIZE]},
-            "classes": CLASSES,
-            "stream": {"topics": ["a", "b", "c"], "batch_size": BATCH},
-            "model": {"hidden": [16]},
-            "learner": {"updates_per_batch": 3},
-            "strategy": chosen,
-        }
-        for name in like or chosen:
-            tree = merged(tree, NEEDS.get(name, {}))
-        tree = merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
-        path = tmp_path / "job.yaml"
-        path.write_text(loader.dump(tree))
-        config = loader.load(path, RECIPES, {})
-        self.scenario = Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
-        self.learner: Learner = make_learner(config.learning, self.scenario)
-        self.tasks: list[Task] = []
-        self.labels: list[Any] = []
-
-    def begin(self) -> None:
-        """Begin the next task, of two new labels."""
-        index = len(self.tasks)
-        task = Task(index, "abc"[index], labels=[2 * index, 2 * index + 1])
-        self.tasks.append(task)
-        self.learner.begin_task(task)
-        self.labels += task.labels
-        self.learner.set_active_outputs(self.tasks, self.labels)
-
-    def learn(self, batches: Sequence[int]) -> None:
-        """Learn the current task's batches of these numbers."""
-        for number in batches:
-            self.learner.learn(self.batch(number))
-
-    def batch(self, number: int, size: int = BATCH) -> Batch:
-        """Return a batch of the current task."""
-        index = len(self.tasks) - 1
-        rng = np.random.default_rng([index, number])
-        y = rng.integers(0, 2, size)
-        x = rng.random((size, SIZE)).astype(np.float32) * 0.3
-        x[np.arange(size), 2 * index + y] += 0.7
-        return Batch(torch.from_numpy(x), torch.from_numpy(y + 2 * index), torch.full((size,), index))
-
-    def end(self) -> None:
-        """Refine and consolidate, as the loop does."""
-        for batch in self.learner.refine():
-            self.learner.learn(batch)
-        self.learner.end_task()
-        self.tasks[-1].state = TaskState.ENDED
-
-    def through(self, tasks: int) -> None:
-        """Learn so many whole tasks."""
-        for _ in range(tasks):
-            self.begin()
-            self.learn(range(4))
-            self.end()
-
-    def saved(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """Return the state as a checkpoint holds it, through bytes."""
-        files, rest, _ = state.pack(self.learner.state_dict())
-        return {
-            name: state.from_bytes(name, state.to_bytes(state.host_copies(content))) for name, content in files.items()
-        }, rest
-
-    def load(self, other: Run) -> None:
-        """Take over another run's state, through bytes."""
-        files, rest = other.saved()
-        self.tasks, self.labels = list(other.tasks), list(other.labels)
-        self.learner.load_state_dict(state.unpack(files, rest), self.tasks, self.labels)
-
-    def logits(self, x: torch.Tensor, task: int) -> torch.Tensor:
-        """Return what probes see of a task, over its own outputs."""
-        with torch.no_grad():
-            logits = self.learner.averaged_network.forward(
-                self.learner.context.preprocess(x), torch.full((len(x),), task)
-            )
-        return logits[:, self.learner.active_outputs[task]]
-
-    def digest(self) -> dict[str, bytes]:
-        """Return every tensor's bytes."""
-        files, _ = self.saved()
-        return {
-            f"{file}:{key}": value.numpy().tobytes()
-            for file, content in files.items()
-            for key, value in content.items()
-        }
 
 
 @pytest.mark.parametrize("chosen", [one for one in CHOICES if one not in DIFFERS_IN_FIRST_TASK], ids=identify)

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.choices import identify
 from streamlearn.core.samples import Batch
-from tests.contract.test_recipes import BATCH, Run
+from streamlearn.testing import BATCH
+from streamlearn.testing import LearnerRun as Run
 
 if TYPE_CHECKING:
     from pathlib import Path

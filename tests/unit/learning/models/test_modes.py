@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamlearn import state
 from streamlearn.learning.models.modes import LayerRng, differentiable_eval_mode, global_seed
-from tests.contract.test_recipes import Run
+from streamlearn.testing import LearnerRun as Run
 from tests.support import awkward
 
 if TYPE_CHECKING:
