@@ -27,8 +27,8 @@ from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
@@ -77,7 +77,7 @@ def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
+        RecordDecoder.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
     )
     stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.process_time()

@@ -19,8 +19,8 @@ from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
@@ -41,7 +41,7 @@ def make_job(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
     store = MemoryStore()
     dead = DeadLetterWriter(store, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config.input, config.stream),
+        RecordDecoder.from_config(config.input, config.stream),
         HoldOut("value", 0),
         job.scenario,
         dead,

@@ -20,8 +20,8 @@ from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
@@ -74,7 +74,7 @@ def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float
     job = Job.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(sink, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
+        RecordDecoder.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
     )
     stream = StreamReader(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
     begun = time.perf_counter()

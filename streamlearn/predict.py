@@ -26,8 +26,8 @@ from streamlearn.learning.models.modes import global_seed
 from streamlearn.learning.models.module_state import load_module_state
 from streamlearn.learning.strategies.recipes import RECIPES, build_network_slot
 from streamlearn.learning.tensors import configure_torch, finite_rows
-from streamlearn.stream.codec import Codec
-from streamlearn.stream.text import Vocabulary, parse_text
+from streamlearn.stream.codecs.text import Vocabulary, parse_text
+from streamlearn.stream.decoder import RecordDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -241,7 +241,7 @@ class Model:
 
     def _numbers(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description.input
-        return Codec(tree.shape, tree.dtype, "json", 0, scale=tree.scale).convert(x)
+        return RecordDecoder(tree.shape, tree.dtype, "json", 0, scale=tree.scale).convert(x)
 
     def _ids(self, x: np.ndarray) -> tuple[np.ndarray, dict[int, Rejected]]:
         tree = self.description

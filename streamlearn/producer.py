@@ -19,7 +19,7 @@ import orjson
 from streamlearn.core.errors import ConfigurationError, DataError, InputOutputError, StreamlearnError, UsageError
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.text import natural_key
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode, encode_text
+from streamlearn.stream.codecs.registry import CODECS, TEXT_CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.table import read_table
 
@@ -68,7 +68,7 @@ class PublishOptions:
     """How `publish` writes tasks."""
 
     codec: str = "batch"
-    samples_per_record: int = 100  # of codec batch
+    samples_per_record: int = 100  # of a codec that holds many, such as batch
     partitions: int = 1  # of a topic that is created
     markers: bool = True  # write task-end markers
     rate: float | None = None  # samples per second
@@ -145,8 +145,11 @@ def check_limits(parts: Sequence[Samples], options: PublishOptions, config: Conf
     """Raise `DataError` if a configuration's stream would reject records for their size, or labels as too many."""
     first, largest = parts[0], config.stream.max_record_bytes
     per_record = options.samples_per_record
-    if options.codec == "batch" and not first.is_text and (size := first.x[0].nbytes) * per_record > largest:
-        text = f"a batch record of {per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+    holds_many = CODECS[options.codec].holds_many
+    if holds_many and not first.is_text and (size := first.x[0].nbytes) * per_record > largest:
+        text = (
+            f"a {options.codec} record of {per_record} samples of {size} bytes is larger than stream.max_record_bytes"
+        )
         raise _refuse(f"{text}, {largest}; give --batch {max(1, largest // (size + 64))}, or increase that key")
     labels = {label for part in parts for label in part.y}
     if config.grow_head or config.scenario.kind == "domain" or not isinstance(config.classes, int):
@@ -322,9 +325,11 @@ def publish(
     """
     writer.create_topic(topic, options.partitions)
     partitions = writer.partitions(topic)
-    if samples.is_text and options.codec == "batch":
-        raise UsageError("codec batch is for numbers, but these samples are text: use codec json or msgpack")
-    headers: Headers = ((CONTENT_TYPE, CONTENT_TYPE_OF[options.codec]),)
+    codec = CODECS[options.codec]
+    if samples.is_text and not codec.holds_text:
+        names = " or ".join(TEXT_CODECS)
+        raise UsageError(f"codec {codec.name} is for numbers, but these samples are text: use codec {names}")
+    headers: Headers = ((CONTENT_TYPE, codec.content_type),)
     if probe is not None:
         _write(writer, topic, probe, options, partitions, (*headers, (USE_HEADER, PROBE)), lambda _: None)
     _write(writer, topic, samples, options, partitions, headers, progress)
@@ -344,14 +349,12 @@ def _write(
     headers: Headers,
     progress: Callable[[int], None],
 ) -> None:
-    size = options.samples_per_record if options.codec == "batch" else 1
+    codec = CODECS[options.codec]
+    size = options.samples_per_record if codec.holds_many else 1
     start_time = time.monotonic()
     for number, start in enumerate(range(0, len(samples), size)):
         x, y = samples.x[start : start + size], samples.y[start : start + size]
-        if samples.is_text:
-            value = encode_text(options.codec, x[0], y[0])
-        else:
-            value = encode(options.codec, x, y) if options.codec == "batch" else encode(options.codec, x[0], y[0])
+        value = codec.encode_text(x[0], y[0]) if samples.is_text else codec.encode(x, y)
         writer.append(topic, number % partitions, value, headers=headers)
         progress(len(y))
         if options.rate is not None:

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- layers: begin -->", "<!-- layers: end -->"
 ROWS = [
     {"older_keys"},
     {"core"},
-    {"patterns", "logs", "__init__"},
+    {"patterns", "logs", "stream/codecs", "__init__"},
     {"sections", "table"},
     {"config"},
     {"checkpoint", "stream"},
@@ -69,9 +69,12 @@ def unit(name: str) -> str:
     """Return the module or package of the top level that a dotted name belongs to.
 
     `config.py` in a package is that package's section of the configuration. All of these form the unit `sections`,
-    but for that of `core`, which every component reads.
+    but for that of `core`, which every component reads. The codecs are a unit below the sections, because the section
+    `stream` lists their names.
     """
     first, *rest = name.split(".")
+    if first == "stream" and rest[:1] == ["codecs"]:
+        return "stream/codecs"
     return "sections" if "config" in rest and first not in {"config", "cli", "core"} else first
 
 

@@ -31,8 +31,8 @@ from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job, PendingSave, Snapshot
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader
 from streamlearn.stream.reader import StreamReader
@@ -174,7 +174,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
     job = JobWithoutCheckpoints.make(config, Store(config.state_dir), Metrics())
     dead = DeadLetterWriter(store, "dlq")
     rules = AssemblerSettings(
-        Codec.from_config(config.input, config.stream),
+        RecordDecoder.from_config(config.input, config.stream),
         HoldOut("value", 0),
         job.scenario,
         dead,

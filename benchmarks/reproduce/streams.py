@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.common import DATA
 from streamlearn import producer
 from streamlearn.producer import PublishOptions, Samples
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.logs.memory import MemoryStore
 
@@ -84,8 +84,8 @@ class RepeatedTopic(Sequence[Record]):
             return self.tail
         start = (offset - len(self.head)) * self.size
         chosen = self._chosen(start, min(start + self.size, self.total))
-        value = encode("batch", self.x[chosen], self.y[chosen].tolist())
-        headers = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+        value = CODECS["batch"].encode(self.x[chosen], self.y[chosen].tolist())
+        headers = ((CONTENT_TYPE, CODECS["batch"].content_type),)
         return Record(self.tail.topic, self.tail.partition, offset, self.created, None, value, headers)
 
     def _chosen(self, start: int, stop: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from streamlearn.cli.source import ConfigOption, EmbeddedOption, HeaderOption, S
 from streamlearn.core.errors import UsageError
 from streamlearn.core.text import TOPIC_NAME
 from streamlearn.logs import printable
+from streamlearn.stream.codecs.registry import CodecName  # noqa: TC001 - typer reads the type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def produce(
     shuffle: Annotated[bool, typer.Option(help="Publish the samples of a task in random order.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="The seed for shuffling and permutations.")] = 0,
     codec: Annotated[
-        Literal["json", "msgpack", "batch"] | None,
+        CodecName | None,
         typer.Option(help="The format of the records; default: json for text, batch for numbers."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples in each batch record.")] = 100,

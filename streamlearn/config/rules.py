@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from streamlearn.core.config import InputConfig, TextInputConfig
 from streamlearn.core.labels import label_of_other_type
 from streamlearn.learning.config import MODEL_KEYS
+from streamlearn.stream.codecs.registry import TEXT_CODECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -110,8 +111,9 @@ def _strategy_fits_input(config: Config) -> Violations:
 
 
 def _codec_fits_input(config: Config) -> Violations:
-    if isinstance(config.input, TextInputConfig) and config.stream.codec == "batch":
-        yield "stream.codec", "stream.codec batch contains numbers, but input is text; accepted: json, msgpack"
+    if isinstance(config.input, TextInputConfig) and config.stream.codec not in TEXT_CODECS:
+        text = f"stream.codec {config.stream.codec} contains numbers, but input is text"
+        yield "stream.codec", f"{text}; accepted: {', '.join(TEXT_CODECS)}"
 
 
 def warnings(config: Config, recipes: Mapping[str, RecipeSchema]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamlearn.core.immutable import Immutable
 from streamlearn.learning.memory import ALL, Reservoir
-from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
+from streamlearn.stream.codecs.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -443,8 +443,8 @@ def save_last(job: Job, stream: StreamReader) -> Diverged | None:
 def make_stream_reader(job: Job) -> StreamReader:
     """Return a reader of the job's stream, from its positions on. The reader gets a copy of the progress."""
     from streamlearn.stream.assembler import Assembler, AssemblerSettings
-    from streamlearn.stream.codec import Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
+    from streamlearn.stream.decoder import RecordDecoder
     from streamlearn.stream.holdout import HoldOut
     from streamlearn.stream.reader import StreamReader
 
@@ -452,9 +452,9 @@ def make_stream_reader(job: Job) -> StreamReader:
     reader, writer = open_reader_and_writer(config)
     dead_letters = DeadLetterWriter(writer, config.dead_letter_topic)
     spec = config.stream
-    codec = Codec.from_config(config.input, config.stream, job.progress.codec_version)
+    decoder = RecordDecoder.from_config(config.input, config.stream, job.progress.codec_version)
     settings = AssemblerSettings(
-        codec, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
+        decoder, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
         spec.batch_size, spec.task_end.records, spec.late == "dead_letter",
     )  # fmt: skip
     copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)

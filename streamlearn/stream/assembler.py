@@ -17,8 +17,8 @@ from streamlearn.core.positions import Position, Positions
 from streamlearn.core.samples import Batch, HeldOut, Outcome, Rejected
 from streamlearn.core.tasks import Task, TaskEndReason, TaskState
 from streamlearn.stream.burst import Burst
+from streamlearn.stream.codecs.text import Vocabulary
 from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
-from streamlearn.stream.text import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from streamlearn.core.positions import Partition
     from streamlearn.core.progress import Progress
     from streamlearn.core.scenario import Scenario
-    from streamlearn.stream.codec import Chunk, Codec
     from streamlearn.stream.deadletter import DeadLetterWriter
+    from streamlearn.stream.decoder import DecodedRecord, RecordDecoder
     from streamlearn.stream.holdout import HoldOut
     from streamlearn.stream.logs.base import Record, TopicInfo
 
@@ -42,7 +42,7 @@ FLUSH_SAMPLES = 2000  # deliver observations after this many samples even if non
 class AssemblerSettings:
     """The objects and limits by which the assembler turns records into samples, and samples into batches."""
 
-    codec: Codec
+    decoder: RecordDecoder
     holdout: HoldOut
     scenario: Scenario
     dead_letters: DeadLetterWriter
@@ -100,7 +100,7 @@ class Assembler:
         self._task_partitions: tuple[int, ...] = ()
         self._logged_rejected: set[str] = set()  # topics of which a rejected sample was logged
         self._logged_late: set[str] = set()  # topics of which a late sample was logged
-        text = settings.codec.text
+        text = settings.decoder.text
         self._vocabulary = Vocabulary(
             progress.vocabulary, text.vocabulary if text is not None else 0, progress.probe_words
         )
@@ -167,33 +167,35 @@ class Assembler:
         """Take one record, and yield the deliveries that it completes."""
         partition = (record.topic, record.partition)
         expected = self._position(partition) or Position(0)
-        chunk = None if record.header(CONTROL_HEADER) == TASK_END else self.settings.codec.decode(record)
+        decoded = None if record.header(CONTROL_HEADER) == TASK_END else self.settings.decoder.decode(record)
         begin = record.offset if record.begin is None else record.begin  # a record can stand for a whole batch
         skip = expected.skip if begin <= expected.offset <= record.offset else 0
-        if chunk is not None and skip >= max(1, len(chunk)):
-            raise _fewer_samples_error(record, skip, chunk)
-        is_current = chunk is not None and record.offset >= expected.offset and not self._is_late(record)
-        outcomes, outputs = self._classify(record, chunk, skip) if chunk is not None and is_current else (None, None)
-        if chunk is not None and not is_current and record.offset >= expected.offset:
-            self._report_late(record, chunk, skip)
+        if decoded is not None and skip >= max(1, len(decoded)):
+            raise _fewer_samples_error(record, skip, decoded)
+        is_current = decoded is not None and record.offset >= expected.offset and not self._is_late(record)
+        outcomes, outputs = (
+            self._classify(record, decoded, skip) if decoded is not None and is_current else (None, None)
+        )
+        if decoded is not None and not is_current and record.offset >= expected.offset:
+            self._report_late(record, decoded, skip)
         # nothing is counted above this line: if a dead letter cannot be written, the record counts as unread
         self._observations.records[partition] += 1
         self._observations.num_bytes[record.topic] += len(record.key or b"") + len(record.value or b"")
         self._newest_timestamp = max(record.timestamp, self._newest_timestamp or 0.0)
-        if chunk is not None and record.offset < expected.offset:
-            self._count(record.topic, Outcome.DUPLICATES, len(chunk))
+        if decoded is not None and record.offset < expected.offset:
+            self._count(record.topic, Outcome.DUPLICATES, len(decoded))
             return
         self._read_positions[partition] = Position(record.offset + 1)
         if record.begin is not None and (lost := record.offset - max(record.begin, expected.offset)) > 0:
             # the record counts as one sample, but stands for several offsets
             self._observations.lost_offsets[record.topic, "oversize"] += lost
-        if chunk is None:
+        if decoded is None:
             yield from self._add_marker(partition)
         elif outcomes is None or outputs is None:
-            self._count(record.topic, Outcome.LATE, len(chunk) - skip)
+            self._count(record.topic, Outcome.LATE, len(decoded) - skip)
         else:
-            self._update_burst(record, chunk, outcomes, skip)
-            yield from self._add_chunk(record, chunk, outcomes, outputs, skip)
+            self._update_burst(record, decoded, outcomes, skip)
+            yield from self._add_record(record, decoded, outcomes, outputs, skip)
 
     def flush_observations(self) -> Delivery | None:
         """Return a delivery without a batch, or None if samples wait for their batch or if there is nothing new."""
@@ -254,21 +256,21 @@ class Assembler:
         """Return the position up to which a partition was read, in this process or before it."""
         return self._read_positions.get(partition) or self.progress.positions.by_partition.get(partition)
 
-    def _add_chunk(
-        self, record: Record, chunk: Chunk, outcomes: np.ndarray, outputs: np.ndarray, skip: int
+    def _add_record(
+        self, record: Record, decoded: DecodedRecord, outcomes: np.ndarray, outputs: np.ndarray, skip: int
     ) -> Iterator[Delivery]:
         """Add the samples of a record from index `skip` on; yield a delivery for each batch that is full."""
         partition, next_position = (record.topic, record.partition), Position(record.offset + 1)
         start = skip
-        while start < len(chunk):
+        while start < len(decoded):
             stop = self._batch_end(outcomes, start)
-            self._add_samples(record.topic, chunk, outcomes, outputs, slice(start, stop))
-            self._read_positions[partition] = next_position if stop == len(chunk) else Position(record.offset, stop)
+            self._add_samples(record.topic, decoded, outcomes, outputs, slice(start, stop))
+            self._read_positions[partition] = next_position if stop == len(decoded) else Position(record.offset, stop)
             start = stop
             if self._has_enough_samples():
                 yield self.end_task(TaskEndReason.COUNT)
-                if start < len(chunk):
-                    self._count(record.topic, Outcome.LATE, len(chunk) - start)
+                if start < len(decoded):
+                    self._count(record.topic, Outcome.LATE, len(decoded) - start)
                     self._read_positions[partition] = next_position
                 return
             if self._pending.size == self.settings.batch_size:
@@ -283,45 +285,45 @@ class Assembler:
             return True
         return task.end_offsets is not None and record.offset >= task.end_offsets.get(record.partition, 0)
 
-    def _classify(self, record: Record, chunk: Chunk, skip: int) -> tuple[np.ndarray, np.ndarray]:
+    def _classify(self, record: Record, decoded: DecodedRecord, skip: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the outcome and the output of each sample, both `[n]`, and write the dead letters."""
         assert self.task is not None
-        outcomes = np.full(len(chunk), TRAINABLE, np.uint8)
-        outputs = np.zeros(len(chunk), np.int64)
+        outcomes = np.full(len(decoded), TRAINABLE, np.uint8)
+        outputs = np.zeros(len(decoded), np.int64)
         is_probe = record.header(USE_HEADER) == PROBE
         output_of: dict[tuple[Label, bool], int | None] = {}
         limit = self.settings.samples_per_task
-        room = len(chunk) if limit is None else max(0, limit - self.task.counts["consumed"])
-        for index in range(skip, min(len(chunk), skip + room)):  # samples after the limit are late, valid or not
-            if index not in chunk.rejected:
-                label = chunk.y[index]
-                held_out = is_probe or self.settings.holdout.is_held_out(chunk.hash_input(index), label, record.key)
+        room = len(decoded) if limit is None else max(0, limit - self.task.counts["consumed"])
+        for index in range(skip, min(len(decoded), skip + room)):  # samples after the limit are late, valid or not
+            if index not in decoded.rejected:
+                label = decoded.y[index]
+                held_out = is_probe or self.settings.holdout.is_held_out(decoded.hash_input(index), label, record.key)
                 if (label, held_out) not in output_of:
                     output_of[label, held_out] = self._probe_output(label) if held_out else self._output(label)
                 if (output := output_of[label, held_out]) is None:
                     text = f"label {label!r:.80} has no output; {self._accepted_labels()}{self._other_type_hint(label)}"
-                    chunk.rejected[index] = Rejected("label_range", text)
+                    decoded.rejected[index] = Rejected("label_range", text)
                 else:
                     outputs[index] = output
                     if held_out:
                         outcomes[index] = HELD_OUT
-                    if index in chunk.text:
-                        self._encode_text(chunk, index, held_out=held_out)
-            if index in chunk.rejected:
+                    if index in decoded.text:
+                        self._encode_text(decoded, index, held_out=held_out)
+            if index in decoded.rejected:
                 outcomes[index] = REJECTED
         rejected = np.flatnonzero(outcomes == REJECTED).tolist()
-        reasons = {index: chunk.rejected[index] for index in rejected}
-        self.settings.dead_letters.write_rejected(record, reasons, len(chunk), self.topic_id(record.topic))
-        if skip + room < len(chunk):
-            self._report_late(record, chunk, skip + room)
+        reasons = {index: decoded.rejected[index] for index in rejected}
+        self.settings.dead_letters.write_rejected(record, reasons, len(decoded), self.topic_id(record.topic))
+        if skip + room < len(decoded):
+            self._report_late(record, decoded, skip + room)
         if rejected and record.topic not in self._logged_rejected:
             self._logged_rejected.add(record.topic)
             place = f"{record.topic}[{record.partition}] offset {record.offset}"
             text = "%s: a sample is rejected: %s; further ones in this topic are counted, not logged"
-            logger.warning(text, place, chunk.rejected[rejected[0]])
+            logger.warning(text, place, decoded.rejected[rejected[0]])
         return outcomes, outputs
 
-    def _report_late(self, record: Record, chunk: Chunk, start: int) -> None:
+    def _report_late(self, record: Record, decoded: DecodedRecord, start: int) -> None:
         """Log the first late sample of a topic; write a record's samples from index `start` on as dead letters, if set so."""
         if record.topic not in self._logged_late:
             self._logged_late.add(record.topic)
@@ -330,15 +332,15 @@ class Assembler:
             logger.warning(text, place, extra={"task": record.topic})
         if self.settings.dead_letter_late:
             late = Rejected("late", f"came after the end of task {record.topic}")
-            reasons = dict.fromkeys(range(start, len(chunk)), late)
-            self.settings.dead_letters.write_rejected(record, reasons, len(chunk), self.topic_id(record.topic))
+            reasons = dict.fromkeys(range(start, len(decoded)), late)
+            self.settings.dead_letters.write_rejected(record, reasons, len(decoded), self.topic_id(record.topic))
 
-    def _update_burst(self, record: Record, chunk: Chunk, outcomes: np.ndarray, skip: int) -> None:
+    def _update_burst(self, record: Record, decoded: DecodedRecord, outcomes: np.ndarray, skip: int) -> None:
         assert self.task is not None
-        if not chunk.rejected:
+        if not decoded.rejected:
             self.burst.clear()
         elif record.offset >= self.task.forgiven_below.get(record.partition, 0):
-            self.burst.update(record, outcomes == REJECTED, chunk.rejected, skip)
+            self.burst.update(record, outcomes == REJECTED, decoded.rejected, skip)
 
     def _output(self, label: Label) -> int | None:
         """Return the output of a trainable sample's label, or None if there is none; a new label takes the next output."""
@@ -375,16 +377,16 @@ class Assembler:
             self._observations.new_probe_labels.append(label)
         return self._probe_outputs[label]
 
-    def _encode_text(self, chunk: Chunk, index: int, *, held_out: bool) -> None:
+    def _encode_text(self, decoded: DecodedRecord, index: int, *, held_out: bool) -> None:
         """Write the word ids of a text into its sample; the delivery carries new words, as it carries new labels."""
-        rows, vocabulary = chunk.text[index], self._vocabulary
+        rows, vocabulary = decoded.text[index], self._vocabulary
         if held_out:
             self._observations.new_probe_words += vocabulary.add_probe_words(rows)
-            chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape, held_out=True)
+            decoded.x[index] = vocabulary.encode(rows, decoded.x[index].shape, held_out=True)
             return
         was_full = vocabulary.full
         self._observations.new_words += vocabulary.add_words(rows)
-        chunk.x[index] = vocabulary.encode(rows, chunk.x[index].shape)
+        decoded.x[index] = vocabulary.encode(rows, decoded.x[index].shape)
         if vocabulary.full and not was_full:
             text = "the vocabulary is full (input.vocabulary: %d words); new words are unknown from now on"
             logger.warning(text, vocabulary.size)
@@ -409,7 +411,7 @@ class Assembler:
         return f"all {scenario.classes} outputs are taken; a new job with grow_head: true adds outputs for new labels"
 
     def _batch_end(self, outcomes: np.ndarray, start: int) -> int:
-        """Return the index after the sample that fills the batch or ends the task, or after the chunk's last sample."""
+        """Return the index after the sample that fills the batch or ends the task, or after the record's last sample."""
         assert self.task is not None
         room = self.settings.batch_size - self._pending.size
         trainable = np.flatnonzero(outcomes[start:] == TRAINABLE)
@@ -418,10 +420,12 @@ class Assembler:
             stop = min(stop, start + max(0, self.settings.samples_per_task - self.task.counts["consumed"]))
         return stop
 
-    def _add_samples(self, topic: str, chunk: Chunk, outcomes: np.ndarray, outputs: np.ndarray, indices: slice) -> None:
-        """Add a range of a chunk's samples to the batch and to the observations, by their outcomes."""
+    def _add_samples(
+        self, topic: str, decoded: DecodedRecord, outcomes: np.ndarray, outputs: np.ndarray, indices: slice
+    ) -> None:
+        """Add a range of a record's samples to the batch and to the observations, by their outcomes."""
         assert self.task is not None
-        outcome, x, y = outcomes[indices], chunk.x[indices], outputs[indices]
+        outcome, x, y = outcomes[indices], decoded.x[indices], outputs[indices]
         trainable = outcome == TRAINABLE
         if trainable.any():
             self._pending.x.append(x[trainable])
@@ -435,7 +439,7 @@ class Assembler:
             self._observations.outcomes[topic, Outcome.HELD_OUT] += int(held_out.sum())
         for offset in np.flatnonzero(outcome == REJECTED).tolist():
             self._observations.outcomes[topic, Outcome.REJECTED] += 1
-            self._observations.rejected[topic, chunk.rejected[indices.start + offset].reason] += 1
+            self._observations.rejected[topic, decoded.rejected[indices.start + offset].reason] += 1
 
     def _count(self, topic: str, outcome: Outcome, count: int) -> None:
         """Count consumed samples that are neither learned, held out nor rejected."""
@@ -480,11 +484,11 @@ class Assembler:
         return delivery
 
 
-def _fewer_samples_error(record: Record, skip: int, chunk: Chunk) -> ConfigurationError:
+def _fewer_samples_error(record: Record, skip: int, decoded: DecodedRecord) -> ConfigurationError:
     """Return the error for a record of which `skip` samples were consumed before, but which now has fewer samples."""
-    why = f" ({chunk.rejected[0].reason}: {chunk.rejected[0]})" if 0 in chunk.rejected else ""
+    why = f" ({decoded.rejected[0].reason}: {decoded.rejected[0]})" if 0 in decoded.rejected else ""
     place = f"{record.topic}[{record.partition}] offset {record.offset}"
-    text = f"{place}: {skip} samples of this record were consumed before, but now it decodes to {len(chunk)}{why}"
+    text = f"{place}: {skip} samples of this record were consumed before, but now it decodes to {len(decoded)}{why}"
     return ConfigurationError(
         f"{text}; use the configuration with which it was read before (check stream.max_record_bytes)"
     )

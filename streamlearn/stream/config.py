@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from streamlearn import patterns
 from streamlearn.core.section import Int32, NumBytes, Seconds, Section
 from streamlearn.core.text import TOPIC_NAME
+from streamlearn.stream.codecs.registry import CodecName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,9 +97,7 @@ class StreamConfig(Section):
     on_finished: Literal["wait", "exit"] = Field(
         "wait", description="after the last task: wait for more records, or end the daemon with exit code 0"
     )
-    codec: Literal["json", "msgpack", "batch"] = Field(
-        "json", description="codec of records without a content-type header"
-    )
+    codec: CodecName = Field("json", description="codec of records without a content-type header")
     batch_size: Int32 = Field(100, ge=1, description="number of samples in a batch")
     merge: Literal["arrival", "fixed"] = Field(
         "arrival",

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING
 
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.text import TOPIC_NAME, parse_digits
-from streamlearn.stream.codec import batch_subset
+from streamlearn.stream.codecs.registry import record_subset
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers, unpack_indices
-from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, BrokerUnavailable
+from streamlearn.stream.logs.base import (
+    ATTEMPT_HEADER,
+    CONTENT_TYPE,
+    CONTROL_HEADER,
+    ORIGINAL_SIZE_HEADER,
+    BrokerUnavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -228,7 +234,7 @@ def records_to_send(
         if not letters or record.value is None or any(record.header(name) is not None for name in NEVER_SENT):
             continue
         try:
-            value = _value_to_send(record.value, letters)
+            value = _value_to_send(record.value, record.header(CONTENT_TYPE), letters)
         except ValueError:
             continue
         del wanted[holder.sample_id]
@@ -311,11 +317,12 @@ def _send(
     yield from sent
 
 
-def _value_to_send(value: bytes, letters: list[Letter]) -> bytes:
-    """Return the bytes to send. Of a batch record these are only the letters' samples: the others were learned.
+def _value_to_send(value: bytes, content_type: bytes | None, letters: list[Letter]) -> bytes:
+    """Return the bytes to send. Of a record with many samples these are only the letters' samples: the others were learned.
 
     Raises `ValueError` if the bytes are not a record with as many samples as the letters say.
     """
     if letters[0].samples == 1:
         return value
-    return batch_subset(value, sorted({index for letter in letters for index in letter.indices}), letters[0].samples)
+    indices = sorted({index for letter in letters for index in letter.indices})
+    return record_subset(value, indices, letters[0].samples, content_type)

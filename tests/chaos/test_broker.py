@@ -11,7 +11,7 @@ import pytest
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka import KafkaWriter
@@ -62,9 +62,9 @@ class Publisher:
             samples = models.numbered(self.acknowledged, CHUNK)
             for number, start in enumerate(range(0, CHUNK, PER_RECORD)):
                 part = slice(start, start + PER_RECORD)
-                value = encode("batch", samples.x[part], samples.y[part])
+                value = CODECS["batch"].encode(samples.x[part], samples.y[part])
                 self.sink.append(
-                    "t1", number % self.partitions, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+                    "t1", number % self.partitions, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),)
                 )
             self._flush()
             self.acknowledged += CHUNK

@@ -15,7 +15,7 @@ import pytest
 
 from streamlearn import producer
 from streamlearn.checkpoint.store import Store
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs, models
@@ -137,8 +137,8 @@ class Feeder:
         while not self._end.wait(0.02):
             if self.published < self.limit:
                 samples = models.numbered(self.published, CHUNK)
-                value = encode("batch", samples.x, samples.y)
-                sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
+                value = CODECS["batch"].encode(samples.x, samples.y)
+                sink.append(self.topic, 0, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),))
                 sink.flush()
                 self.published += CHUNK
         sink.append(self.topic, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))

@@ -8,7 +8,7 @@ import numpy as np
 
 from streamlearn.core.progress import Progress
 from streamlearn.stream import deadletter, letters
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import ATTEMPT_HEADER, CONTENT_TYPE, CONTROL_HEADER, ORIGINAL_SIZE_HEADER, TASK_END
 from tests.support.streams import TYPED, World, everything, places
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CODECS["batch"].content_type),)
 
 
 def reject(world: World, classes: list[Any], topic: str, times: int = 1) -> Progress:
@@ -106,8 +106,8 @@ def test_only_the_rejected_samples_of_a_batch_are_replayed(world: World) -> None
     a, b = world.name("a"), world.topic("b", [], marker=False)
     world.sink.create_topic(a, 1)
     x = np.arange(6, dtype=np.float32)[:, None]
-    world.sink.append(a, 0, encode("batch", x, [0, 7, 1, 8, 7, 0]), key=b"k", headers=(*BATCH, ("mine", b"1")))
-    world.sink.append(a, 0, encode("batch", x + 10, ["a", 0, "b", 1, 0, 1]), headers=BATCH)
+    world.sink.append(a, 0, CODECS["batch"].encode(x, [0, 7, 1, 8, 7, 0]), key=b"k", headers=(*BATCH, ("mine", b"1")))
+    world.sink.append(a, 0, CODECS["batch"].encode(x + 10, ["a", 0, "b", 1, 0, 1]), headers=BATCH)
     world.mark(a)
     progress = reject(world, [0, 1], a)
     assert (progress.totals()["trained"], progress.totals()["rejected"]) == (7, 5)
@@ -207,7 +207,7 @@ def test_a_forged_letter_does_not_stop_a_replay(world: World) -> None:
     """Letters whose bytes contradict them, or whose topic does not exist or has no samples, are left out; the rest is sent."""
     a, b = world.topic("a", [99]), world.topic("b", [], marker=False)
     reject(world, [0, 1], a)
-    batch = encode("batch", np.zeros((2, 1), np.float32), [0, 1])
+    batch = CODECS["batch"].encode(np.zeros((2, 1), np.float32), [0, 1])
     for offset, value in enumerate((b"\xc1", b"\x80", b"\xff", batch, b"\x93\x01\x02\x03", b"\x81\xa1x\xc0"), start=5):
         forge(world, f"{a}-0-{offset}-0", value, samples="5")
     forge(world, f"{a}-0-11-0", None, samples="5")
@@ -276,7 +276,7 @@ def test_many_rejected_samples_of_a_record_share_letters(world: World, monkeypat
     world.sink.create_topic(a, 1)
     x = np.arange(40, dtype=np.float32)[:, None]
     x[[20, 30]] = np.nan
-    world.sink.append(a, 0, encode("batch", x, [0, *[7] * 38, 1]), headers=BATCH)
+    world.sink.append(a, 0, CODECS["batch"].encode(x, [0, *[7] * 38, 1]), headers=BATCH)
     world.mark(a)
     progress = reject(world, [0, 1], a, times=2)
     assert (progress.totals()["trained"], progress.totals()["rejected"]) == (2, 38)

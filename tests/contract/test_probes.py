@@ -23,8 +23,9 @@ from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
 from streamlearn.stream.logs.memory import MemoryStore
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("daemon_mode")
 
-TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
+TYPED = ((CONTENT_TYPE, CODECS["json"].content_type),)
 LABELS = {"a": ["p", "q"], "b": ["r", "s"], "c": ["t", "p"]}
 ALL = ["p", "q", "r", "s", "t", "never"]
 Sample = tuple[Any, str]
@@ -88,7 +89,7 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
     dead = DeadLetterWriter(store, "dlq")
     holdout = HoldOut(config.holdout.by, config.holdout.fraction)
     rules = AssemblerSettings(
-        Codec.from_config(config.input, config.stream), holdout, job.scenario, dead, config.stream.batch_size
+        RecordDecoder.from_config(config.input, config.stream), holdout, job.scenario, dead, config.stream.batch_size
     )
     assembler, stream = Assembler(rules, Progress()), Direct()
     for number, topic in enumerate(LABELS):

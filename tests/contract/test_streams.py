@@ -15,7 +15,7 @@ from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, PROBE, USE_HEADER, BrokerUnavailable
 from tests.support.streams import SECONDS, TYPED, Unwilling, World, everything, places, until
 
@@ -127,8 +127,8 @@ def test_one_invalid_sample_does_not_reject_its_record(world: World) -> None:
     """In a batch record, a label that is not a class rejects only its own sample."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
-    value = encode("batch", np.arange(5, dtype=np.float32)[:, None], [0, 1, 2, 0, 1])
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
+    value = CODECS["batch"].encode(np.arange(5, dtype=np.float32)[:, None], [0, 1, 2, 0, 1])
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),))
     world.mark(a)
     progress = Progress()
     assert places(everything(world.stream(topics=[a], classes=2), progress)) == [[0, 1, 3, 4]]
@@ -404,8 +404,8 @@ def test_a_rejected_batch_record_is_written_once(world: World) -> None:
     """Fifty rejected samples of one record are fifty letters; only the first one has the record's bytes."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
-    value = encode("batch", np.arange(50, dtype=np.float32)[:, None], [99] * 50)
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
+    value = CODECS["batch"].encode(np.arange(50, dtype=np.float32)[:, None], [99] * 50)
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),))
     world.mark(a)
     stream = world.stream(topics=[a], classes=[1, 2])
     everything(stream)
@@ -440,8 +440,8 @@ def test_a_letter_that_could_not_be_appended_keeps_its_bytes(world: World) -> No
     """If the first letter of a batch record cannot be appended, the next attempt still has the record's bytes."""
     a = world.name("a")
     world.sink.create_topic(a, 1)
-    value = encode("batch", np.arange(3, dtype=np.float32)[:, None], [99] * 3)
-    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
+    value = CODECS["batch"].encode(np.arange(3, dtype=np.float32)[:, None], [99] * 3)
+    world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),))
     world.mark(a)
 
     class Full(Unwilling):
@@ -588,8 +588,8 @@ def test_a_batch_record_that_is_rejected_as_a_whole_is_a_burst(world: World) -> 
     a = world.name("a")
     world.sink.create_topic(a, 1)
     for label in (0, 9, 0):
-        value = encode("batch", np.zeros((6, 1), np.float32), [label] * 6)
-        world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),))
+        value = CODECS["batch"].encode(np.zeros((6, 1), np.float32), [label] * 6)
+        world.sink.append(a, 0, value, headers=((CONTENT_TYPE, CODECS["batch"].content_type),))
     world.mark(a)
     stream = world.stream(topics=[a], classes=[0, 1], dead_letter={"burst": 6})
     progress = Progress()

@@ -25,7 +25,7 @@ from streamlearn.metrics import Metrics
 from streamlearn.runtime import daemon, loop
 from streamlearn.runtime.job import Job
 from streamlearn.stream import letters
-from streamlearn.stream.codec import CONTENT_TYPE_OF, CONTENT_TYPES, encode
+from streamlearn.stream.codecs.registry import CODECS, find_codec
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER, Headers, Record
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
@@ -57,7 +57,7 @@ class Hostile:
 
 def typed(name: str) -> Headers:
     """Return the header for a codec."""
-    return ((CONTENT_TYPE, CONTENT_TYPE_OF[name]),)
+    return ((CONTENT_TYPE, CODECS[name].content_type),)
 
 
 numbers = st.floats(-100, 100, width=32)
@@ -74,17 +74,13 @@ not_finite = st.sampled_from([float("nan"), float("inf"), -float("inf")])
 def valid_values(pair: list[float], label: int) -> dict[str, bytes]:
     """Return the bytes of a valid sample for every codec."""
     x = np.array(pair, np.float32)
-    return {
-        "json": encode("json", x, label),
-        "msgpack": encode("msgpack", x, label),
-        "batch": encode("batch", x[None], [label]),
-    }
+    return {name: codec.encode(x[None], [label]) for name, codec in CODECS.items()}
 
 
 @st.composite
 def undecodable(draw: st.DrawFn) -> Hostile:
     """Draw truncated bytes, random bytes, and unknown content types."""
-    name = draw(st.sampled_from(sorted(CONTENT_TYPE_OF)))
+    name = draw(st.sampled_from(sorted(CODECS)))
     kind = draw(st.sampled_from(["cut", "noise", "type", "bomb", "lie"]))
     good = valid_values(draw(pairs), draw(classes))
     if kind == "cut":
@@ -92,9 +88,7 @@ def undecodable(draw: st.DrawFn) -> Hostile:
     if kind == "noise":
         return Hostile(draw(st.binary(max_size=200)), typed(name))
     if kind == "type":
-        unknown = draw(
-            st.binary(max_size=20).filter(lambda text: text.split(b";")[0].strip().lower() not in CONTENT_TYPES)
-        )
+        unknown = draw(st.binary(max_size=20).filter(lambda text: find_codec(text) is None))
         return Hostile(good[name], ((CONTENT_TYPE, unknown),))
     depth = draw(st.integers(1, 1000))
     if kind == "bomb":
@@ -103,6 +97,7 @@ def undecodable(draw: st.DrawFn) -> Hostile:
             "msgpack": b"\x91" * depth + b"\0",
             "batch": b"\x81\xa1a" * depth + b"\0",
         }
+        name = draw(st.sampled_from(sorted(bombs)))
         return Hostile(bombs[name], typed(name))
     lies = [head + b"\xff\xff\xff\xff" for head in (b"\xdd", b"\xdf", b"\xc6", b"\xdb", b"\xc9")]
     lie = draw(st.sampled_from(lies)) + draw(st.binary(max_size=20))
@@ -161,8 +156,8 @@ def batches(draw: st.DrawFn) -> Hostile:
         return Hostile(msgpack.packb(tree), typed("batch"), samples=count)
     if kind == "finite":
         x[:, draw(st.integers(0, 1))] = draw(not_finite)
-        return Hostile(encode("batch", x, y), typed("batch"), samples=count)
-    tree = msgpack.unpackb(encode("batch", x, y))
+        return Hostile(CODECS["batch"].encode(x, y), typed("batch"), samples=count)
+    tree = msgpack.unpackb(CODECS["batch"].encode(x, y))
     if kind == "shape":
         counts: list[Any] = [[count], [-1, 2], [0, 2], [count + 1, 2], [2**40, 2], [1.0, 2], [True, 2, 2]]
         shapes = [*counts, [count, 2, 1], "ab", None, 3]
@@ -231,7 +226,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
             at += 1
         if place < GOOD:
             label = int(chance.integers(0, 4))
-            sink.append(TOPIC, 0, encode("json", chance.normal(label, 1, 2).astype(np.float32), label))
+            sink.append(TOPIC, 0, CODECS["json"].encode(chance.normal(label, 1, (1, 2)).astype(np.float32), [label]))
     sink.append(TOPIC, 0, TASK_END, headers=((CONTROL_HEADER, TASK_END),))
     sink.close()
     config = Config.model_validate(tree, context={"recipes": RECIPES})
@@ -321,7 +316,7 @@ CATALOGUE: dict[str, tuple[bytes | None, Headers]] = {
     "decode tombstone": (None, ()),
     "decode type": (b"{}", ((CONTENT_TYPE, b"\xff"),)),
     "decode bomb": (b"[" * 100_000, TYPED),
-    "decode truncated batch": (encode("batch", np.zeros((3, 1), np.float32), [0, 1, 0])[:-5], typed("batch")),
+    "decode truncated batch": (CODECS["batch"].encode(np.zeros((3, 1), np.float32), [0, 1, 0])[:-5], typed("batch")),
     "schema": (b"[1]", TYPED),
     "schema label": (b'{"x": [1], "y": ' + b"[" * 900 + b"]" * 900 + b"}", TYPED),
     "shape": (b'{"x": [1, 2], "y": 1}', TYPED),

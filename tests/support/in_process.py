@@ -12,8 +12,8 @@ from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
@@ -39,7 +39,9 @@ def made(tmp_path: Path, **over: Any) -> tuple[Job, StreamReader]:
     job.progress.positions = Positions({("a", 0): Position(3)})
     store = MemoryStore()
     letters = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(Codec([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10)
+    rules = AssemblerSettings(
+        RecordDecoder([1], "float32", "json", 1000), HoldOut("value", 0), job.scenario, letters, 10
+    )
     return job, StreamReader(MemoryReader(store, 3), Assembler(rules, job.progress), config.stream, letters, "group")
 
 

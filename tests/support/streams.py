@@ -15,9 +15,10 @@ from streamlearn.core.samples import Outcome
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import TaskState
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode, encode_text
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.memory import MemoryStore
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from streamlearn.stream.logs.base import LogReader, LogWriter, Record
 
 
-TYPED = ((CONTENT_TYPE, CONTENT_TYPE_OF["json"]),)
+TYPED = ((CONTENT_TYPE, CODECS["json"].content_type),)
 
 
 SECONDS = 30
@@ -66,13 +67,13 @@ class World:
         self, name: str, x: float, label: Any, *, partition: int = 0, headers: tuple[tuple[str, bytes], ...] = ()
     ) -> None:
         """Publish one sample."""
-        value = encode("json", np.array([x], np.float32), label)
+        value = CODECS["json"].encode(np.array([[x]], np.float32), [label])
         self.sink.append(name, partition, value, headers=(*TYPED, *headers))
 
     def send_text(self, name: str, sentence: str, question: str = "who?", answer: str = "me") -> None:
         """Publish a text of one sentence."""
         text = {"story": [sentence], "question": question}
-        self.sink.append(name, 0, encode_text("json", text, answer), headers=TYPED)
+        self.sink.append(name, 0, CODECS["json"].encode_text(text, answer), headers=TYPED)
 
     def mark(self, name: str, partitions: int = 1) -> None:
         """Publish a task-end marker in each partition."""
@@ -112,11 +113,11 @@ class World:
         """Return a stream reader that has been started."""
         full = StreamConfig.model_validate({"on_finished": "exit", "batch_size": 4, **spec})
         dead = DeadLetterWriter(sink or self.sink, self.name("dlq"))
-        codec = Codec([1], "float32", "json", full.max_record_bytes)
+        decoder = RecordDecoder([1], "float32", "json", full.max_record_bytes)
         if text is not None:
-            codec = Codec(text.shape, text.dtype, "json", full.max_record_bytes, text)
+            decoder = RecordDecoder(text.shape, text.dtype, "json", full.max_record_bytes, text)
         rules = AssemblerSettings(
-            codec,
+            decoder,
             HoldOut("value", fraction),
             scenario or Scenario("class", "seen", classes),
             dead,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from streamlearn.stream.codec import CONTENT_TYPE_OF, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka import KafkaWriter
@@ -36,14 +36,14 @@ SMALL: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},
     "strategy": "er",
 }
-BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CODECS["batch"].content_type),)
 BAD = b'{"x": [1, 2], "y": 7, "note": "\xc2\x9b2J"}'
 
 
 def send(sink: LogWriter, topic: str, labels: list[int]) -> None:
     """Publish samples, one in each record."""
     for place, label in enumerate(labels):
-        sink.append(topic, 0, encode("json", np.array([label, place / 100], np.float32), label))
+        sink.append(topic, 0, CODECS["json"].encode(np.array([[label, place / 100]], np.float32), [label]))
 
 
 def mark(sink: LogWriter, topic: str) -> None:
@@ -83,7 +83,7 @@ def rejecting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Reject
         sink.create_topic(name, 1)
     send(sink, a, [0, 1])
     sink.append(a, 0, BAD, key=b"k", headers=(("mine", b"\x1b[1m"),))
-    sink.append(a, 0, encode("batch", np.zeros((4, 2), np.float32), [0, 8, 1, 9]), headers=BATCH)
+    sink.append(a, 0, CODECS["batch"].encode(np.zeros((4, 2), np.float32), [0, 8, 1, 9]), headers=BATCH)
     mark(sink, a)
     checkpoint = jobs.run_to_end(config)
     assert checkpoint.read_json("status.json")["samples"]["trained"] == 4
@@ -121,7 +121,7 @@ def test_letters_are_listed_and_shown(rejecting: Rejecting, tmp_path: Path) -> N
     command = [sys.executable, "-m", "streamlearn", "dlq", "show", str(config), f"{a}-0-2-0", "--value"]
     assert subprocess.run(command, capture_output=True, check=True).stdout == BAD
     cli("dlq", "show", config, f"{a}-0-3-3", "--output", tmp_path / "value")
-    assert (tmp_path / "value").read_bytes() == encode("batch", np.zeros((4, 2), np.float32), [0, 8, 1, 9])
+    assert (tmp_path / "value").read_bytes() == CODECS["batch"].encode(np.zeros((4, 2), np.float32), [0, 8, 1, 9])
     unknown = cli("dlq", "show", config, f"{a}-0-9-0")
     assert (unknown.returncode, one_line(unknown)) == (1, f"streamlearn: no letter {a}-0-9-0 in topic {dead}")
 

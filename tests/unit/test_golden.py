@@ -130,5 +130,5 @@ def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
     """A restored job reads samples with the codec version of the job that wrote the checkpoint."""
     job = restored_job(tmp_path, next(path for path in GOLDEN if path.name == "default"))
     stream = make_stream_reader(job)
-    assert stream.assembler.settings.codec.version == 1
+    assert stream.assembler.settings.decoder.version == 1
     assert job.describe_model()["codec"] == 1

@@ -13,7 +13,7 @@ from streamlearn import producer
 from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.strategies.recipes import RECIPES
-from streamlearn.stream.codec import CONTENT_TYPE_OF
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE
 from streamlearn.stream.logs.memory import MemoryStore
 
@@ -190,7 +190,7 @@ def test_texts_are_split_by_their_field_task(tmp_path: Path) -> None:
     producer.publish(store, "t", second, producer.PublishOptions("json"))
     record = store.records["t", 0][0]
     assert record.value == b'{"story":["Mary went home."],"question":"Where is Mary?","answer":"home"}'
-    assert record.header(CONTENT_TYPE) == CONTENT_TYPE_OF["json"]
+    assert record.header(CONTENT_TYPE) == CODECS["json"].content_type
     with pytest.raises(StreamlearnError, match="codec batch is for numbers"):
         producer.publish(store, "t", second, producer.PublishOptions("batch"))
     with pytest.raises(StreamlearnError, match="the samples name 2 tasks: 2, 10; expected 3"):

@@ -20,7 +20,7 @@ from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
 from streamlearn.learning.strategies.recipes import RECIPES
-from streamlearn.stream.text import FIRST_WORD_ID, UNKNOWN_ID
+from streamlearn.stream.codecs.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -29,8 +29,8 @@ from streamlearn.runtime.config import DivergenceConfig
 from streamlearn.runtime.daemon import ControlDesk, Request, learn
 from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Diverged, Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
@@ -294,7 +294,9 @@ def test_an_evaluation_of_an_idle_loop_changes_no_state(tmp_path: Path) -> None:
     for number in range(20):
         store.append("a", 0, json.dumps({"x": [number], "y": number % 2}).encode())
     letters = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(Codec([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5)
+    rules = AssemblerSettings(
+        RecordDecoder([1], "float32", "json", 1000), HoldOut("value", 0.5), job.scenario, letters, 5
+    )
     stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), job.config.stream, letters, "group")
 
     class Idle:

@@ -15,8 +15,9 @@ from streamlearn.core.samples import Outcome
 from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import Task
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode
+from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, BrokerUnavailable, Record
 from streamlearn.stream.logs.memory import MemoryStore
@@ -24,7 +25,7 @@ from streamlearn.stream.logs.memory import MemoryStore
 if TYPE_CHECKING:
     from streamlearn.core.deliveries import Delivery
 
-BATCH = ((CONTENT_TYPE, CONTENT_TYPE_OF["batch"]),)
+BATCH = ((CONTENT_TYPE, CODECS["batch"].content_type),)
 
 
 def made(
@@ -38,8 +39,8 @@ def made(
     """Return an assembler in task a, or with the given progress."""
     letters = DeadLetterWriter(store or MemoryStore(), "dlq")
     letters.prepare()
-    codec = Codec([1], "float32", "json", max_record_bytes)
-    chosen = AssemblerSettings(codec, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
+    decoder = RecordDecoder([1], "float32", "json", max_record_bytes)
+    chosen = AssemblerSettings(decoder, HoldOut("value", 0), Scenario("class", "seen", classes), letters, 6, **rules)
     assembler = Assembler(chosen, progress or Progress())
     if progress is None:
         assembler.begin_task(Task(0, "a"))
@@ -48,7 +49,7 @@ def made(
 
 def batch_record(count: int, offset: int = 0) -> Record:
     """Return a batch record with this number of samples."""
-    value = encode("batch", np.arange(count, dtype=np.float32)[:, None], [0] * count)
+    value = CODECS["batch"].encode(np.arange(count, dtype=np.float32)[:, None], [0] * count)
     return Record("a", 0, offset, 0.0, None, value, BATCH)
 
 
@@ -92,13 +93,15 @@ def test_labels_that_differ_only_in_type_are_reported(caplog: pytest.LogCaptureF
     """For 1 and "1" there is a warning if both take an output, and a hint if one is rejected."""
     x = np.zeros((3, 1), np.float32)
     with caplog.at_level("WARNING"):
-        list(made().feed(Record("a", 0, 0, 0.0, None, encode("batch", x, [1, "1", "\u0663"]), BATCH)))
+        list(made().feed(Record("a", 0, 0, 0.0, None, CODECS["batch"].encode(x, [1, "1", "\u0663"]), BATCH)))
     assert [record.message for record in caplog.records] == [
         "topic a: labels '1' and 1 differ in type, so they are two different labels"
     ]
     caplog.clear()
     with caplog.at_level("WARNING"):
-        list(made(classes=[0, 1]).feed(Record("a", 0, 0, 0.0, None, encode("batch", x, ["1", "01", "2"]), BATCH)))
+        list(
+            made(classes=[0, 1]).feed(Record("a", 0, 0, 0.0, None, CODECS["batch"].encode(x, ["1", "01", "2"]), BATCH))
+        )
     assert "label '1' has no output; accepted: 0, 1; 1 is another label: a number" in caplog.text
 
 

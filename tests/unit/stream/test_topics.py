@@ -15,9 +15,9 @@ from streamlearn.core.scenario import Scenario
 from streamlearn.core.tasks import TaskState
 from streamlearn.stream import schedule
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.codec import Codec
 from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.deadletter import DeadLetterWriter
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
@@ -54,9 +54,9 @@ class Reading:
         """Begin to read, from where the progress stands."""
         full = StreamConfig.model_validate({"batch_size": 4, **spec})
         letters = DeadLetterWriter(self.sink, "dlq")
-        codec = Codec([1], "float32", "json", full.max_record_bytes)
+        decoder = RecordDecoder([1], "float32", "json", full.max_record_bytes)
         rules = AssemblerSettings(
-            codec, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size
+            decoder, HoldOut("value", 0), scenario or Scenario("class", "seen", 2), letters, full.batch_size
         )
         copied = Progress.from_json(self.progress.to_json(), self.progress.positions)
         self.stream = StreamReader(self.source, Assembler(rules, copied), full, letters, "g", 0.2)

@@ -1,4 +1,4 @@
-"""Tests of codecs: encoded samples are decoded unchanged, and decoding never raises."""
+"""Tests of the decoder of records: each fault has its reason, and decoding never raises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.samples import REJECT_REASONS
-from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, batch_subset, encode, encode_text
+from streamlearn.stream.codecs.registry import CODECS
+from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 
@@ -22,16 +23,16 @@ labels = st.one_of(st.integers(-(2**62), 2**62), st.text(max_size=8))
 
 def record(value: bytes | None, codec: str | None = None) -> Record:
     """Return a record with a value, and a content type if a codec is given."""
-    headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
+    headers = () if codec is None else ((CONTENT_TYPE, CODECS[codec].content_type),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
 @given(x=arrays(np.uint8, (2, 3)), y=labels, codec=st.sampled_from(["json", "msgpack"]))
 def test_an_encoded_sample_is_decoded(x: np.ndarray, y: Any, codec: str) -> None:
     """Shape, dtype, all values and the label are unchanged."""
-    chunk = Codec([2, 3], "uint8", "json", 1 << 20).decode(record(encode(codec, x, y), codec))
-    assert (chunk.rejected, chunk.y) == ({}, [y])
-    np.testing.assert_array_equal(chunk.x[0], x)
+    decoded = RecordDecoder([2, 3], "uint8", "json", 1 << 20).decode(record(CODECS[codec].encode(x[None], [y]), codec))
+    assert (decoded.rejected, decoded.y) == ({}, [y])
+    np.testing.assert_array_equal(decoded.x[0], x)
 
 
 @given(n=st.integers(1, 5), data=st.data(), dtype=st.sampled_from(["float32", "float64", "int16", "uint8"]))
@@ -43,17 +44,17 @@ def test_an_encoded_batch_is_decoded(n: int, data: st.DataObject, dtype: str) ->
     if all(isinstance(label, int) for label in y):
         y = [label % 2**62 for label in y]
     big_endian = x.astype(x.dtype.newbyteorder(">"))
-    chunk = Codec([3], dtype, "json", 1 << 20).decode(record(encode("batch", big_endian, y), "batch"))
-    assert (chunk.rejected, chunk.y) == ({}, y)
-    np.testing.assert_array_equal(chunk.x, x)
+    decoded = RecordDecoder([3], dtype, "json", 1 << 20).decode(record(CODECS["batch"].encode(big_endian, y), "batch"))
+    assert (decoded.rejected, decoded.y) == ({}, y)
+    np.testing.assert_array_equal(decoded.x, x)
 
 
 @given(value=st.one_of(st.none(), st.binary(max_size=200)), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
 def test_random_bytes_are_rejected_and_never_raise(value: bytes | None, codec: str | None) -> None:
     """Any bytes give one rejected sample with a known reason."""
-    chunk = Codec([4], "float32", "json", 100).decode(record(value, codec))
-    assert len(chunk) == 1
-    assert chunk.rejected[0].reason in REJECT_REASONS
+    decoded = RecordDecoder([4], "float32", "json", 100).decode(record(value, codec))
+    assert len(decoded) == 1
+    assert decoded.rejected[0].reason in REJECT_REASONS
 
 
 trees = st.recursive(
@@ -69,14 +70,14 @@ trees = st.recursive(
        codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
 def test_malformed_trees_never_raise(tree: dict[str, Any], codec: str) -> None:
     """Valid MessagePack with any content gives samples or rejections, never an exception."""
-    chunk = Codec([2], "float32", "json", 1 << 20).decode(record(msgpack.packb(tree), codec))
-    assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
-    assert chunk.x.shape == (len(chunk), 2)
+    decoded = RecordDecoder([2], "float32", "json", 1 << 20).decode(record(msgpack.packb(tree), codec))
+    assert all(rejected.reason in REJECT_REASONS for rejected in decoded.rejected.values())
+    assert decoded.x.shape == (len(decoded), 2)
 
 
 def test_invalid_shapes_and_nested_labels_are_rejected() -> None:
     """A shape that is not a list, a count that is not an integer and a deeply nested label reject one sample each."""
-    codec = Codec([1], "float32", "json", 1 << 20)
+    decoder = RecordDecoder([1], "float32", "json", 1 << 20)
     data = b"\0" * 4
     shapes: list[Any] = [4, None, [1.0], [True], "x", [[1]]]
     values = [("msgpack", msgpack.packb({"x": data, "y": 1, "shape": shape})) for shape in shapes[:1] + shapes[4:]]
@@ -85,7 +86,7 @@ def test_invalid_shapes_and_nested_labels_are_rejected() -> None:
     ]
     values.append(("json", b'{"x": [1], "y": ' + b"[" * 900 + b"]" * 900 + b"}"))
     for name, value in values:
-        assert set(codec.decode(record(value, name)).rejected) == {0}, value
+        assert set(decoder.decode(record(value, name)).rejected) == {0}, value
 
 
 CASES = [
@@ -99,59 +100,54 @@ CASES = [
 @pytest.mark.parametrize(("value", "reason"), CASES)
 def test_each_fault_has_its_reason(value: bytes, reason: str) -> None:
     """An invalid record is rejected with the reason of its fault."""
-    chunk = Codec([2], "float32", "json", 256).decode(record(value))
-    assert chunk.rejected[0].reason == reason
+    decoded = RecordDecoder([2], "float32", "json", 256).decode(record(value))
+    assert decoded.rejected[0].reason == reason
+
+
+def test_a_field_named_codec_belongs_to_the_user() -> None:
+    """A record's own field `codec` is a field like any other: it changes nothing, and the message names it."""
+    decoder = RecordDecoder([2], "float32", "json", 256)
+    assert decoder.decode(record(b'{"x": [1, 2], "y": 1, "codec": "batch"}')).rejected == {}
+    rejected = decoder.decode(record(b'{"codec": "h264", "y": 1}')).rejected[0]
+    assert (rejected.reason, str(rejected)) == ("schema", "no field x; found 'codec', 'y'")
 
 
 def test_an_integer_out_of_range_is_rejected() -> None:
     """A value that the dtype cannot hold is rejected; it does not wrap around."""
-    chunk = Codec([2], "uint8", "json", 256).decode(record(b'{"x": [1, 256], "y": 1}'))
-    assert chunk.rejected[0].reason == "schema"
+    decoded = RecordDecoder([2], "uint8", "json", 256).decode(record(b'{"x": [1, 256], "y": 1}'))
+    assert decoded.rejected[0].reason == "schema"
 
 
 @given(x=arrays(np.float32, 4, elements=st.floats(-9, 9, width=32)), y=st.integers(0, 9), fraction=st.floats(0, 0.99))
 def test_hold_out_is_the_same_in_every_codec(x: np.ndarray, y: int, fraction: float) -> None:
     """Only the decoded value decides the hold-out; a sample that is held out stays so with a larger fraction."""
-    codec, hold_out = Codec([4], "float32", "json", 1 << 20), HoldOut("value", fraction)
+    decoder, hold_out = RecordDecoder([4], "float32", "json", 1 << 20), HoldOut("value", fraction)
     fates = set()
-    for name in ("json", "msgpack", "batch"):
-        value = encode("batch", x[None], [y]) if name == "batch" else encode(name, x, y)
-        chunk = codec.decode(record(value, name))
-        fates.add(hold_out.is_held_out(chunk.x[0], chunk.y[0], None))
+    for name in CODECS:
+        value = CODECS[name].encode(x[None], [y])
+        decoded = decoder.decode(record(value, name))
+        fates.add(hold_out.is_held_out(decoded.x[0], decoded.y[0], None))
     assert len(fates) == 1
     assert not fates.pop() or HoldOut("value", min(fraction + 0.005, 0.999)).is_held_out(x, y, None)
 
 
-@given(y=st.one_of(st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=6), st.lists(labels, min_size=1, max_size=6)),
-       data=st.data())  # fmt: skip
-def test_a_subset_of_a_batch_keeps_its_bits(y: list[Any], data: st.DataObject) -> None:
-    """`batch_subset` keeps exactly the chosen samples and labels, including the payload bits of NaN."""
-    x = data.draw(arrays(np.uint32, (len(y), 3))).view(np.float32)
-    chosen = sorted(data.draw(st.sets(st.integers(0, len(y) - 1), min_size=1)))
-    y = [label % 2**62 if isinstance(label, int) else label for label in y]
-    value = batch_subset(encode("batch", x, y), chosen, len(y))
-    chunk = Codec([3], "float32", "batch", 1 << 20).decode(record(value))
-    assert chunk.x.tobytes() == x[chosen].tobytes()
-    assert chunk.y == [y[place] for place in chosen]
-
-
 def test_a_value_too_large_for_float32_rejects_its_sample() -> None:
     """Models compute in float32: a value that only float64 can hold rejects its sample, not the whole batch."""
-    codec = Codec([2], "float64", "json", 1 << 20)
+    decoder = RecordDecoder([2], "float64", "json", 1 << 20)
     x = np.array([[1.0, 2.0], [1e39, 0.0], [0.0, -1e300], [3.4e38, -3.4e38], [np.inf, 1e39]])
-    chunk = codec.decode(record(encode("batch", x, [0, 1, 2, 3, 4]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == dict.fromkeys(
+    decoded = decoder.decode(record(CODECS["batch"].encode(x, [0, 1, 2, 3, 4]), "batch"))
+    assert {index: rejected.reason for index, rejected in decoded.rejected.items()} == dict.fromkeys(
         (1, 2, 4), "nonfinite"
     )
-    assert "too large for float32" in str(chunk.rejected[1])
-    assert "not finite" in str(chunk.rejected[4])
-    assert codec.decode(record(b'{"x": [1e39, 0], "y": 1}')).rejected[0].reason == "nonfinite"
+    assert "too large for float32" in str(decoded.rejected[1])
+    assert "not finite" in str(decoded.rejected[4])
+    assert decoder.decode(record(b'{"x": [1e39, 0], "y": 1}')).rejected[0].reason == "nonfinite"
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
 def test_a_nonfinite_json_number_has_its_own_reason(word: str) -> None:
     """JSON has no such number, but many programs write it: the reason is nonfinite, not decode."""
-    codec = Codec([2], "float32", "json", 1 << 20)
+    decoder = RecordDecoder([2], "float32", "json", 1 << 20)
     expected = {
         '{"x": [%s, 1], "y": 1}': "nonfinite",
         '{"x": [0, 1], "y": %s}': "schema",
@@ -161,35 +157,35 @@ def test_a_nonfinite_json_number_has_its_own_reason(word: str) -> None:
         '{"x": [0, %s], "y": 1': "decode",
         "%s": "schema",
     }
-    found = {text: codec.decode(record((text % word).encode())).rejected[0].reason for text in expected}
+    found = {text: decoder.decode(record((text % word).encode())).rejected[0].reason for text in expected}
     assert found == expected
 
 
 def test_a_label_has_at_most_256_bytes() -> None:
     """A longer label rejects its sample, in every codec and as an answer: all checkpoints and status pages contain labels."""
-    codec = Codec([1], "float32", "json", 1 << 20)
+    decoder = RecordDecoder([1], "float32", "json", 1 << 20)
     fits, long = "\u00e9" * 128, "\u00e9" * 128 + "a"
     x = np.zeros((3, 1), np.float32)
-    chunk = codec.decode(record(encode("batch", x, [fits, long, "a"]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "schema"}
-    assert "a string of 257 bytes" in str(chunk.rejected[1])
-    assert codec.decode(record(encode("json", x[0], long), "json")).rejected[0].reason == "schema"
-    text_codec = Codec(
+    decoded = decoder.decode(record(CODECS["batch"].encode(x, [fits, long, "a"]), "batch"))
+    assert {index: rejected.reason for index, rejected in decoded.rejected.items()} == {1: "schema"}
+    assert "a string of 257 bytes" in str(decoded.rejected[1])
+    assert decoder.decode(record(CODECS["json"].encode(x[:1], [long]), "json")).rejected[0].reason == "schema"
+    text_decoder = RecordDecoder(
         [3, 4], "int32", "json", 1 << 20, TextInputConfig(kind="text", sentences=2, words=4, vocabulary=9)
     )
     for answer, bad in ((fits, False), (long, True)):
-        value = encode_text("json", {"story": [], "question": "who"}, answer)
-        assert bool(text_codec.decode(record(value)).rejected) == bad
+        value = CODECS["json"].encode_text({"story": [], "question": "who"}, answer)
+        assert bool(text_decoder.decode(record(value)).rejected) == bad
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
 def test_a_value_too_large_after_scaling_rejects_its_sample(dtype: str) -> None:
     """The model sees `x / scale`: a scale below 1 makes smaller values too large. The rest of the batch is accepted."""
-    codec = Codec([2], dtype, "json", 1 << 20, scale=1e-25)
+    decoder = RecordDecoder([2], dtype, "json", 1 << 20, scale=1e-25)
     x = np.array([[1, 2], [1e15, 0], [3, -1e15]]).astype(dtype)
-    chunk = codec.decode(record(encode("batch", x, [0, 1, 2]), "batch"))
-    assert {index: rejected.reason for index, rejected in chunk.rejected.items()} == {1: "nonfinite", 2: "nonfinite"}
-    assert "expected at most 3.4e+13" in str(chunk.rejected[1])
+    decoded = decoder.decode(record(CODECS["batch"].encode(x, [0, 1, 2]), "batch"))
+    assert {index: rejected.reason for index, rejected in decoded.rejected.items()} == {1: "nonfinite", 2: "nonfinite"}
+    assert "expected at most 3.4e+13" in str(decoded.rejected[1])
     with np.errstate(over="ignore"):
         fine = np.isfinite(x.astype(np.float32) / np.float32(1e-25)).all(axis=1)
     assert fine.tolist() == [True, False, False]

@@ -16,10 +16,8 @@ from streamlearn.core.config import TextInputConfig
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import REJECT_REASONS
-from streamlearn.stream.codec import CONTENT_TYPE_OF, Codec, encode_text
-from streamlearn.stream.holdout import HoldOut
-from streamlearn.stream.logs.base import CONTENT_TYPE, Record
-from streamlearn.stream.text import (
+from streamlearn.stream.codecs.registry import CODECS
+from streamlearn.stream.codecs.text import (
     FIRST_WORD_ID,
     MAX_WORD_LENGTH,
     PADDING_ID,
@@ -29,9 +27,12 @@ from streamlearn.stream.text import (
     parse_text,
     split_words,
 )
+from streamlearn.stream.decoder import RecordDecoder
+from streamlearn.stream.holdout import HoldOut
+from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 
 SENTENCES, WORDS = 3, 5
-CODEC = Codec(
+DECODER = RecordDecoder(
     [1 + SENTENCES, WORDS], "int32", "json", 1 << 16,
     TextInputConfig(kind="text", sentences=SENTENCES, words=WORDS, vocabulary=9),
 )  # fmt: skip
@@ -42,7 +43,7 @@ rows = st.lists(st.lists(st.text("ab1", min_size=1, max_size=2), min_size=1, max
 
 def record(value: bytes, codec: str | None = None) -> Record:
     """Return a record with a value, and a content type if a codec is given."""
-    headers = () if codec is None else ((CONTENT_TYPE, CONTENT_TYPE_OF[codec]),)
+    headers = () if codec is None else ((CONTENT_TYPE, CODECS[codec].content_type),)
     return Record("t", 0, 0, 0.0, None, value, headers)
 
 
@@ -50,10 +51,10 @@ def record(value: bytes, codec: str | None = None) -> Record:
        codec=st.sampled_from(["json", "msgpack"]))  # fmt: skip
 def test_an_encoded_text_is_decoded(story: list[str], question: str, answer: str, codec: str) -> None:
     """The question comes first, then the newest sentences, newest first; the answer is the label, unchanged."""
-    value = encode_text(codec, {"story": story, "question": question}, answer)
-    chunk = CODEC.decode(record(value, codec))
-    assert (chunk.rejected, chunk.y) == ({}, [answer])
-    assert chunk.text[0] == [split_words(question), *[split_words(sentence) for sentence in story[::-1][:SENTENCES]]]
+    value = CODECS[codec].encode_text({"story": story, "question": question}, answer)
+    decoded = DECODER.decode(record(value, codec))
+    assert (decoded.rejected, decoded.y) == ({}, [answer])
+    assert decoded.text[0] == [split_words(question), *[split_words(sentence) for sentence in story[::-1][:SENTENCES]]]
 
 
 trees = st.recursive(
@@ -67,16 +68,16 @@ trees = st.recursive(
        codec=st.sampled_from(["msgpack", "batch"]))  # fmt: skip
 def test_malformed_texts_never_raise(tree: dict[str, Any], codec: str) -> None:
     """Valid MessagePack with any content gives one sample or one rejection, never an exception."""
-    chunk = CODEC.decode(record(msgpack.packb(tree), codec))
-    assert all(rejected.reason in REJECT_REASONS for rejected in chunk.rejected.values())
-    assert (len(chunk), chunk.x.shape) == (1, (1, 1 + SENTENCES, WORDS))
-    assert set(chunk.rejected) | set(chunk.text) == {0}
+    decoded = DECODER.decode(record(msgpack.packb(tree), codec))
+    assert all(rejected.reason in REJECT_REASONS for rejected in decoded.rejected.values())
+    assert (len(decoded), decoded.x.shape) == (1, (1, 1 + SENTENCES, WORDS))
+    assert set(decoded.rejected) | set(decoded.text) == {0}
 
 
 @given(value=st.binary(max_size=100), codec=st.sampled_from([None, "json", "msgpack", "batch"]))
 def test_random_bytes_are_rejected_and_never_raise(value: bytes, codec: str | None) -> None:
     """Any bytes give one rejected sample with a known reason."""
-    assert CODEC.decode(record(value, codec)).rejected[0].reason in REJECT_REASONS
+    assert DECODER.decode(record(value, codec)).rejected[0].reason in REJECT_REASONS
 
 
 GOOD: dict[str, Any] = {"story": ["Mary went home."], "question": "Where is Mary?", "answer": "home"}
@@ -97,7 +98,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("change", "reason", "message"), CASES)
 def test_each_fault_has_its_reason(change: dict[str, Any], reason: str, message: str) -> None:
     """An invalid text is rejected with the reason of its fault and a message that says what was expected."""
-    bad = CODEC.decode(record(orjson.dumps({**GOOD, **change}))).rejected[0]
+    bad = DECODER.decode(record(orjson.dumps({**GOOD, **change}))).rejected[0]
     assert bad.reason == reason
     with pytest.raises(type(bad), match=message):
         raise bad
@@ -161,10 +162,10 @@ def test_hold_out_depends_only_on_the_words(story: list[str], question: str, fra
     """The hold-out does not depend on the codec, on upper or lower case, or on the vocabulary."""
     hold_out, fates = HoldOut("value", fraction), set()
     for codec, tell in (("json", story), ("msgpack", [f"{sentence.upper()} ." for sentence in story])):
-        chunk = CODEC.decode(record(encode_text(codec, {"story": tell, "question": question}, "a"), codec))
-        fates.add(hold_out.is_held_out(chunk.hash_input(0), chunk.y[0], None))
-        chunk.x[0] = 7
-        fates.add(hold_out.is_held_out(chunk.hash_input(0), chunk.y[0], None))
+        decoded = DECODER.decode(record(CODECS[codec].encode_text({"story": tell, "question": question}, "a"), codec))
+        fates.add(hold_out.is_held_out(decoded.hash_input(0), decoded.y[0], None))
+        decoded.x[0] = 7
+        fates.add(hold_out.is_held_out(decoded.hash_input(0), decoded.y[0], None))
     assert len(fates) == 1
 
 
@@ -200,10 +201,10 @@ def test_ascii_text_has_the_words_of_version_1(text: str) -> None:
 def test_a_job_of_version_1_keeps_its_word_splitting() -> None:
     """A job that was started with version 1 still splits words at combining marks: its hold-out may not change."""
     assert split_words("नमस्ते Cafe\u0301", 1) == ["नमस", "त", "cafe"]
-    old = Codec(CODEC.shape, "int32", "json", 1 << 16, CODEC.text, version=1)
+    old = RecordDecoder(DECODER.shape, "int32", "json", 1 << 16, DECODER.text, version=1)
     text = {"story": ["Cafe\u0301"], "question": "who"}
-    value = encode_text("json", text, "me")
-    assert (old.decode(record(value)).text[0][1], CODEC.decode(record(value)).text[0][1]) == (["cafe"], ["caf\u00e9"])
+    value = CODECS["json"].encode_text(text, "me")
+    assert (old.decode(record(value)).text[0][1], DECODER.decode(record(value)).text[0][1]) == (["cafe"], ["caf\u00e9"])
     tree = Progress().to_json()
     assert Progress.from_json(tree, Positions()).codec_version == 2
     del tree["codec"]

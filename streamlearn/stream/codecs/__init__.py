@@ -1,0 +1,1 @@
+"""Codecs: the formats of a record's value. `registry.py` lists them."""
