@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from streamlearn.core.positions import Partition
     from streamlearn.core.progress import Progress
     from streamlearn.evaluation.matrix import AccuracyMatrix
-    from streamlearn.learning.learner import LearnStats
+    from streamlearn.learning.stats import LearnStats
     from streamlearn.stream.status import StreamStatus
 
 PREFIX = "streamlearn_"

@@ -208,6 +208,8 @@ def check_strategy(chosen: dict[str, Any], **over: Any) -> None:
     assert stats.applied == 1, f"{recipes}: a batch of one sample was not learned, its gradient is not finite"
     one.end()
     broken = [
-        key for key, param in zip(one.learner.names, one.learner.params, strict=True) if not param.isfinite().all()
+        key
+        for key, param in zip(one.learner.parameters.names, one.learner.params, strict=True)
+        if not param.isfinite().all()
     ]
     assert not broken, f"{recipes}: parameters are not finite: {', '.join(broken)}"

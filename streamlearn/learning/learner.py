@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.core.immutable import Immutable
 from streamlearn.core.samples import Batch, Outcome
-from streamlearn.learning import accuracy
+from streamlearn.learning import accuracy, learner_state
 from streamlearn.learning.current_task import CurrentTask
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.modes import LayerRng
-from streamlearn.learning.models.module_state import RunningStatistics, load_module_state, module_state
+from streamlearn.learning.models.module_state import RunningStatistics
+from streamlearn.learning.parameters import TrainedParameters
+from streamlearn.learning.stats import LearnStats
 from streamlearn.learning.strategies.slots import EndedTask
-from streamlearn.learning.tensors import clones, copy_into, finite_rows, padded, seeded_generator
+from streamlearn.learning.tensors import clones, copy_into, finite_rows, seeded_generator
 from streamlearn.learning.weight_average import WeightAverage, frozen_copy, parameters_named
-from streamlearn.state import join_tensors, split_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -33,27 +31,6 @@ if TYPE_CHECKING:
     from streamlearn.learning.models.encoder import Encoder
     from streamlearn.learning.strategies.slots import BuildContext, Network, Slot, State, Strategy
     from streamlearn.learning.update import StepResult, Update
-
-
-@dataclass(frozen=True)
-class LearnStats:
-    """Statistics of one learned batch, on the host. To read them, the loop waits for the device once per batch."""
-
-    task: int
-    samples: int
-    steps: int  # optimizer steps computed
-    applied: int  # steps with a finite gradient; the others were dropped
-    clipped: int  # applied steps whose gradient was clipped
-    loss: float | None  # mean over the applied steps; None if all were dropped
-    accuracy: float  # of the evaluated model on the batch, before training on it (test, then train)
-    gradient_norm: float  # of the last step
-    unusable: int = 0  # samples left out because the encoder's features are not finite
-    generator_dropped: int = 0  # dropped steps of a generator, while the model's step was applied
-
-    @property
-    def outcome(self) -> Outcome:
-        """How the batch's samples are counted: as `trained`, or as `skipped` if all steps were dropped."""
-        return Outcome.TRAINED if self.applied else Outcome.SKIPPED
 
 
 class Learner:
@@ -83,14 +60,12 @@ class Learner:
         self.step = 0  # optimizer steps so far
         self.batches = 0  # batches learned so far
         self.task = CurrentTask.for_slots(strategy.slots.values(), context.max_bytes, context.batch_size, context.seed)
-        self.names: list[str] = []  # of the trained parameters
-        self.params: list[Tensor] = []
-        self._read_parameters()
+        self.parameters = TrainedParameters(strategy.network)
         self.average = WeightAverage(strategy.network, spec.average)
-        self._start_average(self.params)
+        self.start_average(self.params)
         self.initial_params = clones(self.params)  # of the untrained model, for forward transfer
         self.task_start_params = clones(self.params)  # at the start of the task, for forward transfer
-        self._generator = seeded_generator(context.seed, "learner")
+        self.generator = seeded_generator(context.seed, "learner")
         self.layer_rng = LayerRng(context.seed, context.device, has_user_code=has_user_code)
 
     # -- learning
@@ -105,13 +80,14 @@ class Learner:
             usable, on_device = self._usable(batch)
         unusable = len(batch) - len(usable)
         if not len(usable):
-            return LearnStats(self.task.index, 0, 0, 0, 0, None, 0.0, 0.0, unusable)
+            return LearnStats.of_unusable(self.task.index, unusable)
         with self.layer_rng.in_use(keep=False):
             correct = accuracy.count_correct(self.averaged_network, on_device, self.outputs)
         with self.layer_rng.in_use():
             steps, weight = self._steps_and_weight(len(usable))
             results = [self._step(on_device, weight) for _ in range(steps)]
-        stats = self._read_stats(usable, correct, results, unusable)
+        stats = LearnStats.read(self.task.index, len(usable), correct, results, unusable)
+        stats = replace(stats, generator_dropped=self.strategy.replay.pop_dropped_updates())
         self.task.after_batch(usable, trained=stats.outcome == Outcome.TRAINED)
         self.batches += 1
         return stats
@@ -144,19 +120,6 @@ class Learner:
         self.task.steps += 1
         return result
 
-    def _read_stats(self, batch: Batch, correct: Tensor, results: Sequence[StepResult], unusable: int) -> LearnStats:
-        """Read the statistics of a batch. This waits for the device, once per batch."""
-        losses, norms, finite = (torch.stack(values) for values in list(zip(*results, strict=True))[:3])
-        flags = [result.clipped for result in results if result.clipped is not None]
-        applied = int(finite.sum())
-        loss = float(losses[finite].mean()) if applied else None
-        clipped = int((finite & torch.stack(flags)).sum()) if flags else 0
-        dropped = self.strategy.replay.pop_dropped_updates()
-        return LearnStats(
-            self.task.index, len(batch), len(losses), applied, clipped, loss, int(correct) / len(batch),
-            float(norms[-1]), unusable, dropped,
-        )  # fmt: skip
-
     def reduce_lr(self, factor: float) -> None:
         """Multiply the learning rate by `factor`, permanently: it is part of the state."""
         self.update.reduce_lr(factor)
@@ -180,7 +143,7 @@ class Learner:
         """Update the active outputs of all tasks; grow the head if the labels need more outputs."""
         size = self.scenario.num_outputs(labels)
         if size > self.outputs.num_outputs:
-            self._grow(size)
+            self.grow(size)
         self.outputs.update(tasks, labels)
 
     def refine(self) -> Iterator[Batch]:
@@ -201,7 +164,7 @@ class Learner:
             for slot in self.strategy.slots.values():
                 slot.begin_refinement(self._ended_task(slot))
         self._update_parameters()
-        self._start_average(self.params)  # a new average: the old one contains pruned weights
+        self.start_average(self.params)  # a new average: the old one contains pruned weights
         self.task.steps = 0
 
     def end_task(self) -> None:
@@ -222,7 +185,7 @@ class Learner:
         x, y = self.task.samples_for(slot)
         return EndedTask(
             self.task.index, x, y, self.params, self.strategy.network.module, self.active_outputs,
-            [list(row) for row in self.output_labels], self._generator, self.output_labels,
+            [list(row) for row in self.output_labels], self.generator, self.output_labels,
         )  # fmt: skip
 
     # -- evaluation
@@ -242,7 +205,7 @@ class Learner:
         network = self.averaged_network
         if params is not None:
             network = frozen_copy(self.strategy.network)
-            copy_into(parameters_named(network, self.names), params)
+            copy_into(parameters_named(network, self.parameters.names), params)
         with self.layer_rng.in_use(keep=False):
             return accuracy.evaluate(
                 network, probes, self.outputs, self.context.preprocess,
@@ -287,108 +250,39 @@ class Learner:
 
     def state_dict(self) -> dict[str, State]:
         """Return everything needed to continue bit-equal, as named groups of tensors and JSON values."""
-        transfer, update = self.measures_transfer, self.update.state_dict()
-        return {
-            "encoder": {} if self.encoder is None else encoder_state(self.encoder),
-            "model": module_state(self.model),
-            "live": module_state(self.strategy.network.module) if self.spec.average is not None else {},
-            "optimizer": update["optimizer"],
-            "reservoir": self.task.reservoir.state_dict(),
-            "transfer": {
-                "initial": _numbered(self.initial_params) if transfer else {},
-                "task_start": _numbered(self.task_start_params) if transfer else {},
-            },
-            "learner": {
-                "step": self.step,
-                "task_steps": self.task.steps,
-                "batches": self.batches,
-                "task": self.task.index,
-                "cursor": self.task.batches_refined if self.task.is_refining else None,
-                "num_outputs": self.outputs.num_outputs,
-                "slowed": update["lr_factor"],
-                "draws": self._generator.get_state(),
-                "distort": update["distort"],
-                "layer_draws": self.layer_rng.state_dict(),
-            },
-            **{name: slot.state_dict() for name, slot in self.strategy.slots.items()},
-        }
+        return learner_state.state_of(self)
 
     def load_state_dict(self, state: dict[str, State], tasks: Sequence[Task], labels: Sequence[Label]) -> None:
         """Restore what `state_dict` returned. `tasks` and `labels` are those seen so far."""
-        learner = state["learner"]
-        self.outputs.clear()
-        if self.encoder is not None:  # the saved encoder, because the model was trained on its features
-            self.encoder.load(join_tensors(state["encoder"]["frozen"], state["encoder"].get("rest", {})))
-        if learner["num_outputs"] > self.outputs.num_outputs:
-            self._grow(learner["num_outputs"])
-        for name, slot in self.strategy.slots.items():
-            slot.load_state_dict(state[name])
-        load_module_state(self.strategy.network.module, state["live"] or state["model"])
-        self._read_parameters()
-        # older checkpoints have neither `slowed` nor `layer_draws`
-        update = {"lr_factor": learner.get("slowed", 1.0), "distort": learner["distort"]}
-        self.update.load_state_dict({"optimizer": state["optimizer"], **update}, self.params)
-        self._start_average(self.params)
-        if self.spec.average is not None:
-            load_module_state(self.model, state["model"])
-        # empty if forward transfer is undefined; then values of the right shapes are enough
-        self.initial_params = self._from_numbered(state["transfer"]["initial"]) or clones(self.params)
-        self.task_start_params = self._from_numbered(state["transfer"]["task_start"]) or clones(self.params)
-        self.task.reservoir.load_state_dict(state["reservoir"])
-        self.task.index, self.task.steps, cursor = learner["task"], learner["task_steps"], learner["cursor"]
-        self.task.is_refining, self.task.batches_refined = cursor is not None, cursor or 0
-        self.step, self.batches = learner["step"], learner["batches"]
-        self._generator.set_state(learner["draws"])
-        self.layer_rng.load_state_dict(learner.get("layer_draws", {}))
-        self.set_active_outputs(tasks, labels)
-
-    def _from_numbered(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        return [values[str(number)].to(self.context.device, copy=True) for number in range(len(values))]
+        learner_state.load_state(self, state, tasks, labels)
 
     # -- parameters
 
-    def _read_parameters(self) -> None:
-        trained = self.strategy.network.trainable_parameters()
-        self.names, self.params = list(trained), list(trained.values())
+    @property
+    def params(self) -> list[Tensor]:
+        """The trained parameters."""
+        return self.parameters.tensors
 
-    def _start_average(self, values: Sequence[Tensor]) -> None:
+    def start_average(self, values: Sequence[Tensor]) -> None:
         """Start a weight average at these values, for the current parameters and buffers of the network."""
-        self.average.start(self.names, self.params, values)
+        self.average.start(self.parameters.names, self.params, values)
         self._statistics = RunningStatistics(self.strategy.network.module, self.model)
+
+    def grow(self, num_outputs: int) -> None:
+        """Grow the head to this many outputs, and everything that has its shape."""
+        registry.grow_head(self.strategy.network.module, num_outputs, self.context.seed)
+        self._update_parameters()
+        for slot in self.strategy.slots.values():
+            slot.grow(self.params, num_outputs)
+        self.outputs.grow(num_outputs)
 
     def _update_parameters(self) -> None:
         """Read the parameters again after the network has added, frozen or replaced some, or has changed its buffers.
 
         Optimizer state, average and saved parameters are carried over by parameter name.
         """
-        old = {name: index for index, name in enumerate(self.names)}
-        self._read_parameters()
-        indices = [old.get(name) for name in self.names]
-        self.update.set_parameters(self.params, indices)
-
-        def carried(values: Sequence[Tensor]) -> list[Tensor]:
-            return [
-                param.detach().clone() if index is None else padded(values[index], param, copy_rest=True)
-                for index, param in zip(indices, self.params, strict=True)
-            ]
-
-        self.initial_params = carried(self.initial_params)
-        self.task_start_params = carried(self.task_start_params)
-        self._start_average(carried(self.average.params))
-
-    def _grow(self, size: int) -> None:
-        registry.grow_head(self.strategy.network.module, size, self.context.seed)
-        self._update_parameters()
-        for slot in self.strategy.slots.values():
-            slot.grow(self.params, size)
-        self.outputs.grow(size)
-
-
-def encoder_state(encoder: Encoder) -> State:
-    """Return an encoder's state: tensors that never change, saved in a file of their own, and the rest."""
-    tensors, rest = split_tensors(encoder.state_dict())
-    return {"frozen": Immutable(tensors), "rest": rest}
-
-
-def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(tensors)}
+        old_indices = self.parameters.read()
+        self.update.set_parameters(self.params, old_indices)
+        self.initial_params = self.parameters.carried_over(self.initial_params, old_indices)
+        self.task_start_params = self.parameters.carried_over(self.task_start_params, old_indices)
+        self.start_average(self.parameters.carried_over(self.average.params, old_indices))

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from streamlearn.core.positions import Partition
     from streamlearn.core.samples import HeldOut
     from streamlearn.core.tasks import Task
-    from streamlearn.learning.learner import Learner, LearnStats
+    from streamlearn.learning.learner import Learner
+    from streamlearn.learning.stats import LearnStats
     from streamlearn.metrics import Metrics
     from streamlearn.stream.reader import StreamReader
 

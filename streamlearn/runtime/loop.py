@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlearn.core.deliveries import Delivery
     from streamlearn.core.samples import Batch
     from streamlearn.core.tasks import Task
-    from streamlearn.learning.learner import LearnStats
+    from streamlearn.learning.stats import LearnStats
     from streamlearn.runtime.job import Job
     from streamlearn.stream.reader import StreamReader
 

@@ -26,7 +26,7 @@ from streamlearn.core.progress import Progress
 from streamlearn.core.samples import REJECT_REASONS, Batch
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import TaskEndReason
-from streamlearn.learning.learner import LearnStats
+from streamlearn.learning.stats import LearnStats
 from streamlearn.metrics import (
     COUNTERS,
     GAUGES,

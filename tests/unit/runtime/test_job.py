@@ -22,7 +22,7 @@ from streamlearn.core.samples import Batch, HeldOut
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.evaluation.matrix import AccuracyMatrix
-from streamlearn.learning.learner import LearnStats
+from streamlearn.learning.stats import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.config import DivergenceConfig
