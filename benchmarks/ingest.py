@@ -24,7 +24,8 @@ from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.kafka import KafkaReader
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.reader import StreamReader

@@ -14,7 +14,8 @@ import torch
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.kafka import KafkaReader
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from tests.support.streams import World

@@ -32,9 +32,11 @@ ROWS = [
 ONLY_IN = {
     "kafka": {
         "stream/logs/kafka.py",
-        "stream/logs/kafka_batches.py",
         "stream/logs/kafka_connection.py",
+        "stream/logs/kafka_failures.py",
         "stream/logs/kafka_oauth.py",
+        "stream/logs/kafka_python.py",
+        "stream/logs/kafka_writer.py",
     },
     "httpx": {"stream/logs/kafka_oauth.py"},
     "sqlite3": {"stream/logs/sqlite.py"},

@@ -52,7 +52,8 @@ def open_topics(
 
         if not all(SERVER.fullmatch(server.strip()) for server in servers.split(",")):
             raise UsageError(f"--bootstrap-servers is {servers!r}; expected HOST:PORT, or several, separated by commas")
-        from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+        from streamlearn.stream.logs.kafka import KafkaReader
+        from streamlearn.stream.logs.kafka_writer import KafkaWriter
 
         kafka = KafkaConfig.model_validate({"bootstrap_servers": servers})
         return KafkaReader(kafka, "streamlearn.cli"), KafkaWriter(kafka)

@@ -468,7 +468,8 @@ def make_stream_reader(job: Job) -> StreamReader:
 def open_reader_and_writer(config: Config) -> tuple[LogReader, LogWriter]:
     """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
     if config.source == "kafka":
-        from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+        from streamlearn.stream.logs.kafka import KafkaReader
+        from streamlearn.stream.logs.kafka_writer import KafkaWriter
 
         assert config.kafka is not None
         return KafkaReader(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaWriter(config.kafka)

@@ -14,7 +14,7 @@ from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs, models
 from tests.support.chaos.case import FULL, Case
 from tests.support.kafka_cluster import Cluster, ProxiedBroker

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs
 from tests.support.kills import STRATEGIES, run_with_kills
 

@@ -22,7 +22,7 @@ from streamlearn.runtime.daemon import ControlDesk, learn
 from streamlearn.service.api import read_only_app
 from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs
 from tests.support.commands import cli, one_line
 from tests.support.in_process import made

@@ -16,7 +16,7 @@ from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.logs.base import CONTENT_TYPE, LogWriter
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.agreement import check_agreement

@@ -19,10 +19,11 @@ from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.positions import Position
 from streamlearn.core.progress import Progress
 from streamlearn.stream import log_watch
-from streamlearn.stream.logs import kafka_batches
+from streamlearn.stream.logs import kafka_python
 from streamlearn.stream.logs.base import CONTENT_TYPE, ORIGINAL_SIZE_HEADER
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.kafka import KafkaReader
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs
 from tests.support.streams import TYPED, World, everything, places, until
 
@@ -336,7 +337,7 @@ def test_every_compression_is_read_up_to_the_limit(
     for text in (b'{"x": [2], "y": 0}', b'{"x": [3], "y": 1}'):
         producer.send(name, value=text, partition=0, headers=[*TYPED])
     producer.flush()
-    producer.send(name, value=bytes(kafka_batches.UNPACKED_BYTES + 1), partition=0, headers=[*TYPED]).get(SECONDS)
+    producer.send(name, value=bytes(kafka_python.UNPACKED_BYTES + 1), partition=0, headers=[*TYPED]).get(SECONDS)
     producer.close()
     world.send(name, 4.0, 0)
     world.mark(name)
@@ -347,15 +348,15 @@ def test_every_compression_is_read_up_to_the_limit(
     assert (progress.totals()["rejected"], progress.unaccounted()) == (1, {})
     [letter] = world.read_all("dlq")
     assert (letter.value or None, letter.header("streamlearn.errors.reason")) == (None, b"oversize")
-    assert f"a {codec} batch of 1 record unpacks to more than {kafka_batches.UNPACKED_BYTES} bytes" in caplog.text
+    assert f"a {codec} batch of 1 record unpacks to more than {kafka_python.UNPACKED_BYTES} bytes" in caplog.text
 
 
 def test_all_offsets_of_a_too_large_batch_are_counted(
     world: World, kafka: KafkaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One rejected sample stands for the batch; its other offsets count as lost."""
-    monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
-    monkeypatch.setattr(kafka_batches, "UNPACKED_BYTES", 1000)
+    monkeypatch.setattr(kafka_python.BoundedBatch, "max_bytes", 1000)
+    monkeypatch.setattr(kafka_python, "UNPACKED_BYTES", 1000)
     name = world.topic("a", [], marker=False)
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip", linger_ms=1000)
     for _ in range(50):

@@ -18,7 +18,7 @@ import yaml
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaWriter
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
 from tests.support import jobs
 from tests.support.agreement import get, scrape

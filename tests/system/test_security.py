@@ -15,7 +15,8 @@ import yaml
 
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import KafkaReader, KafkaWriter
+from streamlearn.stream.logs.kafka import KafkaReader
+from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs
 from tests.support.commands import cli
 from tests.support.secure_broker import SecureBroker, make_authority

@@ -15,6 +15,7 @@ from kafka import errors as kafka_errors
 from benchmarks.kafka_broker import free_port
 from streamlearn.core.errors import AccessError, StreamlearnError
 from streamlearn.stream.logs import kafka_connection as connection
+from streamlearn.stream.logs import kafka_failures, kafka_python
 from streamlearn.stream.logs.base import BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
 from tests.support.secure_broker import make_authority
@@ -62,6 +63,12 @@ def test_a_disconnecting_broker_hints_at_the_protocol() -> None:
             connection.create_client(KafkaAdminClient, settings(bootstrap_servers=f"127.0.0.1:{port}"))
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
+
+
+def test_a_server_without_a_port_has_no_protocol_mismatch() -> None:
+    """The check of the protocol skips it, so the user sees the error of the connection."""
+    found = connection._find_protocol_mismatch({"bootstrap_servers": ["broker"], "security_protocol": "PLAINTEXT"})
+    assert found is None
 
 
 @pytest.mark.kafka
@@ -116,7 +123,7 @@ ERRORS: list[tuple[Exception, bool]] = [
 @pytest.mark.parametrize(("error", "refused"), ERRORS, ids=[str(number) for number in range(len(ERRORS))])
 def test_refusals_differ_from_outages(error: Exception, *, refused: bool) -> None:
     """Only an error that another attempt cannot change ends the daemon."""
-    assert connection.is_refusal(error) == refused
+    assert kafka_failures.is_refusal(error) == refused
 
 
 def test_the_client_does_not_use_the_global_random_generator() -> None:
@@ -138,5 +145,5 @@ def test_modules_may_be_imported_while_a_client_is_made(monkeypatch: pytest.Monk
                 self[f"imported-{len(self)}"] = None
                 yield pair
 
-    monkeypatch.setattr(connection, "sys", type("System", (), {"modules": Growing(sys.modules)}))
+    monkeypatch.setattr(kafka_python, "sys", type("System", (), {"modules": Growing(sys.modules)}))
     assert settings()["bootstrap_servers"] == ["localhost:1"]

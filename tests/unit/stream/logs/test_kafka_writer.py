@@ -10,7 +10,7 @@ from kafka import errors as kafka_errors
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.stream.logs.base import ORIGINAL_SIZE_HEADER, BrokerUnavailable
 from streamlearn.stream.logs.config import KafkaConfig
-from streamlearn.stream.logs.kafka import CUT_HEADER_BYTES, KafkaWriter
+from streamlearn.stream.logs.kafka_writer import CUT_HEADER_BYTES, KafkaWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from kafka.codec import snappy_encode
 from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
-from streamlearn.stream.logs import kafka_batches
+from streamlearn.stream.logs import kafka_python, unpack
 from streamlearn.stream.logs.base import Unreadable
 
 if TYPE_CHECKING:
@@ -44,19 +44,19 @@ def test_data_within_the_limit_is_unpacked(how: str) -> None:
     """Every form that clients write is unpacked, up to exactly the limit."""
     codec, pack = PACK[how]
     data = bytes(range(256)) * 12_000  # several steps
-    assert kafka_batches.UNPACK[codec](pack(data), len(data)) == data
+    assert unpack.UNPACK[codec](pack(data), len(data)) == data
 
 
 @pytest.mark.parametrize("how", PACK)
 def test_data_beyond_the_limit_is_not_unpacked(how: str) -> None:
     """One byte too many is an error, and a hundred megabytes never are in memory."""
     codec, pack = PACK[how]
-    with pytest.raises(kafka_batches.OversizeBatch):
-        kafka_batches.UNPACK[codec](pack(bytes(10_001)), 10_000)
+    with pytest.raises(unpack.OversizeBatch):
+        unpack.UNPACK[codec](pack(bytes(10_001)), 10_000)
     packed = pack(bytes(100 << 20))
     tracemalloc.start()
-    with pytest.raises(kafka_batches.OversizeBatch):
-        kafka_batches.UNPACK[codec](packed, 1 << 20)
+    with pytest.raises(unpack.OversizeBatch):
+        unpack.UNPACK[codec](packed, 1 << 20)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 40 << 20
@@ -70,7 +70,7 @@ def test_incomplete_data_never_loops_for_ever(how: str) -> None:
     packed = pack(data)
     unpacked = None
     with contextlib.suppress(Exception):  # each codec has its own
-        unpacked = kafka_batches.UNPACK[codec](packed[: len(packed) * 2 // 3], 1 << 20)
+        unpacked = unpack.UNPACK[codec](packed[: len(packed) * 2 // 3], 1 << 20)
     assert unpacked != data
 
 
@@ -84,7 +84,7 @@ def batch(codec: int = 0, records: int = 3, value: bytes = b"x" * 100) -> bytear
 
 def read_batches(*parts: bytearray) -> list[object]:
     """Return the values and the error that the client gets from these batches, in order."""
-    fetched = kafka_batches.PartitionRecords(0, TopicPartition("t", 5), MemoryRecords(b"".join(map(bytes, parts))))
+    fetched = kafka_python.PartitionRecords(0, TopicPartition("t", 5), MemoryRecords(b"".join(map(bytes, parts))))
     found: list[object] = []
     try:
         while records := fetched.take(100):
@@ -118,10 +118,10 @@ def test_the_error_of_a_damaged_batch_has_its_place() -> None:
 
 def test_a_batch_beyond_the_limit_becomes_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """The record has the batch's last offset, so that the position moves past the whole batch."""
-    monkeypatch.setattr(kafka_batches.BoundedBatch, "max_bytes", 1000)
+    monkeypatch.setattr(kafka_python.BoundedBatch, "max_bytes", 1000)
     before, value, after = read_batches(batch(1, 1), shifted(batch(1, 50), 1), shifted(batch(0, 1, b"after"), 51))
     assert (before, after) == (b"x" * 100, b"after")
-    assert isinstance(value, kafka_batches.OversizeValue)
+    assert isinstance(value, kafka_python.OversizeValue)
     assert (value.why, value.begin) == ("a gzip batch of 50 records unpacks to more than 1000 bytes", 1)
 
 

@@ -1,45 +1,91 @@
-"""Repairs of how kafka-python 3.0 reads record batches. Importing this module installs them (see `install_repairs`).
+"""Repairs of kafka-python 3.0. Importing this module installs those that concern batches (see `install_repairs`).
 
 What the client does wrong, and what is done here instead:
 
+- It repeats a refused login until the bootstrap time is over, and then reports only that no broker answered
+  (dpkp/kafka-python#2994 did not change that). See `ConnectionManager`.
+- It drops the last bytes of a connection, which contain the reason of a refusal. See `ConnectionManager`.
+- It uses Python's global random generator, which belongs to the model that learns. See `use_own_random_generator`.
 - It unpacks a compressed batch without a limit, so that a few kilobytes can fill the memory. Here a batch is unpacked up to
   `BoundedBatch.max_bytes`. If it is larger, one record stands for the whole batch, with an `OversizeValue` as its value.
 - Its error for a damaged batch (`CorruptRecordError`) names neither partition nor offset. Here the error is `Unreadable`,
   with the partition and the offsets of the batch.
 - It decodes header names as UTF-8, but clients in C can write any bytes. It then reads nothing from that record on. Here
   the bytes that are not UTF-8 become question marks.
+
+What else it does wrong is handled where it matters: a constructor that fails leaves sockets open (`create_client` in
+`kafka_connection`), `flush` does not report failed records (dpkp/kafka-python#2426, `KafkaWriter`), and the consumer can
+stop without an error (dpkp/kafka-python#2605, `LogWatch.check_for_stall`).
 """
 
 from __future__ import annotations
 
-import zlib
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import random
+import sys
+from typing import Any, ClassVar, Self
 
-import lz4.frame
-import snappy
-import zstandard
 from kafka import errors as kafka_errors
-from kafka.codec import _detect_xerial_stream
 from kafka.consumer.fetcher import Fetcher
+from kafka.net.manager import KafkaConnectionManager
 from kafka.record import legacy_records, memory_records
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from kafka.record.util import decode_varint
 
 from streamlearn.stream.logs.base import Unreadable
-from streamlearn.stream.logs.kafka_connection import error_text
+from streamlearn.stream.logs.kafka_failures import error_text, is_refusal
+from streamlearn.stream.logs.unpack import UNPACK, OversizeBatch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
+CLIENT_RANDOM = random.Random()  # noqa: S311 - the client uses it to choose brokers and waiting times
 UNPACKED_BYTES = 64 << 20  # the least limit of the unpacked size of a compressed batch
 UNPACKED_RECORDS = 4  # the limit also leaves room for this many records of the largest accepted size
-STEP_BYTES = 1 << 20  # unpacked at a time
-XERIAL_HEADER = 16  # bytes before the first block in the Snappy framing of Java clients
-XERIAL_LENGTH = 4  # bytes of a block's length
+CODECS = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 
 
-class OversizeBatch(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """A batch unpacks to more bytes than the limit."""
+def use_own_random_generator() -> None:
+    """Give the modules of kafka-python a random generator of their own.
+
+    They draw numbers in the reader thread from Python's global generator. The draws of a model that uses this generator
+    would then depend on the network.
+    """
+    # `copy` is one step of the interpreter; `list(...items())` is not, and another thread may import a module meanwhile
+    for name, module in sys.modules.copy().items():
+        if name.startswith("kafka.") and getattr(module, "random", None) is random:
+            module.random = CLIENT_RANDOM  # type: ignore[attr-defined]  # modules have any attributes
+
+
+class ConnectionManager(KafkaConnectionManager):  # type: ignore[misc]  # the package has no types
+    """Keeps the reason for which a broker refused us, and raises it instead of another attempt.
+
+    The base class has a dictionary for this since dpkp/kafka-python#2994, but fills it only if `conn.initialize()` raises.
+    In version 3.0 that method does not raise: it puts the error into `conn.init_future`.
+    """
+
+    def __init__(self, net: Any, **settings: Any) -> None:
+        super().__init__(net, **settings)
+        self.failure: BaseException | None = None  # the last error of any connection
+
+    async def _connect(self, node: Any, conn: Any, **how: Any) -> None:
+        conn.close_future.add_errback(self._keep_failure)
+        await super()._connect(node, conn, **how)
+        if conn.init_future.failed() and is_refusal(conn.init_future.exception):
+            # the base class raises it at the next request for a connection to this broker
+            self._auth_failures[node.node_id] = conn.init_future.exception
+
+    async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:
+        transport = await super()._build_transport(node, timeout_at)
+        receive = transport._sock_recv  # noqa: SLF001 - no public method does this
+
+        def receive_data_first() -> tuple[bytes, Exception | None]:
+            # the client ignores data if an error comes with it: a broker sends the reason of a refusal, then disconnects
+            data, error = receive()
+            return data, None if data else error
+
+        transport._sock_recv = receive_data_first  # noqa: SLF001
+        return transport
+
+    def _keep_failure(self, error: BaseException) -> None:
+        if not isinstance(error, kafka_errors.KafkaTimeoutError):  # the end of the bootstrap time is not a cause
+            self.failure = error
 
 
 class DamagedBatch(kafka_errors.CorruptRecordError):  # type: ignore[misc]  # the package has no types
@@ -67,86 +113,6 @@ class OversizeValue(bytes):
         value = cls()
         value.why, value.begin = why, begin
         return value
-
-
-def join_up_to(parts: Iterator[bytes], limit: int) -> bytes:
-    """Return the concatenated parts; raises `OversizeBatch` as soon as they have more than `limit` bytes."""
-    joined, size = [], 0
-    for part in parts:
-        joined.append(part)
-        size += len(part)
-        if size > limit:
-            raise OversizeBatch
-    return b"".join(joined)
-
-
-def unpack_gzip(data: bytes) -> Iterator[bytes]:
-    """Yield the unpacked content of one or several gzip members."""
-    while data:
-        member = zlib.decompressobj(wbits=31)
-        while not member.eof:
-            if not (part := member.decompress(data, STEP_BYTES)) and not member.eof:
-                raise ValueError("the data ends too early")
-            yield part
-            data = member.unconsumed_tail
-        data = member.unused_data.lstrip(b"\0")
-
-
-def unpack_lz4(data: bytes) -> Iterator[bytes]:
-    """Yield the unpacked content of an LZ4 frame."""
-    frame = lz4.frame.LZ4FrameDecompressor()
-    while not frame.eof:
-        if not (part := frame.decompress(data, STEP_BYTES)) and not frame.eof and frame.needs_input:
-            raise ValueError("the data ends too early")
-        yield part
-        data = b""
-
-
-def unpack_zstd(data: bytes) -> Iterator[bytes]:
-    """Yield the unpacked content of one or several Zstandard frames."""
-    with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
-        while part := reader.read(STEP_BYTES):
-            yield part
-
-
-def snappy_blocks(data: bytes) -> Iterator[bytes]:
-    """Yield the compressed blocks: those of the framing that Java clients write, or else the whole data as one block."""
-    if not _detect_xerial_stream(data):
-        yield data
-        return
-    at = XERIAL_HEADER
-    while at < len(data):
-        size = int.from_bytes(data[at : at + XERIAL_LENGTH], "big")
-        at += XERIAL_LENGTH
-        yield data[at : at + size]
-        at += size
-
-
-def unpack_snappy(data: bytes, limit: int) -> bytes:
-    """Return the unpacked content of Snappy blocks; raises `OversizeBatch` before it unpacks more than `limit` bytes."""
-    blocks = list(snappy_blocks(data))
-    if sum(_snappy_size(block) for block in blocks) > limit:
-        raise OversizeBatch
-    return b"".join(snappy.decompress(block) for block in blocks)
-
-
-def _snappy_size(block: bytes) -> int:
-    """Return the unpacked size, with which every Snappy block begins (as a varint)."""
-    size = 0
-    for index, byte in enumerate(block[:5]):
-        size |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            break
-    return size
-
-
-UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
-    "gzip": lambda data, limit: join_up_to(unpack_gzip(data), limit),
-    "snappy": unpack_snappy,
-    "lz4": lambda data, limit: join_up_to(unpack_lz4(data), limit),
-    "zstd": lambda data, limit: join_up_to(unpack_zstd(data), limit),
-}
-CODECS = {1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 
 
 class BoundedBatch(DefaultRecordBatch):  # type: ignore[misc]  # the package has no types
