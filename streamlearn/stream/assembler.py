@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,8 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINABLE, HELD_OUT, REJECTED = 0, 1, 2
 FLUSH_SAMPLES = 2000  # deliver observations after this many samples even if none of them is trainable
+
+
+class SampleUse(IntEnum):
+    """What a sample of a record is used for. An array of uint8 has one of these numbers for each sample."""
+
+    TRAINABLE = 0
+    HELD_OUT = 1
+    REJECTED = 2
 
 
 @dataclass
@@ -288,7 +296,7 @@ class Assembler:
     def _classify(self, record: Record, decoded: DecodedRecord, skip: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the outcome and the output of each sample, both `[n]`, and write the dead letters."""
         assert self.task is not None
-        outcomes = np.full(len(decoded), TRAINABLE, np.uint8)
+        outcomes = np.full(len(decoded), SampleUse.TRAINABLE, np.uint8)
         outputs = np.zeros(len(decoded), np.int64)
         is_probe = record.header(USE_HEADER) == PROBE
         output_of: dict[tuple[Label, bool], int | None] = {}
@@ -306,12 +314,12 @@ class Assembler:
                 else:
                     outputs[index] = output
                     if held_out:
-                        outcomes[index] = HELD_OUT
+                        outcomes[index] = SampleUse.HELD_OUT
                     if index in decoded.text:
                         self._encode_text(decoded, index, held_out=held_out)
             if index in decoded.rejected:
-                outcomes[index] = REJECTED
-        rejected = np.flatnonzero(outcomes == REJECTED).tolist()
+                outcomes[index] = SampleUse.REJECTED
+        rejected = np.flatnonzero(outcomes == SampleUse.REJECTED).tolist()
         reasons = {index: decoded.rejected[index] for index in rejected}
         self.settings.dead_letters.write_rejected(record, reasons, len(decoded), self.topic_id(record.topic))
         if skip + room < len(decoded):
@@ -340,7 +348,7 @@ class Assembler:
         if not decoded.rejected:
             self.burst.clear()
         elif record.offset >= self.task.forgiven_below.get(record.partition, 0):
-            self.burst.update(record, outcomes == REJECTED, decoded.rejected, skip)
+            self.burst.update(record, outcomes == SampleUse.REJECTED, decoded.rejected, skip)
 
     def _output(self, label: Label) -> int | None:
         """Return the output of a trainable sample's label, or None if there is none; a new label takes the next output."""
@@ -414,7 +422,7 @@ class Assembler:
         """Return the index after the sample that fills the batch or ends the task, or after the record's last sample."""
         assert self.task is not None
         room = self.settings.batch_size - self._pending.size
-        trainable = np.flatnonzero(outcomes[start:] == TRAINABLE)
+        trainable = np.flatnonzero(outcomes[start:] == SampleUse.TRAINABLE)
         stop = len(outcomes) if len(trainable) < room else start + int(trainable[room - 1]) + 1
         if self.settings.samples_per_task is not None:
             stop = min(stop, start + max(0, self.settings.samples_per_task - self.task.counts["consumed"]))
@@ -426,7 +434,7 @@ class Assembler:
         """Add a range of a record's samples to the batch and to the observations, by their outcomes."""
         assert self.task is not None
         outcome, x, y = outcomes[indices], decoded.x[indices], outputs[indices]
-        trainable = outcome == TRAINABLE
+        trainable = outcome == SampleUse.TRAINABLE
         if trainable.any():
             self._pending.x.append(x[trainable])
             self._pending.y.append(y[trainable])
@@ -434,10 +442,10 @@ class Assembler:
         self._observations.consumed[topic] += len(outcome)
         self.task.counts["consumed"] += len(outcome)
         self.num_undelivered += len(outcome)
-        if (held_out := outcome == HELD_OUT).any():
+        if (held_out := outcome == SampleUse.HELD_OUT).any():
             self._observations.held_out.append(HeldOut(self.task.index, x[held_out], y[held_out]))
             self._observations.outcomes[topic, Outcome.HELD_OUT] += int(held_out.sum())
-        for offset in np.flatnonzero(outcome == REJECTED).tolist():
+        for offset in np.flatnonzero(outcome == SampleUse.REJECTED).tolist():
             self._observations.outcomes[topic, Outcome.REJECTED] += 1
             self._observations.rejected[topic, decoded.rejected[indices.start + offset].reason] += 1
 
