@@ -17,7 +17,6 @@ import numpy as np
 
 from benchmarks.common import DATA
 from benchmarks.ingest import NoCommands
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.progress import Progress
@@ -32,6 +31,7 @@ from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.holdout import HoldOut
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.reader import StreamReader
+from streamlearn.tools import producer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

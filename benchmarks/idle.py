@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from streamlearn.service.statedir import read_process_record
+from streamlearn.control.statedir import read_process_record
 
 SECONDS = 20
 TARGET = 2.0

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.kafka_broker import KafkaBroker
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
 from streamlearn.core.progress import Progress
@@ -29,6 +28,7 @@ from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
 from streamlearn.stream.reader import StreamReader
+from streamlearn.tools import producer
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config

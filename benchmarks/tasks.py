@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
+from streamlearn.control.client import Client
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.producer import PublishOptions, Samples
-from streamlearn.service.client import Client
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
+from streamlearn.tools.producer import PublishOptions, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,14 +18,14 @@ ROWS = [
     {"older_keys"},
     {"core"},
     {"patterns", "logs", "stream/codecs", "__init__"},
-    {"sections", "table"},
+    {"sections"},
     {"config"},
     {"checkpoint", "stream"},
     {"state"},
-    {"learning", "service", "producer"},
-    {"evaluation", "predict"},
-    {"metrics", "observability", "report", "testing"},
-    {"runtime", "demo"},
+    {"learning", "control"},
+    {"evaluation"},
+    {"metrics", "observability", "testing"},
+    {"runtime", "tools"},
     {"cli"},
     {"__main__"},
 ]
@@ -41,16 +41,16 @@ ONLY_IN = {
     "httpx": {"stream/logs/kafka_oauth.py"},
     "sqlite3": {"stream/logs/sqlite.py"},
     "prometheus_client": {"metrics.py"},
-    "starlette": {"service/api.py", "service/server.py"},
-    "uvicorn": {"service/server.py"},
+    "starlette": {"control/api.py", "control/server.py"},
+    "uvicorn": {"control/server.py"},
     "yaml": {"config/loader.py"},
     "regex": {"patterns.py"},
-    "matplotlib": {"report.py"},
-    "sklearn": {"producer.py"},
+    "matplotlib": {"tools/report.py"},
+    "sklearn": {"tools/producer.py"},
     "safetensors": {"state.py"},
     "scipy": {"learning/strategies/gem.py"},
 }
-COMPOSING = {"config", "runtime", "cli", "demo", "producer", "predict", "report", "testing"}
+COMPOSING = {"config", "runtime", "cli", "tools", "testing"}
 """What puts components together, and may therefore read the whole configuration."""
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

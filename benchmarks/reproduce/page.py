@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.reproduce.cells import LOWER_IS_BETTER, PUBLISHED, TWO_TASKS
-from streamlearn.report import COLOURS
+from streamlearn.tools.report import COLOURS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

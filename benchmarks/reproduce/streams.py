@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast, overload
 import numpy as np
 
 from benchmarks.common import DATA
-from streamlearn import producer
-from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.logs.memory import MemoryStore
+from streamlearn.tools import producer
+from streamlearn.tools.producer import PublishOptions, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,10 +18,10 @@ from streamlearn.cli.common import (
     print_json,
     print_line,
 )
+from streamlearn.control.client import COMMAND_SECONDS, Client
+from streamlearn.control.statedir import is_locked, locked
 from streamlearn.core.errors import AlreadyRunningError, InputOutputError, StreamlearnError, UsageError
 from streamlearn.core.text import parse_digits
-from streamlearn.service.client import COMMAND_SECONDS, Client
-from streamlearn.service.statedir import is_locked, locked
 
 app = typer.Typer(help="Create, list, show, verify, tag, restore and remove checkpoints.", no_args_is_help=True)
 

@@ -27,6 +27,15 @@ from streamlearn.cli.common import (
     print_line,
     to_streamlearn_error,
 )
+from streamlearn.control.client import COMMAND_SECONDS, Client
+from streamlearn.control.statedir import (
+    already_running,
+    ended_cleanly,
+    is_locked,
+    open_daemon_log,
+    read_process_record,
+    send_signal,
+)
 from streamlearn.core.errors import (
     InputOutputError,
     NotRunningError,
@@ -36,15 +45,6 @@ from streamlearn.core.errors import (
 )
 from streamlearn.core.progress import format_outcomes
 from streamlearn.logs import printable, printable_lines
-from streamlearn.service.client import COMMAND_SECONDS, Client
-from streamlearn.service.statedir import (
-    already_running,
-    ended_cleanly,
-    is_locked,
-    open_daemon_log,
-    read_process_record,
-    send_signal,
-)
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -55,10 +55,10 @@ def predict(
 
     Of the checkpoint it reads only model.safetensors, model.json and, if there is one, the encoder.
     """
-    from streamlearn import producer
     from streamlearn.checkpoint.manifest import open_checkpoint
     from streamlearn.checkpoint.store import Store
-    from streamlearn.predict import Model, accuracy
+    from streamlearn.tools import producer
+    from streamlearn.tools.predict import Model, accuracy
 
     def find_user_code(kind: str) -> tuple[str, Mapping[str, Any] | None] | None:
         """Return the name and options of the user's model or encoder; code is never imported because a checkpoint names it."""

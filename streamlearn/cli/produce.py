@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from streamlearn.config.root import Config
     from streamlearn.core.labels import Label
-    from streamlearn.producer import ReadOptions, Samples
+    from streamlearn.tools.producer import ReadOptions, Samples
 
 
 def produce(
@@ -69,7 +69,7 @@ def produce(
 
     With a configuration the samples are converted to its shape and dtype. Samples that its stream would reject are refused.
     """
-    from streamlearn import producer
+    from streamlearn.tools import producer
 
     loaded = find_config(config, servers, embedded)
     keep_precision = loaded is not None and loaded.input.dtype not in {"float16", "float32"}
@@ -147,7 +147,7 @@ def _topic_names(topic: list[str] | None, config: Config | None, count: int) -> 
 
 
 def _read_one(source: list[str], options: ReadOptions) -> Samples:
-    from streamlearn import producer
+    from streamlearn.tools import producer
 
     if len(source) != 1:
         raise UsageError("several files were given: add --by file to make each file a task")
@@ -155,7 +155,7 @@ def _read_one(source: list[str], options: ReadOptions) -> Samples:
 
 
 def _read_probe(source: str, probe: str, options: ReadOptions) -> Samples:
-    from streamlearn import producer
+    from streamlearn.tools import producer
 
     if probe == "test":
         return producer.read_test_split(source, options)
@@ -166,7 +166,7 @@ def _split(
     samples: Samples, whole: Samples, tasks: int | None, by: str, groups: str | None, seed: int
 ) -> list[Samples]:
     """Split samples into tasks. The classes come from `whole`, so that a probe is split in the same way as its samples."""
-    from streamlearn import producer
+    from streamlearn.tools import producer
 
     if by == "permutation":
         return producer.make_permuted_tasks(samples, tasks or 1, seed)

@@ -26,7 +26,7 @@ def report(
 ) -> None:
     """Write an HTML page and pictures of what was learned and what was forgotten."""
     from streamlearn.checkpoint.store import Store
-    from streamlearn.report import Run, write
+    from streamlearn.tools.report import Run, write
 
     def read_run(directory: Path, name: str) -> Run:
         return Run.from_checkpoint(Store(directory).find(name, "status.json", "state.json"))
@@ -41,6 +41,6 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to create or update.")] = Path("demo"),
 ) -> None:
     """Learn five tasks of handwritten digits in three ways, and report how much each way forgets."""
-    from streamlearn.demo import run
+    from streamlearn.tools.demo import run
 
     run(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from streamlearn.cli.common import JsonOption, StateOption, find_state_dir, print_json, print_line
-from streamlearn.service.client import COMMAND_SECONDS, Client
+from streamlearn.control.client import COMMAND_SECONDS, Client
 
 app = typer.Typer(help="End the open task.", no_args_is_help=True)
 

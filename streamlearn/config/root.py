@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from streamlearn.checkpoint.config import CheckpointConfig
 from streamlearn.config import rules, views
 from streamlearn.config.strategy import as_recipes, complete_recipes
+from streamlearn.control.config import ServiceConfig
 from streamlearn.core.config import InputConfig, Label, ScenarioConfig, TextInputConfig, read_input
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.section import Int, Seconds, Section
@@ -18,7 +19,6 @@ from streamlearn.evaluation.config import HoldoutConfig, ProbesConfig
 from streamlearn.learning.config import LearnerConfig, LearningConfig, MemoryConfig, ModelConfig
 from streamlearn.observability.config import LogConfig
 from streamlearn.runtime.config import DivergenceConfig
-from streamlearn.service.config import ServiceConfig
 from streamlearn.stream.config import StreamConfig
 from streamlearn.stream.logs.config import EmbeddedConfig, KafkaConfig
 

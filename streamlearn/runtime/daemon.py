@@ -18,6 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from streamlearn import __version__
 from streamlearn.checkpoint.store import Store
+from streamlearn.control.api import COMMANDS, control_app, read_only_app
+from streamlearn.control.server import Server, bind_control, bind_tcp
+from streamlearn.control.signals import call_on_stop, ignore_stop_signals
+from streamlearn.control.statedir import Lock, locked, record_clean_end, record_process
 from streamlearn.core.errors import (
     DataError,
     InputOutputError,
@@ -31,10 +35,6 @@ from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.core.tasks import TaskState
 from streamlearn.metrics import Metrics
-from streamlearn.service.api import COMMANDS, control_app, read_only_app
-from streamlearn.service.server import Server, bind_control, bind_tcp
-from streamlearn.service.signals import call_on_stop, ignore_stop_signals
-from streamlearn.service.statedir import Lock, locked, record_clean_end, record_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamlearn import __version__, state
+from streamlearn.control.statedir import LockLost
 from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
@@ -31,7 +32,6 @@ from streamlearn.evaluation.coverage import probe_warnings, task_warnings
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.evaluation.probes import Probes
 from streamlearn.learning.build import make_learner
-from streamlearn.service.statedir import LockLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn import producer
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
 from tests.support import jobs, models
 from tests.support.chaos.case import FULL, Case
 from tests.support.kills import STRATEGIES

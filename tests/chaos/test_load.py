@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, TASK_END
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
 from tests.support import jobs, models
 from tests.support.agreement import get, scrape
 from tests.support.chaos.case import FULL, Case

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streamlearn.service.statedir import read_process_record
+from streamlearn.control.statedir import read_process_record
 from tests.support import jobs, models
 from tests.support.chaos.case import FULL, Case
 

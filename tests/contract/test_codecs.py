@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from streamlearn import producer
 from streamlearn.config.loader import load
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.errors import StreamlearnError
@@ -27,6 +26,7 @@ from streamlearn.stream.codecs.text import split_words
 from streamlearn.stream.decoder import RecordDecoder
 from streamlearn.stream.logs.base import CONTENT_TYPE, Headers, Record
 from streamlearn.stream.logs.memory import MemoryStore
+from streamlearn.tools import producer
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1 << 20

@@ -15,12 +15,12 @@ from torch import nn
 
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
+from streamlearn.control.api import read_only_app
+from streamlearn.control.server import Server, bind_tcp
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk, learn
-from streamlearn.service.api import read_only_app
-from streamlearn.service.server import Server, bind_tcp
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from streamlearn import producer
 from streamlearn.checkpoint.manifest import FORMAT
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.producer import PublishOptions, Samples
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
+from streamlearn.tools.producer import PublishOptions, Samples
 from tests.support import jobs
 
 HERE = Path(__file__).parent

@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from benchmarks.common import DATA, merged
-from streamlearn import producer, state
+from streamlearn import state
 from streamlearn.checkpoint.store import Store
+from streamlearn.control.client import Client
+from streamlearn.control.statedir import read_process_record
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.service.client import Client
-from streamlearn.service.statedir import read_process_record
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import merged
-from streamlearn import producer
+from streamlearn.tools import producer
 from tests.support import jobs
 
 if TYPE_CHECKING:

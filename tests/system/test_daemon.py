@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from benchmarks.idle import cpu_seconds
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
-from streamlearn.service.client import Client
-from streamlearn.service.statedir import read_process_record
+from streamlearn.control.client import Client
+from streamlearn.control.statedir import read_process_record
 from streamlearn.stream.logs.base import CONTENT_TYPE, Record
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
 from tests.support import jobs
 from tests.support.agreement import check_agreement, get, has_finished
 from tests.support.commands import cli, one_line

@@ -8,8 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamlearn import demo
-from streamlearn.service.statedir import is_locked
+from streamlearn.control.statedir import is_locked
+from streamlearn.tools import demo
 from tests.support.commands import cli
 from tests.support.jobs import DEADLINE
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from streamlearn import demo
-from streamlearn.service.statedir import read_process_record
+from streamlearn.tools import demo
+from streamlearn.control.statedir import read_process_record
 
 work = Path(sys.argv[1])
 daemon = demo._start(work, "naive")

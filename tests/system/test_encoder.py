@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from streamlearn.checkpoint.store import Store
-from streamlearn.predict import Model, accuracy
+from streamlearn.tools.predict import Model, accuracy
 from tests.support import jobs
 
 if TYPE_CHECKING:

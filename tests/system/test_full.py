@@ -12,12 +12,12 @@ import pytest
 
 from benchmarks.common import merged
 from benchmarks.kafka_broker import KafkaBroker
-from streamlearn import producer
 from streamlearn.checkpoint.store import Store
 from streamlearn.stream.logs.base import CONTENT_TYPE, LogWriter
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.sqlite import EmbeddedWriter
+from streamlearn.tools import producer
 from tests.support import jobs
 from tests.support.agreement import check_agreement
 from tests.support.commands import cli

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from benchmarks.kafka_broker import free_port
+from streamlearn.control.api import COMMANDS
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import REJECT_REASONS, Batch
@@ -38,7 +39,6 @@ from streamlearn.metrics import (
     STATES,
     Metrics,
 )
-from streamlearn.service.api import COMMANDS
 from streamlearn.stream.status import StreamStatus
 from tests.support import jobs, tables
 from tests.support.agreement import has_finished, scrape

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.common import DATA
-from streamlearn import producer
 from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.predict import Model
+from streamlearn.tools import producer
+from streamlearn.tools.predict import Model
 from tests.support import jobs
 from tests.support.commands import cli
 

@@ -20,8 +20,8 @@ from benchmarks.reproduce import cells, page, runner, streams
 from benchmarks.reproduce.cells import Row, Table
 from benchmarks.reproduce.result_file import ResultFile
 from benchmarks.reproduce.streams import Curriculum
-from streamlearn.producer import Samples
 from streamlearn.stream.logs.base import CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
+from streamlearn.tools.producer import Samples
 from tests.support.jobs import require
 
 SIZE = 7  # samples in a record

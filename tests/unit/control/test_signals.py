@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DURING_WAITS = """
 import os, random, signal, sys, threading, time
 from streamlearn.stream.config import QueueConfig
-from streamlearn.service.signals import call_on_stop
+from streamlearn.control.signals import call_on_stop
 from streamlearn.stream.queue import DeliveryQueue
 
 queue = DeliveryQueue(QueueConfig())
@@ -46,7 +46,7 @@ print("done", "torch" in sys.modules)
 """
 FORKING = """
 import os, signal, time
-from streamlearn.service.signals import call_on_stop
+from streamlearn.control.signals import call_on_stop
 call_on_stop(lambda: os._exit(1))
 child = os.fork()
 if child == 0:
@@ -58,7 +58,7 @@ time.sleep(0.2)
 """
 IGNORING = """
 import os, signal, threading
-from streamlearn.service.signals import call_on_stop
+from streamlearn.control.signals import call_on_stop
 stopped = threading.Event()
 call_on_stop(stopped.set)
 os.kill(os.getpid(), signal.SIGHUP)

@@ -18,13 +18,13 @@ from streamlearn.cli.app import app
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.module_state import module_state
-from streamlearn.predict import Model
+from streamlearn.tools.predict import Model
 from tests.support import awkward
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "format-1"
+GOLDEN = Path(__file__).parents[2] / "golden" / "format-1"
 OWN = "tests.support.awkward:make"
 MLP = {"name": "mlp", "hidden": [5]}
 

@@ -21,7 +21,7 @@ from streamlearn.core.scenario import Scenario
 from streamlearn.core.text import natural_key
 from streamlearn.stream.codecs.registry import CODECS, TEXT_CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE, CONTROL_HEADER, PROBE, TASK_END, USE_HEADER
-from streamlearn.table import read_table
+from streamlearn.tools.table import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

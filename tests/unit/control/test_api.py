@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from streamlearn.cli.lifecycle import read_status
+from streamlearn.control.api import MAX_BODY_BYTES, Backend, control_app
+from streamlearn.control.client import _UnixConnection
+from streamlearn.control.server import Server, bind_control
+from streamlearn.control.statedir import locked, record_process
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.service.api import MAX_BODY_BYTES, Backend, control_app
-from streamlearn.service.client import _UnixConnection
-from streamlearn.service.server import Server, bind_control
-from streamlearn.service.statedir import locked, record_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from streamlearn.report import (
+from streamlearn.tools.report import (
     MAX_NAMED_TASKS,
     Run,
     _draw_accuracy,

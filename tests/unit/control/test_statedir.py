@@ -17,10 +17,8 @@ import pytest
 
 from streamlearn.checkpoint.store import Store
 from streamlearn.cli import lifecycle
-from streamlearn.core.errors import StreamlearnError, TemporaryError
-from streamlearn.core.states import SaveTrigger
-from streamlearn.service.client import Client
-from streamlearn.service.statedir import (
+from streamlearn.control.client import Client
+from streamlearn.control.statedir import (
     Lock,
     LockLost,
     ProcessRecord,
@@ -33,6 +31,8 @@ from streamlearn.service.statedir import (
     send_signal,
     write_process_record,
 )
+from streamlearn.core.errors import StreamlearnError, TemporaryError
+from streamlearn.core.states import SaveTrigger
 from tests.support.in_process import made
 
 NOBODY = 65534

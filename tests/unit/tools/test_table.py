@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streamlearn.core.errors import StreamlearnError
-from streamlearn.table import read_table
+from streamlearn.tools.table import read_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,8 @@ import json
 import socket
 from typing import TYPE_CHECKING, Any
 
+from streamlearn.control.statedir import is_locked, read_process_record
 from streamlearn.core.errors import AccessError, NotRunningError, TemporaryError, error_with_exit_code
-from streamlearn.service.statedir import is_locked, read_process_record
 
 if TYPE_CHECKING:
     from pathlib import Path

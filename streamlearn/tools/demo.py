@@ -8,12 +8,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from streamlearn import producer, report
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
+from streamlearn.control.client import Client
 from streamlearn.core.errors import StreamlearnError, error_with_exit_code
 from streamlearn.evaluation.matrix import AccuracyMatrix
-from streamlearn.service.client import Client
+from streamlearn.tools import producer, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

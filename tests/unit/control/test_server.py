@@ -14,15 +14,15 @@ import pytest
 
 from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import why_not_ready
+from streamlearn.control import server
+from streamlearn.control.api import COMMANDS, control_app, read_only_app
+from streamlearn.control.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
+from streamlearn.control.statedir import locked, record_process
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import ControlDesk, Request
-from streamlearn.service import server
-from streamlearn.service.api import COMMANDS, control_app, read_only_app
-from streamlearn.service.server import MAX_CONNECTIONS, Server, bind_control, bind_tcp
-from streamlearn.service.statedir import locked, record_process
 from tests.support.in_process import BlockedStore, made
 
 if TYPE_CHECKING:

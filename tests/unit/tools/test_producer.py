@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamlearn import producer
 from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.logs.base import CONTENT_TYPE
 from streamlearn.stream.logs.memory import MemoryStore
+from streamlearn.tools import producer
 
 IMAGES = producer.Samples(np.arange(4 * 9, dtype=np.uint8).reshape(4, 3, 3), [0, 1, 0, "x"])
 

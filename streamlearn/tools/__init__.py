@@ -1,0 +1,1 @@
+"""Tools around the daemon: publish samples, read tables, predict, report, and the demo."""
