@@ -72,7 +72,7 @@ def throughput() -> dict[str, Any]:
                     job.save(stream, SaveTrigger.INTERVAL)
                 while time.perf_counter() < until:
                     job.learner.learn(batch)
-                    job.finish_save(stream)
+                    job.checkpointer.finish(stream)
                     count += 1
                 learned.append(count)
             ratios.append(learned[1] / learned[0])
@@ -95,12 +95,12 @@ def pause(label: str, width: int) -> dict[str, Any]:
             pauses.append(time.perf_counter() - begun)
             assert saving.written is not None
             writes.append(saving.written.result()[2])
-            job.wait_for_saves(stream)
-        assert job.checkpoint is not None
+            job.checkpointer.wait(stream)
+        assert job.checkpointer.newest is not None
         entry = {
             "value": round(1000 * statistics.median(pauses), 1),
             "write_seconds": round(statistics.median(writes), 2),
-            "megabytes": round(job.checkpoint.num_bytes / 1e6),
+            "megabytes": round(job.checkpointer.newest.num_bytes / 1e6),
         }
     print(
         f"{label + ' parameters':<20}{entry['value']:>8.1f} ms pause, {entry['write_seconds']:.2f} s of writing beside it, "

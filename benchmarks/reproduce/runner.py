@@ -29,7 +29,8 @@ from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
-from streamlearn.runtime.job import Job, PendingSave, Snapshot
+from streamlearn.runtime.checkpointer import PendingSave, Snapshot
+from streamlearn.runtime.job import Job
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.decoder import RecordDecoder

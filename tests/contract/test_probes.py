@@ -99,7 +99,7 @@ def learn(directory: Path, store: MemoryStore, **over: Any) -> Job:
         for each in store.records[topic, 0]:
             for delivery in assembler.feed(each):
                 apply(job, stream, delivery)
-    job.wait_for_saves(stream)  # type: ignore[arg-type]  # has all methods that are called
+    job.checkpointer.wait(stream)  # type: ignore[arg-type]  # has all methods that are called
     return job
 
 

@@ -20,7 +20,8 @@ from streamlearn.control.server import Server, bind_tcp
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models.mlp import MLP
 from streamlearn.metrics import Metrics
-from streamlearn.runtime.daemon import ControlDesk, learn
+from streamlearn.runtime.control_desk import ControlDesk
+from streamlearn.runtime.daemon import learn
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from tests.support import jobs

@@ -17,11 +17,13 @@ from streamlearn.config import loader
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Batch
+from streamlearn.core.states import DaemonState
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.daemon import make_stream_reader
 from streamlearn.runtime.job import Job
+from streamlearn.runtime.status import describe_model, status_of
 from tests.golden import make
 from tests.support import jobs
 
@@ -51,16 +53,19 @@ def test_every_format_has_its_checkpoints() -> None:
 def test_a_golden_checkpoint_is_restored(tmp_path: Path, golden: Path) -> None:
     """Every tensor, position and metric is restored as it was saved, and learning continues."""
     job = restored_job(tmp_path, golden)
-    assert job.checkpoint is not None
+    assert job.checkpointer.newest is not None
     files, _, _ = state.pack({**job.learner.state_dict(), "probes": job.probes.state_dict()})
     files[FILE] = state.from_bytes(FILE, job.matrix.table())
     current = {f"{file}:{key}": tensor for file, content in files.items() for key, tensor in content.items()}
-    saved = jobs.tensors(job.checkpoint)
+    saved = jobs.tensors(job.checkpointer.newest)
     assert {name for name, tensor in saved.items() if not torch.equal(tensor, current[name])} == set()
-    shown, now = job.checkpoint.read_json("status.json"), json.loads(json.dumps(job.status(None)))
+    shown, now = (
+        job.checkpointer.newest.read_json("status.json"),
+        json.loads(json.dumps(status_of(job, None, DaemonState.RUNNING))),
+    )
     for key in ("samples", "labels", "matrix", "positions", "step", "average_accuracy", "unaccounted"):
         assert now[key] == shown[key]
-    old = job.checkpoint.read_json("state.json")["progress"]
+    old = job.checkpointer.newest.read_json("state.json")["progress"]
     assert Progress.from_json(old, job.progress.positions) == job.progress
     tree = json.loads(json.dumps(job.progress.to_json()))
     for task, old_task in zip(tree.pop("tasks"), old.pop("tasks"), strict=True):
@@ -97,18 +102,18 @@ def test_a_parameter_added_later_is_accepted(tmp_path: Path, caplog: pytest.LogC
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     """It may be valid, and using an older checkpoint would lose data: 78, and no file changes."""
     job = restored_job(tmp_path, GOLDEN[0])
-    assert job.checkpoint is not None
-    file = job.checkpoint.path / MANIFEST
+    assert job.checkpointer.newest is not None
+    file = job.checkpointer.newest.path / MANIFEST
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": FORMAT + 1}))
     with pytest.raises(
         StreamlearnError, match=rf"has format {FORMAT + 1}, and this version reads up to {FORMAT}"
     ) as caught:
         job.store.newest_valid()
     assert caught.value.exit_code == 78
-    for name in ("latest", job.checkpoint.id):  # every command refuses it, as the daemon does
+    for name in ("latest", job.checkpointer.newest.id):  # every command refuses it, as the daemon does
         with pytest.raises(StreamlearnError, match="Install the later version"):
             job.store.find(name)
-    assert job.checkpoint.path.is_dir()
+    assert job.checkpointer.newest.path.is_dir()
 
 
 def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
@@ -131,4 +136,4 @@ def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
     job = restored_job(tmp_path, next(path for path in GOLDEN if path.name == "default"))
     stream = make_stream_reader(job)
     assert stream.assembler.settings.decoder.version == 1
-    assert job.describe_model()["codec"] == 1
+    assert describe_model(job)["codec"] == 1

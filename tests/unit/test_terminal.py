@@ -15,7 +15,9 @@ import streamlearn
 from streamlearn.cli.common import print_error, print_line
 from streamlearn.cli.lifecycle import print_plain, render
 from streamlearn.core.samples import Outcome
+from streamlearn.core.states import DaemonState
 from streamlearn.logs import TextFormatter
+from streamlearn.runtime.status import status_of
 from tests.support.in_process import made
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def hostile_status(tmp_path: Path) -> dict[str, Any]:
     probe = {"size": 1, "accuracy": 0.5, "best": 0.5, "forgetting": 0.0}
     task = {"name": HOSTILE, "index": 0, "state": "active", "labels": [HOSTILE], "samples": counts, "probe": probe}
     return {
-        **job.status(None),
+        **status_of(job, None, DaemonState.RUNNING),
         "problem": HOSTILE,
         "waiting_for": HOSTILE,
         "tasks": [task],

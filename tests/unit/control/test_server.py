@@ -22,7 +22,7 @@ from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.metrics import Metrics
-from streamlearn.runtime.daemon import ControlDesk, Request
+from streamlearn.runtime.control_desk import ControlDesk, Request
 from tests.support.in_process import BlockedStore, made
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def test_a_pause_does_not_undo_a_resume_before_it(tmp_path: Path, monkeypatch: p
     """With both in one turn of the loop, reading continues after a burst, and then learning pauses."""
     job, stream = made(tmp_path)
     acknowledged = []
-    monkeypatch.setattr(stream, "resume_after_burst", lambda: acknowledged.append(job.state))
     desk = ControlDesk(job.config, Metrics())
+    monkeypatch.setattr(stream, "resume_after_burst", lambda: acknowledged.append(desk.state))
     answers = send_commands(desk, "pause", "resume", "pause")
     assert (desk.paused, acknowledged) == (False, [])  # nothing is done before the loop has its turn
     desk.serve(job, stream, idle=False)
@@ -236,13 +236,13 @@ def test_a_tag_taken_meanwhile_is_reported(tmp_path: Path) -> None:
     job, stream = made(tmp_path)
     desk = ControlDesk(job.config, Metrics())
     job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     held = BlockedStore(job)
     desk._requests.append(request := Request("checkpoint", {"tag": "mine"}))
     desk.serve(job, stream, idle=True)
     Store(tmp_path).tag("1", "mine")
     held.open.set()
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     desk.serve(job, stream, idle=True)
     assert "without the tag mine" in str(request.answer.exception(timeout=30))
 

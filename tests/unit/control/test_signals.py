@@ -15,7 +15,7 @@ import pytest
 
 from streamlearn.core.deliveries import Delivery
 from streamlearn.metrics import Metrics
-from streamlearn.runtime.daemon import ControlDesk
+from streamlearn.runtime.control_desk import ControlDesk
 from tests.support.in_process import made
 
 if TYPE_CHECKING:

@@ -181,15 +181,15 @@ def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code:
     job, stream = made(tmp_path / "other")
     state_dir = tmp_path / "state"
     with locked(state_dir) as lock:
-        job.store = Store(state_dir, before_write=lock.check)
+        job.checkpointer.store = Store(state_dir, before_write=lock.check)
         job.save(stream, SaveTrigger.MANUAL)
-        job.wait_for_saves(stream)
+        job.checkpointer.wait(stream)
         assert len(job.store.all()) == 1
         shutil.rmtree(state_dir)
         second = Lock(state_dir) if how == "replaced" else None
         job.save(stream, SaveTrigger.MANUAL)
         with pytest.raises(LockLost, match=how) as caught:
-            job.wait_for_saves(stream)
+            job.checkpointer.wait(stream)
         assert caught.value.exit_code == code
         assert not (state_dir / "checkpoints").exists()
         if second is not None:
@@ -200,7 +200,7 @@ def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypat
     """Training continues after EIO, and the next save succeeds."""
     job, stream = made(tmp_path)
     job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
 
     def fail(_: object) -> Any:
         raise OSError(5, "Input/output error", str(job.store.root))
@@ -208,10 +208,10 @@ def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypat
     with monkeypatch.context() as broken:
         broken.setattr(Store, "paths", fail)
         job.save(stream, SaveTrigger.MANUAL)
-        job.wait_for_saves(stream)
-        assert job.current_save is None
-    failed, job.save_failed = job.save_failed, None
+        job.checkpointer.wait(stream)
+        assert job.checkpointer.current is None
+    failed, job.checkpointer.failed_at = job.checkpointer.failed_at, None
     assert failed is not None
     saving = job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     assert saving.checkpoint is not None

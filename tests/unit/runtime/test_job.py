@@ -19,15 +19,19 @@ from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.positions import Position, Positions
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import Batch, HeldOut
-from streamlearn.core.states import SaveTrigger
+from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.core.tasks import Task, TaskState
 from streamlearn.evaluation.matrix import AccuracyMatrix
 from streamlearn.learning.stats import LearnStats
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.config import DivergenceConfig
-from streamlearn.runtime.daemon import ControlDesk, Request, learn
-from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Diverged, Job
+from streamlearn.runtime.control_desk import ControlDesk, Request
+from streamlearn.runtime.daemon import learn
+from streamlearn.runtime.divergence import Diverged
+from streamlearn.runtime.job import MIN_REPLAY_AGREEMENT, Job
+from streamlearn.runtime.snapshot import take_snapshot
+from streamlearn.runtime.status import status_of
 from streamlearn.stream.assembler import Assembler, AssemblerSettings
 from streamlearn.stream.deadletter import DeadLetterWriter
 from streamlearn.stream.decoder import RecordDecoder
@@ -46,18 +50,18 @@ def test_lag_is_unknown_without_a_broker(tmp_path: Path) -> None:
     job, stream = made(tmp_path)
     stream.status.waiting_for = "a"
     for away in (None, stream):
-        status = job.status(away)
+        status = status_of(job, away, DaemonState.RUNNING)
         assert status["lag"] is None
         assert "lag -" in format_summary(status)
     assert "lag -; waiting for topic a" in format_summary(status)
     stream.status.connected = True
     stream.status.end_offsets = {("a", 0): 10}
-    status = job.status(stream)
+    status = status_of(job, stream, DaemonState.RUNNING)
     assert status["lag"] == {"a": {"0": 7}}
     assert status["topics"] == {}
     job.progress.counts_by_topic["a"] = Counter(consumed=3, trained=2, rejected=1)
     line = "a: 3 samples = 2 trained + 0 held out + 0 late + 1 rejected + 0 duplicates + 0 skipped + 0 queued"
-    assert line in format_summary(job.status(stream)).splitlines()
+    assert line in format_summary(status_of(job, stream, DaemonState.RUNNING)).splitlines()
     assert (status["waiting_for"], "lag 7 records; waiting for topic a" in format_summary(status)) == ("a", True)
 
 
@@ -70,9 +74,9 @@ def test_a_snapshot_does_not_change(tmp_path: Path) -> None:
         job.learner.params[0].add_(1)
     job.progress.positions = Positions({("a", 0): Position(4)})
     job.progress.labels.append(1)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     assert saving.checkpoint is not None
-    assert job.saved_positions == Positions({("a", 0): Position(3)})
+    assert job.checkpointer.saved_positions == Positions({("a", 0): Position(3)})
     assert saving.checkpoint.read_json("state.json")["progress"]["labels"] == []
     assert job.restore()
     assert torch.equal(job.learner.params[0], before)
@@ -83,17 +87,17 @@ def test_a_failed_checkpoint_is_one_log_line(tmp_path: Path, caplog: pytest.LogC
     """Training continues, the next attempt waits, and the previous checkpoint stays valid."""
     job, stream = made(tmp_path)
     job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     job.store.root = tmp_path / "file" / "checkpoints"
     (tmp_path / "file").write_text("")
     saving = job.save(stream, SaveTrigger.INTERVAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     assert (saving.finished, saving.checkpoint) == (True, None)
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         f"checkpoint failed: {tmp_path}/file/checkpoints: cannot be created: Not a directory"
     ]
-    assert job.checkpoint is not None
-    assert job.save_failed is not None
+    assert job.checkpointer.newest is not None
+    assert job.checkpointer.failed_at is not None
 
 
 def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:
@@ -102,22 +106,22 @@ def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:
     for _ in range(2):
         job.learner.step += 1
         job.save(stream, SaveTrigger.MANUAL)
-        job.wait_for_saves(stream)
+        job.checkpointer.wait(stream)
     rate, restored = job.learner.update.lr, []
     for attempt in (1, 2, 3):
         job = job.roll_back(Diverged("no"))
-        assert job.checkpoint is not None
-        restored.append(job.checkpoint.origin)
+        assert job.checkpointer.newest is not None
+        restored.append(job.checkpointer.newest.origin)
         assert job.learner.update.lr == rate * 0.5**attempt
     assert restored == ["ckpt-000000000002", "ckpt-000000000001", "ckpt-000000000001"]
-    assert job.store.newest_valid() == job.checkpoint
+    assert job.store.newest_valid() == job.checkpointer.newest
     with pytest.raises(Diverged, match=r"no after 3 rollbacks: lower learner\.optimizer\.lr"):
         job.roll_back(Diverged("no"))
 
 
 def last_success(job: Job) -> list[str]:
     """Return the metric with the time of the last evaluation."""
-    lines = job.metrics.expose("")[0].decode().splitlines()
+    lines = job.recorder.metrics.expose("")[0].decode().splitlines()
     return [line.split()[1] for line in lines if line.startswith("streamlearn_probe_last_success_timestamp_seconds ")]
 
 
@@ -151,10 +155,11 @@ def test_poor_replay_is_logged(
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
     for dog, warned in ((0.6, False), (0.4, True)):
         monkeypatch.setattr(job.learner.strategy.replay, "agreement", lambda dog=dog: {(0, 0): 1.0, (0, 1): dog})
-        job.record_strategy()
+        job.recorder.record_strategy(job)
         job.check_replay()
         assert (
-            f'streamlearn_replay_agreement_ratio{{label="dog",task="t1"}} {dog}' in job.metrics.expose("")[0].decode()
+            f'streamlearn_replay_agreement_ratio{{label="dog",task="t1"}} {dog}'
+            in job.recorder.metrics.expose("")[0].decode()
         )
         assert bool(caplog.records) is warned
     message = caplog.records[0].getMessage()
@@ -171,18 +176,18 @@ def test_an_idle_loop_evaluates_at_once(tmp_path: Path) -> None:
     job.learner.batches += 3
     assert (job.evaluation_due(), job.evaluation_due(idle=True)) == (False, True)
     job.matrix.latest_accuracy = {0: 0.5}
-    job.record_gauges(stream)
-    status = job.status(None)
+    job.recorder.record_gauges(job, stream)
+    status = status_of(job, None, DaemonState.RUNNING)
     assert status["batches_since_evaluation"] == 3
-    assert "streamlearn_probe_age_batches 3.0" in job.metrics.expose("")[0].decode()
+    assert "streamlearn_probe_age_batches 3.0" in job.recorder.metrics.expose("")[0].decode()
     assert "(measured 3 batches ago)" in format_summary(status)
     job.evaluate(live=True)
     job.matrix.latest_accuracy = {0: 0.5}
-    job.record_gauges(stream)
+    job.recorder.record_gauges(job, stream)
     assert not job.evaluation_due(idle=True)
-    assert job.status(None)["batches_since_evaluation"] == 0
-    assert "batches ago" not in format_summary(job.status(None))
-    assert "streamlearn_probe_age_batches 0.0" in job.metrics.expose("")[0].decode()
+    assert status_of(job, None, DaemonState.RUNNING)["batches_since_evaluation"] == 0
+    assert "batches ago" not in format_summary(status_of(job, None, DaemonState.RUNNING))
+    assert "streamlearn_probe_age_batches 0.0" in job.recorder.metrics.expose("")[0].decode()
 
 
 def test_an_accuracy_drop_on_past_tasks_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +205,9 @@ def test_an_accuracy_drop_on_past_tasks_is_divergence(tmp_path: Path, monkeypatc
     job.learner.batches += 2
     with pytest.raises(Diverged, match=r"past tasks fell from 65\.0% to 42\.5% within 2 batches"):
         job.evaluate()
-    assert job.mid_delivery
+    assert (job.divergence.lost_past_tasks, job.may_be_saved) == (True, False)
     for over in ({"drop": None}, {"drop": 0.2, "then": "skip"}):
-        monkeypatch.setattr(job, "config", job.config.model_copy(update={"divergence": DivergenceConfig(**over)}))
+        monkeypatch.setattr(job.divergence, "spec", DivergenceConfig(**over))
         job.evaluate(live=True)
 
 
@@ -226,10 +231,10 @@ def test_every_save_evaluates_first_if_drop_is_set(
     job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         job.save(stream, trigger)
-    assert (job.mid_delivery, job.store.all()) == (True, [])
+    assert (job.may_be_saved, job.store.all()) == (False, [])
     job, stream = after_accuracy_drop(tmp_path, monkeypatch)
     job.save(stream, trigger)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     assert len(job.store.all()) == 1
 
 
@@ -241,7 +246,7 @@ def test_saves_within_a_delivery_evaluate_first_if_drop_is_set(
     job, stream = after_accuracy_drop(tmp_path, monkeypatch, divergence={"drop": 0.2})
     with pytest.raises(Diverged):
         loop.turn(job, stream, Delivery(end_offsets={0: 3}) if end == "task end" else Delivery(forgives_below={0: 3}))
-    assert (job.mid_delivery, job.store.all()) == (True, [])
+    assert (job.may_be_saved, job.store.all()) == (False, [])
 
 
 def test_a_stop_evaluates_before_it_saves_if_drop_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,11 +338,11 @@ def test_a_restart_keeps_the_time_of_the_evaluation(tmp_path: Path, monkeypatch:
     assert last_success(job) == ["2000.0"]  # this one had no result
     monkeypatch.undo()
     job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     again = Job.make(job.config, job.store, Metrics())
     again.restore()
     assert last_success(again) == ["1000.0"]
-    assert again.status(None)["evaluated"] == "1970-01-01T00:16:40+00:00"
+    assert status_of(again, None, DaemonState.RUNNING)["evaluated"] == "1970-01-01T00:16:40+00:00"
 
 
 OUTPUTS = (
@@ -365,7 +370,7 @@ def test_an_incompatible_checkpoint_is_explained(
     """Another strategy is one difference, whatever its parameters; for labels that cannot be added there is a hint."""
     job, stream = made(tmp_path, **before)
     job.save(stream, SaveTrigger.MANUAL)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     other, _ = made(tmp_path, **(before | now))
     with pytest.raises(StreamlearnError) as caught:
         other.restore()
@@ -395,20 +400,24 @@ def test_learning_never_waits_for_the_disk(tmp_path: Path) -> None:
     move(job, 6)
     job.progress.tasks[0].state = TaskState.ENDED
     ended = job.save(stream, SaveTrigger.TASK_END)
-    assert (job.checkpoint, first.finished, job.snapshot_positions) == (None, False, job.progress.positions)
+    assert (job.checkpointer.newest, first.finished, job.checkpointer.snapshot_positions) == (
+        None,
+        False,
+        job.progress.positions,
+    )
     held.open.set()
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     assert [checkpoint.manifest["parent"] for checkpoint in job.store.all()] == ["ckpt-000000000001", None]
     assert first.checkpoint is not None
     assert first.checkpoint.read_json("offsets.json")["topics"]["a"]["partitions"]["0"]["offset"] == 3
     # who asked for a snapshot that was replaced gets the newer one, which has the tag
     assert by_hand is closed is ended
-    assert ended.checkpoint == job.checkpoint == job.store.find("mine")
-    assert job.checkpoint is not None
+    assert ended.checkpoint == job.checkpointer.newest == job.store.find("mine")
+    assert job.checkpointer.newest is not None
     # the end offsets of a task are in every checkpoint with batches learned after they were fixed
-    saved = job.checkpoint.read_json("state.json")["progress"]["tasks"]
+    saved = job.checkpointer.newest.read_json("state.json")["progress"]["tasks"]
     assert [(task["ends"], task["state"]) for task in saved] == [({"0": 5}, "ended")]
-    assert job.saved_positions == job.progress.positions
+    assert job.checkpointer.saved_positions == job.progress.positions
 
 
 def test_a_stop_writes_at_most_one_more_checkpoint(tmp_path: Path) -> None:
@@ -432,7 +441,7 @@ def test_a_stop_writes_at_most_one_more_checkpoint(tmp_path: Path) -> None:
     learn(job, stream, desk)
     assert len(beats) >= 2
     assert len(job.store.all()) == 2
-    assert job.saved_positions == Positions({("a", 0): Position(5)})
+    assert job.checkpointer.saved_positions == Positions({("a", 0): Position(5)})
 
 
 def test_a_stop_saves_again_after_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +460,7 @@ def test_a_stop_saves_again_after_a_failed_save(tmp_path: Path, monkeypatch: pyt
     desk = ControlDesk(job.config, Metrics())
     desk.stopping = True
     learn(job, stream, desk)
-    assert job.saved_positions == Positions({("a", 0): Position(3)})
+    assert job.checkpointer.saved_positions == Positions({("a", 0): Position(3)})
 
 
 def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
@@ -465,7 +474,7 @@ def test_a_checkpoint_of_another_process_is_not_linked(tmp_path: Path) -> None:
         if number == 2:
             job.store.restore("1")
         saving = job.save(stream, SaveTrigger.MANUAL)
-        job.wait_for_saves(stream)
+        job.checkpointer.wait(stream)
         assert saving.checkpoint is not None
         inodes.append((saving.checkpoint.path / "probes.sealed.0.safetensors").stat().st_ino)
     assert inodes[0] == inodes[1] != inodes[2]
@@ -496,12 +505,12 @@ def test_status_and_checkpoint_grow_linearly_with_tasks(tmp_path: Path) -> None:
     costs, sizes = [], []
     for count in (60, 240):
         add_ended_tasks(job, count)
-        costs.append([work(lambda: desk.publish(job, stream)), work(job._snapshot), work(job.evaluate)])
-        status = job.status(stream)
+        costs.append([work(lambda: desk.publish(job, stream)), work(lambda: take_snapshot(job)), work(job.evaluate)])
+        status = status_of(job, stream, DaemonState.RUNNING)
         assert (status["matrix"], len(status["tasks"])) == (None, count)
         move(job, 3 + count)
         saving = job.save(stream, SaveTrigger.TASK_END)
-        job.wait_for_saves(stream)
+        job.checkpointer.wait(stream)
         assert saving.checkpoint is not None
         files = saving.checkpoint.manifest["files"]
         assert len(files) < 30
@@ -522,8 +531,8 @@ def test_a_rollback_removes_the_metrics_of_training(tmp_path: Path, monkeypatch:
     job.progress.tasks.append(Task(0, "a"))
     job.evaluate()
     batch = Batch(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))
-    job.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 1e9, 0.5, 1e9), "a", 0.0)
-    job.metrics.gauges.set("importance_last_update_timestamp_seconds", 1.0)
+    job.recorder.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 1e9, 0.5, 1e9), "a", 0.0)
+    job.recorder.metrics.gauges.set("importance_last_update_timestamp_seconds", 1.0)
     gone = (
         "train_loss",
         "train_gradient_norm",
@@ -533,10 +542,10 @@ def test_a_rollback_removes_the_metrics_of_training(tmp_path: Path, monkeypatch:
         "average_acc",
         "importance_last",
     )
-    shown = job.metrics.expose("")[0].decode()
+    shown = job.recorder.metrics.expose("")[0].decode()
     assert [name for name in gone if f"\nstreamlearn_{name}" not in shown] == []
     again = job.roll_back(Diverged("no"))
-    shown = again.metrics.expose("")[0].decode()
+    shown = again.recorder.metrics.expose("")[0].decode()
     assert [name for name in gone if f"\nstreamlearn_{name}" in shown] == []
-    again.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 0.5, 0.5, 1.0), "a", 0.0)
-    assert 'streamlearn_train_loss{task="a"} 0.5' in again.metrics.expose("")[0].decode()
+    again.recorder.metrics.record_delivery(Delivery(batch=batch), LearnStats(0, 1, 1, 1, 0, 0.5, 0.5, 1.0), "a", 0.0)
+    assert 'streamlearn_train_loss{task="a"} 0.5' in again.recorder.metrics.expose("")[0].decode()

@@ -74,7 +74,7 @@ def test_a_refinement_can_be_paused_saved_stopped_and_continued(tmp_path: Path) 
     assert script.turns == [False, False, True, False, False, False]
     assert (job.learner.task.batches_refined, job.progress.tasks[0].state, job.mid_delivery) == (5, "refining", False)
     job.save(stream, SaveTrigger.SHUTDOWN)
-    job.wait_for_saves(stream)
+    job.checkpointer.wait(stream)
     again, stream = made(tmp_path / "parts", **PACKNET)
     assert again.restore()
     assert again.learner.task.batches_refined == 5
