@@ -36,7 +36,7 @@ def get(url: str) -> tuple[int, Any]:
         with urllib.request.urlopen(url, timeout=10) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.exit_code, json.loads(error.read() or b"null")
+        return error.code, json.loads(error.read() or b"null")
 
 
 def has_finished(status: Mapping[str, Any]) -> bool:
