@@ -19,18 +19,13 @@ from benchmarks.common import DATA
 from benchmarks.ingest import NoCommands
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.core.progress import Progress
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
-from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.decoder import RecordDecoder
-from streamlearn.stream.holdout import HoldOut
+from streamlearn.runtime.stream import make_stream_reader
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
-from streamlearn.stream.reader import StreamReader
 from streamlearn.tools import producer
 
 if TYPE_CHECKING:
@@ -73,13 +68,8 @@ def publish_tasks(topics: Sequence[str], limit: int | None) -> MemoryStore:
 
 def learn(store: MemoryStore, config: Config) -> dict[str, Any]:
     """Learn the whole log, and return the history of accuracies, the matrix and the CPU seconds."""
-    spec = config.stream
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
-    dead = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(
-        RecordDecoder.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
-    )
-    stream = StreamReader(MemoryReader(store), Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    stream = make_stream_reader(job, MemoryReader(store), store)
     begun = time.process_time()
     stream.start()
     loop.run(job, stream, NoCommands())

@@ -12,21 +12,17 @@ from benchmarks.ingest import settings
 from benchmarks.update import samples
 from streamlearn.checkpoint.store import Store
 from streamlearn.core.positions import Position, Positions
-from streamlearn.core.progress import Progress
 from streamlearn.core.states import SaveTrigger
 from streamlearn.core.tasks import Task
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.job import Job
-from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.decoder import RecordDecoder
-from streamlearn.stream.holdout import HoldOut
+from streamlearn.runtime.stream import make_stream_reader
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
-from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config
+    from streamlearn.stream.reader import StreamReader
 
 EVERY_SECONDS, PAIRS = 10.0, 4
 TARGET = 0.97
@@ -39,21 +35,13 @@ def make_job(directory: Path, **over: Any) -> tuple[Job, StreamReader]:
     config: Config = settings(directory, "t").model_copy(update=over)
     job = Job.make(config, Store(config.state_dir, keep=1, hourly=0), Metrics())
     store = MemoryStore()
-    dead = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(
-        RecordDecoder.from_config(config.input, config.stream),
-        HoldOut("value", 0),
-        job.scenario,
-        dead,
-        config.stream.batch_size,
-    )
     task = Task(0, "t", labels=list(range(10)))
     job.progress.tasks.append(task)
     job.progress.labels = list(range(10))
     job.progress.positions = Positions({("t", 0): Position(1)})
     job.learner.begin_task(task)
     job.learner.set_active_outputs(job.progress.tasks, job.progress.labels)
-    return job, StreamReader(MemoryReader(store), Assembler(rules, Progress()), config.stream, dead, "bench", 1.0)
+    return job, make_stream_reader(job, MemoryReader(store), store)
 
 
 def throughput() -> dict[str, Any]:

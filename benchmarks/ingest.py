@@ -12,27 +12,23 @@ import numpy as np
 from benchmarks.kafka_broker import KafkaBroker
 from streamlearn.checkpoint.store import Store
 from streamlearn.config import loader
-from streamlearn.core.progress import Progress
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
-from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.decoder import RecordDecoder
-from streamlearn.stream.holdout import HoldOut
+from streamlearn.runtime.stream import make_stream_reader
 from streamlearn.stream.logs.config import KafkaConfig
 from streamlearn.stream.logs.kafka import KafkaReader
 from streamlearn.stream.logs.kafka_writer import KafkaWriter
 from streamlearn.stream.logs.memory import MemoryReader, MemoryStore
 from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
-from streamlearn.stream.reader import StreamReader
 from streamlearn.tools import producer
 
 if TYPE_CHECKING:
     from streamlearn.config.root import Config
     from streamlearn.stream.logs.base import LogReader, LogWriter
+    from streamlearn.stream.reader import StreamReader
 
 SAMPLES, SINGLE, PIXELS = 100_000, 20_000, 784
 TARGET = 0.8
@@ -71,13 +67,8 @@ def settings(directory: Path, topic: str) -> Config:
 
 def rate(log: LogReader, sink: LogWriter, config: Config, samples: int) -> float:
     """Return the samples a second that the whole loop learns."""
-    spec = config.stream
     job = Job.make(config, Store(config.state_dir), Metrics())
-    dead = DeadLetterWriter(sink, "dlq")
-    rules = AssemblerSettings(
-        RecordDecoder.from_config(config.input, config.stream), HoldOut("value", 0), job.scenario, dead, spec.batch_size
-    )
-    stream = StreamReader(log, Assembler(rules, Progress()), spec, dead, "bench", 1.0)
+    stream = make_stream_reader(job, log, sink)
     begun = time.perf_counter()
     stream.start()
     loop.run(job, stream, NoCommands())

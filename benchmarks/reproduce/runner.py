@@ -24,19 +24,14 @@ from streamlearn.checkpoint.store import Store
 from streamlearn.config.root import Config
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.core.positions import Positions
-from streamlearn.core.progress import Progress
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.learning.tensors import configure_torch
 from streamlearn.metrics import Metrics
 from streamlearn.runtime import loop
 from streamlearn.runtime.checkpointer import PendingSave, Snapshot
 from streamlearn.runtime.job import Job
-from streamlearn.stream.assembler import Assembler, AssemblerSettings
-from streamlearn.stream.deadletter import DeadLetterWriter
-from streamlearn.stream.decoder import RecordDecoder
-from streamlearn.stream.holdout import HoldOut
+from streamlearn.runtime.stream import make_stream_reader
 from streamlearn.stream.logs.memory import MemoryReader
-from streamlearn.stream.reader import StreamReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +39,7 @@ if TYPE_CHECKING:
     from benchmarks.reproduce.cells import Row, Settings, Table
     from benchmarks.reproduce.streams import Curriculum
     from streamlearn.core.states import SaveTrigger
+    from streamlearn.stream.reader import StreamReader
 
 ROOT = Path(__file__).parents[2]
 NEVER = 10**9
@@ -173,17 +169,7 @@ def run(cell: Cell, device: str = "cpu", progress: Callable[[float], None] = lam
         cell.curriculum, task_data, per_record=config.stream.batch_size, seed=cell.seed, scale=cell.scale
     )
     job = JobWithoutCheckpoints.make(config, Store(config.state_dir), Metrics())
-    dead = DeadLetterWriter(store, "dlq")
-    rules = AssemblerSettings(
-        RecordDecoder.from_config(config.input, config.stream),
-        HoldOut("value", 0),
-        job.scenario,
-        dead,
-        config.stream.batch_size,
-    )
-    stream = StreamReader(
-        MemoryReader(store, POLLED), Assembler(rules, Progress()), config.stream, dead, "reproduce", 1.0
-    )
+    stream = make_stream_reader(job, MemoryReader(store, POLLED), store)
     batches = sum(-(-total // config.stream.batch_size) for total in totals)
     begun, used = time.perf_counter(), time.process_time()
     stream.start()

@@ -264,7 +264,7 @@ def _open_letters(path: Path) -> Iterator[tuple[LogReader, LogWriter, str, Path]
     config = load_config(path)
     if config.source == "embedded" and not config.embedded.path.is_file():
         raise InputOutputError(f"{config.embedded.path}: no such file")
-    from streamlearn.runtime.daemon import open_reader_and_writer
+    from streamlearn.runtime.stream import open_reader_and_writer
 
     reader, writer = open_reader_and_writer(config)
     try:

@@ -65,6 +65,6 @@ def open_topics(
         return EmbeddedReader(embedded), EmbeddedWriter(embedded)
     if config is None:
         raise UsageError("which topics? give --config, --bootstrap-servers or --embedded")
-    from streamlearn.runtime.daemon import open_reader_and_writer
+    from streamlearn.runtime.stream import open_reader_and_writer
 
     return open_reader_and_writer(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -22,13 +21,14 @@ from streamlearn.core.errors import (
     StreamlearnError,
     is_out_of_memory,
 )
-from streamlearn.core.progress import Progress, format_outcomes
+from streamlearn.core.progress import format_outcomes
 from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.control_desk import ControlDesk
 from streamlearn.runtime.divergence import Diverged
 from streamlearn.runtime.status import status_of
+from streamlearn.runtime.stream import open_stream_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from streamlearn.config.root import Config
     from streamlearn.runtime.job import Job
-    from streamlearn.stream.logs.base import LogReader, LogWriter
     from streamlearn.stream.reader import StreamReader
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ def run(
 
 def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
     """Learn until a stop is requested or the stream is finished; return the error if training diverged, else None."""
-    stream = make_stream_reader(job)
+    stream = open_stream_reader(job)
     stream.start()
     try:
         learn(job, stream, desk)
@@ -160,42 +159,6 @@ def save_last(job: Job, stream: StreamReader) -> Diverged | None:
         logger.warning("%s: the batches since the last checkpoint are not saved", error)
         return error
     return None
-
-
-def make_stream_reader(job: Job) -> StreamReader:
-    """Return a reader of the job's stream, from its positions on. The reader gets a copy of the progress."""
-    from streamlearn.stream.assembler import Assembler, AssemblerSettings
-    from streamlearn.stream.deadletter import DeadLetterWriter
-    from streamlearn.stream.decoder import RecordDecoder
-    from streamlearn.stream.holdout import HoldOut
-    from streamlearn.stream.reader import StreamReader
-
-    config = job.config
-    reader, writer = open_reader_and_writer(config)
-    dead_letters = DeadLetterWriter(writer, config.dead_letter_topic)
-    spec = config.stream
-    decoder = RecordDecoder.from_config(config.input, config.stream, job.progress.codec_version)
-    settings = AssemblerSettings(
-        decoder, HoldOut(config.holdout.by, config.holdout.fraction), job.scenario, dead_letters,
-        spec.batch_size, spec.task_end.records, spec.late == "dead_letter",
-    )  # fmt: skip
-    copied = Progress.from_json(json.loads(json.dumps(job.progress.to_json())), job.progress.positions)
-    refresh = config.kafka.metadata_refresh_seconds if config.kafka is not None else 1.0
-    job.recorder.stream_made(spec.topics or [])
-    return StreamReader(reader, Assembler(settings, copied), spec, dead_letters, config.group_id, refresh)
-
-
-def open_reader_and_writer(config: Config) -> tuple[LogReader, LogWriter]:
-    """Return a reader and a writer of the configured source. Kafka is not contacted yet."""
-    if config.source == "kafka":
-        from streamlearn.stream.logs.kafka import KafkaReader
-        from streamlearn.stream.logs.kafka_writer import KafkaWriter
-
-        assert config.kafka is not None
-        return KafkaReader(config.kafka, config.group_id, config.stream.max_record_bytes), KafkaWriter(config.kafka)
-    from streamlearn.stream.logs.sqlite import EmbeddedReader, EmbeddedWriter
-
-    return EmbeddedReader(config.embedded.path), EmbeddedWriter(config.embedded.path)
 
 
 def record_versions(job: Job, cause: str) -> None:

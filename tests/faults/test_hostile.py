@@ -22,8 +22,9 @@ from streamlearn.core.samples import REJECT_REASONS
 from streamlearn.core.states import SaveTrigger
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
-from streamlearn.runtime import daemon, loop
+from streamlearn.runtime import loop
 from streamlearn.runtime.job import Job
+from streamlearn.runtime.stream import open_stream_reader
 from streamlearn.stream import letters
 from streamlearn.stream.codecs.registry import CODECS, find_codec
 from streamlearn.stream.deadletter import HEADER_PREFIX, original_headers
@@ -231,7 +232,7 @@ def learn(directory: Path, records: list[Hostile]) -> Job:
     sink.close()
     config = Config.model_validate(tree, context={"recipes": RECIPES})
     job = Job.make(config, Store(config.state_dir), Metrics())
-    stream = daemon.make_stream_reader(job)
+    stream = open_stream_reader(job)
     stream.start()
     try:
         loop.run(job, stream, Unattended())

@@ -21,9 +21,9 @@ from streamlearn.core.states import DaemonState
 from streamlearn.evaluation.matrix import FILE
 from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.metrics import Metrics
-from streamlearn.runtime.daemon import make_stream_reader
 from streamlearn.runtime.job import Job
 from streamlearn.runtime.status import describe_model, status_of
+from streamlearn.runtime.stream import open_stream_reader
 from tests.golden import make
 from tests.support import jobs
 
@@ -134,6 +134,6 @@ def test_a_checkpoint_belongs_to_its_source(tmp_path: Path) -> None:
 def test_an_old_job_keeps_its_codec(tmp_path: Path) -> None:
     """A restored job reads samples with the codec version of the job that wrote the checkpoint."""
     job = restored_job(tmp_path, next(path for path in GOLDEN if path.name == "default"))
-    stream = make_stream_reader(job)
+    stream = open_stream_reader(job)
     assert stream.assembler.settings.decoder.version == 1
     assert describe_model(job)["codec"] == 1
