@@ -2,15 +2,16 @@
 
 The steps of a save, in this order:
 
-1. a copy of the state is taken between two batches; all later steps run in the writer thread (done by the job)
-2. the dead letters before the copied positions become durable (done by the job)
+1. a copy of the state is taken between two batches (done by the job, in the loop's thread)
+2. the dead letters before the copied positions become durable (done by the checkpointer; this step and the next ones run
+   in its writer thread)
 3. the free disk space is checked
 4. every file is written into a temporary directory and synced, several at a time. Files that never change are hard links to
    those of the previous checkpoint, or copies where the file system has no links
 5. `MANIFEST.json` with the hash of every file is written, as the last file
 6. the directory is synced and renamed, and its parent is synced
 7. old checkpoints are removed
-8. the positions are committed to the broker (done by the job)
+8. the positions are committed to the broker (done by the checkpointer, in the loop's thread)
 
 After a crash between any two steps the previous checkpoint is still valid.
 """
@@ -268,7 +269,7 @@ class Store:
         return found
 
     def check_tag(self, tag: str) -> None:
-        """Raise `StreamlearnError` if the tag is not valid (2), or another checkpoint has it."""
+        """Raise `UsageError` if the tag is not valid, `StreamlearnError` if another checkpoint has it."""
         tag_files.check(tag, self.paths())
 
     def untag(self, tag: str) -> str:

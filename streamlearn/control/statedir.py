@@ -64,8 +64,8 @@ class Lock:
     def __init__(self, state_dir: Path) -> None:
         """Take the lock.
 
-        Raises `AlreadyRunningError` if another process has it, 74 if the file system has no locks, 77 if other users may
-        write into the directory.
+        Raises `AlreadyRunningError` if another process has it, `InputOutputError` if the file system has no locks,
+        `AccessError` if other users may write into the directory.
         """
         self.path = state_dir / LOCK
         deadline = time.monotonic() + LOCK_SECONDS
@@ -198,7 +198,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def write_process_record(path: Path, tree: dict[str, Any]) -> None:
-    """Replace a small JSON file atomically: a reader sees the old or the new one. Raises `InputOutputError` or 77)."""
+    """Replace a small JSON file atomically: a reader sees the old or the new one.
+
+    Raises `InputOutputError`, or `AccessError` if a permission is missing.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -224,7 +227,7 @@ def record_clean_end(state_dir: Path) -> None:
 
 
 def is_locked(state_dir: Path) -> bool:
-    """Return whether a daemon holds the lock; raises `InputOutputError` or 77) if the lock cannot be tested."""
+    """Return whether a daemon holds the lock; raises `InputOutputError` or `AccessError` if the lock cannot be tested."""
     try:
         descriptor = os.open(state_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):

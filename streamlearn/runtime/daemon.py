@@ -51,7 +51,7 @@ def run(
     """Run the daemon until it is stopped; returns after the last checkpoint is durable.
 
     `on_event` is called with `{"event": "running" | "ready", ...}`. `live_view` returns a context that is open while the loop
-    runs. Raises `StreamlearnError`; its code is the exit code of the process.
+    runs. Raises `StreamlearnError`; its `exit_code` is that of the process.
     """
     metrics = Metrics()
     desk = ControlDesk(config, metrics)
@@ -112,8 +112,8 @@ def learn_from(job: Job, desk: ControlDesk) -> Diverged | None:
 def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
     """Run the loop; at its end save what was learned, whatever the reason, and check the outcome of every sample.
 
-    Raises `TemporaryError` if there was no memory left, 74 if the last checkpoint failed, 65 if every sample was
-    rejected; and `Diverged`.
+    Raises `TemporaryError` if there was no memory left, `InputOutputError` if the last checkpoint failed, `DataError` if every
+    sample was rejected, and `Diverged` if training diverged.
     """
     from streamlearn.runtime import loop
 
