@@ -99,27 +99,18 @@ class Checkpoint:
             self.read(name)
 
 
-def open_checkpoint(path: Path, *files: str, optional: Sequence[str] = ()) -> Checkpoint:
-    """Return the checkpoint in a directory of any name, after checking the hashes of these files.
+def load(path: Path, *files: str, optional: Sequence[str] = (), named: bool = True) -> Checkpoint:
+    """Return the checkpoint in a directory, after checking the hashes of `files`, and of the `optional` ones that it has.
 
-    Raises `BrokenCheckpoint` if the manifest or a file is not valid, `ConfigurationError` if its format is a later one.
+    `named`: see `parse`. Raises `BrokenCheckpoint` if the manifest or a file is not valid, `ConfigurationError` if its format
+    is a later one.
     """
     _check_format(path)
-    if (checkpoint := parse(path, named=False)) is None:
-        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read; the directory of a checkpoint must have this file")
+    if (checkpoint := parse(path, named=named)) is None:
+        hint = "" if named else "; the directory of a checkpoint must have this file"
+        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read{hint}")
     for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
         checkpoint.read(file)
-    return checkpoint
-
-
-def load(path: Path) -> Checkpoint:
-    """Return the checkpoint in a directory.
-
-    Raises `BrokenCheckpoint` if its manifest cannot be read, `ConfigurationError` if its format is a later one.
-    """
-    _check_format(path)
-    if (checkpoint := parse(path)) is None:
-        raise BrokenCheckpoint(f"{path / MANIFEST}: cannot be read")
     return checkpoint
 
 

@@ -115,15 +115,11 @@ class Store:
                 path, name
             ):
                 try:
-                    checkpoint = load(path)
-                    for file in (*files, *(file for file in optional if file in checkpoint.manifest["files"])):
-                        checkpoint.read(file)
+                    return load(path, *files, optional=optional)
                 except BrokenCheckpoint as error:
                     if name != "latest":
                         raise
                     logger.warning("%s; using the checkpoint before it", error)
-                else:
-                    return checkpoint
         known = ", ".join(path.name for path in paths[:5]) or "none"
         broken = "; broken: " + ", ".join(path.name for path in self._corrupt()) if any(self._corrupt()) else ""
         wanted = "valid checkpoint" if name == "latest" else f"checkpoint {name}"

@@ -125,7 +125,7 @@ def restore(id_: IdArgument, state: StateOption = None) -> None:
     Store(directory).find(id_)  # before the lock, which would create a missing directory
     with locked(directory):
         store = Store(directory)
-        before = next(iter(store.all()), None)
+        before = store.newest()
         restored = store.restore(id_)
     print_line(f"{restored.id} is a copy of {restored.manifest['restored_from']}")
     if before is not None:

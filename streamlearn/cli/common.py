@@ -40,12 +40,17 @@ def load_config(path: Path, *, warn: bool = False) -> Config:
     return config
 
 
+def config_here() -> Path | None:
+    """Return ./streamlearn.yaml, the configuration of commands that get none; None if there is no such file."""
+    here = Path("streamlearn.yaml")
+    return here if here.is_file() else None
+
+
 def find_state_dir(state: Path | None) -> Path:
     """Return the state directory for a command; raises `UsageError` if none is given."""
     if state is not None:
         return state
-    here = Path("streamlearn.yaml")
-    if here.is_file():
+    if (here := config_here()) is not None:
         return load_config(here).state_dir
     raise UsageError(
         "no state directory: use --state DIR, set STREAMLEARN_STATE_DIR, or run in a directory with a streamlearn.yaml",

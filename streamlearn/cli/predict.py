@@ -10,6 +10,7 @@ import typer
 from streamlearn.cli.common import (
     JsonOption,
     StateOption,
+    config_here,
     find_state_dir,
     format_percent,
     load_config,
@@ -22,6 +23,8 @@ from streamlearn.core.errors import DataError, StreamlearnError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from streamlearn.checkpoint.manifest import Checkpoint
 
 
 def predict(
@@ -55,8 +58,6 @@ def predict(
 
     Of the checkpoint it reads only model.safetensors, model.json and, if there is one, the encoder.
     """
-    from streamlearn.checkpoint.manifest import open_checkpoint
-    from streamlearn.checkpoint.store import Store
     from streamlearn.tools import producer
     from streamlearn.tools.predict import Model, accuracy
 
@@ -64,10 +65,9 @@ def predict(
         """Return the name and options of the user's model or encoder; code is never imported because a checkpoint names it."""
         if (name := {"model": model, "encoder": encoder}[kind]) is not None:
             return name, None
-        here = Path("streamlearn.yaml")
-        if config is None and not here.is_file():
+        if (path := config or config_here()) is None:
             return None
-        loaded = load_config(config or here)
+        loaded = load_config(path)
         spec = loaded.model if kind == "model" else loaded.input.encoder
         return None if spec is None else (spec.name, spec.options)
 
@@ -76,16 +76,7 @@ def predict(
     if classes is not None:
         groups = producer.resolve_groups(samples, [producer.parse_labels(classes)])
         samples = producer.split_by_classes(samples, groups)[0]
-    if "/" in checkpoint:  # a path without a slash would be taken for an id
-        found = open_checkpoint(Path(checkpoint), *Model.FILES, optional=Model.OPTIONAL)
-    else:
-        where = find_state_dir(state) if config is None or state is not None else load_config(config).state_dir
-        try:
-            found = Store(where).find(checkpoint, *Model.FILES, optional=Model.OPTIONAL)
-        except StreamlearnError as error:
-            hint = f"; for the directory, write ./{checkpoint}" if Path(checkpoint).is_dir() else ""
-            raise error.with_message(f"{error}{hint}") from error
-    done = Model(found, find_user_code).predict(samples.x, task)
+    done = Model(_find_checkpoint(checkpoint, state, config), find_user_code).predict(samples.x, task)
     tree: dict[str, Any] = {
         "samples": len(done.labels),
         "accuracy": accuracy(done.labels, samples.y) if samples.y else None,
@@ -108,3 +99,19 @@ def predict(
         if len(rejected) == len(done.labels):
             raise DataError(message)
         print_error(f"warning: {message}")
+
+
+def _find_checkpoint(name: str, state: Path | None, config: Path | None) -> Checkpoint:
+    """Return the checkpoint with this id, number or tag, or in this directory, after checking the files of its model."""
+    from streamlearn.checkpoint.manifest import load
+    from streamlearn.checkpoint.store import Store
+    from streamlearn.tools.predict import Model
+
+    if "/" in name:  # a path without a slash would be taken for an id
+        return load(Path(name), *Model.FILES, optional=Model.OPTIONAL, named=False)
+    where = find_state_dir(state) if config is None or state is not None else load_config(config).state_dir
+    try:
+        return Store(where).find(name, *Model.FILES, optional=Model.OPTIONAL)
+    except StreamlearnError as error:
+        hint = f"; for the directory, write ./{name}" if Path(name).is_dir() else ""
+        raise error.with_message(f"{error}{hint}") from error

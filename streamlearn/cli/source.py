@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamlearn.cli.common import load_config
+from streamlearn.cli.common import config_here, load_config
 from streamlearn.core.errors import InputOutputError, UsageError
 from streamlearn.logs import quiet_kafka
 
@@ -33,9 +33,8 @@ def find_config(config: Path | None, servers: str | None, embedded: Path | None)
     """
     if sum(option is not None for option in (config, servers, embedded)) > 1:
         raise UsageError("give only one of --config, --bootstrap-servers and --embedded")
-    here = Path("streamlearn.yaml")
-    if config is None and servers is None and embedded is None and here.is_file():
-        config = here
+    if config is None and servers is None and embedded is None:
+        config = config_here()
     return None if config is None else load_config(config)
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from streamlearn import state
-from streamlearn.checkpoint.manifest import Checkpoint, open_checkpoint
+from streamlearn.checkpoint.manifest import Checkpoint, load
 from streamlearn.checkpoint.store import Store
 from streamlearn.cli.app import app
 from streamlearn.core.errors import StreamlearnError
@@ -126,7 +126,7 @@ def test_outputs_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
 def test_checkpoints_of_older_versions_are_loaded() -> None:
     """A `model.json` without the newer fields is enough."""
     for path in sorted(GOLDEN.glob("*/checkpoints/ckpt-*")):
-        done = Model(open_checkpoint(path, *Model.FILES)).predict(np.zeros((2, 4), np.float32))
+        done = Model(load(path, *Model.FILES, named=False)).predict(np.zeros((2, 4), np.float32))
         assert len(done.labels) == 2
         assert done.rejected == {}
 
