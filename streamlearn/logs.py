@@ -6,6 +6,10 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FIELDS = ("command", "topic", "partition", "offset", "task", "step", "checkpoint", "trigger")
 
@@ -22,6 +26,15 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """Return text of several lines that is safe on a terminal; only its line breaks are kept."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def format_outcomes(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return one line for each topic of a status: the samples consumed, as the sum of their outcomes."""
+    return [
+        f"{topic}: {count['consumed']} samples = "
+        + " + ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in count.items() if kind != "consumed")
+        for topic, count in topics.items()
+    ]
 
 
 class TextFormatter(logging.Formatter):

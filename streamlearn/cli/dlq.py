@@ -15,7 +15,6 @@ import typer
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
 from streamlearn.cli.lifecycle import read_status
 from streamlearn.core.errors import InputOutputError, NotRunningError, StreamlearnError, UsageError
-from streamlearn.core.tasks import TaskState
 from streamlearn.logs import printable, quiet_kafka
 
 if TYPE_CHECKING:
@@ -213,6 +212,8 @@ def _report_skipped(count: int, topic: str) -> None:
 
 def _warn_of_ended_tasks(state_dir: Path, topics: Collection[str]) -> None:
     """Warn if the state directory says that the task of one of these topics has ended."""
+    from streamlearn.core.tasks import TaskState
+
     try:
         tasks = read_status(state_dir).get("tasks", [])
     except NotRunningError:  # nothing was learned in this directory, so no task has ended

@@ -43,8 +43,7 @@ from streamlearn.core.errors import (
     TemporaryError,
     error_with_exit_code,
 )
-from streamlearn.core.progress import format_outcomes
-from streamlearn.logs import printable, printable_lines
+from streamlearn.logs import format_outcomes, printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -128,12 +128,3 @@ class Progress:
         # older checkpoints have none of these keys
         probe_labels, probe_words = list(tree.get("probe_labels", [])), list(tree.get("probe_words", []))
         return cls(positions, tasks, labels, counts_by_topic, words, probe_labels, probe_words, tree.get("codec", 1))
-
-
-def format_outcomes(topics: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return one line for each topic of a status: the samples consumed, as the sum of their outcomes."""
-    return [
-        f"{topic}: {count['consumed']} samples = "
-        + " + ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in count.items() if kind != "consumed")
-        for topic, count in topics.items()
-    ]

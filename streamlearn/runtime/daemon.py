@@ -21,9 +21,9 @@ from streamlearn.core.errors import (
     StreamlearnError,
     is_out_of_memory,
 )
-from streamlearn.core.progress import format_outcomes
 from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState, SaveTrigger
+from streamlearn.logs import format_outcomes
 from streamlearn.metrics import Metrics
 from streamlearn.runtime.control_desk import ControlDesk
 from streamlearn.runtime.divergence import Diverged
