@@ -103,6 +103,11 @@ def error_with_exit_code(exit_code: int, message: str) -> StreamlearnError:
     return error
 
 
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an exception, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether the host or the device was out of memory. Torch reports it by an error type, or only in the message."""
     return (

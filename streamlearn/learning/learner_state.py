@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 from streamlearn.core.immutable import Immutable
 from streamlearn.learning.models.module_state import load_module_state, module_state
-from streamlearn.learning.tensors import clones
+from streamlearn.learning.tensors import clones, from_numbered, numbered
 from streamlearn.state import join_tensors, split_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
-    from torch import Tensor
 
     from streamlearn.core.labels import Label
     from streamlearn.core.tasks import Task
@@ -32,8 +29,8 @@ def state_of(learner: Learner) -> dict[str, State]:
         "optimizer": update["optimizer"],
         "reservoir": task.reservoir.state_dict(),
         "transfer": {
-            "initial": _numbered(learner.initial_params) if transfer else {},
-            "task_start": _numbered(learner.task_start_params) if transfer else {},
+            "initial": numbered(learner.initial_params) if transfer else {},
+            "task_start": numbered(learner.task_start_params) if transfer else {},
         },
         "learner": {
             "step": learner.step,
@@ -71,8 +68,8 @@ def load_state(learner: Learner, state: Mapping[str, State], tasks: Sequence[Tas
         load_module_state(learner.model, state["model"])
     # empty if forward transfer is undefined; then values of the right shapes are enough
     device, transfer = learner.context.device, state["transfer"]
-    learner.initial_params = _from_numbered(transfer["initial"], device) or clones(learner.params)
-    learner.task_start_params = _from_numbered(transfer["task_start"], device) or clones(learner.params)
+    learner.initial_params = from_numbered(transfer["initial"], device) or clones(learner.params)
+    learner.task_start_params = from_numbered(transfer["task_start"], device) or clones(learner.params)
     task, cursor = learner.task, values["cursor"]
     task.reservoir.load_state_dict(state["reservoir"])
     task.index, task.steps = values["task"], values["task_steps"]
@@ -87,11 +84,3 @@ def encoder_state(encoder: Encoder) -> State:
     """Return an encoder's state: tensors that never change, saved in a file of their own, and the rest."""
     tensors, rest = split_tensors(encoder.state_dict())
     return {"frozen": Immutable(tensors), "rest": rest}
-
-
-def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(tensors)}
-
-
-def _from_numbered(values: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
-    return [values[str(number)].to(device, copy=True) for number in range(len(values))]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from streamlearn.learning.tensors import clones, padded, zeros
+from streamlearn.learning.tensors import from_numbered, numbered, padded, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +34,8 @@ class Optimizer:
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
-        kept = {"sgd": ["momentum"] if momentum else []}.get(name, ["mean", "square"])
-        self.moments = {moment: zeros(self.params) for moment in kept}
+        moments = ["mean", "square"] if name != "sgd" else ["momentum"] if momentum else []
+        self.moments = {moment: zeros(self.params) for moment in moments}
         self.steps = [] if name == "sgd" else [torch.zeros((), device=param.device) for param in self.params]
         # for each parameter that has grown, by index: the number of steps before each of its entries was added
         self.steps_before: dict[int, Tensor] = {}
@@ -143,14 +143,13 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a restart needs to continue bit-equal."""
-        named = {"steps": self.steps, **self.moments}
-        state = {key: {str(n): value for n, value in enumerate(values)} for key, values in named.items()}
+        state = {key: numbered(values) for key, values in {"steps": self.steps, **self.moments}.items()}
         return {**state, "missed": {str(n): value for n, value in self.steps_before.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for the same parameters."""
         device = self.params[0].device
-        self.steps = clones([state["steps"][str(n)].to(device) for n in range(len(state["steps"]))])
+        self.steps = from_numbered(state["steps"], device)
         steps_before = state.get("missed", {})  # older checkpoints do not have it
         self.steps_before = {int(n): value.to(device, copy=True) for n, value in steps_before.items()}
         for name in self.moments.keys() & state.keys():

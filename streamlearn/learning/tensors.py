@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def configure_torch(threads: int) -> None:
@@ -58,6 +58,16 @@ def zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(tensor) for tensor in tensors]
 
 
+def numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their index, as a state stores a list of them."""
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
+
+
+def from_numbered(values: Mapping[str, Tensor], device: torch.device) -> list[Tensor]:
+    """Return copies, on the device, of the tensors that were given to `numbered`."""
+    return [values[str(number)].to(device, copy=True) for number in range(len(values))]
+
+
 def dense(grad: Tensor | None, like: Tensor) -> Tensor:
     """Return a parameter's gradient as a dense tensor: an embedding may have a sparse one, an unused parameter has None."""
     if grad is None:
@@ -93,6 +103,11 @@ def finite_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm, norm < torch.inf  # also false for NaN
+
+
+def clip_norm(grads: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale gradients, whose norm together is `norm`, in place to a norm of at most `max_norm`."""
+    torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def finite_rows(x: Tensor) -> Tensor:

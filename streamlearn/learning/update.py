@@ -10,7 +10,7 @@ from streamlearn.learning.loss import weighted_loss
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.modes import differentiable_eval_mode
 from streamlearn.learning.optimizers import Optimizer
-from streamlearn.learning.tensors import dense, finite_norm
+from streamlearn.learning.tensors import clip_norm, dense, finite_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +100,8 @@ class GradientUpdate:
         fixed = self._fixed_entries(mixed, grads)
         s.penalty.add_gradient(self.params, grads)  # of the penalty on changes of important parameters
         for index, entries in fixed.items():
-            grads[index].masked_fill_(entries, 0.0)  # unchanged since past tasks: the penalty's gradient is rounding
+            # these weights are still those of the past tasks, so the penalty's gradient there is only rounding
+            grads[index].masked_fill_(entries, 0.0)
         s.constraint.project_gradient(self.params, grads, self.gradient_of)  # so that the step does not harm past tasks
         norm, finite = finite_norm(grads)
         clipped = self._clip(grads, norm)
@@ -196,6 +197,5 @@ class GradientUpdate:
         """Clip the gradient to `max_norm`, if there is one; return whether it was larger."""
         if self.max_norm is None:
             return None
-        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(list(grads), scale)
+        clip_norm(grads, norm, self.max_norm)
         return norm > self.max_norm

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamlearn.learning.models.vae import bounded, observed, reconstruction
+from streamlearn.learning.tensors import padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,9 +79,7 @@ class Feedback(nn.Module):
         """Add classes, up to `num_classes`; their priors begin as standard normal."""
         for name in ("prior_mean", "prior_log_variance"):
             old = getattr(self, name)
-            grown = torch.zeros(num_classes, self.latent, device=old.device)
-            grown[: len(old)] = old
-            setattr(self, name, nn.Parameter(grown))
+            setattr(self, name, nn.Parameter(padded(old, old.new_zeros(num_classes, self.latent))))
         self.gates = self._gates(num_classes).to(self.prior_mean.device)
 
     def _gates(self, num_classes: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from streamlearn.core.errors import ConfigurationError
+from streamlearn.core.errors import ConfigurationError, one_line
 from streamlearn.learning.models import imports
 from streamlearn.learning.models.memnet import MemNet
 from streamlearn.learning.models.mlp import MLP
@@ -76,7 +76,7 @@ def _build_custom(
 def model_error(spec: Mapping[str, Any], why: Exception | str, step: str = "") -> ConfigurationError:
     """Return the error for a model that cannot be used. `step` says what failed, and ends with a colon."""
     if not isinstance(why, str):
-        why = f"{type(why).__name__}: {' '.join(str(why).split())}"
+        why = one_line(why)
     return ConfigurationError(f"model {spec['name']}: {step}{why}")
 
 

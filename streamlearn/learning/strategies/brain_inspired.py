@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.feedback import Feedback
+from streamlearn.learning.models.modes import global_seed
 from streamlearn.learning.strategies.generative import GenerativeReplay
 from streamlearn.learning.strategies.generator_training import GeneratorTraining
 
@@ -41,8 +40,7 @@ class FeedbackReplay(GenerativeReplay):
                 "strategy.generative: variant brain-inspired needs a model whose last layer is linear and named head"
             )
             raise ConfigurationError(message)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.context.seed)
+        with global_seed(self.context.seed):
             return Feedback(
                 self.context.input_shape, head.in_features, num_outputs, hidden=spec.hidden, latent=spec.latent,
                 likelihood=spec.likelihood, gated=spec.gated, seed=self.context.seed,

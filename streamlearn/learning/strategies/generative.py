@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.samples import Batch
+from streamlearn.learning.models.modes import global_seed
 from streamlearn.learning.models.vae import VAE
 from streamlearn.learning.strategies.agreement import measure_agreement
 from streamlearn.learning.strategies.generator_training import (
@@ -70,8 +71,7 @@ class GenerativeReplay(Replay):
     def _build_vae(self, num_outputs: int) -> VAE:
         """Return an untrained generator."""
         spec = self.spec
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.context.seed)
+        with global_seed(self.context.seed):
             return VAE(
                 self.context.input_shape, num_outputs, conditional=spec.conditional,
                 hidden=spec.hidden, latent=spec.latent, likelihood=spec.likelihood,

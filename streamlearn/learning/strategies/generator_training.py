@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from streamlearn.learning.optimizers import Optimizer
-from streamlearn.learning.tensors import averaging_rate, clones, copy_into, finite_norm, padded_all
+from streamlearn.learning.tensors import (
+    averaging_rate,
+    clip_norm,
+    clones,
+    copy_into,
+    dense,
+    finite_norm,
+    from_numbered,
+    numbered,
+    padded_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,10 +94,10 @@ class GeneratorTraining:
         `finite` is false if the model's own step was dropped; then the generator's is dropped, too.
         """
         params = self._params
-        grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in params]
+        grads = [dense(param.grad, param) for param in params]
         norm, own_finite = finite_norm(grads)
         if self.max_norm is not None:
-            torch._foreach_mul_(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            clip_norm(grads, norm, self.max_norm)
         applied = own_finite & finite
         self._dropped += finite & ~own_finite
         self.optimizer.step(grads, applied)
@@ -135,7 +145,7 @@ class GeneratorTraining:
         return {
             "steps": self.steps,
             "generator": dict(self.generator.state_dict()),
-            "average": {str(n): mean for n, mean in enumerate(self.average)},
+            "average": numbered(self.average),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -144,7 +154,7 @@ class GeneratorTraining:
         self.num_outputs, self.steps = num_outputs, state["steps"]
         self.generator = self.build(num_outputs)
         self.generator.load_state_dict(state["generator"])
-        self.average = [state["average"][str(n)].to(self.device) for n in range(len(self._params))]
+        self.average = from_numbered(state["average"], self.device)
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from streamlearn.core.errors import ConfigurationError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, is_out_of_memory, one_line
 from streamlearn.learning.models.modes import differentiable_eval_mode
-from streamlearn.learning.tensors import dense
+from streamlearn.learning.tensors import dense, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,8 +63,7 @@ def check_per_sample_gradients(context: BuildContext, recipe: str) -> None:
     except Exception as error:  # a user's model may raise anything
         if is_out_of_memory(error):
             raise
-        why = " ".join(str(error).split())
-        message = f"strategy.{recipe}: the model gives no gradient of a single sample: {type(error).__name__}: {why}"
+        message = f"strategy.{recipe}: the model gives no gradient of a single sample: {one_line(error)}"
         raise ConfigurationError(message) from error
 
 
@@ -101,9 +100,8 @@ def _by_layer(
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []  # layer, activation, output
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        a = (
-            inputs[0].detach() if inputs else output.new_empty(0)
-        )  # a keyword argument: the size 0 rules out the closed form
+        # without inputs the layer was called with a keyword argument: the size 0 rules out the closed form
+        a = inputs[0].detach() if inputs else output.new_empty(0)
         calls.append((layer, a, output))
         return output.clone()  # later code may change it in place, but the delta must be that of the layer's own output
 
@@ -183,7 +181,7 @@ def _by_sample(
         return losses(logits, label[None])[0]
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    total = [torch.zeros_like(param) for param in params.values()]
+    total = zeros(list(params.values()))
     for xs, ys, ws in zip(x.split(SLICE), y.split(SLICE), weight.split(SLICE), strict=True):
         by_name = gradients(params, xs, ys)
         moments = [torch.einsum("b...,b->...", by_name[name].abs() ** power, ws) for name in params]
@@ -197,7 +195,7 @@ def _one_by_one(
 ) -> list[Tensor]:
     """Return the moments of any network, with one backward pass for each sample."""
     trained = [param for param in network.parameters() if param.requires_grad]
-    total = [torch.zeros_like(param) for param in trained]
+    total = zeros(trained)
     for number in range(len(x)):
         one = slice(number, number + 1)
         found = torch.autograd.grad(losses(network(x[one]), y[one])[0], trained, allow_unused=True)

@@ -67,16 +67,25 @@ def mean_over_samples(
     return [value / len(ended.y) for value in sums]
 
 
-def add_path_integral(
-    path: list[Tensor], gradient: list[Tensor], before: list[Tensor], params: Sequence[Tensor], finite: Tensor
-) -> None:
-    """Add `gradient * (before - params)` to `path`, then copy `params` into `before`.
+class PathImportance(Importance):
+    """An importance that depends on the path of the parameters through a task: SI and RWalk."""
 
-    A dropped step adds nothing: its gradient is set to 0, in place.
-    """
-    zero = torch.zeros((), device=finite.device)
-    for value in gradient:
-        torch.where(finite, value, zero, out=value)  # the parameters did not move, but 0 * NaN is NaN
-    torch._foreach_sub_(before, list(params))
-    torch._foreach_addcmul_(path, gradient, before)
-    copy_into(before, params)
+    gradient: list[Tensor]  # of the loss in the current step, without the penalty's
+
+    @torch.no_grad()
+    def see_gradient(self, grads: Sequence[Tensor]) -> None:
+        copy_into(self.gradient, grads)
+
+    def add_path_integral(
+        self, path: list[Tensor], before: list[Tensor], params: Sequence[Tensor], finite: Tensor
+    ) -> None:
+        """Add `gradient * (before - params)` to `path`, then copy `params` into `before`.
+
+        A dropped step adds nothing: its gradient is set to 0, in place.
+        """
+        zero = torch.zeros((), device=finite.device)
+        for value in self.gradient:
+            torch.where(finite, value, zero, out=value)  # the parameters did not move, but 0 * NaN is NaN
+        torch._foreach_sub_(before, list(params))
+        torch._foreach_addcmul_(path, self.gradient, before)
+        copy_into(before, params)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from streamlearn.core.errors import ConfigurationError
 from streamlearn.learning.models import registry
 from streamlearn.learning.strategies.slots import BuildContext, Constraint, EndedTask, GradientOf, Network, State
+from streamlearn.learning.tensors import clones
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,7 +175,7 @@ class OwnershipConstraint(Constraint):
         del gradient_of
         if not self._trainable:
             self._trainable = list(self.network.trainable_entries().values())
-            self._frozen_values = [param.detach().clone() for param in params]
+            self._frozen_values = clones(params)
         for grad, trainable in zip(grads, self._trainable, strict=True):
             grad.masked_fill_(~trainable, 0.0)
 

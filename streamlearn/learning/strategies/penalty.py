@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streamlearn.learning.strategies.slots import BuildContext, EndedTask, Penalty, State
-from streamlearn.learning.tensors import padded_all
+from streamlearn.learning.tensors import from_numbered, numbered, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,8 +76,8 @@ class ImportancePenalty(Penalty):
     def end_task(self, ended: EndedTask) -> None:
         # a sample far out of range can overflow; an importance that is not finite would spoil every later update
         new = [torch.where(value.isfinite(), value, 0.0) for value in self.importance.compute(ended)]
-        old_precision = self.precision or [torch.zeros_like(value) for value in new]
-        old_anchor = self.weighted_anchor or [torch.zeros_like(value) for value in new]
+        old_precision = self.precision or zeros(new)
+        old_anchor = self.weighted_anchor or zeros(new)
         self.precision = [self.decay * old + value for old, value in zip(old_precision, new, strict=True)]
         if self.anchor == "last":
             self.weighted_anchor = [b * param for b, param in zip(self.precision, ended.params, strict=True)]
@@ -102,13 +102,11 @@ class ImportancePenalty(Penalty):
     def state_dict(self) -> State:
         return {
             "importance": self.importance.state_dict(),
-            "precision": {str(n): value for n, value in enumerate(self.precision)},
-            "weighted_anchor": {str(n): value for n, value in enumerate(self.weighted_anchor)},
+            "precision": numbered(self.precision),
+            "weighted_anchor": numbered(self.weighted_anchor),
         }
 
     def load_state_dict(self, state: State) -> None:
         self.importance.load_state_dict(state["importance"])
-        self.precision, self.weighted_anchor = (
-            [state[key][str(n)].to(self.device, copy=True) for n in range(len(state[key]))]
-            for key in ("precision", "weighted_anchor")
-        )
+        self.precision = from_numbered(state["precision"], self.device)
+        self.weighted_anchor = from_numbered(state["weighted_anchor"], self.device)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamlearn.learning.strategies.importance import Importance, add_path_integral
-from streamlearn.learning.tensors import clones, copy_into, padded_all, zeros
+from streamlearn.learning.strategies.importance import PathImportance
+from streamlearn.learning.tensors import clones, from_numbered, numbered, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 
-class RiemannianWalk(Importance):
+class RiemannianWalk(PathImportance):
     """A moving Fisher information, plus a score of how much each parameter's path has lowered the loss.
 
     Every step: `F <- keep * F + (1 - keep) * B * g^2`, where the factor B, the batch size, makes the squared mean gradient of
@@ -39,7 +39,7 @@ class RiemannianWalk(Importance):
         # of the current task: `score`, `decrease`, `before` (the parameters before the current step), and `mark` (the
         # parameters at the last score)
         self._walk: dict[str, list[Tensor]] = {}
-        self._gradient: list[Tensor] = []
+        self.gradient: list[Tensor] = []
 
     def begin_task(self, params: Sequence[Tensor]) -> None:
         self.fisher = self.fisher or zeros(params)
@@ -48,19 +48,14 @@ class RiemannianWalk(Importance):
         self._walk = {
             "score": zeros(params), "decrease": zeros(params), "before": clones(params), "mark": clones(params)
         }  # fmt: skip
-        self._gradient = zeros(params)
-
-    @torch.no_grad()
-    def see_gradient(self, grads: Sequence[Tensor]) -> None:
-        copy_into(self._gradient, grads)
+        self.gradient = zeros(params)
 
     @torch.no_grad()
     def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        add_path_integral(self._walk["decrease"], self._gradient, self._walk["before"], params, finite)
-        torch._foreach_mul_(
-            self.fisher, 1 - (1 - self.keep) * finite
-        )  # a dropped step changes nothing: its gradient is 0
-        torch._foreach_addcmul_(self.fisher, self._gradient, self._gradient, (1 - self.keep) * self.batch_size)
+        self.add_path_integral(self._walk["decrease"], self._walk["before"], params, finite)
+        # a dropped step changes nothing: the factor is 1, and its gradient was set to 0
+        torch._foreach_mul_(self.fisher, 1 - (1 - self.keep) * finite)
+        torch._foreach_addcmul_(self.fisher, self.gradient, self.gradient, (1 - self.keep) * self.batch_size)
         self.steps += 1
         if self.steps == self.interval:
             self._add_score(params)
@@ -89,25 +84,20 @@ class RiemannianWalk(Importance):
         if not self.fisher:
             return
         self.fisher, self.past = padded_all(self.fisher, params), padded_all(self.past, params)
-        self._gradient = padded_all(self._gradient, params)
+        self.gradient = padded_all(self.gradient, params)
         for name, values in self._walk.items():
             self._walk[name] = padded_all(values, params, copy_rest=name in {"before", "mark"})
 
     def state_dict(self) -> State:
         named = {"fisher": self.fisher, "past": self.past, **self._walk}
-        state: State = {name: {str(n): value for n, value in enumerate(values)} for name, values in named.items()}
-        return {**state, "steps": self.steps}
+        return {**{name: numbered(values) for name, values in named.items()}, "steps": self.steps}
 
     def load_state_dict(self, state: State) -> None:
         self.steps = state["steps"]
-        loaded = {
-            name: [values[str(n)].to(self.device, copy=True) for n in range(len(values))]
-            for name, values in state.items()
-            if name != "steps"
-        }
+        loaded = {name: from_numbered(values, self.device) for name, values in state.items() if name != "steps"}
         self.fisher, self.past = loaded.pop("fisher"), loaded.pop("past")
         self._walk = loaded
-        self._gradient = zeros(self.fisher)
+        self.gradient = zeros(self.fisher)
 
 
 def _normalised(values: Sequence[Tensor]) -> list[Tensor]:

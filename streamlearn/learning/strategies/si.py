@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from streamlearn.learning.strategies.importance import Importance, add_path_integral
-from streamlearn.learning.tensors import clones, copy_into, padded_all, zeros
+from streamlearn.learning.strategies.importance import PathImportance
+from streamlearn.learning.tensors import clones, from_numbered, numbered, padded_all, zeros
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
 
 
-class PathIntegral(Importance):
+class PathIntegral(PathImportance):
     """How much each parameter's path through a task has lowered the task's loss.
 
     `w -= g * (theta - before)` at every step, where g is the gradient of the loss *without* the penalty (eq. 3). At the end
@@ -30,19 +30,15 @@ class PathIntegral(Importance):
         self.path: list[Tensor] = []  # w
         self.start: list[Tensor] = []  # the parameters when the task began
         self._before: list[Tensor] = []  # the parameters before the current step
-        self._gradient: list[Tensor] = []
+        self.gradient: list[Tensor] = []
 
     def begin_task(self, params: Sequence[Tensor]) -> None:
         self.path, self.start, self._before = zeros(params), clones(params), clones(params)
-        self._gradient = zeros(params)
-
-    @torch.no_grad()
-    def see_gradient(self, grads: Sequence[Tensor]) -> None:
-        copy_into(self._gradient, grads)
+        self.gradient = zeros(params)
 
     @torch.no_grad()
     def after_step(self, params: Sequence[Tensor], finite: Tensor) -> None:
-        add_path_integral(self.path, self._gradient, self._before, params, finite)
+        self.add_path_integral(self.path, self._before, params, finite)
 
     @torch.no_grad()
     def compute(self, ended: EndedTask) -> list[Tensor]:
@@ -51,20 +47,15 @@ class PathIntegral(Importance):
 
     def grow(self, params: Sequence[Tensor]) -> None:
         if self.path:
-            self.path, self._gradient = padded_all(self.path, params), padded_all(self._gradient, params)
+            self.path, self.gradient = padded_all(self.path, params), padded_all(self.gradient, params)
             self.start = padded_all(self.start, params, copy_rest=True)
             self._before = padded_all(self._before, params, copy_rest=True)
 
     def state_dict(self) -> State:
-        return {
-            "path": {str(n): value for n, value in enumerate(self.path)},
-            "start": {str(n): value for n, value in enumerate(self.start)},
-            "before": {str(n): value for n, value in enumerate(self._before)},
-        }
+        return {"path": numbered(self.path), "start": numbered(self.start), "before": numbered(self._before)}
 
     def load_state_dict(self, state: State) -> None:
-        count = len(state["path"])
         self.path, self.start, self._before = (
-            [state[key][str(n)].to(self.device, copy=True) for n in range(count)] for key in ("path", "start", "before")
+            from_numbered(state[key], self.device) for key in ("path", "start", "before")
         )
-        self._gradient = zeros(self.path)
+        self.gradient = zeros(self.path)

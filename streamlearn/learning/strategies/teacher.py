@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from streamlearn.learning.models import registry
 from streamlearn.learning.models.module_state import load_module_state, module_state
+from streamlearn.learning.tensors import padded
 
 if TYPE_CHECKING:
     from streamlearn.learning.strategies.slots import BuildContext, EndedTask, State
@@ -43,11 +44,10 @@ class Teacher:
 
     def grow(self, num_outputs: int) -> None:
         """Add outputs, up to `num_outputs`. The new outputs are never active, because the teacher has not learned them."""
-        active = self.active_outputs.new_zeros(len(self.active_outputs), num_outputs)
-        active[:, : self.active_outputs.shape[1]] = self.active_outputs
+        active = self.active_outputs
+        self.active_outputs = padded(active, active.new_zeros(len(active), num_outputs))
         registry.grow_head(self.network, num_outputs, self.context.seed)
         self.network.requires_grad_(requires_grad=False)
-        self.active_outputs = active
 
     def state_dict(self) -> State:
         """Return everything from which `from_state` builds the teacher."""
