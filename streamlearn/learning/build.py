@@ -19,7 +19,6 @@ from streamlearn.learning.strategies.recipes import build_strategy
 from streamlearn.learning.strategies.slots import BuildContext
 from streamlearn.learning.tensors import choose_device, make_preprocess
 from streamlearn.learning.update import GradientUpdate
-from streamlearn.state import equal, round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +84,7 @@ class NetworkBuilder:
             return torch.rand(count, *self.input_shape).to(self.device)
 
         build = partial(self.build, num_outputs)
-        return ModelCheck(self.model["name"], build, sample, self.seed, round_trip, equal).run(copies=copies)
+        return ModelCheck(self.model["name"], build, sample, self.seed).run(copies=copies)
 
 
 def make_learner(config: LearningConfig, scenario: Scenario) -> Learner:
@@ -99,7 +98,7 @@ def make_learner(config: LearningConfig, scenario: Scenario) -> Learner:
         choose_device(config.device),
     )  # fmt: skip
     if builder.encoder is not None:
-        builder.encoder.check_state(round_trip, equal)
+        builder.encoder.check_state()
     context = builder.context(
         scenario.num_outputs([]), config.memory.max_bytes, batch_size=config.batch_size,
         task_names=config.topics, max_norm=spec.max_norm,

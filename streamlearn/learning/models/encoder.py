@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory
+from streamlearn.core.errors import ConfigurationError, StreamlearnError, is_out_of_memory, one_line
 from streamlearn.learning.models import imports
 from streamlearn.learning.models.modes import global_seed
 from streamlearn.learning.models.module_state import load_module_state, module_state
+from streamlearn.state import equal, round_trip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -69,9 +70,7 @@ class Encoder:
         """Return everything that the features depend on."""
         return module_state(self.module)
 
-    def check_state(
-        self, round_trip: Callable[[Mapping[str, Any]], Mapping[str, Any]], equal: Callable[[Any, Any], bool]
-    ) -> None:
+    def check_state(self) -> None:
         """Save the state, load it again, and compare. Raises `ConfigurationError` if the two differ."""
         before = self.state_dict()
         try:
@@ -110,5 +109,5 @@ def _encoder_error(name: str, why: Exception | str, step: str = "") -> Streamlea
     if isinstance(why, Exception):
         if is_out_of_memory(why):
             return StreamlearnError.from_out_of_memory(why)
-        why = f"{type(why).__name__}: {' '.join(str(why).split())}"
+        why = one_line(why)
     return ConfigurationError(f"input.encoder {name}: {step}{why}")

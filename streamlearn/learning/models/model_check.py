@@ -17,6 +17,7 @@ from streamlearn.learning.models.modes import differentiable_eval_mode, eval_mod
 from streamlearn.learning.models.module_state import load_module_state, module_state
 from streamlearn.learning.models.registry import model_error
 from streamlearn.learning.tensors import dense
+from streamlearn.state import equal, round_trip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,8 +35,6 @@ class ModelCheck:
     build: Callable[[], nn.Module]
     sample: Callable[[int], Tensor]
     seed: int
-    round_trip: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # saves a state and loads it again
-    equal: Callable[[Any, Any], bool]
 
     def run(self, *, copies: bool) -> bool:
         """Run all checks; return whether the model can learn a single sample in training mode.
@@ -99,15 +98,12 @@ class ModelCheck:
         with as_model_error(self.name, "its state cannot be saved and loaded: "):
             state = module_state(model)
             other = self.build()
-            load_module_state(other, self.round_trip(state))
+            load_module_state(other, round_trip(state))
             again = module_state(other)
-        differs = [name for name in {**state, **again} if not self._same(name, state, again)]
+        differs = [name for name in {**state, **again} if not _same(name, state, again)]
         if differs:
             why = f"its state changes when it is saved and loaded: {differs[0]!r:.80}"
             raise model_error({"name": self.name}, why)
-
-    def _same(self, name: str, state: Mapping[str, Any], again: Mapping[str, Any]) -> bool:
-        return name in state and name in again and self.equal(state[name], again[name])
 
     def _warn_about_probabilities(self, logits: Tensor) -> None:
         """Warn if the outputs are probabilities: the loss would apply a second softmax."""
@@ -125,6 +121,10 @@ class ModelCheck:
 def _finite_gradients(model: nn.Module) -> set[str]:
     """Return the names of the parameters whose gradients are finite."""
     return {name for name, param in model.named_parameters() if bool(dense(param.grad, param).isfinite().all())}
+
+
+def _same(name: str, state: Mapping[str, Any], again: Mapping[str, Any]) -> bool:
+    return name in state and name in again and equal(state[name], again[name])
 
 
 def check_copies(name: str, model: nn.Module, zeros: Tensor) -> None:

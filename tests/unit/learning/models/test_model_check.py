@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamlearn import state
 from streamlearn.core.errors import StreamlearnError
 from streamlearn.learning.models.model_check import ModelCheck
 from tests.support import awkward
@@ -65,8 +64,7 @@ class Scaled(nn.Linear):
 
 def check(build: Callable[[], nn.Module], size: int = 4) -> bool:
     """Check a model; return whether it can learn a single sample in training mode."""
-    model_check = ModelCheck("own:make", build, lambda n: torch.randn(n, size), 0, state.round_trip, state.equal)
-    return model_check.run(copies=True)
+    return ModelCheck("own:make", build, lambda n: torch.randn(n, size), 0).run(copies=True)
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
