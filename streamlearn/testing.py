@@ -70,6 +70,7 @@ class LearnerRun:
         }
         for name in like or chosen:
             tree = merged(tree, NEEDS.get(name, {}))
+        # `input` and `model` are replaced whole: another kind of input or model has other keys
         tree = merged(tree, over) | {key: over.get(key, tree[key]) for key in ("input", "model")}
         path = directory / "job.yaml"
         path.write_text(loader.dump(tree))
@@ -130,6 +131,16 @@ class LearnerRun:
         files, rest = other.saved()
         self.tasks, self.labels = list(other.tasks), list(other.labels)
         self.learner.load_state_dict(state.unpack(files, rest), self.tasks, self.labels)
+
+    def restart_in(self, other: LearnerRun) -> None:
+        """Learn a task and half of the next one, load the state into `other`, and learn the second half with both."""
+        self.through(1)
+        self.begin()
+        self.learn(range(2))
+        other.load(self)
+        for run in (self, other):
+            run.learn(range(2, 4))
+            run.end()
 
     def logits(self, x: torch.Tensor, task: int) -> torch.Tensor:
         """Return what probes see of a task, over its own outputs."""
@@ -193,13 +204,7 @@ def check_strategy(chosen: dict[str, Any], **over: Any) -> None:
     """
     with tempfile.TemporaryDirectory() as directory:
         one, other = (LearnerRun(Path(directory), chosen, **over) for _ in range(2))
-    one.through(1)
-    one.begin()
-    one.learn(range(2))
-    other.load(one)
-    for run in (one, other):
-        run.learn(range(2, 4))
-        run.end()
+    one.restart_in(other)
     recipes, expected, found = " + ".join(chosen), one.digest(), other.digest()
     differing = sorted(key for key in expected if expected[key] != found.get(key))
     assert not differing, f"{recipes}: a restart does not continue bit-equal; different: {', '.join(differing)}"

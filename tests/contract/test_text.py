@@ -43,13 +43,7 @@ def test_text_is_learned_and_resumed_bit_equal(tmp_path: Path, chosen: dict[str,
     keys: dict[str, Any] = {"input": INPUT, "model": MODEL, "classes": 2, "grow_head": True}
     keys["learner"] = {"updates_per_batch": 40, "optimizer": {"lr": 0.01}}
     one, other = (TextRun(tmp_path, chosen, **keys) for _ in range(2))
-    one.through(1)
-    one.begin()
-    one.learn(range(2))
-    other.load(one)
-    for run in (one, other):
-        run.learn(range(2, 5))
-        run.end()
+    one.restart_in(other)
     assert one.digest() == other.digest()
     batch = one.batch(99, 200)
     assert one.learner.evaluate(batch.x, batch.y, 1)[0] > 0.8

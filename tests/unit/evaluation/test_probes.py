@@ -11,16 +11,11 @@ import torch
 from torch import nn
 
 from streamlearn import state
-from streamlearn.config import loader
-from streamlearn.core.labels import Labels
 from streamlearn.core.progress import Progress
 from streamlearn.core.samples import HeldOut
-from streamlearn.core.scenario import Scenario
-from streamlearn.core.tasks import Task
 from streamlearn.evaluation.probes import Probes
-from streamlearn.learning.build import make_learner
-from streamlearn.learning.strategies.recipes import RECIPES
 from streamlearn.stream.codecs.text import FIRST_WORD_ID, UNKNOWN_ID
+from tests.support.learners import begun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,22 +108,11 @@ def test_names_are_resolved_as_they_come() -> None:
 
 def test_small_probes_share_forward_passes(tmp_path: Path) -> None:
     """100 probes of 10 samples need two passes; if the samples of a batch depend on each other, each probe needs its own."""
-    path = tmp_path / "job.yaml"
-    tree = {
-        "device": "cpu",
-        "input": {"shape": [1, 2, 2]},
-        "classes": 2,
-        "stream": {"pattern": ".*"},
-        "strategy": "naive",
-    }
     passes: list[int] = []
     for model, expected in (("mixing", [10] * 100), ("plain", [510, 490])):
-        path.write_text(loader.dump(tree | {"model": {"name": f"tests.unit.evaluation.test_probes:{model}"}}))
-        config = loader.load(path, RECIPES, {})
-        learner = make_learner(
-            config.learning, Scenario.from_config(config.scenario, config.classes, grow=config.grow_head)
+        learner = begun(
+            tmp_path, [[0, 1]], input={"shape": [1, 2, 2]}, classes=2, model={"name": f"{__name__}:{model}"}
         )
-        learner.set_active_outputs([Task(0, "a", labels=[0, 1])], Labels([0, 1]))
         learner.model.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
         passes.clear()
         learner.evaluate_all([(torch.rand(10, 1, 2, 2), torch.zeros(10, dtype=torch.int64), 0)] * 100)

@@ -88,8 +88,8 @@ def key_error(*_: object) -> nn.Module:
     raise KeyError("no such option")
 
 
-def out_of_memory(*_: object) -> nn.Module:
-    """Raise an error of two lines."""
+def two_lines(*_: object) -> nn.Module:
+    """Raise an error whose message has two lines."""
     raise RuntimeError("first\nsecond")
 
 
@@ -108,7 +108,7 @@ WRONG: list[tuple[str, str]] = [
     ("nowhere", r"parameter head\.bias is not finite$"),
     ("frozen", r"it has no trainable parameter: expected at least one with requires_grad$"),
     ("key_error", r"KeyError: 'no such option'$"),
-    ("out_of_memory", r"RuntimeError: first second$"),
+    ("two_lines", r"RuntimeError: first second$"),
     ("absent", r"AttributeError: "),
 ]
 
@@ -120,6 +120,7 @@ def test_an_unusable_model_is_refused(name: str, message: str) -> None:
         build(name)
     assert caught.value.exit_code == 78
     assert str(caught.value).startswith(f"model {__name__}:{name}: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_building_a_model_leaves_no_trace() -> None:
