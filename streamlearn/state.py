@@ -38,6 +38,8 @@ STORED = {
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 }
 """Dtypes that a safetensors file supports; tensors of all other dtypes are stored as their bytes."""
+SEQUENCES: dict[str, type] = {f"{TAG}{kind.__name__}": kind for kind in (list, tuple, set, frozenset)}
+"""Containers that are stored as a dict of their items, by the tag of that dict."""
 
 Tree = dict[str, Any]
 
@@ -54,9 +56,8 @@ def pack(groups: Mapping[str, Tree]) -> tuple[dict[str, dict[str, Tensor]], Tree
         families.setdefault(name.removesuffix(SUFFIX).rpartition(".")[0], []).append(name)
     for family, names in families.items():
         names.sort(key=natural_key)
-        for members in _split_into_blocks(
-            names, [sum(value.nbytes for value in files[name].values()) for name in names]
-        ):
+        sizes = [sum(value.nbytes for value in files[name].values()) for name in names]
+        for members in _split_into_blocks(names, sizes):
             if len(members) > 1:
                 block, tensors = _merge_files(family, members, files)
                 files[block] = tensors
@@ -249,9 +250,6 @@ def _encode_tensor(value: Tensor) -> Any:
         return value
     dtype = str(value.dtype).removeprefix("torch.")
     return {f"{TAG}tensor": {"dtype": dtype, "shape": list(value.shape), "bits": _bits(value)}}
-
-
-SEQUENCES: dict[str, type] = {f"{TAG}{kind.__name__}": kind for kind in (list, tuple, set, frozenset)}
 
 
 def _is_json(value: Any) -> bool:

@@ -33,13 +33,10 @@ class AccuracyMatrix:
     def __init__(self) -> None:
         self.latest_accuracy: dict[int, float] = {}  # latest evaluation: task -> accuracy
         self.latest_loss: dict[int, float] = {}
-        self._recorded: tuple[dict[int, float], dict[int, float]] = (
-            {},
-            {},
-        )  # accuracy and loss of the latest saved evaluation
-        self.transfer_inputs: dict[
-            int, tuple[float, float]
-        ] = {}  # task -> accuracy at its start, and of the untrained model
+        # accuracy and loss of the latest evaluation that is part of the state
+        self._recorded: tuple[dict[int, float], dict[int, float]] = ({}, {})
+        # task -> accuracy at its start, and of the untrained model
+        self.transfer_inputs: dict[int, tuple[float, float]] = {}
         self.rows: dict[int, array[float]] = {}  # task -> row at its end; NaN where nothing was measured
         self._history: list[tuple[int, int, array[float]]] = []  # batches, trained samples, accuracy by task
         self._sizes: dict[int, int] = {}  # task -> samples in its probe when the task ended

@@ -40,8 +40,8 @@ class ModelConfig(Section):
 
     def unused_keys(self) -> Iterator[str]:
         """Yield the keys that are set but belong to another model."""
+        own = ("name", *MODEL_KEYS.get(self.name, ("options",)))
         for key, default in ModelConfig.model_fields.items():
-            own = ("name", *MODEL_KEYS.get(self.name, ("options",)))
             if key not in own and getattr(self, key) != default.get_default(call_default_factory=True):
                 yield key
 

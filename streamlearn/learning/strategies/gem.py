@@ -48,9 +48,8 @@ class AGEMConstraint(Constraint):
         reference = gradient_of(batch)
         product = dot_product(grads, reference)
         square = dot_product(reference, reference)
-        factor = product.clamp(max=0) / (
-            square + self.epsilon
-        )  # 0 where nothing is to be projected: no branch, no waiting
+        # 0 if there is nothing to project: a branch would wait for the device
+        factor = product.clamp(max=0) / (square + self.epsilon)
         torch._foreach_addcmul_(list(grads), reference, [-factor] * len(reference))
         self._projected += (product < 0) & (square > self.epsilon)
 

@@ -81,9 +81,8 @@ class ProgressiveNetwork(Network):
         self.context = context
         self.max_parameters = max_parameters
         self._add_column()
-        for task, name in enumerate(
-            context.task_names
-        ):  # if all tasks are listed, a limit that is too low shows at once
+        # if the configuration lists the tasks, a limit that is too low is an error at the start
+        for task, name in enumerate(context.task_names):
             self._check_parameter_limit(task, f"task {name}: ")
 
     def begin_task(self, task: int, params: Sequence[Tensor]) -> None:

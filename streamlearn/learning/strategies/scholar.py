@@ -43,9 +43,8 @@ class Scholar:
     ) -> Scholar:
         """Return the scholar of a task that has ended. `generator` is a copy that nothing else changes."""
         pairs = [(task, y) for task, outputs in enumerate(ended.seen_outputs) for y in outputs]
-        labels: Sequence[Label] = [
-            ended.output_labels[task][y] if ended.output_labels else y for task, y in pairs
-        ]  # without labels, an output is its own class
+        # without labels, an output is its own class
+        labels: Sequence[Label] = [ended.output_labels[task][y] if ended.output_labels else y for task, y in pairs]
         numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         return cls(
             generator.requires_grad_(requires_grad=False).eval(),

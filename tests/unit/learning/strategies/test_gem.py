@@ -66,9 +66,8 @@ def test_gem_harms_no_past_task(margin: float, seed: int) -> None:
     constraint.project_gradient([], grads, gradient_of)
     products = past @ torch.cat([grad.flatten() for grad in grads])
     assert constraint.counters() == {"projected": 1, "failed": 0}
-    assert float(products.min()) > -1e-2 * float(
-        past.square().sum(1).max()
-    )  # the ridge allows slightly negative products
+    # the ridge allows slightly negative products
+    assert float(products.min()) > -1e-2 * float(past.square().sum(1).max())
     untouched = [past.sum(0)[:10].reshape(2, 5).clone(), past.sum(0)[10:].clone()]
     if bool((past @ past.sum(0) >= 0).all()):
         constraint.project_gradient([], untouched, gradient_of)
