@@ -129,9 +129,7 @@ def test_the_end_of_the_grace_period_ends_the_process(tmp_path: Path) -> None:
     second = jobs.write_config(tmp_path / "slow", strategy={"naive": {}}, **over)
     jobs.publish_embedded(tmp_path / "slow" / "topics.sqlite", 100)
     with jobs.Daemon(second) as daemon:
-        daemon.until(
-            lambda status: any(task["state"] == "active" for task in status.get("tasks", [])) or "tasks" in status
-        )
+        daemon.until(lambda status: "tasks" in status)  # the loop runs
         time.sleep(2)
         assert daemon.stop() == 1
         assert "the stop took more than 0 s (shutdown_grace): ending without a new checkpoint" in daemon.log.read_text()

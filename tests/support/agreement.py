@@ -11,13 +11,11 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import jobs
+from tests.support.commands import cli
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-
-from tests.support.commands import cli
 
 
 def scrape(http: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -160,8 +160,8 @@ class Daemon:
 
     def status(self) -> dict[str, Any] | None:
         """Return the daemon's status, or None while it does not answer."""
-        hints = read_process_record(self.state)
-        if hints is None or hints.pid != self.process.pid:
+        record = read_process_record(self.state)
+        if record is None or record.pid != self.process.pid:
             return None
         try:
             tree: dict[str, Any] = Client(self.state, timeout=5).get("/status")
@@ -172,9 +172,9 @@ class Daemon:
     @property
     def http(self) -> str:
         """The address of the read-only listener."""
-        hints = read_process_record(self.state)
-        assert hints is not None
-        return hints.http
+        record = read_process_record(self.state)
+        assert record is not None
+        return record.http
 
     def until(self, condition: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE) -> dict[str, Any]:
         """Return the first status that fulfils a condition; fail if the process ends or the time is over."""
@@ -235,6 +235,6 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def all_accounted_for(status: Mapping[str, Any]) -> bool:
-    """Tell whether each consumed sample has exactly one outcome."""
+    """Return whether each consumed sample has exactly one outcome."""
     samples = dict(status["samples"])
     return bool(samples.pop("consumed") == sum(samples.values()) and status["unaccounted"] == {})

@@ -194,24 +194,3 @@ def test_nothing_is_saved_after_the_lock_is_lost(tmp_path: Path, how: str, code:
         assert not (state_dir / "checkpoints").exists()
         if second is not None:
             second.close()
-
-
-def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training continues after EIO, and the next save succeeds."""
-    job, stream = made(tmp_path)
-    job.save(stream, SaveTrigger.MANUAL)
-    job.checkpointer.wait(stream)
-
-    def fail(_: object) -> Any:
-        raise OSError(5, "Input/output error", str(job.store.root))
-
-    with monkeypatch.context() as broken:
-        broken.setattr(Store, "paths", fail)
-        job.save(stream, SaveTrigger.MANUAL)
-        job.checkpointer.wait(stream)
-        assert job.checkpointer.current is None
-    failed, job.checkpointer.failed_at = job.checkpointer.failed_at, None
-    assert failed is not None
-    saving = job.save(stream, SaveTrigger.MANUAL)
-    job.checkpointer.wait(stream)
-    assert saving.checkpoint is not None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from streamlearn.checkpoint.store import Store
 from streamlearn.cli.lifecycle import format_summary, read_status
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.errors import InputOutputError, StreamlearnError
@@ -98,6 +99,27 @@ def test_a_failed_checkpoint_is_one_log_line(tmp_path: Path, caplog: pytest.LogC
     ]
     assert job.checkpointer.newest is not None
     assert job.checkpointer.failed_at is not None
+
+
+def test_an_io_error_while_listing_fails_only_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training continues after EIO, and the next save succeeds."""
+    job, stream = made(tmp_path)
+    job.save(stream, SaveTrigger.MANUAL)
+    job.checkpointer.wait(stream)
+
+    def fail(_: object) -> Any:
+        raise OSError(5, "Input/output error", str(job.store.root))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "paths", fail)
+        job.save(stream, SaveTrigger.MANUAL)
+        job.checkpointer.wait(stream)
+        assert job.checkpointer.current is None
+    failed, job.checkpointer.failed_at = job.checkpointer.failed_at, None
+    assert failed is not None
+    saving = job.save(stream, SaveTrigger.MANUAL)
+    job.checkpointer.wait(stream)
+    assert saving.checkpoint is not None
 
 
 def test_repeated_rollbacks_go_further_back(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streamlearn.runtime.job import Job
+    from streamlearn.runtime.turn_report import TurnReport
     from streamlearn.stream.reader import StreamReader
 
 PACKNET: dict[str, Any] = {
@@ -44,7 +45,7 @@ def ended(tmp_path: Path) -> tuple[Job, StreamReader]:
 
 
 class Script:
-    """A control that pauses for one wait after the second batch of a refinement, saves, and stops after the fifth."""
+    """A control that pauses for one wait after the second turn, saves after the third, and stops after `stop_after`."""
 
     def __init__(self, stop_after: int) -> None:
         self.stopping = self.paused = False
@@ -84,3 +85,33 @@ def test_a_refinement_can_be_paused_saved_stopped_and_continued(tmp_path: Path) 
         assert torch.equal(one, other)
     assert [job.progress.tasks[0].state for job in (whole, again)] == ["ended", "ended"]
     assert whole.learner.step == again.learner.step
+
+
+class Collector:
+    """An observer that keeps every report."""
+
+    def __init__(self) -> None:
+        self.reports: list[TurnReport] = []
+
+    def turn_done(self, job: Job, report: TurnReport) -> None:
+        """Keep a report."""
+        del job
+        self.reports.append(report)
+
+
+def test_every_turn_of_a_refinement_is_reported_once(tmp_path: Path) -> None:
+    """Observers get one report a batch and one for the end of the task, none while paused; the metrics count the same."""
+    job, stream = ended(tmp_path)
+    job.observers.append(collector := Collector())
+    loop.refine_task(job, stream, Script(99))
+    *batches, last = collector.reports
+    steps = [report.stats.applied for report in batches if report.stats is not None]
+    assert (len(batches), len(steps)) == (9, 9)
+    assert [report.ended for report in batches] == [None] * 9
+    assert (last.stats, last.ended, last.evaluated, last.saves) == (
+        None, job.progress.tasks[0], True, [SaveTrigger.TASK_END],
+    )  # fmt: skip
+    shown = job.recorder.metrics.expose("")[0].decode().splitlines()
+    assert "streamlearn_train_batch_duration_seconds_count 9.0" in shown
+    assert f'streamlearn_train_steps_total{{task="a"}} {float(sum(steps))}' in shown
+    assert [line for line in shown if line.startswith("streamlearn_network_free_weights_ratio ")] != []
