@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from streamlearn.evaluation import array_file
+
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from streamlearn.checkpoint.manifest import Checkpoint
 
@@ -16,7 +17,6 @@ HISTORY = 2000  # evaluations kept for curves
 WINDOW = 10
 """Number of consecutive evaluations over which a drop is measured: WF^10 of De Lange et al. 2023."""
 FILE = "matrix.safetensors"
-TYPES = {"f": "F32", "q": "I64"}
 
 
 class AccuracyMatrix:
@@ -224,12 +224,12 @@ class AccuracyMatrix:
         """Return rows and history as a safetensors file: float32, concatenated, with the length of each."""
         at = [number for batches, trained, _ in self._history for number in (batches, trained)]
         history = [row for *_, row in self._history]
-        return _safetensors(
+        return array_file.to_bytes(
             {
-                "rows": _concatenated(self.rows.values()),
+                "rows": array_file.concatenated(self.rows.values()),
                 "row_tasks": array("q", self.rows),
                 "row_lengths": array("q", map(len, self.rows.values())),
-                "history": _concatenated(history),
+                "history": array_file.concatenated(history),
                 "history_at": array("q", at),
                 "history_lengths": array("q", map(len, history)),
             }
@@ -248,11 +248,11 @@ class AccuracyMatrix:
             kept = (_numbered(state[key]) for key in ("learned", "highest", "before"))
             self._at_end, self._highest, self._highest_before_last = kept
             self._last_row = state["last"][0], _numbered(state["last"][1])
-            tensors = _read_safetensors(table)
-            self.rows = dict(zip(tensors["row_tasks"], _split(tensors["rows"], tensors["row_lengths"]), strict=True))
-            at = tensors["history_at"]
-            rows = _split(tensors["history"], tensors["history_lengths"])
-            self._history = list(zip(at[::2], at[1::2], rows, strict=True))
+            tensors = array_file.from_bytes(table)
+            rows = array_file.split(tensors["rows"], tensors["row_lengths"])
+            self.rows = dict(zip(tensors["row_tasks"], rows, strict=True))
+            at, history = tensors["history_at"], array_file.split(tensors["history"], tensors["history_lengths"])
+            self._history = list(zip(at[::2], at[1::2], history, strict=True))
         self._update_derived()
 
     @classmethod
@@ -340,42 +340,3 @@ def _packed(row: Mapping[int, float]) -> array[float]:
 
 def _unpacked(row: Sequence[float]) -> dict[int, float]:
     return {task: value for task, value in enumerate(row) if value == value}  # noqa: PLR0124 - NaN is not itself
-
-
-def _concatenated(rows: Iterable[array[float]]) -> array[float]:
-    joined = array("f")
-    for row in rows:
-        joined.extend(row)
-    return joined
-
-
-def _split(values: array[float], lengths: Iterable[int]) -> list[array[float]]:
-    rows, start = [], 0
-    for length in lengths:
-        rows.append(values[start : start + length])
-        start += length
-    return rows
-
-
-def _safetensors(tensors: Mapping[str, array[Any]]) -> bytes:
-    """Return a safetensors file of one-dimensional tensors. Written by hand, because `status` and `report` import no torch."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + len(values) * values.itemsize
-        header[name] = {"dtype": TYPES[values.typecode], "shape": [len(values)], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # align the tensors to 8 bytes
-    return b"".join([len(text).to_bytes(8, "little"), text, *(values.tobytes() for values in tensors.values())])
-
-
-def _read_safetensors(content: bytes) -> dict[str, array[Any]]:
-    """Return the tensors of a file that `_safetensors` wrote."""
-    begin = 8 + int.from_bytes(content[:8], "little")
-    codes = {dtype: code for code, dtype in TYPES.items()}
-    tensors = {}
-    for name, entry in json.loads(content[8:begin]).items():
-        start, end = entry["data_offsets"]
-        tensors[name] = array(codes[entry["dtype"]])
-        tensors[name].frombytes(content[begin + start : begin + end])
-    return tensors
