@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from streamlearn.core.samples import Batch
 
 State = dict[str, Any]  # tensors, numbers, strings, lists and dicts: what safetensors and JSON can store
-GradientOf = Callable[["Batch"], list[Tensor]]
+GradientOf = Callable[["Batch"], list[Tensor]]  # see `Constraint.project_gradient`
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class EndedTask:
     """A read-only view of a task whose last record was learned. T tasks have begun; the network has C outputs."""
 
     task: int
-    x: Tensor  # samples of the task as they arrived, as many as the slot needs
-    y: Tensor
-    params: Sequence[Tensor]
+    x: Tensor  # [n, ...]: samples of the task as they arrived, as many as the slot needs
+    y: Tensor  # [n]: the output of each sample's label
+    params: Sequence[Tensor]  # the trained parameters, with the averaged weights if there is an average
     network: nn.Module
     active_outputs: Tensor  # [T, C]: the outputs that the softmax of each task covers
     seen_outputs: Sequence[Sequence[int]]  # for each task, the outputs of the labels seen so far
@@ -173,7 +173,10 @@ class Constraint(Slot):
     """Slot four: limits the optimizer step. By default it sets no limit."""
 
     def project_gradient(self, params: Sequence[Tensor], grads: Sequence[Tensor], gradient_of: GradientOf) -> None:
-        """Change `grads` in place so that the step does not harm past tasks."""
+        """Change `grads` in place so that the step does not harm past tasks.
+
+        `gradient_of(batch)` returns the gradient of the mean loss of a preprocessed batch, aligned with `params`.
+        """
 
     def restore_frozen(self, params: Sequence[Tensor]) -> None:
         """Restore the parameters that the step must not change."""

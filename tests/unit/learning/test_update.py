@@ -163,7 +163,10 @@ def test_dropped_updates_of_a_generator_are_counted(tmp_path: Path) -> None:
 def test_how_well_a_generator_replays_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, kind: str
 ) -> None:
-    """At a task's end, by class. It changes no random draw of training, is restored, and is low for a useless generator."""
+    """At a task's end each class is measured, without a random draw of training.
+
+    The ratios are part of the state, and a useless generator has low ones.
+    """
     tasks = ((0, 1), (2, 3))
     over: dict[str, Any] = {
         "scenario": {"kind": kind},

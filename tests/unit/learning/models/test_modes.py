@@ -101,7 +101,7 @@ def test_layers_draw_from_their_own_random_state() -> None:
 
 
 def test_the_random_state_of_layers_is_restored() -> None:
-    """Including the cached numbers of the generators; the state of an older version has only torch's."""
+    """The cached numbers of the generators are restored, too. The state of an older version has only torch's generator."""
     one, other, old = (LayerRng(7, torch.device("cpu")) for _ in range(3))
     with one.in_use():
         draw()
