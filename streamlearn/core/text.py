@@ -7,7 +7,6 @@ import re
 TOPIC_NAME = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}")
 """A whole topic name that Kafka accepts."""
 
-
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 """A whole text that is an integer in its usual form: 007 and +7 are not."""
 
@@ -19,8 +18,7 @@ def parse_digits(text: str | bytes, max_digits: int) -> int | None:
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key that compares the digits 0 to 9 as numbers: `task-2` comes before `task-10`."""
-    parts = re.split(
-        r"([0-9]+)", name
-    )  # every second part is a number; of two numbers, the one with fewer digits is smaller
+    # every second part is a number; of two numbers, the one with fewer digits is smaller
+    parts = re.split(r"([0-9]+)", name)
     parts[1::2] = [digits.lstrip("0") for digits in parts[1::2]]
     return [(n % 2, len(part) if n % 2 else 0, part) for n, part in enumerate(parts)]

@@ -36,10 +36,8 @@ SEED = random.randrange(10_000)
 ALL: dict[str, Any] = {
     "model": {"hidden": [400, 400]},
     "strategy": {"generative": {}, "si": {}},
-    "learner": {
-        "updates_per_batch": 10,
-        "augment": {"shift": 2, "rotate": 10, "zoom": 0.1},
-    },  # as configs/mnist-split.yaml
+    # as configs/mnist-split.yaml
+    "learner": {"updates_per_batch": 10, "augment": {"shift": 2, "rotate": 10, "zoom": 0.1}},
     "stream": {"batch_size": 100},
     "checkpoint": {"every_seconds": 15, "every_batches": None},
 }

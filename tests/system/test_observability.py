@@ -191,10 +191,8 @@ def check_rules(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
 
 
 START = f"streamlearn_start_timestamp_seconds{{{LABELS}}}"
-OLD, LATER = (
-    "-100000x150",
-    "_x70 -100000x80",
-)  # a daemon that started a day ago; the same, scraped from minute 70 on
+OLD = "-100000x150"  # a daemon that started a day ago
+LATER = "_x70 -100000x80"  # the same, scraped from minute 70 on
 RESTARTED = "-100000x70 4200x80"  # a process that started a day ago, and its successor from minute 70 on
 GROWTH_ALERTS = {  # alert -> a counter that must not grow, and the window of the alert in minutes
     "DataLoss": (f'streamlearn_records_skipped_offsets_total{{{LABELS}, topic="t", reason="retention"}}', 15),
