@@ -126,7 +126,7 @@ def learn(job: Job, stream: StreamReader, desk: ControlDesk) -> None:
         job.recorder.out_of_memory()
         raise StreamlearnError.from_out_of_memory(error) from error
     finally:
-        desk.state = DaemonState.DRAINING
+        desk.enter(DaemonState.DRAINING)
         desk.publish(job, stream)
         for _ in range(2):  # a second time, if a save that had already started has failed
             if job.progress.positions != job.checkpointer.snapshot_positions and job.may_be_saved:
