@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from streamlearn.cli.common import ConfigArgument, JsonOption, load_config, print_error, print_json, print_line
-from streamlearn.cli.lifecycle import read_status
+from streamlearn.cli.status import read_status
 from streamlearn.core.errors import InputOutputError, NotRunningError, StreamlearnError, UsageError
 from streamlearn.logs import printable, quiet_kafka
 

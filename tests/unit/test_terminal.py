@@ -13,7 +13,7 @@ from rich.console import Console
 
 import streamlearn
 from streamlearn.cli.common import print_error, print_line
-from streamlearn.cli.lifecycle import print_plain, render
+from streamlearn.cli.status import print_plain, render
 from streamlearn.core.samples import Outcome
 from streamlearn.core.states import DaemonState
 from streamlearn.logs import TextFormatter

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from streamlearn.cli.lifecycle import read_status
+from streamlearn.cli.status import read_status
 from streamlearn.control.api import MAX_BODY_BYTES, Backend, control_app
 from streamlearn.control.client import _UnixConnection
 from streamlearn.control.server import Server, bind_control

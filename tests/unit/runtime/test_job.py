@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from streamlearn.checkpoint.store import Store
-from streamlearn.cli.lifecycle import format_summary, read_status
+from streamlearn.cli.status import format_summary, read_status
 from streamlearn.core.deliveries import Delivery
 from streamlearn.core.errors import InputOutputError, StreamlearnError
 from streamlearn.core.positions import Position, Positions
