@@ -28,13 +28,10 @@ class Observations:
     num_bytes: Counter[str] = field(default_factory=Counter)  # of keys and values, by topic
     lost_offsets: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (topic, reason)
     held_out: list[HeldOut] = field(default_factory=list)
-    new_labels: list[tuple[int, Label]] = field(
-        default_factory=list
-    )  # (task index, label), at its first sample in a task
+    # (task index, label), at its first sample in a task
+    new_labels: list[tuple[int, Label]] = field(default_factory=list)
     new_words: list[str] = field(default_factory=list)  # new in the vocabulary, in order of first appearance
-    new_probe_labels: list[Label] = field(
-        default_factory=list
-    )  # of held-out samples; no trained sample had them so far
+    new_probe_labels: list[Label] = field(default_factory=list)  # of held-out samples; not in a trained sample so far
     new_probe_words: list[str] = field(default_factory=list)  # of held-out texts; no trained text had them so far
     task_end_markers: list[Partition] = field(default_factory=list)  # partitions in which a task-end marker was read
 

@@ -85,7 +85,7 @@ def _ssl_context(kafka: KafkaConfig) -> ssl.SSLContext:
 def create_client(kind: type, settings: Mapping[str, Any]) -> Any:
     """Create a client that is connected, and return it.
 
-    Raises `AccessError` or 78) if a broker refuses the connection, and `BrokerUnavailable` if no broker answers.
+    Raises `AccessError` or `ConfigurationError` if a broker refuses the connection, and `BrokerUnavailable` if none answers.
     """
     managers: list[ConnectionManager] = []
 
