@@ -39,6 +39,12 @@ def steps(store: Store) -> list[tuple[int, int]]:
     return [(c.manifest["step"], c.manifest["tasks_ended"]) for c in reversed(store.all())]
 
 
+def open_files(directory: Path) -> list[Path]:
+    """Return the files below a directory that this process has open."""
+    links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [path for path in links if directory in path.parents]
+
+
 def test_a_saved_checkpoint_is_found_and_valid(tmp_path: Path) -> None:
     """It is found by id, number and `latest`, and only its owner can read its files."""
     store = Store(tmp_path)
@@ -251,7 +257,7 @@ def test_files_are_synced_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
 
 def test_without_threads_files_are_synced_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a limit on processes no thread starts; the checkpoint is complete, and no descriptor stays open."""
-    store, before = Store(tmp_path), len([*Path("/proc/self/fd").iterdir()])
+    store = Store(tmp_path)
     synced: list[int] = []
 
     def refuse(_: threading.Thread) -> None:
@@ -261,7 +267,7 @@ def test_without_threads_files_are_synced_one_after_another(tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", synced.append)
     store.save({f"part-{n}.json": b"{}" for n in range(3)}, {"step": 1}).verify()
     assert len(synced) >= 3
-    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert open_files(tmp_path) == []
 
 
 def test_a_directory_that_cannot_be_created_has_the_code_of_its_reason(
@@ -283,9 +289,6 @@ def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytes
     """Whichever sync fails, no file is left, and no descriptor stays open."""
     sync, refused = os.fsync, [""]
 
-    def opened() -> list[Path]:
-        return [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-
     def refuse(descriptor: int) -> None:
         if Path(f"/proc/self/fd/{descriptor}").readlink().name == refused[0]:
             raise OSError(5, "Input/output error")
@@ -296,7 +299,7 @@ def test_the_error_of_one_sync_fails_the_save(tmp_path: Path, monkeypatch: pytes
     for refused[0] in ("a.safetensors", "b.safetensors", "state.json", MANIFEST):
         with pytest.raises(StreamlearnError, match="Input/output error"):
             save(store, b"1", a=b"x", b=b"y")
-        assert (list(store.root.iterdir()), [path for path in opened() if tmp_path in path.parents]) == ([], [])
+        assert (list(store.root.iterdir()), open_files(tmp_path)) == ([], [])
 
 
 def test_two_processes_cannot_set_the_same_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
