@@ -100,9 +100,7 @@ class RepeatedTopic(Sequence[Record]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            if (
-                len(self._orders) > 1
-            ):  # a record contains samples of two epochs at most, if epochs are longer than records
+            if len(self._orders) > 1:  # a record has samples of two epochs at most, if epochs are longer than records
                 del self._orders[min(self._orders)]
             self._orders[epoch] = np.random.default_rng([*self.seed, epoch]).permutation(len(self.y))
         return self._orders[epoch]
