@@ -33,7 +33,7 @@ def test_two_starts(case: Case, tmp_path: Path, races: int) -> None:
                 loser, winner = (one, other) if one.process.poll() is not None else (other, one)
                 assert loser.process.returncode == 73, loser.tail()
                 assert "Traceback" not in loser.tail()
-                while (hints := read_process_record(winner.state)) is None or hints.pid != winner.process.pid:
+                while (record := read_process_record(winner.state)) is None or record.pid != winner.process.pid:
                     assert winner.process.poll() is None, winner.tail()
                     assert time.monotonic() - begun < SECONDS
                     time.sleep(0.01)

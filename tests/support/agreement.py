@@ -66,13 +66,7 @@ def check_agreement(daemon: jobs.Daemon, tmp_path: Path, probe_size: int | None 
     metrics = scrape(daemon.http)
     assert cli("status", "--state", daemon.state, "--json").returncode == 0
     shown = json.loads(cli("status", "--state", daemon.state, "--json").stdout)
-    for key in (
-        "matrix",
-        "positions",
-        "tasks",
-        "samples",
-        *METRICS,
-    ):
+    for key in ("matrix", "positions", "tasks", "samples", *METRICS):
         assert shown[key] == status[key] == get(f"{daemon.http}/status")[1][key], key
     names = [task["name"] for task in status["tasks"]]
     for i, row in enumerate(status["matrix"]):

@@ -60,9 +60,8 @@ class Cluster:
         return self.nodes[partition.get("leader_id", partition.get("leader"))]
 
     def __enter__(self) -> Self:
-        with ThreadPoolExecutor(
-            len(self.nodes)
-        ) as pool:  # all at once, because a single node has no quorum and does not listen
+        # all at once, because a single node has no quorum and does not listen
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
             list(pool.map(KafkaBroker.start, self.nodes.values()))
         return self
 
