@@ -185,7 +185,7 @@ class LogWatch:
         if (info := self.topics.get(read.current)) is None:
             problem = f"topic {read.current} is gone"
             if problem != logged:
-                logger.error("%s: reading stops until the topic exists again", problem)
+                logger.error("%s: reading stops", problem)
             return problem, []
         if read.was_recreated(info):
             problem = f"topic {read.current} was deleted and created again: its id is {info.topic_id}"
