@@ -51,6 +51,8 @@ ONLY_IN = {
 }
 COMPOSING = {"config", "runtime", "cli", "tools", "testing"}
 """What puts components together, and may therefore read the whole configuration."""
+WINGS = {"stream", "learning", "evaluation", "checkpoint", "observability", "control"}
+"""The components. They do not import each other, except that evaluation uses learning."""
 
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 
@@ -85,6 +87,7 @@ def unit_of(path: Path) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+WING_FILES = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in WINGS]
 
 
 def page(text: str) -> str:
@@ -127,6 +130,15 @@ def test_components_import_only_their_own_section(path: Path) -> None:
     names = [name.split(".") for name in imports(path) if name.startswith("streamlearn.")]
     read = {name[1] for name in names if name[1] == "config" or unit(".".join(name[1:])) == "sections"}
     assert here in COMPOSING or read <= {"core", here}
+
+
+@pytest.mark.parametrize("path", WING_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_components_do_not_import_each_other(path: Path) -> None:
+    """What needs several components stands in a package that composes, for example `runtime`."""
+    here = path.relative_to(PACKAGE).parts[0]
+    allowed = {here, "learning"} if here == "evaluation" else {here}
+    names = [name.split(".") for name in imports(path) if name.startswith("streamlearn.")]
+    assert {name[1] for name in names} & WINGS <= allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

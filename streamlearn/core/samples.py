@@ -38,6 +38,10 @@ CODEC_VERSION = 2
 """
 
 
+PADDING_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+"""Word ids of text: padding, a word that has no id, and the first word of the vocabulary."""
+
+
 REJECT_REASONS = ("decode", "schema", "shape", "nonfinite", "label_range", "unknown_task", "oversize", "missing_label")
 """All reasons for which a sample can be rejected. The set is closed, because a metric has the reason as a label."""
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamlearn.evaluation import array_file
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping, Sequence
 
-    from streamlearn.checkpoint.manifest import Checkpoint
-
 HISTORY = 2000  # evaluations kept for curves
 WINDOW = 10
 """Number of consecutive evaluations over which a drop is measured: WF^10 of De Lange et al. 2023."""
 FILE = "matrix.safetensors"
+
+
+class CheckpointFiles(Protocol):
+    """What the matrix needs of a checkpoint: its manifest, and its files by name."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The manifest; its key `files` has an entry for each file."""
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file."""
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file."""
 
 
 class AccuracyMatrix:
@@ -256,7 +268,7 @@ class AccuracyMatrix:
         self._update_derived()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> AccuracyMatrix:
+    def from_checkpoint(cls, checkpoint: CheckpointFiles) -> AccuracyMatrix:
         """Return the matrix that a checkpoint contains."""
         matrix = cls()
         tree = checkpoint.read_json("state.json")["matrix"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from streamlearn.core.immutable import Immutable
+from streamlearn.core.samples import FIRST_WORD_ID, UNKNOWN_ID
 from streamlearn.learning.memory import ALL, Reservoir
-from streamlearn.stream.codecs.text import FIRST_WORD_ID, UNKNOWN_ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamlearn.core.samples import CODEC_VERSION, Rejected
+from streamlearn.core.samples import CODEC_VERSION, FIRST_WORD_ID, PADDING_ID, UNKNOWN_ID, Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Rows = list[list[str]]
 
-PADDING_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
 MAX_WORD_LENGTH = 64  # longer runs of letters are unlikely to be words, and the vocabulary would keep them for ever
 
 WORD = re.compile(r"[^\W_]+")

@@ -12,9 +12,8 @@ from torch import nn
 
 from streamlearn import state
 from streamlearn.core.progress import Progress
-from streamlearn.core.samples import HeldOut
+from streamlearn.core.samples import FIRST_WORD_ID, UNKNOWN_ID, HeldOut
 from streamlearn.evaluation.probes import Probes
-from streamlearn.stream.codecs.text import FIRST_WORD_ID, UNKNOWN_ID
 from tests.support.learners import begun
 
 if TYPE_CHECKING:

@@ -15,13 +15,10 @@ from hypothesis import strategies as st
 from streamlearn.core.config import TextInputConfig
 from streamlearn.core.positions import Positions
 from streamlearn.core.progress import Progress
-from streamlearn.core.samples import REJECT_REASONS
+from streamlearn.core.samples import FIRST_WORD_ID, PADDING_ID, REJECT_REASONS, UNKNOWN_ID
 from streamlearn.stream.codecs.registry import CODECS
 from streamlearn.stream.codecs.text import (
-    FIRST_WORD_ID,
     MAX_WORD_LENGTH,
-    PADDING_ID,
-    UNKNOWN_ID,
     Vocabulary,
     fingerprint,
     parse_text,
