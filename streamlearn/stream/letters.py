@@ -181,9 +181,8 @@ def list_letters(reader: LogReader, topic: str) -> LetterList:
         if record.header(REPLAYED) is not None:
             replayed.add((_topic_id(record), (record.key or b"").decode(errors="replace")))
         elif (letter := Letter.from_record(record)) is not None:
-            newest[letter.sample_id] = (
-                letter  # after a change of the configuration a later letter may have another reason
-            )
+            # after a change of the configuration a later letter may have another reason
+            newest[letter.sample_id] = letter
         else:
             skipped += any(name.startswith(HEADER_PREFIX) for name, _ in record.headers)
     letters = sorted(newest.values(), key=lambda letter: letter.rejected)

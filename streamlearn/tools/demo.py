@@ -49,10 +49,8 @@ def make_config(directory: Path, name: str) -> dict[str, Any]:
         "embedded": {"path": str(directory / "topics.sqlite")},
         "input": {"shape": [8, 8], "dtype": "uint8", "scale": 16.0},
         "classes": 10,
-        "holdout": {
-            "fraction": 0.0,
-            "max": None,
-        },  # few digits: a fixed quarter is published as the probe
+        # there are few digits, so a fixed quarter is published as the probe
+        "holdout": {"fraction": 0.0, "max": None},
         "stream": {"topics": topics(), "batch_size": 10, "on_finished": "exit"},
         "strategy": RUNS[name][1],
         "device": "cpu",

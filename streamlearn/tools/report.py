@@ -113,7 +113,7 @@ def write(output: Path, runs: Sequence[Run], joint: Run | None = None) -> Path:
     """Write `report.html`, `accuracy.png`, `matrix.png` and `forgetting.png`; return the page's path.
 
     `joint`: a run of the same tasks with joint training, for intransigence.
-    Raises `ConfigurationError` if matplotlib is not installed, and (1) if there was no evaluation yet.
+    Raises `ConfigurationError` if matplotlib is not installed, and `StreamlearnError` if there was no evaluation yet.
     """
     if not any(run.history for run in runs):
         raise StreamlearnError("no evaluation yet: there is nothing to report")

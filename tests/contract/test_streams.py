@@ -209,10 +209,8 @@ def test_a_merge_waits_only_while_an_earlier_record_can_come(world: World) -> No
     stream = world.stream(topics=[name, world.name("b")], task_end="next_topic", merge="fixed", batch_size=1)
     progress = Progress()
     begun = until(stream, lambda found: len(places(found)) == 2, progress)
-    assert (places(begun), stream.next_delivery(1.0)) == (
-        [[0], [10]],
-        None,
-    )  # the next may still be offset 0 of partition 2
+    # the next record may still be offset 0 of partition 2
+    assert (places(begun), stream.next_delivery(1.0)) == ([[0], [10]], None)
     world.send(name, 20.0, 1, partition=2)
     world.sink.flush()
     begun += until(stream, lambda found: len(places(found)) == 3, progress)

@@ -31,9 +31,8 @@ TEMPORARY_ERRORS = (
 LOG_CHANGED_ERRORS = (kafka_errors.OffsetOutOfRangeError, kafka_errors.LogTruncationError)
 # parts of OpenSSL's messages if a TLS handshake failed because of a certificate; the client has no error class for it
 CERTIFICATE_ERROR = re.compile(r"CERTIFICATE|UNKNOWN_CA|_CERT_")
-CLASS_NAMES = re.compile(
-    r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )"
-)  # before a message, without information
+# class names that the client puts before a message
+CLASS_NAMES = re.compile(r"^(\[Error \d+\] (\w+Error: )*|KafkaConnectionError: )")
 FRAME_LENGTH = re.compile(r"Invalid frame length: (\d+)")
 TLS_ALERT = 0x1503  # the first two bytes of a TLS alert: record type 21, major version 3
 
